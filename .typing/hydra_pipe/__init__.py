@@ -1,0 +1,1 @@
+../../hydra_pipe/__init__.py

@@ -1,0 +1,5 @@
+"""The ``hydra-pipe`` command."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,156 @@
+"""The commands that read a run: status, top, verify, export."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from .options import debug_option, format_option, method_option, quiet_option
+from .output import emit_csv, emit_json, emit_tables
+from .progress import reading
+from .views import samples_table, status_tables, verification_tables
+
+_run_argument = click.argument("run")
+
+
+@click.command()
+@_run_argument
+@format_option("table", "json", "csv")
+@debug_option
+def status(run: str, output_format: str) -> None:
+    """Show how far RUN has come, and the command that resumes it.
+
+    RUN is the run directory that --out named. CSV has one row a stage.
+
+    Example: hydra-pipe status runs/digits
+    """
+    from ..pipeline.analysis.status import status as read_status
+    from ..pipeline.handle import open_run
+
+    found = read_status(open_run(run))
+    if output_format == "json":
+        emit_json(found)
+    elif output_format == "csv":
+        emit_csv(("stage", "state", "done", "units", "rows", "bytes", "seconds"), found["stages"])
+    else:
+        emit_tables(*status_tables(found))
+
+
+@click.command()
+@_run_argument
+@click.option(
+    "--test",
+    type=int,
+    metavar="J",
+    help="Test sample (its test_index) to explain.  [default: the mean over the test samples]",
+)
+@click.option("-k", default=10, show_default=True, metavar="K", help="How many training samples.")
+@click.option("--harmful", is_flag=True, help="Most harmful first instead of most helpful first.")
+@method_option
+@format_option("table", "json", "csv")
+@debug_option
+def top(run: str, test: int | None, k: int, harmful: bool, method: str | None, output_format: str) -> None:
+    """Show the most helpful or most harmful training samples of RUN.
+
+    A contribution is positive where leaving the training sample out would raise the loss of the
+    test sample, and negative where it would lower it.
+
+    Example: hydra-pipe top runs/digits --test 17 --harmful
+    """
+    from ..pipeline.handle import open_run
+
+    opened = open_run(run)
+    method = opened.method(method)
+    table = opened.top(k, test=test, harmful=harmful, method=method)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    if output_format == "csv":
+        emit_csv(table.column_names, rows)
+    elif output_format == "json":
+        document = {"run": opened.uri, "method": method, "test_index": test, "harmful": harmful, "rows": rows}
+        emit_json(document)
+    else:
+        for_what = "the mean over the test samples"
+        if test is not None:
+            label = rows[0]["test_label"]
+            for_what = f"test sample {test}" + ("" if label == -1 else f", label {label}")
+        kind = "harmful" if harmful else "helpful"
+        title = f"{len(rows)} most {kind} training samples for {for_what} ({method})"
+        emit_tables(samples_table(title, rows))
+
+
+@click.command(short_help="Check every file of RUN against its manifest.")
+@_run_argument
+@format_option("table", "json", "csv")
+@quiet_option
+@debug_option
+@click.pass_context
+def verify(ctx: click.Context, run: str, output_format: str, quiet: bool) -> None:
+    """Check every file of RUN against its manifest, and the contents against each other.
+
+    Reads everything once or twice: sizes and sha256, stray files, row counts, finite values,
+    digests of the checkpoints, and for fast hypergradients of all samples the conservation law.
+    Exit code 1 when something is wrong. CSV has one row a finding.
+
+    Example: hydra-pipe verify runs/digits
+    """
+    from ..pipeline.analysis.verify import verify as check
+    from ..pipeline.handle import open_run
+
+    opened = open_run(run)
+    with reading("verifying", quiet) as move:
+        found = check(opened, progress=lambda done, total, what: move(done, total))
+    document = {"ok": found.ok, **asdict(found)}
+    if output_format == "json":
+        emit_json(document)
+    elif output_format == "csv":
+        findings = [{"kind": "problem", "text": text} for text in found.problems]
+        findings += [{"kind": "note", "text": text} for text in found.notes]
+        emit_csv(("kind", "text"), findings)
+    else:
+        emit_tables(*verification_tables(document))
+    if not found.ok:
+        ctx.exit(1)
+
+
+@click.command()
+@_run_argument
+@click.option(
+    "--to",
+    required=True,
+    type=click.Path(),
+    metavar="FILE.csv|FILE.parquet",
+    help="File to write; its ending says what is written.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@method_option
+@format_option("table", "json", "csv")
+@quiet_option
+@debug_option
+def export(run: str, to: str, overwrite: bool, method: str | None, output_format: str, quiet: bool) -> None:
+    """Write all contributions of RUN as one CSV or Parquet file.
+
+    Memory stays bounded however many there are. The file appears once it is complete. One row a
+    (training sample, test sample): train_index, test_index, train_label, test_label, contribution.
+
+    Example: hydra-pipe export runs/digits --to digits.csv
+    """
+    from ..pipeline.analysis.export import expected_rows
+    from ..pipeline.analysis.export import export as write
+    from ..pipeline.handle import open_run
+
+    opened = open_run(run)
+    total = expected_rows(opened) or 0
+    with reading("exporting", quiet, unit="rows") as move:
+        found = write(
+            opened, to, method=method, overwrite=overwrite, progress=lambda rows: move(rows, max(rows, total))
+        )
+    if output_format == "json":
+        emit_json(found)
+    elif output_format == "csv":
+        emit_csv(("path", "format", "method", "rows", "bytes"), [found])
+    else:
+        from .output import show_bytes
+
+        emit_tables(f"wrote {found['path']}: {found['rows']:,} rows, {show_bytes(found['bytes'])}")

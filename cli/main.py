@@ -1,0 +1,100 @@
+"""The command group: exit codes, one-line errors, and the list of commands.
+
+Nothing heavy is imported here or by the command modules: torch, ray, zarr and pyarrow load inside
+the commands that need them, so that ``hydra-pipe --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..storage.errors import HydraError
+from . import inspect, running
+from .options import debug_option, debug_wanted
+from .output import ReaderGone, plain
+
+INTERRUPTED = 130
+
+
+class HydraGroup(click.Group):
+    """A group whose commands end in exit code 0, 1, 2 or 130, and in one line when they fail."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order in which they are used, not in that of the alphabet."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; turn what it raises into one line on stderr and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except ReaderGone:
+            ctx.exit(0)  # `hydra-pipe top RUN | head`: the reader has all it wanted
+        except HydraError as error:
+            _report(ctx, f"error: {plain(str(error))}")
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            _report(ctx, "interrupted; the same command continues where this one stopped")
+            ctx.exit(INTERRUPTED)
+        except Exception as error:  # noqa: BLE001 - the last line before the user
+            # Ray wraps what a worker raised; the user's own error is the one to show.
+            inner = getattr(error, "cause", None)
+            shown = inner if isinstance(inner, Exception) else error
+            if isinstance(shown, HydraError):
+                _report(ctx, f"error: {plain(str(shown))}")
+            else:
+                text = plain(f"{type(shown).__name__}: {shown}", limit=500)
+                _report(ctx, f"unexpected error: {text}; rerun with --debug")
+            ctx.exit(1)
+
+
+def _report(ctx: click.Context, line: str) -> None:
+    """Print ``line`` on stderr, after the traceback when --debug asks for it."""
+    try:
+        if debug_wanted(ctx):
+            click.echo(traceback.format_exc(), err=True, nl=False)
+        click.echo(line, err=True)
+    except BrokenPipeError:  # nobody reads stderr either; the exit code remains
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
+
+
+@click.group(
+    cls=HydraGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="hydra-pipe")
+@debug_option
+def main() -> None:
+    """Find out which training samples made a model what it is.
+
+    hydra-pipe records a PyTorch training run, replays it while hypergradients are carried along
+    (HyDRA), and writes what every training sample contributes to every test sample.
+
+    Try `hydra-pipe run`, then `hydra-pipe top runs/digits`. Results go to stdout, everything else
+    to stderr. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+    """
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+
+
+for _command in (
+    running.run,
+    running.plan,
+    running.record,
+    running.replay,
+    running.reduce,
+    inspect.status,
+    inspect.top,
+    inspect.verify,
+    inspect.export,
+):
+    main.add_command(_command)

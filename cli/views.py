@@ -1,0 +1,199 @@
+"""How documents (plain dictionaries) become tables of at most 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .output import Column, Table, plain, show, show_bytes
+
+SHOWN_ROWS = 20
+"""Rows of a plan's or status' list that a table shows; JSON and CSV show all."""
+
+_KEY_VALUE = (Column(key="key", header=""), Column(key="value", header=""))
+
+
+def summary_tables(found: Mapping[str, Any]) -> list[Table | str]:
+    """Return the closing summary of a run."""
+    accuracy, memory = found["accuracy"], found["memory"]
+    peak, predicted = memory["peak_bytes"], memory["predicted_bytes"]
+    facts = {
+        "run": found["run"],
+        "recipe": found["recipe"],
+        "method": found["method"],
+        "training samples": _of(found["n_tracked"], found["n_train"], "tracked"),
+        "test samples": _of(found["n_test_tracked"], found["n_test"], "tracked"),
+        "parameters": found["dimension"],
+        "accuracy": f"train {_percent(accuracy['train'])}, test {_percent(accuracy['test'])}",
+        "peak memory": None
+        if peak is None
+        else show_bytes(peak)
+        + ("" if predicted is None else f" of {show_bytes(predicted)} planned (one worker)"),
+    }
+    parts: list[Table | str] = [_facts(None, facts), ""]
+    stages = Table(
+        title=None,
+        columns=(
+            Column(key="stage", header="stage"),
+            Column(key="units", header="units", right=True),
+            Column(key="rows", header="rows", right=True),
+            Column(key="bytes", header="size", right=True),
+            Column(key="seconds", header="time", right=True),
+        ),
+        rows=found["stages"],
+    )
+    disk = Table(
+        title=None,
+        columns=(
+            Column(key="path", header="where it is, below the run"),
+            Column(key="files", header="files", right=True),
+            Column(key="bytes", header="size", right=True),
+        ),
+        rows=[*found["disk"], {"path": "together", **_sum(found["disk"], "files", "bytes")}],
+    )
+    parts += [stages, "", disk, ""]
+    if found["helpful"]:
+        parts += [samples_table("most helpful training samples, C(i)", found["helpful"]), ""]
+        parts += [samples_table("most harmful training samples, C(i)", found["harmful"]), ""]
+    return [*parts, "next:", *(f"  {command}" for command in found["next"])]
+
+
+def samples_table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Return training samples with their contributions; columns nobody filled are left out."""
+    columns = [
+        Column(key="rank", header="rank", right=True),
+        Column(key="train_index", header="train_index", right=True, kind="text"),
+        Column(key="label", header="label", right=True, kind="text"),
+        Column(key="original_label", header="true label", right=True, kind="text"),
+        Column(key="contribution", header="contribution", right=True, kind="signed"),
+        Column(key="contribution_std", header="std over tests", right=True, kind="signed"),
+        Column(key="visits", header="visits", right=True),
+    ]
+    filled = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
+    # -1 is how files say that there is no label; people are told with a dash.
+    rows = [{**row, "label": None if row.get("label") == -1 else row.get("label")} for row in rows]
+    return Table(title=title, columns=filled, rows=rows)
+
+
+def status_tables(found: Mapping[str, Any]) -> list[Table | str]:
+    """Return how far a run has come."""
+    facts = {
+        "run": found["run"],
+        "recipe": found["recipe"],
+        "state": found["state"],
+        "training samples": _of(found["n_tracked"], found["n_train"], "tracked"),
+        "test samples": _of(found["n_test_tracked"], found["n_test"], "tracked"),
+        "parameters": found["dimension"],
+        "methods": ", ".join(f"{name} ({state})" for name, state in found["methods"].items()) or None,
+    }
+    rows = [
+        {**stage, "of": f"{stage['done']}/{'?' if stage['units'] is None else stage['units']}"}
+        for stage in found["stages"]
+    ]
+    stages = Table(
+        title=None,
+        columns=(
+            Column(key="stage", header="stage"),
+            Column(key="state", header="state"),
+            Column(key="of", header="units", right=True),
+            Column(key="rows", header="rows", right=True),
+            Column(key="bytes", header="size", right=True),
+            Column(key="seconds", header="time", right=True),
+        ),
+        rows=rows,
+    )
+    parts: list[Table | str] = [_facts(None, facts), "", stages]
+    if found["resume"]:
+        parts += ["", "to do what is missing:", f"  {found['resume']}"]
+    return parts
+
+
+def verification_tables(found: Mapping[str, Any]) -> list[Table | str]:
+    """Return what verify found: one line a problem, then the counts."""
+    law = found["conservation"]
+    if not law["applicable"]:
+        conserved = f"not applicable: {law['reason']}"
+    else:
+        worst = max(law["groups"], key=lambda group: group["error"], default=None)
+        size = "" if worst is None else f" (error {worst['error']:.1e}, limit {worst['limit']:.1e})"
+        conserved = ("holds" if law["ok"] else "broken") + size
+    count = len(found["problems"])
+    facts = {
+        "run": found["run"],
+        "files": f"{found['files']:,} checked, {show_bytes(found['bytes'])}",
+        "rows": ", ".join(f"{name}: {rows:,}" for name, rows in found["rows"].items()) or None,
+        "conservation": conserved,
+        "result": "ok" if not count else f"{count} problem{'s' if count > 1 else ''}",
+    }
+    lines = [f"problem: {plain(text)}" for text in found["problems"]]
+    lines += [f"note: {plain(text)}" for text in found["notes"]]
+    return [*lines, *([""] if lines else []), _facts(None, facts)]
+
+
+def plan_tables(sections: Mapping[str, Any]) -> list[Table | str]:
+    """Return a plan: a table a section; numbers of memory and disk are bytes, of time seconds."""
+    parts: list[Table | str] = []
+    for name, section in sections.items():
+        kind = {"memory": "bytes", "disk": "bytes", "time": "seconds"}.get(name, "auto")
+        if isinstance(section, Mapping):
+            if not section:
+                continue
+            rows = [{"key": words(key), "value": show(value, kind, key)} for key, value in section.items()]
+            parts.append(Table(title=name, columns=_KEY_VALUE, rows=rows, header=False))
+        elif isinstance(section, list) and section and isinstance(section[0], Mapping):
+            columns = [
+                Column(key=key, header=words(key), right=not isinstance(value, str), kind=kind)
+                for key, value in section[0].items()
+            ]
+            title = f"{name}: {len(section):,}"
+            parts.append(Table(title=title, columns=columns, rows=section[:SHOWN_ROWS]))
+            if len(section) > SHOWN_ROWS:
+                parts.append(f"  and {len(section) - SHOWN_ROWS:,} more; --format json shows all")
+        else:
+            rows = [{"key": words(name), "value": show(section, kind, name)}]
+            parts.append(Table(title=None, columns=_KEY_VALUE, rows=rows, header=False))
+        parts.append("")
+    return parts[:-1]
+
+
+def plan_rows(sections: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a plan as flat rows: ``section``, ``row`` (of a list, from 0), ``key``, ``value``."""
+
+    def flat() -> Iterator[tuple[str, int | None, str, Any]]:
+        for name, section in sections.items():
+            if isinstance(section, Mapping):
+                yield from ((name, None, key, value) for key, value in section.items())
+            elif isinstance(section, list):
+                for number, row in enumerate(section):
+                    items = row.items() if isinstance(row, Mapping) else [("", row)]
+                    yield from ((name, number, key, value) for key, value in items)
+            else:
+                yield name, None, "", section
+
+    return [dict(zip(("section", "row", "key", "value"), row, strict=True)) for row in flat()]
+
+
+def words(key: str) -> str:
+    """Return a key as people read it: units are shown with the value, so their suffix goes."""
+    return key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+
+
+def _facts(title: str | None, facts: Mapping[str, Any]) -> Table:
+    rows = [{"key": key, "value": value} for key, value in facts.items() if value is not None]
+    return Table(title=title, columns=_KEY_VALUE, rows=rows, header=False)
+
+
+def _of(tracked: int | None, total: int | None, what: str) -> str | None:
+    if total is None:
+        return None
+    if tracked is None or tracked == total:
+        return f"{total:,}"
+    return f"{total:,}, {tracked:,} {what}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+def _sum(rows: list[dict[str, Any]], *keys: str) -> dict[str, int]:
+    return {key: sum(row[key] for row in rows) for key in keys}

@@ -1,0 +1,162 @@
+"""Check what the stores and tables of a run hold: counts, indices, finite values, agreement."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import conservation as law
+
+if TYPE_CHECKING:
+    from ...storage.rows import RowStore
+    from ..handle import Run
+
+MEAN_TOLERANCE = 1e-4
+"""Largest relative difference between a sample's stored mean and the mean of its float32 contributions."""
+
+
+class Contents:
+    """Collects problems of one run's contents; each method checks one part.
+
+    Attributes:
+        problems: One line each.
+        rows: Rows read, by part.
+    """
+
+    def __init__(self, run: Run, advance: Callable[[int, str], None]) -> None:
+        self.run = run
+        self.info = run.info
+        self.advance = advance
+        self.problems: list[str] = []
+        self.rows: dict[str, int] = {}
+
+    def trajectory(self) -> None:
+        """Check the record: finite values, first and last checkpoint, digests of the checkpoints."""
+        trajectory = self.run.trajectory()
+        self._finite("trajectory.zarr/loss", trajectory.loss)
+        steps = len(trajectory.loss)
+        self.rows["trajectory steps"] = steps
+        at = [int(step) for step in trajectory.checkpoint_steps]
+        if not at or at[0] != 0 or at[-1] != steps:
+            self.problems.append(f"trajectory.zarr: checkpoints at {at[:1]}..{at[-1:]}, not 0..{steps}")
+        digests = dict(zip(trajectory.digest_step.tolist(), trajectory.digest.tolist(), strict=True))
+        for k, step in enumerate(at):
+            weights = trajectory.checkpoint(k).weights
+            self._finite(f"trajectory.zarr/checkpoint/weights[{k}]", weights)
+            if step in digests and zlib.crc32(np.ascontiguousarray(weights).tobytes()) != digests[step]:
+                self.problems.append(
+                    f"trajectory.zarr/checkpoint/weights[{k}]: not the weights whose digest step {step} recorded"
+                )
+
+    def test_gradients(self) -> None:
+        """Check the test gradients: counts, indices, finite values."""
+        store = self.run.test_gradients()
+        self._shape("test_gradients.zarr", store, self.info.get("n_test_tracked"))
+        self._index("test_gradients.zarr/test_index", store.column("test_index"), self.info.get("n_test"))
+        self._stream("test_gradients.zarr", store)
+
+    def hypergradients(self, method: str, *, lawful: bool = True) -> dict[str, Any]:
+        """Read every row once; for the fast method the same pass feeds the conservation law.
+
+        Args:
+            method: The estimator.
+            lawful: Whether the record is sound, so that the law can be held against it.
+
+        Returns:
+            What `conservation.compare` returns; empty where the law was not computed.
+        """
+        name = f"hypergradients/method={method}.zarr"
+        store = self.run.hypergradient_store(method)
+        self._shape(name, store, self.info.get("n_tracked"))
+        self._index(f"{name}/train_index", store.column("train_index"), self.info.get("n_train"))
+        total = self._stream(name, store)
+        if not lawful or method != law.METHOD or law.not_applicable(self.run) is not None:
+            return {}
+        found = law.compare(self.run.trajectory(), total, n_train=int(self.info["n_train"]))
+        self.problems += [
+            f"{name}: the sum of all rows is off the recorded weights by {g['error']:.1e} "
+            f"(relative, parameter group {g['group']}), the limit is {g['limit']:.1e}"
+            for g in found["groups"]
+            if not g["error"] <= g["limit"]
+        ]
+        return found
+
+    def contributions(self, method: str) -> None:
+        """Check contributions, samples and interclass of a method, and that they agree."""
+        name = f"contributions/method={method}"
+        tracked, tests = self.info.get("n_tracked"), self.info.get("n_test_tracked")
+        samples = self.run.samples(method)
+        train_index = samples["train_index"].to_numpy()
+        self._index(f"samples/method={method}: train_index", train_index, self.info.get("n_train"))
+        self._count(f"samples/method={method}", len(samples), tracked)
+        for column in ("contribution", "contribution_std"):
+            self._finite(f"samples/method={method}: {column}", samples[column].to_numpy())
+        interclass = self.run.interclass(method)["contribution"].to_numpy()
+        self._finite(f"interclass/method={method}: contribution", interclass)
+        size = int(train_index.max(initial=-1)) + 1
+        sums, counts, rows, outside = np.zeros(size), np.zeros(size, np.int64), 0, 0
+        for batch in self.run.contributions(method).to_batches(columns=["train_index", "contribution"]):
+            index, values = (batch.column(c).to_numpy() for c in ("train_index", "contribution"))
+            rows += len(index)
+            self._finite(name, values)
+            inside = (index >= 0) & (index < size)
+            outside += int(len(index) - inside.sum())
+            index, values = index[inside], values[inside]
+            sums += np.bincount(index, weights=values, minlength=size)
+            counts += np.bincount(index, minlength=size)
+            self.advance(batch.nbytes, name)
+        self.rows[name] = rows
+        self._count(name, rows, None if tracked is None or tests is None else tracked * tests)
+        if outside or (tests is not None and (counts[train_index] != tests).any()):
+            self.problems.append(f"{name}: not every tracked sample has one row a test sample")
+            return
+        stored = samples["contribution"].to_numpy()
+        mean = sums[train_index] / np.maximum(counts[train_index], 1)
+        # float32 rows: each is rounded by itself, so the scale is their spread and not their mean.
+        scale = np.maximum(np.abs(stored), samples["contribution_std"].to_numpy())
+        wrong = np.abs(mean - stored) > MEAN_TOLERANCE * np.maximum(scale, np.finfo(np.float32).tiny)
+        if wrong.any():
+            self.problems.append(
+                f"samples/method={method}: {int(wrong.sum())} means are not those of {name}, "
+                f"first at train_index {int(train_index[wrong.argmax()])}"
+            )
+
+    def _stream(self, name: str, store: RowStore) -> np.ndarray:
+        """Read all rows, report those that are not finite, return their sum in float64, (D,)."""
+        total = np.zeros(store.columns)
+        itemsize = np.dtype(store.dtype).itemsize
+        step = law.block_rows(store.chunk_rows, store.columns, itemsize)
+        for start in range(0, store.rows, step):
+            block = store.read(start, min(start + step, store.rows))
+            bad = ~np.isfinite(block).all(1)
+            if bad.any():
+                rows = f"{int(bad.sum())} rows are not finite, first row {start + int(bad.argmax())}"
+                self.problems.append(f"{name}: {rows}")
+            total += block.sum(0, dtype=np.float64)
+            self.advance(block.nbytes, name)
+        self.rows[name] = store.rows
+        return total
+
+    def _shape(self, name: str, store: RowStore, rows: int | None) -> None:
+        self._count(name, store.rows, rows)
+        dimension = self.info.get("dimension")
+        if dimension is not None and store.columns != dimension:
+            self.problems.append(f"{name}: {store.columns} columns, run.json says {dimension}")
+
+    def _count(self, name: str, found: int, expected: int | None) -> None:
+        if expected is not None and found != expected:
+            self.problems.append(f"{name}: {found:,} rows, run.json says {expected:,}")
+
+    def _index(self, name: str, index: np.ndarray, bound: int | None) -> None:
+        if (np.diff(index.astype(np.int64)) <= 0).any():
+            self.problems.append(f"{name}: not strictly increasing")
+        if len(index) and (index.min() < 0 or (bound is not None and index.max() >= bound)):
+            self.problems.append(f"{name}: outside 0..{'?' if bound is None else bound - 1}")
+
+    def _finite(self, name: str, values: np.ndarray) -> None:
+        bad = int((~np.isfinite(values)).sum())
+        if bad:
+            self.problems.append(f"{name}: {bad:,} values are not finite")

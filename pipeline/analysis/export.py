@@ -1,0 +1,126 @@
+"""Write the contributions of a run as one CSV or Parquet file, with bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from ...storage.errors import CorruptStore, InputError, StoreError
+from ...storage.files import staged
+
+if TYPE_CHECKING:
+    from ..handle import Run
+
+BATCH_ROWS = 131_072
+"""Rows held at a time, and rows of a Parquet row group."""
+
+
+class _Writer(Protocol):
+    def write_batch(self, batch: pa.RecordBatch) -> None: ...
+    def close(self) -> None: ...
+
+
+def export(
+    run: Run,
+    target: str | os.PathLike[str],
+    *,
+    method: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write all contributions of a method to one local file, sorted as in the run.
+
+    The file appears under its name once it is complete: a sibling is written, flushed to disk and
+    renamed.
+
+    Args:
+        run: The run to read.
+        target: Path of the file; ``.csv`` or ``.parquet`` says what is written.
+        method: The estimator; the run's default when None.
+        overwrite: Replace a file that is there.
+        progress: Called with the number of rows written so far.
+
+    Returns:
+        ``path``, ``format``, ``method``, ``rows``, ``bytes``, ``columns``.
+
+    Raises:
+        InputError: The file's kind is unknown, its directory is missing, or it exists.
+        IncompleteStage: The method is not complete.
+        StorageFull: The disk is full; nothing is left behind.
+    """
+    path = Path(os.path.expanduser(target))
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("csv", "parquet"):
+        raise InputError(f"cannot export to {path}: the file name must end in .csv or .parquet")
+    if "://" in os.fspath(target):
+        raise InputError(
+            f"cannot export to {target}: export writes to a local path; copy the file from there"
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a directory" if path.is_dir() else f"directory {path.parent} does not exist"
+        raise InputError(f"cannot export to {path}: {what}; name a file in a directory that exists")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; choose another name, or replace it with --overwrite")
+    method = run.method(method)
+    dataset = run.contributions(method)
+    columns = [name for name in dataset.schema.names if name != "method"]
+    schema = pa.schema([dataset.schema.field(name) for name in columns])
+    rows = 0
+    try:
+        with staged(os.path.abspath(path), sync=True) as partial:
+            writer = _writer(Path(partial), kind, schema)
+            try:
+                # Little readahead: a slow disk must not make the queue of read batches grow.
+                batches = dataset.to_batches(
+                    columns=columns, batch_size=BATCH_ROWS, batch_readahead=4, fragment_readahead=1
+                )
+                for batch in batches:
+                    writer.write_batch(batch)
+                    rows += batch.num_rows
+                    if progress is not None:
+                        progress(rows)
+            finally:
+                writer.close()
+            expected = expected_rows(run)
+            if expected is not None and rows != expected:
+                raise CorruptStore(
+                    f"{run.uri}: {rows:,} contributions of method {method}, run.json says {expected:,}; "
+                    f"see `hydra-pipe verify {run.uri}`"
+                )
+            size = os.path.getsize(partial)
+            if path.exists() and not overwrite:
+                raise InputError(f"{path} appeared while it was being written; replace it with --overwrite")
+    except StoreError as error:
+        # The guard speaks of a run's --out; here it is --to that can be changed.
+        raise type(error)(str(error).replace("with --out", "with --to")) from error
+    return {
+        "path": str(path),
+        "format": kind,
+        "method": method,
+        "rows": rows,
+        "bytes": size,
+        "columns": columns,
+    }
+
+
+def _writer(path: Path, kind: str, schema: pa.Schema) -> _Writer:
+    if kind == "csv":
+        writer: _Writer = pa_csv.CSVWriter(path, schema)
+        return writer
+    dictionaries = [field.name for field in schema if pa.types.is_integer(field.type)]
+    parquet: _Writer = pq.ParquetWriter(
+        path, schema, compression="zstd", compression_level=1, use_dictionary=dictionaries
+    )
+    return parquet
+
+
+def expected_rows(run: Run) -> int | None:
+    """Return how many contributions a complete method of the run has; None where it does not say."""
+    tracked, tests = run.info.get("n_tracked"), run.info.get("n_test_tracked")
+    return tracked * tests if isinstance(tracked, int) and isinstance(tests, int) else None

@@ -1,0 +1,201 @@
+"""How far a run has come, read from ``run.json`` and the manifests alone.
+
+Keys this module understands (all optional, older or partial runs are read as far as they go):
+``run.json["stages"][stage]`` may hold ``units`` (how many there will be, the closing one included)
+and ``seconds`` (wall time of the stage), ``layout.shards`` the number of shards; a manifest's
+values may hold ``rows`` and ``seconds``.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ...storage.rundir import Manifest, RunDirectory
+
+if TYPE_CHECKING:
+    from ..handle import Run
+
+RECORD = "record"
+TEST_GRADIENTS = "test-gradients"
+INDEX, LAST_UNIT = "index", "interclass"
+CLOSING_UNITS = (INDEX, LAST_UNIT)
+"""Units that the driver commits itself: a store's metadata and columns, a method's last table.
+
+``run.json`` counts the one that a stage has among its units; people are shown the others.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageState:
+    """One stage of a run.
+
+    Attributes:
+        stage: ``record``, ``test-gradients``, ``<method>/replay`` or ``<method>/reduce``.
+        state: ``complete``, ``partial`` or ``missing``.
+        done: Units committed: shards, blocks of test samples, blocks of tracked samples.
+        units: Units the stage has in all; None where the run does not say.
+        rows: Rows committed: test samples for ``test-gradients``, else tracked samples; None where
+            unknown.
+        bytes: Bytes of the committed files.
+        seconds: Wall time of the stage, or where that is unknown the sum over its units.
+    """
+
+    stage: str
+    state: str
+    done: int
+    units: int | None
+    rows: int | None
+    bytes: int
+    seconds: float | None
+
+
+def stage_state(directory: RunDirectory, info: Mapping[str, Any], stage: str) -> StageState:
+    """Return the state of ``stage`` from its manifests.
+
+    Args:
+        directory: The run.
+        info: Its ``run.json``.
+        stage: ``record``, ``test-gradients``, ``<method>/replay`` or ``<method>/reduce``.
+    """
+    manifests = directory.manifests(stage)
+    noted = info.get("stages", {}).get(stage)
+    noted = noted if isinstance(noted, Mapping) else {}
+    work = [m for m in manifests if m.unit not in CLOSING_UNITS]
+    units = _units(info, stage, noted.get("units"))
+    rows = _total(work, "rows")
+    needed = {"reduce": LAST_UNIT, RECORD: None}.get(stage.rsplit("/", 1)[-1], INDEX)
+    closed = needed is None or any(m.unit == needed for m in manifests)
+    expected = _expected_rows(info, stage)
+    whole = rows == expected if expected is not None else units is not None and len(work) >= units
+    complete = closed and (whole or (needed == LAST_UNIT and expected is None))
+    if units is None and complete:
+        units = len(work)
+    seconds = noted.get("seconds")
+    return StageState(
+        stage=stage,
+        state="complete" if complete else "partial" if manifests else "missing",
+        done=len(work),
+        units=units,
+        rows=None if rows is None else int(rows),
+        bytes=sum(entry.bytes for manifest in manifests for entry in manifest.files),
+        seconds=_total(work, "seconds") if seconds is None else float(seconds),
+    )
+
+
+def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[StageState]:
+    """Return the state of every stage that the run has or is asked to have, in running order."""
+    names = [RECORD, TEST_GRADIENTS]
+    known = directory.stages()
+    for method in method_names(info):
+        # Estimators that need no replay commit none: list what their run or run.json mentions.
+        replay, reduce = f"{method}/replay", f"{method}/reduce"
+        if replay in known or replay in info.get("stages", {}) or reduce not in known:
+            names.append(replay)
+        names.append(reduce)
+    names += [stage for stage in known if stage not in names]
+    return [stage_state(directory, info, stage) for stage in names]
+
+
+def method_names(info: Mapping[str, Any]) -> list[str]:
+    """Return the methods of a run: those in ``methods`` and the one being made, ``hydra`` first."""
+    names = [str(name) for name in info.get("methods", {})]
+    current = info.get("method")
+    if isinstance(current, str) and current not in names:
+        names.append(current)
+    return sorted(names, key=lambda name: name != "hydra")
+
+
+def status(run: Run) -> dict[str, Any]:
+    """Return what ``hydra-pipe status`` prints, as JSON-able values.
+
+    Returns:
+        ``run``, ``recipe``, ``state`` (``complete`` or ``partial``), ``n_train``, ``n_test``,
+        ``n_tracked``, ``n_test_tracked``, ``dimension``, ``methods`` (name to state), ``stages``
+        (one mapping a stage, see `StageState`) and ``resume`` (the command that does what is
+        missing; None when nothing is).
+    """
+    states = stage_states(run.directory, run.info)
+    complete = all(state.state == "complete" for state in states)
+    methods = {
+        name: next((s.state for s in states if s.stage == f"{name}/reduce"), "missing")
+        for name in method_names(run.info)
+    }
+    return {
+        "run": run.uri,
+        "recipe": run.recipe,
+        "state": "complete" if complete else "partial",
+        **{
+            key: run.info.get(key)
+            for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")
+        },
+        "methods": methods,
+        "stages": [asdict(state) for state in states],
+        "resume": None if complete else command_line(run.info.get("spec", {}), uri=run.uri),
+    }
+
+
+def command_line(spec: Mapping[str, Any], *, uri: str, command: str = "run") -> str:
+    """Return the ``hydra-pipe`` command that a stored specification came from, quoted for a shell.
+
+    Only what differs from the defaults is spelled out. The recipe is shown for the user to read
+    and to type: nothing here imports it.
+    """
+    from ..spec import RunSpec
+
+    words = ["hydra-pipe", command]
+    if spec.get("recipe", "digits") != "digits":
+        words.append(str(spec["recipe"]))
+    words += ["--out", uri]
+    for field in fields(RunSpec):
+        name, value = field.name, spec.get(field.name)
+        if name in ("recipe", "out", "recipe_args", "overwrite") or value is None:
+            continue
+        if field.default is not MISSING and value == field.default:
+            continue
+        words += ["--" + name.replace("_", "-"), str(value)]
+    arguments = spec.get("recipe_args")
+    if isinstance(arguments, Mapping):
+        for key, value in arguments.items():
+            words += ["--set", f"{key}={_scalar(value)}"]
+    return shlex.join(words)
+
+
+def _scalar(value: object) -> str:
+    """Spell ``value`` so that ``--set`` reads it back as the same value."""
+    import json
+
+    if not isinstance(value, str):
+        return json.dumps(value)
+    try:
+        json.loads(value)
+    except ValueError:
+        return value
+    return json.dumps(value)
+
+
+def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None:
+    """Return how many units of work a stage has; the one that closes it is not counted."""
+    if stage == RECORD:
+        return 1
+    if noted is not None:
+        return int(noted) - 1
+    if stage.endswith("/replay"):
+        shards = info.get("layout", {}).get("shards")
+        return None if shards is None else int(shards)
+    return None
+
+
+def _expected_rows(info: Mapping[str, Any], stage: str) -> int | None:
+    """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
+    if stage == RECORD:
+        return None
+    value = info.get("n_test_tracked" if stage == TEST_GRADIENTS else "n_tracked")
+    return value if isinstance(value, int) else None
+
+
+def _total(manifests: Sequence[Manifest], key: str) -> Any:
+    values = [manifest.values[key] for manifest in manifests if key in manifest.values]
+    return sum(values) if values else None

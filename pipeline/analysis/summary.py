@@ -1,0 +1,133 @@
+"""The closing summary of a run, as data.
+
+Keys read here beyond the contract's (all optional): ``run.json["summary"]`` may hold
+``train_accuracy``, ``test_accuracy`` (0 to 1), ``peak_bytes`` (largest resident memory of any
+worker) and ``predicted_bytes`` (what the plan said); without the accuracies the last known value
+of the record's per-epoch columns is taken, without ``peak_bytes`` the largest manifest value.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...storage.errors import HydraError
+from .status import command_line, stage_states
+
+if TYPE_CHECKING:
+    from ..handle import Run
+
+EXTREMES = 5
+"""How many helpful and how many harmful samples the summary shows."""
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """Return what ``hydra-pipe run`` prints at its end, as JSON-able values.
+
+    Parts that a half-finished run does not have yet are None or empty.
+
+    Returns:
+        ``run``, ``recipe``, ``method``, ``n_train``, ``n_test``, ``n_tracked``,
+        ``n_test_tracked``, ``dimension``; ``accuracy`` with ``train`` and ``test`` (0 to 1);
+        ``memory`` with ``peak_bytes`` and ``predicted_bytes``; ``stages`` (``stage``, ``units``,
+        ``rows``, ``bytes``, ``seconds``); ``disk`` (``path``, ``bytes``, ``files``); ``helpful``
+        and ``harmful`` (rows of `top.top`, with ``original_label`` where a label is wrong on
+        purpose); ``next`` (commands to type).
+    """
+    info = run.info
+    noted = info.get("summary")
+    noted = noted if isinstance(noted, Mapping) else {}
+    methods = run.methods()
+    method = _current_method(run, methods)
+    states = stage_states(run.directory, info)
+    manifests = [m for stage in run.directory.stages() for m in run.directory.manifests(stage)]
+    peaks = [m.values["peak_bytes"] for m in manifests if m.values.get("peak_bytes")]
+    disk: dict[str, list[int]] = {}
+    for entry in {entry.path: entry for m in manifests for entry in m.files}.values():
+        sizes = disk.setdefault(_part(entry.path), [0, 0])
+        sizes[0] += entry.bytes
+        sizes[1] += 1
+    helpful, harmful = (_extremes(run, method, harmful) for harmful in (False, True))
+    return {
+        "run": run.uri,
+        "recipe": run.recipe,
+        "method": method,
+        **{key: info.get(key) for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")},
+        "accuracy": {
+            "train": _accuracy(run, noted, "train_accuracy"),
+            "test": _accuracy(run, noted, "test_accuracy"),
+        },
+        "memory": {
+            "peak_bytes": noted.get("peak_bytes") or max(peaks, default=None),
+            "predicted_bytes": noted.get("predicted_bytes") or None,
+        },
+        "stages": [
+            {"stage": s.stage, "units": s.done, "rows": s.rows, "bytes": s.bytes, "seconds": s.seconds}
+            for s in states
+            if s.done
+        ],
+        "disk": [{"path": path, "bytes": size, "files": files} for path, (size, files) in disk.items()],
+        "helpful": helpful,
+        "harmful": harmful,
+        "next": _next(run, method, methods),
+    }
+
+
+def _current_method(run: Run, methods: list[str]) -> str | None:
+    current = run.info.get("method")
+    if isinstance(current, str) and current in methods:
+        return current
+    return methods[0] if methods else None
+
+
+def _accuracy(run: Run, noted: Mapping[str, Any], key: str) -> float | None:
+    if noted.get(key) is not None:
+        return float(noted[key])
+    try:
+        values = np.asarray(run.trajectory().epochs.get(key, ()), dtype=np.float64)
+    except HydraError:
+        return None
+    known = values[np.isfinite(values)]
+    return float(known[-1]) if len(known) else None
+
+
+def _extremes(run: Run, method: str | None, harmful: bool) -> list[dict[str, Any]]:
+    if method is None:
+        return []
+    rows: list[dict[str, Any]] = run.top(EXTREMES, harmful=harmful, method=method).to_pylist()
+    noisy = run.noisy()
+    original = {} if noisy is None else dict(zip(noisy[0].tolist(), noisy[1].tolist(), strict=True))
+    for row in rows:
+        row["original_label"] = original.get(row["train_index"])
+        row["contribution"] = row["contribution"] if math.isfinite(row["contribution"]) else None
+    return rows
+
+
+def _part(path: str) -> str:
+    """Return the directory of the run that a file belongs to, as a user would name it."""
+    parts = path.split("/")
+    return "/".join(parts[:1] if parts[0].endswith(".zarr") else parts[:2])
+
+
+def _next(run: Run, method: str | None, methods: list[str]) -> list[str]:
+    """Return commands that show something at once: they are printed to be copied."""
+    if method is None:
+        return [command_line(run.info.get("spec", {}), uri=run.uri)]
+    where = shlex.quote(run.uri)
+    tests = run.contributions(method).head(1, columns=["test_index"])["test_index"].to_pylist()
+    test = f" --test {tests[0]}" if tests else ""
+    chosen = "" if method == methods[0] else f" --method {method}"
+    glob = run.directory.path("contributions", f"method={method}", "*.parquet").replace("'", "''")
+    query = (
+        f"SELECT train_index, avg(contribution) AS c FROM '{glob}' "
+        "WHERE train_label <> test_label GROUP BY 1 ORDER BY c LIMIT 10"
+    )
+    return [
+        f"hydra-pipe top {where}{test} --harmful{chosen}",
+        f"hydra-pipe verify {where}",
+        f'duckdb -c "{query}"',
+    ]

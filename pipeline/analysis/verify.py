@@ -1,0 +1,221 @@
+"""Check every file of a run against its manifest, and its contents against each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyarrow as pa
+
+from ...storage.errors import CorruptStore, HydraError
+from ...storage.files import list_files
+from . import conservation as law
+from .conservation import conservation
+from .contents import Contents
+from .status import RECORD, TEST_GRADIENTS, method_names, stage_states
+
+if TYPE_CHECKING:
+    from ...storage.rundir import FileEntry
+    from ..handle import Run
+
+__all__ = ["Progress", "Verification", "conservation", "verify"]
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes checked, bytes in all, and what is being checked."""
+
+T = TypeVar("T")
+
+_RESULTS = re.compile(
+    r"(?P<kind>trajectory\.zarr|test_gradients\.zarr|hypergradients|contributions|samples|interclass)/"
+    r"(?:method=(?P<method>[^/]+?)(?:\.zarr)?/)?"
+)
+GROUP_BYTES, GROUP_FILES = 256 << 20, 64
+"""How much is hashed between two moves of the progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        run: Where the run is.
+        files: Files checked.
+        bytes: Their size.
+        rows: Rows read, by part.
+        problems: One line each; empty when all is well.
+        notes: What was not checked and why, one line each.
+        conservation: What `conservation.conservation` returns.
+    """
+
+    run: str
+    files: int
+    bytes: int
+    rows: dict[str, int]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    conservation: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(run: Run, *, progress: Progress | None = None) -> Verification:
+    """Check a run: digests and sizes of all files, no stray files, readable stores, counts, values.
+
+    Stages that are not complete are noted and their contents are not judged; what they have
+    committed is still checked against its manifests.
+    """
+    try:
+        verifier = _Verifier(run, progress)
+    except CorruptStore as error:  # a manifest that cannot be read: nothing can be held against it
+        return Verification(
+            run=run.uri,
+            files=0,
+            bytes=0,
+            rows={},
+            problems=(_line(str(error)),),
+            notes=("nothing else is checked until every manifest can be read",),
+            conservation={"applicable": False, "reason": "a manifest is damaged"},
+        )
+    return verifier.verify()
+
+
+class _Verifier:
+    def __init__(self, run: Run, progress: Progress | None) -> None:
+        self.run = run
+        self.info = run.info
+        self.states = {state.stage: state for state in stage_states(run.directory, run.info)}
+        self.manifests = [m for stage in run.directory.stages() for m in run.directory.manifests(stage)]
+        self.sizes = {entry.path: entry.bytes for m in self.manifests for entry in m.files}
+        self.damaged: set[str] = set()
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.progress = progress
+        self.checked = 0
+
+    def verify(self) -> Verification:
+        self._files()
+        self._strays()
+        contents = Contents(self.run, self._advance)
+        for state in self.states.values():
+            if state.state != "complete":
+                of = "" if state.units is None else f" of {state.units}"
+                self.notes.append(f"{state.stage}: {state.done}{of} units committed; contents not judged")
+        if self._readable(RECORD, "trajectory.zarr"):
+            self._guard("trajectory.zarr", contents.trajectory)
+        if self._readable(TEST_GRADIENTS, "test_gradients.zarr"):
+            self._guard("test_gradients.zarr", contents.test_gradients)
+        record = not any(path.startswith("trajectory.zarr/") for path in self.damaged)
+        found: dict[str, Any] = {}
+        for method in method_names(self.info):
+            name = f"hypergradients/method={method}.zarr"
+            if self._readable(f"{method}/replay", name) and any(p.startswith(name) for p in self.sizes):
+                found |= self._guard(name, partial(contents.hypergradients, method, lawful=record)) or {}
+            if self._readable(f"{method}/reduce", *(f"{k}/method={method}" for k in _PARQUET)):
+                self._guard(f"contributions/method={method}", partial(contents.contributions, method))
+        if not found:
+            reason = law.not_applicable(self.run) or "the stores it needs are damaged"
+            found = {"applicable": False, "reason": reason}
+        return Verification(
+            run=self.run.uri,
+            files=len(self.sizes),
+            bytes=sum(self.sizes.values()),
+            rows=contents.rows,
+            # A file that two manifests list is named once.
+            problems=tuple(dict.fromkeys([*self.problems, *contents.problems])),
+            notes=tuple(self.notes),
+            conservation=found,
+        )
+
+    def _files(self) -> None:
+        """Compare every listed file's size and sha256 with its manifest."""
+        for manifest in self.manifests:
+            for files in _groups(manifest.files):
+                found = self.run.directory.check(replace(manifest, files=files), digests=True)
+                self.problems += [_line(problem) for problem in found]
+                self.damaged |= {
+                    f.path for f in files if any(line.startswith(f"{f.path}: ") for line in found)
+                }
+                self._advance(sum(f.bytes for f in files), manifest.stage)
+
+    def _strays(self) -> None:
+        """Report files in result directories that no manifest lists: readers' globs would find them."""
+        known = set(method_names(self.info))
+        waiting: dict[str, int] = {}
+        litter = self.run.directory.litter()
+        for path in list_files(self.run.uri):
+            match = _RESULTS.match(path)
+            if path in self.sizes or match is None or ".partial" in path:
+                continue
+            stage = _stage_of(match["kind"], match["method"])
+            if (match["method"] or "hydra") in known | {"hydra"} and self._state(stage) != "complete":
+                waiting[stage] = waiting.get(stage, 0) + 1
+            else:
+                self.problems.append(f"{path}: no manifest lists this file; remove it")
+        if litter:
+            self.notes.append(
+                f"{len(litter)} temporary files of an interrupted run; running it again removes them"
+            )
+        for stage, count in waiting.items():
+            self.notes.append(f"{stage}: {count} files are not committed yet")
+
+    def _state(self, stage: str) -> str:
+        return self.states[stage].state if stage in self.states else "missing"
+
+    def _readable(self, stage: str, *names: str) -> bool:
+        """Whether the contents are to be judged: the stage is complete and no file of it damaged."""
+        if self._state(stage) != "complete":
+            return False
+        if any(path.startswith(name + "/") for path in self.damaged for name in names):
+            self.notes.append(f"{names[0]}: contents not judged, because files of it are damaged")
+            return False
+        return True
+
+    def _guard(self, name: str, check: Callable[[], T]) -> T | None:
+        """Run one check; whatever it raises is a problem of the run and not of the program."""
+        try:
+            return check()
+        except HydraError as error:
+            self.problems.append(_line(str(error)))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException) as error:
+            self.problems.append(_line(f"{name}: cannot be read: {type(error).__name__}: {error}"))
+        return None
+
+    def _advance(self, count: int, what: str) -> None:
+        self.checked += count
+        if self.progress is not None:
+            # Stores are read a second time for their contents: twice the bytes is the closest bound.
+            total = 2 * sum(self.sizes.values())
+            self.progress(min(self.checked, total), total, what)
+
+
+_PARQUET = ("contributions", "samples", "interclass")
+
+
+def _stage_of(kind: str, method: str | None) -> str:
+    if kind == "trajectory.zarr":
+        return RECORD
+    if kind == "test_gradients.zarr":
+        return TEST_GRADIENTS
+    return f"{method}/{'replay' if kind == 'hypergradients' else 'reduce'}"
+
+
+def _groups(files: Sequence[FileEntry]) -> Iterator[tuple[FileEntry, ...]]:
+    """Split files so that several are hashed at a time and progress still moves."""
+    group: list[FileEntry] = []
+    for entry in files:
+        group.append(entry)
+        if sum(f.bytes for f in group) >= GROUP_BYTES or len(group) == GROUP_FILES:
+            yield tuple(group)
+            group = []
+    if group:
+        yield tuple(group)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

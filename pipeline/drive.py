@@ -1,0 +1,409 @@
+"""The driver: record, test gradients, replay, reduce; resume; refuse what cannot work.
+
+A run flows one way and every unit commits its own results, so driving is: find which units have no
+valid manifest, have the executor do those, and note the state in ``run.json``. Running the same
+specification again therefore resumes, whatever killed the last attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from ..storage.errors import IncompleteStage, SpecError, SpecMismatch
+from ..storage.rows import RowStore
+from ..storage.rundir import RunDirectory
+from ..storage.trajectory import open_trajectory
+from ..storage.uri import is_local
+from .events import (
+    Note,
+    Observer,
+    RunFinished,
+    RunStarted,
+    StageFinished,
+    StageStarted,
+    UnitSkipped,
+    null,
+)
+from .executors import make_executor
+from .handle import Run, open_run
+from .plan import Plan, Shard, cut
+from .raysetup import inside_ray_job
+from .reduce import ReduceJob, interclass_table
+from .spec import RunSpec
+from .survey import Survey, compute_of, survey
+from .tasks import RECORD, REDUCE, REPLAY, STAGES, TEST_GRADIENTS, Tasks
+from .units import Executor, Unit
+
+__all__ = ["STAGES", "run"]
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index"
+"""Unit that commits a store's metadata and per-row columns."""
+
+
+def run(
+    spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str] | None = None
+) -> Run:
+    """Do, or go on with, the run that ``spec`` asks for.
+
+    Args:
+        spec: What to run and where.
+        observer: Hears of everything that happens.
+        stages: Only these stages of ``STAGES``; what they need must have been committed. Default: all.
+
+    Returns:
+        The run, opened for reading.
+
+    Raises:
+        SpecMismatch: The directory holds a run of another specification (and not ``overwrite``).
+        IncompleteStage: A stage was asked for whose input is not there.
+        HydraError: Whatever went wrong on the way; committed work is kept.
+    """
+    observer = observer or null
+    _refuse_unsupported(spec)
+    looked = survey(spec)
+    directory = RunDirectory(_place(spec, looked))
+    stored = _stored(directory, spec, observer)
+    executor = make_executor(spec)
+    try:
+        # A resumed run keeps the cut it began with, whatever `auto` would choose today.
+        fixed = stored.get("layout", {}).get("shards") if stored else None
+        plan = cut(spec, looked, executor.capacity(start=False), shards=fixed)
+        observer(RunStarted(uri=directory.uri, recipe=looked.recipe.name, resumed=stored is not None))
+        driver = _Driver(spec, looked, plan, directory, executor, observer, stored or {})
+        driver.drive(tuple(stages or STAGES))
+    finally:
+        executor.close()
+    finished = open_run(directory.uri)
+    observer(RunFinished(summary=finished.summary()))
+    return finished
+
+
+def _refuse_unsupported(spec: RunSpec) -> None:
+    if spec.mode != "forward":
+        raise SpecError(f"mode {spec.mode!r} is not available in this version; use mode 'forward'")
+    if spec.hessian != "none" or spec.exact_rank:
+        raise SpecError(
+            f"hessian {spec.hessian!r} is not available in this version; use hessian 'none' (exact_rank 0)"
+        )
+
+
+def _place(spec: RunSpec, looked: Survey) -> str:
+    out = spec.out or f"runs/{looked.recipe.name}"
+    if inside_ray_job() and "://" not in out and not out.startswith("/"):
+        raise SpecError(
+            f"--out {out}: a relative path inside a submitted Ray job is lost with the job's working copy; "
+            "use an absolute path on shared storage, or s3://, gs://"
+        )
+    if out.startswith("memory:") and spec.executor == "ray":
+        raise SpecError(
+            f"--out {out}: memory:// lives in one process and Ray workers are others; use --executor serial"
+        )
+    return out
+
+
+def _stored(directory: RunDirectory, spec: RunSpec, observer: Observer) -> dict[str, Any] | None:
+    """Return run.json of a run to go on with, None for a fresh start."""
+    if not directory.exists():
+        return None
+    stored = directory.read()
+    differing = spec.differences(stored.get("identity", {}))
+    if not differing:
+        return stored
+    if not spec.overwrite:
+        raise SpecMismatch(
+            f"{directory.uri} holds a run of another specification ({'; '.join(differing)}); "
+            "use another --out, the stored values, or --overwrite to replace it"
+        )
+    directory.delete_results()
+    observer(Note(message=f"replaced the run at {directory.uri}"))
+    return None
+
+
+class _Driver:
+    """One pass over the stages of one run."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        looked: Survey,
+        plan: Plan,
+        directory: RunDirectory,
+        executor: Executor,
+        observer: Observer,
+        stored: Mapping[str, Any],
+    ) -> None:
+        self.spec, self.looked, self.plan = spec, looked, plan
+        self.directory, self.executor, self.observer = directory, executor, observer
+        self.method = spec.method
+        self.replay_stage, self.reduce_stage = f"{self.method}/{REPLAY}", f"{self.method}/{REDUCE}"
+        self.info = self._info(stored)
+
+    def drive(self, stages: Sequence[str]) -> None:
+        """Do the given stages in order."""
+        unknown = [stage for stage in stages if stage not in STAGES]
+        if unknown:
+            raise SpecError(f"stage {unknown[0]!r} is not one of {', '.join(STAGES)}")
+        self.directory.clear_litter()
+        self.directory.write(self.info)
+        steps: dict[str, Callable[[], None]] = {
+            RECORD: self._record,
+            TEST_GRADIENTS: self._test_gradients,
+            REPLAY: self._replay,
+            REDUCE: self._reduce,
+        }
+        for stage in STAGES:
+            if stage in stages:
+                steps[stage]()
+        self._close()
+
+    # ------------------------------------------------------------------ stages
+
+    def _record(self) -> None:
+        units = [Unit(stage=RECORD, name="trajectory", arguments={})]
+        self._stage(RECORD, units, self.plan.steps, "step")
+
+    def _test_gradients(self) -> None:
+        self._needs(RECORD, "trajectory", "record")
+        plan, looked = self.plan, self.looked
+        store_uri = self.directory.path("test_gradients.zarr")
+        if self.directory.manifest(TEST_GRADIENTS, INDEX) is None:
+            unknown = np.full(plan.n_tested, -1, dtype=np.int16)
+            RowStore.create(
+                store_uri,
+                name="gradient",
+                rows=plan.n_tested,
+                columns=plan.dimension,
+                dtype=self.spec.dtype,
+                chunk_rows=plan.test_chunk_rows,
+                row_columns={
+                    "test_index": looked.tested.astype(np.int32),
+                    "loss": np.full(plan.n_tested, np.nan),
+                    "label": unknown,
+                    "prediction": unknown.copy(),
+                },
+                attrs={"n_test": plan.n_test},
+            )
+        units = _units(TEST_GRADIENTS, plan.test_blocks)
+        self._stage(TEST_GRADIENTS, units, plan.n_tested, "row", extra=1)
+        if self._valid(TEST_GRADIENTS, INDEX):
+            return
+        store = RowStore.open(store_uri, "gradient")
+        for unit in units:
+            manifest = self.directory.manifest(TEST_GRADIENTS, unit.name)
+            assert manifest is not None
+            for column, dtype in (("loss", np.float64), ("label", np.int16), ("prediction", np.int16)):
+                values = np.asarray(manifest.values[column], dtype=dtype)
+                store.write_column(column, values, start=int(manifest.values["start"]))
+        self._commit_index(TEST_GRADIENTS, "test_gradients.zarr", store)
+
+    def _replay(self) -> None:
+        self._needs(RECORD, "trajectory", "record")
+        plan = self.plan
+        base = f"hypergradients/method={self.method}.zarr"
+        store = RowStore.create(
+            self.directory.path(*base.split("/")),
+            name="hypergradient",
+            rows=plan.n_tracked,
+            columns=plan.dimension,
+            dtype=self.spec.dtype,
+            chunk_rows=plan.chunk_rows,
+            row_columns={"train_index": self.looked.tracked.astype(np.int32)},
+            attrs={"n_train": plan.n_train, "method": self.method},
+        )
+        if not self._valid(self.replay_stage, INDEX):
+            self._commit_index(self.replay_stage, base, store)
+        units = _units(self.replay_stage, plan.shards)
+        self._stage(self.replay_stage, units, plan.steps * len(units), "step", extra=1)
+
+    def _reduce(self) -> None:
+        self._needs(TEST_GRADIENTS, INDEX, "run")
+        for shard in self.plan.shards:
+            self._needs(self.replay_stage, shard.name, "replay")
+        units = _units(self.reduce_stage, self.plan.reduce_blocks)
+        done = self._stage(self.reduce_stage, units, self.plan.n_tracked, "row", extra=1)
+        if not done and self._valid(self.reduce_stage, "interclass"):
+            return
+        from ..storage import contributions as parquet
+
+        manifests = [self.directory.manifest(self.reduce_stage, unit.name) for unit in units]
+        table = interclass_table([m.values["interclass"] for m in manifests if m is not None])
+        relative = f"interclass/method={self.method}/part-00000.parquet"
+        parquet.write_table(self.directory.path(*relative.split("/")), table, parquet.INTERCLASS)
+        self.directory.commit(self.reduce_stage, "interclass", [relative], {})
+
+    # ------------------------------------------------------------------ mechanics
+
+    def _stage(self, stage: str, units: Sequence[Unit], total: int, label: str, extra: int = 0) -> list[str]:
+        """Do the units of a stage that have no valid manifest; return their names."""
+        begun = time.monotonic()
+        self.info["stages"].setdefault(stage, {})["units"] = len(units) + extra
+        self.observer(StageStarted(stage=stage, units=len(units), total=total, unit_label=label))
+        todo = []
+        for unit in units:
+            if self._valid(stage, unit.name):
+                self.observer(UnitSkipped(stage=stage, unit=unit.name))
+            else:
+                todo.append(unit)
+        if todo:
+            if stage == RECORD:
+                self._forget_what_followed()
+            self.executor.run(stage, todo, self._tasks(stage), self.observer)
+        seconds = time.monotonic() - begun
+        if todo:
+            entry = self.info["stages"][stage]
+            entry["seconds"] = entry.get("seconds", 0.0) + seconds
+            self.directory.write(self.info)
+        self.observer(StageFinished(stage=stage, seconds=seconds))
+        return [unit.name for unit in todo]
+
+    def _forget_what_followed(self) -> None:
+        """A new record makes everything computed from an older one void."""
+        for stage in self.directory.stages():
+            if stage != RECORD:
+                self.directory.drop(stage)
+
+    def _valid(self, stage: str, unit: str) -> bool:
+        """Whether a unit is committed and its files are what was committed; else forget it."""
+        manifest = self.directory.manifest(stage, unit)
+        if manifest is None:
+            return False
+        problems = self.directory.check(manifest, digests=is_local(self.directory.uri))
+        if not problems:
+            return True
+        self.observer(Note(message=f"{stage} {unit} is done again: {problems[0]}"))
+        self.directory.drop(stage, unit)
+        return False
+
+    def _needs(self, stage: str, unit: str, command: str) -> None:
+        if self.directory.manifest(stage, unit) is None:
+            raise IncompleteStage(
+                f"{self.directory.uri}: stage {stage} has not finished {unit}; "
+                f"run `hydra-pipe {command}` with the same options first"
+            )
+
+    def _commit_index(self, stage: str, base: str, store: RowStore) -> None:
+        self.directory.commit(stage, INDEX, [f"{base}/{name}" for name in store.metadata_files()], {})
+
+    def _tasks(self, stage: str) -> Tasks:
+        looked, plan = self.looked, self.plan
+        visits = np.zeros(plan.n_tracked, dtype=np.int64)
+        if stage == self.reduce_stage:
+            batches = open_trajectory(self.directory.path("trajectory.zarr")).batches
+            counts = np.bincount(batches[batches >= 0], minlength=plan.n_train)
+            visits = counts[looked.tracked]
+        shard_of = np.concatenate(
+            [np.full(s.stop - s.start, k, dtype=np.int64) for k, s in enumerate(plan.shards)]
+        )
+        return Tasks(
+            uri=self.directory.uri,
+            recipe=looked.recipe,
+            compute=compute_of(self.spec),
+            method=self.method,
+            tracked=looked.tracked,
+            tested=looked.tested,
+            checkpoint_every=self.spec.checkpoint_every,
+            job=ReduceJob(
+                method=self.method,
+                tiles=plan.reduce,
+                n_train=plan.n_train,
+                train_labels=looked.train_labels[looked.tracked],
+                visits=visits,
+                shard_of=shard_of,
+            ),
+        )
+
+    def _info(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        spec, looked, plan = self.spec, self.looked, self.plan
+        methods = {**stored.get("methods", {})}
+        methods.setdefault(self.method, {"state": "partial"})
+        return {
+            "format": 1,
+            "spec": _spec_dict(spec),
+            "identity": stored.get("identity") or spec.identity(),
+            "recipe": {
+                "name": looked.recipe.name,
+                "class": f"{type(looked.recipe).__module__}:{type(looked.recipe).__qualname__}",
+                "arguments": dict(spec.recipe_args) or dict(looked.recipe.arguments()),
+                "epochs": looked.recipe.epochs,
+                "batch_size": looked.recipe.batch_size,
+                "seed": looked.recipe.seed,
+            },
+            "n_train": plan.n_train,
+            "n_test": plan.n_test,
+            "n_tracked": plan.n_tracked,
+            "n_test_tracked": plan.n_tested,
+            "dimension": plan.dimension,
+            "steps": plan.steps,
+            "method": self.method,
+            "conservation": looked.conservation,
+            "strategies": looked.strategies,
+            "versions": _versions(),
+            "layout": {
+                "shards": len(plan.shards),
+                "chunk_rows": plan.chunk_rows,
+                "test_chunk_rows": plan.test_chunk_rows,
+            },
+            "plan": plan.as_dict(),
+            "methods": methods,
+            "stages": {k: dict(v) for k, v in stored.get("stages", {}).items()},
+            "summary": dict(stored.get("summary", {})),
+        }
+
+    def _close(self) -> None:
+        """Note states and how close the plan was."""
+        if self.directory.manifest(self.reduce_stage, "interclass") is not None:
+            self.info["methods"][self.method]["state"] = "complete"
+        manifests = [m for stage in self.directory.stages() for m in self.directory.manifests(stage)]
+        record = self.directory.manifest(RECORD, "trajectory")
+        closing = dict(record.values) if record else {}
+        predicted = self.plan.memory
+        self.info["summary"] = {
+            **{k: v for k, v in closing.items() if k.endswith(("_accuracy", "_loss"))},
+            "peak_bytes": max((m.values.get("peak_bytes", 0) for m in manifests), default=0),
+            "predicted_bytes": max(
+                predicted["replay worker"],
+                predicted["test-gradients worker"],
+                predicted["reduce worker"],
+            ),
+            "disk_bytes": sum(e.bytes for m in manifests for e in m.files),
+            "predicted_disk_bytes": self.plan.disk["total"],
+            "seconds": sum(v.get("seconds", 0.0) for v in self.info["stages"].values()),
+            "predicted_seconds": self.plan.seconds.get("total"),
+        }
+        if record is not None:
+            trajectory = open_trajectory(self.directory.path("trajectory.zarr"))
+            self.info["environment"] = trajectory.attrs.get("environment", {})
+        self.directory.write(self.info)
+
+
+def _units(stage: str, spans: Sequence[Shard]) -> list[Unit]:
+    return [
+        Unit(stage=stage, name=span.name, arguments={"start": span.start, "stop": span.stop})
+        for span in spans
+    ]
+
+
+def _spec_dict(spec: RunSpec) -> dict[str, Any]:
+    from dataclasses import fields
+
+    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    values["recipe"] = spec.recipe_reference
+    values["recipe_args"] = dict(spec.recipe_args)
+    for name in ("track", "test"):
+        if not isinstance(values[name], str):
+            values[name] = [int(v) for v in values[name]]
+    return values
+
+
+def _versions() -> dict[str, str]:
+    names = ("hydra-pipe", "torch", "ray", "zarr", "numcodecs", "pyarrow", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}

@@ -1,0 +1,186 @@
+"""A finished or half-finished run, opened for reading.
+
+Everything here reads what manifests vouch for and nothing else: a part whose stage is not
+committed raises `IncompleteStage` instead of returning half a result. Letters: N training
+samples, M test samples, D trainable parameters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..storage.errors import IncompleteStage, InputError, RunNotFound
+from ..storage.rundir import RunDirectory
+from ..storage.uri import check_uri
+from .analysis.status import TEST_GRADIENTS, method_names, stage_state
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.dataset as pa_dataset
+    import zarr
+
+    from ..storage.rows import RowStore
+    from ..storage.trajectory import Trajectory
+
+
+class Run:
+    """One run directory, read-only; made by `open_run` and by ``hydra_pipe.run``.
+
+    Attributes:
+        uri: Where the run is.
+        directory: The run directory with its manifests.
+        info: The contents of ``run.json`` when the run was opened.
+    """
+
+    def __init__(self, directory: RunDirectory, info: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.uri: str = directory.uri
+        self.info: dict[str, Any] = dict(info)
+
+    def __repr__(self) -> str:
+        return f"Run({self.uri!r}, recipe={self.recipe!r}, methods={self.methods()})"
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe that was run."""
+        recipe = self.info.get("recipe", {})
+        return str(recipe.get("name", "?")) if isinstance(recipe, Mapping) else str(recipe)
+
+    def methods(self) -> list[str]:
+        """Return the estimators whose results are complete, ``hydra`` first."""
+        return [m for m in method_names(self.info) if self._state(f"{m}/reduce") == "complete"]
+
+    def method(self, method: str | None = None) -> str:
+        """Return ``method``, or the default one: the only one there is, otherwise ``hydra`` first.
+
+        Raises:
+            InputError: The run has no such method.
+            IncompleteStage: The method's results are not complete.
+        """
+        complete, known = self.methods(), method_names(self.info)
+        if method is None:
+            if complete:
+                return complete[0]
+            method = known[0] if known else "hydra"
+        elif method not in known:
+            raise InputError(f"{self.uri} has no method {method!r}; it has {', '.join(known) or 'none'}")
+        if method not in complete:
+            raise self._incomplete(f"{method}/reduce")
+        return method
+
+    def contributions(self, method: str | None = None) -> pa_dataset.Dataset:
+        """Return all C(i, j) of a method: one row a (train_index, test_index).
+
+        Columns: ``train_index``, ``test_index`` int32, ``train_label``, ``test_label`` int16 (-1:
+        none), ``contribution`` float32, ``method`` (partition). Files are sorted by (test_index,
+        train_index), so that a filter on ``test_index`` reads little.
+        """
+        return self._dataset("contributions", method)
+
+    def samples(self, method: str | None = None) -> pa.Table:
+        """Return one row a training sample, sorted by ``train_index``.
+
+        Columns: ``train_index``, ``label``, ``visits``, ``contribution`` (Eq. 7: the mean over the
+        test samples), ``contribution_std``, ``shard``.
+        """
+        return _sorted(self._dataset("samples", method), "train_index")
+
+    def interclass(self, method: str | None = None) -> pa.Table:
+        """Return Eq. 23: one row a (train_class, test_class), sorted by both."""
+        return _sorted(self._dataset("interclass", method), "train_class", "test_class")
+
+    def hypergradients(self, method: str = "hydra") -> zarr.Array[Any]:
+        """Return the hypergradients, shape (n_tracked, D); row r is that of ``train_index[r]``."""
+        return self.hypergradient_store(method).array
+
+    def hypergradient_store(self, method: str = "hydra") -> RowStore:
+        """Return the store behind `hypergradients`, with its ``train_index`` column."""
+        from ..storage.rows import RowStore
+
+        self._require(f"{method}/replay")
+        return RowStore.open(self.directory.path("hypergradients", f"method={method}.zarr"), "hypergradient")
+
+    def test_gradients(self) -> RowStore:
+        """Return the test gradients, (n_test_tracked, D), as a `RowStore`.
+
+        Columns: ``test_index``, ``loss``, ``label``, ``prediction`` (-1: none).
+        """
+        from ..storage.rows import RowStore
+
+        self._require(TEST_GRADIENTS)
+        return RowStore.open(self.directory.path("test_gradients.zarr"), "gradient")
+
+    def trajectory(self) -> Trajectory:
+        """Return the recorded training run."""
+        from ..storage.trajectory import open_trajectory
+
+        self._require("record")
+        return open_trajectory(self.directory.path("trajectory.zarr"))
+
+    def noisy(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return (train_index, original_label) of labels that are wrong on purpose, or None."""
+        return self.trajectory().noisy
+
+    def top(
+        self, k: int = 10, test: int | None = None, harmful: bool = False, method: str | None = None
+    ) -> pa.Table:
+        """Return the ``k`` most helpful (or most harmful) training samples; see `analysis.top.top`."""
+        from .analysis.top import top
+
+        return top(self, k=k, test=test, harmful=harmful, method=method)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the closing summary as JSON-able values; see `analysis.summary.summary`."""
+        from .analysis.summary import summary
+
+        return summary(self)
+
+    def _dataset(self, kind: str, method: str | None) -> pa_dataset.Dataset:
+        from ..storage import contributions
+
+        # Typed as Any: the literal kinds of `dataset` are the three names passed in above.
+        kind_name: Any = kind
+        return contributions.dataset(self.uri, kind_name, self.method(method))
+
+    def _state(self, stage: str) -> str:
+        return stage_state(self.directory, self.info, stage).state
+
+    def _require(self, stage: str) -> None:
+        if self._state(stage) != "complete":
+            raise self._incomplete(stage)
+
+    def _incomplete(self, stage: str) -> IncompleteStage:
+        state = stage_state(self.directory, self.info, stage)
+        done = f"{state.done} of {'?' if state.units is None else state.units} units are committed"
+        return IncompleteStage(
+            f"{self.uri}: stage {stage} is {state.state} ({done}); "
+            f"`hydra-pipe status {self.uri}` shows the command that resumes it"
+        )
+
+
+def open_run(uri: str | os.PathLike[str]) -> Run:
+    """Open a run directory for reading.
+
+    Args:
+        uri: Local path or ``s3://``, ``gs://``, ``az://`` address, as given to ``--out``.
+
+    Raises:
+        SpecError: The address is of a kind that is not allowed.
+        RunNotFound: There is no run.
+        CorruptStore: ``run.json`` cannot be read.
+    """
+    directory = RunDirectory(check_uri(uri))
+    if not directory.exists():
+        raise RunNotFound(
+            f"no run at {directory.uri}: run.json is missing there; make one with "
+            f"`hydra-pipe run --out {directory.uri}`, or check the path"
+        )
+    return Run(directory, directory.read())
+
+
+def _sorted(dataset: pa_dataset.Dataset, *keys: str) -> pa.Table:
+    columns = [name for name in dataset.schema.names if name != "method"]
+    return dataset.to_table(columns=columns).sort_by([(key, "ascending") for key in keys])

@@ -1,0 +1,184 @@
+"""One unit of the reduce stage: a block of tracked samples joined with every test sample.
+
+Both stores are streamed: a strip of hypergradients at a time, panels of test gradients read ahead,
+the contributions of the unit held until its Parquet files are full. Letters as in ``plan``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from ..storage import contributions as parquet
+from ..storage.errors import CorruptStore
+from ..storage.rows import RowStore
+from ..storage.rundir import RunDirectory
+from ..workers.join import Panels, contributions
+from .plan import ReduceTiles
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReduceJob:
+    """What every reduce unit of a run shares.
+
+    Attributes:
+        method: Name of the estimator, as in ``method=``.
+        tiles: How the join is cut.
+        n_train: N, the divisor of Eq. 8.
+        train_labels: Label per tracked sample, (n,), -1: none.
+        visits: How often each tracked sample was trained on, (n,).
+        shard_of: Shard of each tracked sample, (n,).
+    """
+
+    method: str
+    tiles: ReduceTiles
+    n_train: int
+    train_labels: Integers
+    visits: Integers
+    shard_of: Integers
+
+
+def bounds(total: int, size: int) -> list[tuple[int, int]]:
+    """Cut ``range(total)`` into spans of ``size``."""
+    return [(start, min(total, start + size)) for start in range(0, total, size)]
+
+
+def reduce_rows(
+    run: RunDirectory,
+    job: ReduceJob,
+    name: str,
+    start: int,
+    stop: int,
+    device: torch.device,
+    report: Callable[[int, int], None],
+) -> tuple[list[str], dict[str, Any]]:
+    """Join tracked rows ``start`` to ``stop`` and write their Parquet files.
+
+    Returns:
+        The files written, relative to the run, and the unit's values: rows, and the sums and counts
+        of its contributions by (train class, test class) for Eq. 23.
+
+    Raises:
+        CorruptStore: A contribution is not finite.
+    """
+    hypergradients = RowStore.open(run.path("hypergradients", f"method={job.method}.zarr"), "hypergradient")
+    gradients = RowStore.open(run.path("test_gradients.zarr"), "gradient")
+    panels = Panels(gradients.read, bounds(gradients.rows, job.tiles.panel_rows), device)
+    block = np.empty((stop - start, gradients.rows), dtype=hypergradients.dtype)
+    for first in range(start, stop, job.tiles.strip_rows):
+        last = min(stop, first + job.tiles.strip_rows)
+        contributions(hypergradients.read(first, last), panels, job.n_train, block[first - start : last - start])
+        report(last - start, stop - start)
+    if not np.isfinite(block).all():
+        row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))
+        raise CorruptStore(
+            f"the contribution of tracked row {start + row} to test row {column} is not finite; "
+            "run hydra-pipe verify, then replay again"
+        )
+    index = hypergradients.column("train_index")[start:stop]
+    labels = job.train_labels[start:stop]
+    test_index, test_label = gradients.column("test_index"), gradients.column("label")
+    files = _write_tiles(run, job, name, block, index, labels, test_index, test_label)
+    files.append(_write_samples(run, job, name, block, index, start, stop))
+    return files, {"rows": stop - start, "interclass": class_sums(block, labels, test_label)}
+
+
+def _write_tiles(
+    run: RunDirectory,
+    job: ReduceJob,
+    name: str,
+    block: Floats,
+    index: Integers,
+    labels: Integers,
+    test_index: Integers,
+    test_label: Integers,
+) -> list[str]:
+    files = []
+    for k, (first, last) in enumerate(bounds(block.shape[1], job.tiles.file_tests)):
+        relative = f"contributions/method={job.method}/part-{name.split('-')[-1]}-{k:05d}.parquet"
+        parquet.write_tile(
+            run.path(*relative.split("/")),
+            train_index=index,
+            test_index=test_index[first:last],
+            train_label=labels,
+            test_label=test_label[first:last],
+            contribution=block[:, first:last].astype(np.float32),
+        )
+        files.append(relative)
+    return files
+
+
+def _write_samples(
+    run: RunDirectory, job: ReduceJob, name: str, block: Floats, index: Integers, start: int, stop: int
+) -> str:
+    relative = f"samples/method={job.method}/part-{name.split('-')[-1]}.parquet"
+    table = pa.table(
+        {
+            "train_index": index,
+            "label": job.train_labels[start:stop],
+            "visits": job.visits[start:stop],
+            "contribution": block.mean(axis=1, dtype=np.float64),
+            "contribution_std": block.std(axis=1, dtype=np.float64),
+            "shard": job.shard_of[start:stop],
+        }
+    )
+    parquet.write_table(run.path(*relative.split("/")), table.cast(parquet.SAMPLES), parquet.SAMPLES)
+    return relative
+
+
+def class_sums(block: Floats, train_label: Integers, test_label: Integers) -> list[list[float]]:
+    """Return [train class, test class, sum of contributions, pairs] for each pair of classes."""
+    rows = []
+    for test_class in np.unique(test_label):
+        total = block[:, test_label == test_class].sum(axis=1, dtype=np.float64)
+        width = int((test_label == test_class).sum())
+        for train_class in np.unique(train_label):
+            chosen = train_label == train_class
+            rows.append(
+                [int(train_class), int(test_class), float(total[chosen].sum()), int(chosen.sum()) * width]
+            )
+    return rows
+
+
+def interclass_table(parts: list[list[list[float]]]) -> pa.Table:
+    """Merge the units' class sums into the class-by-class table of Eq. 23.
+
+    ``contribution`` is the mean over all pairs of samples of the two classes; ``normalized`` divides
+    it by the square root of (its column's sum times its row's sum) of the matrix of means, as the
+    paper does, and is NaN where that product is not positive.
+    """
+    sums: dict[tuple[int, int], list[float]] = {}
+    for part in parts:
+        for train_class, test_class, total, pairs in part:
+            entry = sums.setdefault((int(train_class), int(test_class)), [0.0, 0.0])
+            entry[0] += total
+            entry[1] += pairs
+    keys = sorted(sums)
+    means = {key: sums[key][0] / sums[key][1] for key in keys}
+    row_sum: dict[int, float] = {}
+    column_sum: dict[int, float] = {}
+    for (train_class, test_class), mean in means.items():
+        row_sum[train_class] = row_sum.get(train_class, 0.0) + mean
+        column_sum[test_class] = column_sum.get(test_class, 0.0) + mean
+    normalized = []
+    for key in keys:
+        product = row_sum[key[0]] * column_sum[key[1]]
+        normalized.append(means[key] / product**0.5 if product > 0 else float("nan"))
+    return pa.table(
+        {
+            "train_class": [key[0] for key in keys],
+            "test_class": [key[1] for key in keys],
+            "pairs": [int(sums[key][1]) for key in keys],
+            "contribution": [means[key] for key in keys],
+            "normalized": normalized,
+        }
+    ).cast(parquet.INTERCLASS)

@@ -1,0 +1,214 @@
+"""RunSpec: everything a run can be asked for, checked when it is made.
+
+The fields are the options of ``hydra-pipe run``. ``spec_file.py`` reads them from TOML.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from ..storage.errors import SpecError
+from . import checks
+
+Method = Literal["hydra", "hydra-ekfac", "hydra-exact"]
+
+_METHODS: dict[str, Method] = {"none": "hydra", "ekfac": "hydra-ekfac", "exact": "hydra-exact"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """What to run, and where. Immutable; ``dataclasses.replace`` makes a changed, checked copy.
+
+    Attributes:
+        recipe: Built-in name, ``module:Class``, ``path/to/file.py:Class``, or a Recipe instance.
+        recipe_args: Keyword arguments of the recipe's constructor; JSON-able. Not with an instance.
+        out: Run directory, local path or URI; None: ``runs/<recipe name>``.
+        shards: How many shards the tracked samples are cut into, or ``auto``.
+        track: Which training samples: ``all``, N, ``A:B``, ``F%``, a file, or positions.
+        test: Which test samples, likewise.
+        mode: ``forward`` or ``adjoint``.
+        hessian: ``none``, ``ekfac`` or ``exact``.
+        exact_rank: With ``ekfac``: directions along which contributions are corrected exactly.
+        dtype: ``float32`` or ``float64``, of training and hypergradients.
+        epochs: Passes over the training dataset; None: the recipe's.
+        batch_size: Samples a step; None: the recipe's.
+        seed: Seed of the training; None: the recipe's.
+        executor: ``ray`` or ``serial``.
+        address: Ray cluster, ``host:port``, ``auto`` or ``local``; None: ``RAY_ADDRESS``, then a
+            running local cluster, then a new one.
+        gpus_per_actor: GPUs a worker holds; None: 1 where the cluster has GPUs, else 0.
+        cpus_per_actor: CPUs a worker holds.
+        workers: Most workers at a time; None: as many as fit.
+        threads: torch threads of every process that computes; None: the whole part of
+            ``cpus_per_actor``, at least 1.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        overwrite: Replace a run whose spec differs.
+        batch_norm: ``constant``: batch statistics held constant in per-sample gradients;
+            ``coupled``: differentiated through.
+        memory: Main memory one worker may use, bytes; None: measured. Text such as ``"4GiB"`` is
+            turned into bytes.
+        reduce_memory: Memory of one reduce worker's tile, bytes or text; fixes the tiles.
+        checkpoint_every: Steps between checkpoints of the record; None: chosen by the plan.
+        max_attempts: How often a unit is tried when its workers die.
+        start_timeout: Seconds to wait for the first worker.
+
+    Raises:
+        SpecError: A field is wrong; the message has its value, the limit and the remedy.
+    """
+
+    recipe: str | Any = "digits"
+    recipe_args: Mapping[str, Any] = field(default_factory=dict)
+    out: str | None = None
+    shards: int | str = "auto"
+    track: str | Sequence[int] = "all"
+    test: str | Sequence[int] = "all"
+    mode: Literal["forward", "adjoint"] = "forward"
+    hessian: Literal["none", "ekfac", "exact"] = "none"
+    exact_rank: int = 0
+    dtype: Literal["float32", "float64"] = "float32"
+    epochs: int | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    executor: Literal["ray", "serial"] = "ray"
+    address: str | None = None
+    gpus_per_actor: float | None = None
+    cpus_per_actor: float = 1
+    workers: int | None = None
+    threads: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    overwrite: bool = False
+    batch_norm: Literal["constant", "coupled"] = "constant"
+    memory: int | None = None
+    reduce_memory: int = 1 << 30
+    checkpoint_every: int | None = None
+    max_attempts: int = 3
+    start_timeout: float = 120.0
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = checks.CHECKS[entry.name](entry.name, getattr(self, entry.name))
+            object.__setattr__(self, entry.name, value)
+        if not isinstance(self.recipe, str) and self.recipe_args:
+            raise SpecError(
+                f"recipe_args {sorted(self.recipe_args)}: a Recipe instance takes none; "
+                "pass them to its constructor"
+            )
+        if self.exact_rank and self.hessian != "ekfac":
+            raise SpecError(
+                f"exact_rank {self.exact_rank}: only hessian='ekfac' is corrected, not {self.hessian!r}; "
+                "use hessian='ekfac' or exact_rank=0"
+            )
+
+    @property
+    def method(self) -> Method:
+        """Name of the results in the run directory: ``method=`` of the Hive partitions."""
+        return _METHODS[self.hessian]
+
+    @property
+    def torch_threads(self) -> int:
+        """Torch threads of every process that computes."""
+        return self.threads if self.threads is not None else max(1, int(self.cpus_per_actor))
+
+    @property
+    def recipe_reference(self) -> str:
+        """The recipe as text: what was given, or ``module:Class`` of an instance."""
+        if isinstance(self.recipe, str):
+            return self.recipe
+        kind = type(self.recipe)
+        return f"{kind.__module__}:{kind.__qualname__}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide the numbers of a run, JSON-able, by name.
+
+        Where the work is done, how often it is retried, and the methods computed from one record
+        (``mode``, ``hessian``, ``exact_rank``) are not among them.
+        """
+        arguments = self.recipe_args
+        if not isinstance(self.recipe, str):
+            arguments = self.recipe.arguments() if hasattr(self.recipe, "arguments") else {}
+        identity = {
+            "recipe": self.recipe_reference,
+            "recipe_args": dict(arguments),
+            "track": self.track,
+            "test": self.test,
+            "dtype": self.dtype,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "threads": self.torch_threads,
+            "device": self.device,
+            "batch_norm": self.batch_norm,
+            "shards": self.shards,
+            "reduce_memory": self.reduce_memory,
+            "checkpoint_every": self.checkpoint_every,
+        }
+        return {name: _plain(name, value) for name, value in identity.items()}
+
+    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+        """Compare with an identity read back from a run; return one line a field that differs.
+
+        Args:
+            stored: What :meth:`identity` returned for the stored run, after JSON.
+        """
+        asked = self.identity()
+        names = [*asked, *(name for name in stored if name not in asked)]
+        return [
+            f"{name}: stored {_short(stored, name)}, asked {_short(asked, name)}"
+            for name in names
+            if name not in stored or name not in asked or stored[name] != asked[name]
+        ]
+
+    @classmethod
+    def from_toml(cls, path: str, **overrides: Any) -> RunSpec:
+        """Read a spec from a TOML file; see :func:`load_toml`.
+
+        Args:
+            path: The file.
+            overrides: Fields that win over the file; ``recipe_args`` is merged key by key.
+        """
+        values = load_toml(path)
+        if "recipe_args" in values and "recipe_args" in overrides:
+            overrides["recipe_args"] = {**values["recipe_args"], **overrides["recipe_args"]}
+        return cls(**{**values, **overrides})
+
+
+def load_toml(path: str) -> dict[str, Any]:
+    """Read the keyword arguments of :class:`RunSpec` from a TOML file.
+
+    Keys are the options of ``hydra-pipe run``, with ``-`` or ``_``; the table ``[set]`` holds the
+    recipe's constructor arguments.
+
+    Raises:
+        SpecError: The file is missing or no TOML, or a key is unknown.
+    """
+    from .spec_file import read_spec_file
+
+    return read_spec_file(path, [entry.name for entry in fields(RunSpec)])
+
+
+def _plain(name: str, value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise SpecError(
+            f"{name} {value!r}: cannot be stored in run.json ({error}); use plain values"
+        ) from None
+
+
+def _short(values: Mapping[str, Any], name: str) -> str:
+    if name not in values:
+        return "nothing"
+    text = json.dumps(values[name])
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+
+
+def parse_bytes(size: int | str, what: str = "size") -> int:
+    """Turn ``4GiB``, ``512MB``, ``1.5 GB`` or a number of bytes into bytes.
+
+    Raises:
+        SpecError: The text is no size.
+    """
+    return checks.parse_bytes(size, what)

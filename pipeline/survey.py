@@ -1,0 +1,201 @@
+"""What the driver must know of a recipe before anything runs: counts, labels, sizes, and one trial.
+
+Building the model and datasets once in the driver finds every mistake a recipe can have before a
+single worker starts.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..storage.errors import HydraError, RecipeError
+from ..workers.determinism import preserved_generators, seed_everything
+from ..workers.memory import peak_bytes, reset_peak
+from ..workers.persample.engine import TILE, PerSampleGradients
+from ..workers.persample.reference import couples_samples
+from ..workers.recipe import Recipe
+from ..workers.replay import probe_training
+from ..workers.training import Compute, Training, Watch
+from ..workers.validate import (
+    check_dataset,
+    check_labels,
+    check_layers,
+    check_losses,
+    check_numbers,
+    check_overlap,
+)
+from .selection import select
+from .spec import RunSpec
+
+Integers = npt.NDArray[np.int64]
+
+TRIAL_STEPS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """A recipe, looked at: N training and M test samples, D parameters, T steps.
+
+    Attributes:
+        recipe: The recipe, with the spec's overrides applied.
+        tracked: Train indices asked for, sorted.
+        tested: Test indices asked for, sorted.
+        train_labels: One per training sample, -1 where there are none.
+        test_labels: One per test sample.
+        conservation: Whether the conservation law holds for this recipe (not with BatchNorm
+            statistics held constant).
+        strategies: Per-sample strategy of each parameter name that has no layer rule.
+        step_seconds: (plain, tracked) seconds of a step, tried here; None when not tried.
+        process_bytes: Peak resident set of a process that trains this recipe, without buffers.
+    """
+
+    recipe: Recipe
+    n_train: int
+    n_test: int
+    dimension: int
+    steps: int
+    tracked: Integers
+    tested: Integers
+    train_labels: Integers
+    test_labels: Integers
+    conservation: bool
+    strategies: dict[str, str]
+    step_seconds: tuple[float, float] | None
+    process_bytes: int
+
+
+def resolve_recipe(spec: RunSpec) -> Recipe:
+    """Return the recipe instance with epochs, batch size and seed overridden by the spec.
+
+    Raises:
+        RecipeError: It cannot be loaded, or is no Recipe.
+    """
+    from ..workers.recipes.loading import load_recipe
+
+    recipe = load_recipe(spec.recipe, spec.recipe_args) if isinstance(spec.recipe, str) else spec.recipe
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe {type(recipe).__name__} is not a hydra_pipe.Recipe; subclass it")
+    for name in ("epochs", "batch_size", "seed"):
+        value = getattr(spec, name)
+        if value is not None:
+            setattr(recipe, name, value)
+    return recipe
+
+
+def compute_of(spec: RunSpec) -> Compute:
+    """Return how every process of this run computes."""
+    return Compute(
+        device=spec.device, dtype=spec.dtype, threads=spec.torch_threads, batch_norm=spec.batch_norm
+    )
+
+
+def survey(spec: RunSpec, *, trial: bool = True) -> Survey:
+    """Build the recipe once, check all of it, and try a few steps.
+
+    Args:
+        spec: What to run.
+        trial: Whether to time a few steps (on the driver's own device).
+
+    Raises:
+        RecipeError: See ``workers.validate``.
+        SpecError: ``--track`` or ``--test`` selects what is not there.
+    """
+    reset_peak()
+    recipe = resolve_recipe(spec)
+    check_numbers(recipe)
+    with preserved_generators():
+        return _survey(spec, recipe, trial)
+
+
+def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
+    seed_everything(recipe.seed)
+    train, test = _build(recipe, "train_dataset"), _build(recipe, "test_dataset")
+    n_train, n_test = check_dataset(train, "train"), check_dataset(test, "test")
+    check_overlap(train, test)
+    train_labels = check_labels(recipe.labels(train), n_train, "train")
+    test_labels = check_labels(recipe.labels(test), n_test, "test")
+    tracked = select(spec.track, total=n_train, labels=train_labels, seed=recipe.seed, what="--track")
+    tested = select(spec.test, total=n_test, labels=test_labels, seed=recipe.seed, what="--test")
+    seed_everything(recipe.seed)
+    model = _build(recipe, "model")
+    check_layers(model)
+    check_losses(recipe, model, train)
+    del model, train, test
+    # The driver may have no GPU where the workers have one; what it tries, it tries on what it has.
+    device = "cpu" if spec.device == "cuda" and not torch.cuda.is_available() else spec.device
+    compute = Compute(
+        device=device, dtype=spec.dtype, threads=spec.torch_threads, batch_norm=spec.batch_norm
+    )
+    try:
+        training = Training(recipe, compute)
+        strategies = probe_training(training)
+        seconds = _time_steps(training, strategies) if trial else None
+    except HydraError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"the first training step failed: {_one_line(error)}") from error
+    coupled = couples_samples(training.model)
+    return Survey(
+        recipe=recipe,
+        n_train=n_train,
+        n_test=n_test,
+        dimension=training.layout.dimension,
+        steps=training.steps,
+        tracked=tracked,
+        tested=tested,
+        train_labels=_array(train_labels, n_train),
+        test_labels=_array(test_labels, n_test),
+        conservation=not (coupled and spec.batch_norm == "constant"),
+        strategies={
+            e.name: s for e, s in zip(training.layout.entries, strategies, strict=True) if s != "rule"
+        },
+        step_seconds=seconds,
+        process_bytes=peak_bytes(),
+    )
+
+
+def _build(recipe: Recipe, method: str) -> Any:
+    try:
+        return getattr(recipe, method)()
+    except HydraError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{recipe.name}.{method}() failed: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def _array(labels: list[int] | None, count: int) -> Integers:
+    return np.full(count, -1, dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
+
+
+def _time_steps(training: Training, strategies: Any) -> tuple[float, float]:
+    """Return median seconds of a plain step and of one that tracks the whole batch."""
+    engine = PerSampleGradients(training.recipe, training.model, training.layout, strategies)
+    block = torch.empty(
+        training.recipe.batch_size + TILE,
+        training.layout.dimension,
+        dtype=training.dtype,
+        device=training.device,
+    )
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    steps = min(training.steps, TRIAL_STEPS)
+    for tracked in (False, True):
+        for step, batch in enumerate(training.loader(0, steps)):
+            positions = engine.padded(torch.arange(training.batch_size(step), device=training.device))
+            watch = Watch(engine=engine, positions=positions, block=block[: len(positions)])
+            begun = time.perf_counter()
+            float(training.step(step, batch, watch if tracked else None))
+            taken[tracked].append(time.perf_counter() - begun)
+    engine.close()
+    plain, follow = (float(np.median(taken[k][1:] or taken[k])) for k in (False, True))
+    return plain, follow

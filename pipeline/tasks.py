@@ -1,0 +1,135 @@
+"""What a worker does with a unit: the handler that executors carry to their processes.
+
+Each method reads what earlier stages committed, does its unit, and commits it last. Doing a unit
+twice gives the same files, so a unit whose worker died half-way is simply done again.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..storage.rows import RowStore
+from ..storage.rundir import RunDirectory
+from ..storage.trajectory import open_trajectory
+from ..workers.determinism import prepare_process, resolve_device
+from ..workers.gradients import TestGradients
+from ..workers.memory import peak_bytes, reset_peak
+from ..workers.recipe import Recipe
+from ..workers.record import Recorder
+from ..workers.replay import Replay
+from ..workers.training import Compute, Training
+from .reduce import ReduceJob, reduce_rows
+from .units import Report, Unit
+
+Integers = npt.NDArray[np.int64]
+
+RECORD = "record"
+TEST_GRADIENTS = "test-gradients"
+REPLAY = "replay"
+REDUCE = "reduce"
+STAGES = (RECORD, TEST_GRADIENTS, REPLAY, REDUCE)
+
+
+@dataclass(kw_only=True)
+class Tasks:
+    """Handler of every stage; picklable, one per process.
+
+    Attributes:
+        uri: The run directory.
+        recipe: The user's recipe, overrides applied.
+        compute: How every process computes.
+        method: Name of the estimator.
+        tracked: Train indices asked for, (n,).
+        tested: Test indices asked for, (M,).
+        checkpoint_every: Steps between checkpoints, or None.
+        job: What reduce units share.
+    """
+
+    uri: str
+    recipe: Recipe
+    compute: Compute
+    method: str
+    tracked: Integers
+    tested: Integers
+    checkpoint_every: int | None
+    job: ReduceJob
+
+    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
+        """Do and commit one unit; return its manifest's values."""
+        begun = time.perf_counter()
+        reset_peak()
+        run = RunDirectory(self.uri)
+        work = {
+            RECORD: self._record,
+            TEST_GRADIENTS: self._test_gradients,
+            REPLAY: self._replay,
+            REDUCE: self._reduce,
+        }[unit.stage.rsplit("/", 1)[-1]]
+        files, values = work(run, unit, report)
+        values = {
+            **values,
+            "seconds": time.perf_counter() - begun,
+            "peak_bytes": peak_bytes(),
+        }
+        run.commit(unit.stage, unit.name, files, values)
+        return values
+
+    def _record(self, run: RunDirectory, _unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
+        training = Training(self.recipe, self.compute)
+        uri = run.path("trajectory.zarr")
+        closing = Recorder(training, uri, self.checkpoint_every).run(report)
+        files = [f"trajectory.zarr/{name}" for name in files_under(uri)]
+        return files, {"steps": training.steps, "dimension": training.layout.dimension, **closing}
+
+    def _test_gradients(
+        self, run: RunDirectory, unit: Unit, report: Report
+    ) -> tuple[list[str], dict[str, Any]]:
+        start, stop = unit.arguments["start"], unit.arguments["stop"]
+        training = Training(self.recipe, self.compute)
+        gradients = TestGradients(training, open_trajectory(run.path("trajectory.zarr")))
+        rows = gradients.rows(self.tested[start:stop], lambda done: report(done, stop - start))
+        gradients.engine.close()
+        store = RowStore.open(run.path("test_gradients.zarr"), "gradient")
+        store.write(start, rows.gradient)
+        files = [f"test_gradients.zarr/{name}" for name in store.files(start, stop)]
+        # The per-row columns are whole arrays: the driver writes them once every block is there.
+        return files, {
+            "rows": stop - start,
+            "start": start,
+            "loss": rows.loss.tolist(),
+            "label": rows.label.tolist(),
+            "prediction": rows.prediction.tolist(),
+        }
+
+    def _replay(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
+        start, stop = unit.arguments["start"], unit.arguments["stop"]
+        training = Training(self.recipe, self.compute)
+        trajectory = open_trajectory(run.path("trajectory.zarr"))
+        replay = Replay(training, trajectory, self.tracked[start:stop])
+        buffers = replay.run(report)
+        store = RowStore.open(run.path("hypergradients", f"method={self.method}.zarr"), "hypergradient")
+        for first in range(start, stop, store.chunk_rows):
+            last = min(stop, first + store.chunk_rows)
+            store.write(first, buffers.numpy(first - start, last - start))
+        replay.engine.close()
+        base = f"hypergradients/method={self.method}.zarr"
+        files = [f"{base}/{name}" for name in store.files(start, stop)]
+        return files, {"rows": stop - start, "start": start, "steps": training.steps}
+
+    def _reduce(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
+        prepare_process(self.compute.threads)
+        device = resolve_device(self.compute.device)
+        start, stop = unit.arguments["start"], unit.arguments["stop"]
+        return reduce_rows(run, self.job, unit.name, start, stop, device, report)
+
+
+def files_under(uri: str) -> list[str]:
+    """Return all files of a store, relative to it."""
+    from ..storage.files import list_files
+
+    return list_files(uri)

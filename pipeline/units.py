@@ -1,0 +1,91 @@
+"""A unit of work, the handler that does it, and what an executor promises.
+
+A stage is a list of units. A unit is idempotent: the handler writes and commits its results
+itself, so that a unit whose worker died half-way is simply done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .events import Observer
+
+Report = Callable[[int, int], None]
+"""What a handler calls with (done, total) now and then; cheap, from the handler's own thread."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """One piece of a stage.
+
+    Attributes:
+        stage: Name of the stage.
+        name: Name of the unit, unique in its stage.
+        arguments: What the handler needs to know; plain data that pickles.
+    """
+
+    stage: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+class Handler(Protocol):
+    """Does units. Must pickle; one instance does many units in one process and may cache there."""
+
+    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
+        """Do and commit ``unit``; return JSON-able values about it."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs the units of a stage somewhere."""
+
+    @property
+    def slots(self) -> int:
+        """How many units can be in work at the same time."""
+        ...
+
+    def capacity(self, *, start: bool = True) -> dict[str, Any]:
+        """Describe the machines.
+
+        Args:
+            start: False asks for an estimate that starts nothing.
+
+        Returns:
+            ``executor`` (name), ``nodes``, ``cpus``, ``gpus``, ``slots`` and ``memory_per_worker``
+            (bytes of main memory one worker may count on).
+        """
+        ...
+
+    def run(
+        self,
+        stage: str,
+        units: Sequence[Unit],
+        handler: Handler,
+        observer: Observer,
+        *,
+        gpus: float | None = None,
+        cpus: float | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Do all ``units``; return the handler's values by unit name, in the order of ``units``.
+
+        Args:
+            stage: Name of the stage, for events and messages.
+            units: What to do; names must be unique.
+            handler: What does it.
+            observer: Hears of every start, progress, retry and end.
+            gpus: GPUs a worker holds; None: as the executor was made.
+            cpus: CPUs a worker holds; None: as the executor was made.
+
+        Raises:
+            HydraError: What a handler raised, unchanged; other exceptions keep their type too.
+            ClusterTooSmall: No worker can ever be placed, or none came up in time.
+            WorkerLost: The workers of one unit died too often.
+        """
+        ...
+
+    def close(self) -> None:
+        """End all workers and whatever was started for them. May be called twice."""
+        ...

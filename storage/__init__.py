@@ -1,0 +1,1 @@
+"""Run directories: manifests, trajectory, hypergradients and test gradients (Zarr), contributions (Parquet)."""

@@ -1,0 +1,293 @@
+"""Arrays of a Zarr v3 group, read and written in spans of the first axis.
+
+Metadata goes through zarr, chunk data through `hydra_pipe.storage.chunks`. Whole chunks are written, by
+one writer each: a chunk written by two would silently lose rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.errors import NodeNotFoundError
+from zarr.storage import FsspecStore, LocalStore
+
+from . import chunks, files
+from .errors import CorruptStore, IncompleteStage, StoreError
+from .uri import is_local, join
+
+T = TypeVar("T")
+Slices = tuple[slice, ...]
+_LOCAL_THREADS = 8
+_REMOTE_THREADS = 16  # these mostly wait
+
+
+def open_store(uri: str, *, read_only: bool) -> LocalStore | FsspecStore:
+    """Return the Zarr store at a checked address."""
+    if is_local(uri):
+        return LocalStore(uri, read_only=read_only)
+    files.filesystem(uri)  # for its message where a package is missing
+    return FsspecStore.from_url(uri, read_only=read_only)
+
+
+def write_group(uri: str, attrs: dict[str, Any]) -> None:
+    """Create the group at ``uri`` if it is not there, and set all its attributes at once."""
+    with files.full_disk_guard(uri):
+        group = zarr.open_group(open_store(uri, read_only=False), mode="a", zarr_format=3)
+        group.attrs.put(attrs)
+
+
+def read_group(uri: str) -> dict[str, Any]:
+    """Return the attributes of the group at ``uri``.
+
+    Raises:
+        IncompleteStage: There is no group.
+        CorruptStore: Its metadata cannot be read.
+    """
+    if not files.exists(join(uri, "zarr.json")):
+        raise IncompleteStage(
+            f"{uri} is not there; run the stage that writes it (`hydra-pipe status` shows which)"
+        )
+    try:
+        group = zarr.open_group(open_store(uri, read_only=True), mode="r", use_consolidated=False)
+        return dict(group.attrs)
+    except (ValueError, TypeError, KeyError, NodeNotFoundError) as error:
+        raise CorruptStore(f"{uri}/zarr.json is damaged ({error}); run the stage again") from error
+
+
+class StoredArray:
+    """One array of a group.
+
+    Attributes:
+        uri: The group's address.
+        name: Path inside the group, such as ``checkpoint/weights``.
+        array: The array for other readers of Zarr, read-only.
+        shape: Its shape; the first axis is the one that spans run along.
+        dtype: Its type.
+        chunk: Shape of a chunk.
+    """
+
+    def __init__(self, uri: str, name: str, array: zarr.Array[Any]) -> None:
+        self.uri, self.name, self.array = uri, name, array
+        self.shape: tuple[int, ...] = array.shape
+        self.chunk: tuple[int, ...] = array.chunks
+        self.dtype: np.dtype[Any] = np.dtype(array.dtype)
+        self._grid = tuple(math.ceil(n / c) for n, c in zip(self.shape, self.chunk, strict=True))
+
+    @classmethod
+    def create(
+        cls,
+        uri: str,
+        name: str,
+        *,
+        shape: tuple[int, ...],
+        dtype: npt.DTypeLike,
+        chunk: tuple[int, ...],
+        fill: Any = None,
+    ) -> StoredArray:
+        """Create an array (and the groups above it), replacing an older one.
+
+        Args:
+            uri: The group's address.
+            name: Path inside the group.
+            shape: Shape.
+            dtype: bool, integer or float type.
+            chunk: Shape of a chunk; at most 2 GiB.
+            fill: Value of what was never written; NaN for floats, else 0.
+
+        Raises:
+            StorageFull: The disk is full.
+            StoreError: A chunk would be larger than its codec can take.
+        """
+        kind = np.dtype(dtype)
+        if (size := math.prod(chunk) * kind.itemsize) > chunks.MAX_CHUNK_BYTES:
+            raise StoreError(
+                f"{uri}: a chunk of {name} has {size} bytes, at most {chunks.MAX_CHUNK_BYTES}; use fewer rows"
+            )
+        if fill is None:
+            fill = np.nan if kind.kind == "f" else kind.type(0)
+        with files.full_disk_guard(uri):
+            zarr.create_array(
+                open_store(uri, read_only=False),
+                name=name,
+                shape=shape,
+                dtype=kind,
+                chunks=chunk,
+                compressors=chunks.compressors(kind.itemsize),
+                fill_value=fill,
+                zarr_format=3,
+                overwrite=True,
+            )
+        return cls.open(uri, name)
+
+    @classmethod
+    def open(cls, uri: str, name: str) -> StoredArray:
+        """Open an array.
+
+        Raises:
+            IncompleteStage: It is not there.
+            CorruptStore: Its metadata cannot be read or name codecs that are not ours.
+        """
+        if not files.exists(join(uri, name, "zarr.json")):
+            raise IncompleteStage(f"{uri} has no array {name}; run the stage that writes it again")
+        try:
+            array = zarr.open_array(open_store(uri, read_only=True), path=name, mode="r")
+            ours = chunks.codecs_are_ours(array.metadata.to_dict()["codecs"])
+        except (ValueError, TypeError, KeyError, NodeNotFoundError) as error:
+            raise CorruptStore(f"{uri}/{name}/zarr.json is damaged ({error}); run the stage again") from error
+        if not ours:
+            raise CorruptStore(
+                f"{uri}/{name} uses codecs other than bytes, blosc, crc32c; it is not from hydra-pipe"
+            )
+        return cls(uri, name, array)
+
+    def read(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        out: npt.NDArray[Any] | None = None,
+        *,
+        may_lack: bool = False,
+    ) -> npt.NDArray[Any]:
+        """Return rows ``start`` to ``stop``; any range, aligned with chunks or not.
+
+        Args:
+            start: First row.
+            stop: One past the last row (None: to the end).
+            out: Where to put them; C-contiguous, of the right shape and type.
+            may_lack: Give the fill value for chunks never written, instead of refusing.
+
+        Raises:
+            IncompleteStage: A chunk was never written.
+            CorruptStore: A chunk's bytes are not what was written.
+            StoreError: The range is outside the array.
+        """
+        stop = self.shape[0] if stop is None else stop
+        self._check_range(start, stop)
+        shape = (stop - start, *self.shape[1:])
+        if out is None:
+            out = np.empty(shape, self.dtype)
+        elif out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
+            raise StoreError(
+                f"out is {out.dtype}{out.shape}, rows {start}..{stop} of {self.uri}/{self.name} are {self.dtype}{shape}"
+            )
+        target = out
+
+        def fetch(task: tuple[str, Slices, Slices]) -> None:
+            key, inside, outside = task
+            try:
+                data = files.read_bytes(join(self.uri, key))
+            except FileNotFoundError as error:
+                if may_lack:
+                    target[outside] = self.array.fill_value
+                    return
+                raise IncompleteStage(
+                    f"{self.uri}: {key} (of rows {start}..{stop} of {self.name}) was never written; "
+                    "run the stage again"
+                ) from error
+            place = target[outside]
+            # The usual case needs no copy: the whole chunk lands in one piece of the target.
+            whole = place.shape == self.chunk and place.flags.c_contiguous
+            buffer = place if whole else np.empty(self.chunk, self.dtype)
+            try:
+                chunks.decode(data, buffer)
+            except (ValueError, RuntimeError) as error:
+                first = start + (outside[0].start or 0)
+                raise CorruptStore(
+                    f"{self.uri}: {key} (rows {first}..{start + outside[0].stop} of {self.name}) is damaged: {error}; "
+                    "restore the file, or drop the unit and run again"
+                ) from error
+            if not whole:
+                place[...] = buffer[inside]
+
+        run_all(fetch, self._tasks(start, stop), self.uri)
+        return out
+
+    def write(self, start: int, block: npt.NDArray[Any]) -> None:
+        """Write whole chunks of rows from ``start`` on.
+
+        Raises:
+            StoreError: The block has another width or type, or does not begin and end at chunk borders.
+            StorageFull: The disk is full; chunks already written stay whole.
+        """
+        stop = start + block.shape[0] if block.ndim else start
+        if block.shape[1:] != self.shape[1:] or block.ndim != len(self.shape):
+            raise StoreError(
+                f"{self.uri}/{self.name}: a block of shape {block.shape} does not fit rows of {self.shape}"
+            )
+        if block.dtype != self.dtype:
+            raise StoreError(
+                f"{self.uri}/{self.name}: the block is {block.dtype}, the array {self.dtype}; convert it"
+            )
+        self._check_range(start, stop)
+        rows = self.chunk[0]
+        if start % rows or (stop % rows and stop != self.shape[0]):
+            raise StoreError(
+                f"{self.uri}/{self.name}: rows {start}..{stop} are not aligned with chunks of {rows} rows "
+                f"(of {self.shape[0]}); start and stop must be multiples of {rows}"
+            )
+
+        def put(task: tuple[str, Slices, Slices]) -> None:
+            key, inside, outside = task
+            values = block[outside]
+            if values.shape != self.chunk:  # Zarr stores chunks at the edge in full size
+                padded = np.full(self.chunk, self.array.fill_value, self.dtype)
+                padded[inside] = values
+                values = padded
+            parts = chunks.encode(np.ascontiguousarray(values))
+            files.write_parts(join(self.uri, key), parts, sync=False)
+
+        run_all(put, self._tasks(start, stop), self.uri)
+
+    def chunk_files(self, start: int, stop: int) -> list[str]:
+        """Return the paths, relative to the group, of the chunks that hold rows ``start`` to ``stop``."""
+        self._check_range(start, stop)
+        return [key for key, _, _ in self._tasks(start, stop)]
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise StoreError(
+                f"rows {start}..{stop} are outside {self.uri}/{self.name}, which has {self.shape[0]} rows"
+            )
+
+    def _tasks(self, start: int, stop: int) -> Iterator[tuple[str, Slices, Slices]]:
+        """Give (file, its part inside the chunk, its part of the span) for each chunk of a span."""
+        if start == stop:
+            return
+        first = range(start // self.chunk[0], math.ceil(stop / self.chunk[0]))
+        for index in itertools.product(first, *(range(count) for count in self._grid[1:])):
+            inside, outside = [], []
+            for axis, (i, size) in enumerate(zip(index, self.chunk, strict=True)):
+                low, high = (start, stop) if axis == 0 else (0, self.shape[axis])
+                begin, end = max(i * size, low), min((i + 1) * size, high)
+                inside.append(slice(begin - i * size, end - i * size))
+                outside.append(slice(begin - low, end - low))
+            key = "/".join((self.name, "c", *map(str, index)))
+            yield key, tuple(inside), tuple(outside)
+
+
+def run_all(function: Callable[[T], None], items: Iterable[T], uri: str) -> None:
+    """Call ``function`` on every item in threads; the first error ends it and is raised."""
+    work = list(items)
+    limit = min(_LOCAL_THREADS, _cores()) if is_local(uri) else _REMOTE_THREADS
+    if len(work) < 2 or limit < 2:
+        for item in work:
+            function(item)
+        return
+    pool = ThreadPoolExecutor(min(limit, len(work)))
+    try:
+        for _ in pool.map(function, work):
+            pass
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,291 @@
+"""Contributions and what is summed from them, as Parquet that DuckDB, Polars, pandas and Spark read.
+
+``<kind>/method=<method>/part-*.parquet`` and nothing else. A killed writer's leftovers lie outside these
+directories, at the top of the run, because a scan of a directory would stumble over them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset as pa_dataset
+import pyarrow.parquet as pq
+
+from . import files
+from .errors import IncompleteStage, StoreError
+from .uri import check_name, check_uri, is_local, join, parent
+
+Kind = Literal["contributions", "samples", "interclass"]
+
+CONTRIBUTIONS = pa.schema(
+    [
+        pa.field("train_index", pa.int32(), nullable=False),
+        pa.field("test_index", pa.int32(), nullable=False),
+        pa.field("train_label", pa.int16(), nullable=False),
+        pa.field("test_label", pa.int16(), nullable=False),
+        pa.field("contribution", pa.float32(), nullable=False),
+    ]
+)
+"""One row a (training sample, test sample); labels -1 where there is none; positive = helpful."""
+
+SAMPLES = pa.schema(
+    [
+        pa.field("train_index", pa.int32(), nullable=False),
+        pa.field("label", pa.int16(), nullable=False),
+        pa.field("visits", pa.int32(), nullable=False),
+        pa.field("contribution", pa.float64(), nullable=False),
+        pa.field("contribution_std", pa.float64(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+    ]
+)
+"""One row a training sample; ``contribution`` is the mean over the test samples (Eq. 7)."""
+
+INTERCLASS = pa.schema(
+    [
+        pa.field("train_class", pa.int16(), nullable=False),
+        pa.field("test_class", pa.int16(), nullable=False),
+        pa.field("pairs", pa.int64(), nullable=False),
+        pa.field("contribution", pa.float64(), nullable=False),
+        pa.field("normalized", pa.float64(), nullable=False),
+    ]
+)
+"""One row a pair of classes. ``contribution`` is the mean over its ``pairs`` (Eq. 23); ``normalized``
+is that entry / sqrt(sum of its column * sum of its row), NaN where the product is not positive."""
+
+GROUP_ROWS = 1 << 17
+"""Rows a row group: what a reader must read for one test sample."""
+_PANEL_BYTES = 16 << 20
+
+
+def write_tile(
+    uri: str,
+    *,
+    train_index: npt.ArrayLike,
+    test_index: npt.ArrayLike,
+    train_label: npt.ArrayLike,
+    test_label: npt.ArrayLike,
+    contribution: npt.NDArray[Any],
+) -> None:
+    """Write the contributions of R training samples to P test samples as one Parquet file.
+
+    Rows are sorted by (test_index, train_index); row groups hold whole test samples, about
+    `GROUP_ROWS` rows, so that the statistics let a reader skip all but one. Beside the tile itself
+    about 40 MB are needed at a time.
+
+    Args:
+        uri: ``…/part-….parquet``.
+        train_index: (R,), no index twice.
+        test_index: (P,), no index twice.
+        train_label: (R,), -1 for none.
+        test_label: (P,), -1 for none.
+        contribution: (R, P) float32.
+
+    Raises:
+        StoreError: Shapes disagree, an index is there twice, or a value does not fit its column.
+        StorageFull: The disk is full; nothing is left under the final name.
+    """
+    uri = check_uri(uri)
+    ids = {
+        "train_index": _integers(uri, train_index, "train_index"),
+        "test_index": _integers(uri, test_index, "test_index"),
+        "train_label": _integers(uri, train_label, "train_label"),
+        "test_label": _integers(uri, test_label, "test_label"),
+    }
+    rows, columns = len(ids["train_index"]), len(ids["test_index"])
+    if contribution.shape != (rows, columns) or not rows or not columns:
+        raise StoreError(
+            f"{uri}: contributions of shape {contribution.shape} for {rows} x {columns} samples; both at least 1"
+        )
+    if contribution.dtype != np.float32:
+        raise StoreError(f"{uri}: contributions are {contribution.dtype}, must be float32; convert them")
+    if len(ids["train_label"]) != rows or len(ids["test_label"]) != columns:
+        raise StoreError(
+            f"{uri}: {len(ids['train_label'])} and {len(ids['test_label'])} labels for {rows} x {columns} samples"
+        )
+    order = {axis: _order(uri, ids[f"{axis}_index"], f"{axis}_index") for axis in ("train", "test")}
+    train = [
+        ids[name] if order["train"] is None else ids[name][order["train"]]
+        for name in ("train_index", "train_label")
+    ]
+    with _parquet_writer(uri, CONTRIBUTIONS) as writer:
+        for tests, rows_slice, values in _groups(contribution, order["train"], order["test"]):
+            count = len(tests)
+            arrays = [
+                np.tile(train[0][rows_slice], count),
+                np.repeat(ids["test_index"][tests], values.shape[1]),
+                np.tile(train[1][rows_slice], count),
+                np.repeat(ids["test_label"][tests], values.shape[1]),
+                values.reshape(-1),
+            ]
+            batch = pa.RecordBatch.from_arrays([pa.array(a) for a in arrays], schema=CONTRIBUTIONS)
+            writer.write_batch(batch, row_group_size=batch.num_rows)
+
+
+def write_table(uri: str, table: pa.Table, schema: pa.Schema) -> None:
+    """Write a table as one Parquet file, with the care of `write_tile`.
+
+    Args:
+        uri: ``…/part-….parquet``.
+        table: Has the columns of ``schema``, in any order.
+        schema: `CONTRIBUTIONS`, `SAMPLES` or `INTERCLASS`.
+
+    Raises:
+        StoreError: A column is missing, holds nulls, or does not fit its type.
+        StorageFull: The disk is full; nothing is left under the final name.
+    """
+    uri = check_uri(uri)
+    try:
+        fitting = table.select(schema.names).cast(schema)
+    except (KeyError, ValueError, pa.ArrowException) as error:
+        raise StoreError(
+            f"{uri}: the table does not fit columns {', '.join(schema.names)}: {error}"
+        ) from error
+    for field in schema:
+        if not field.nullable and fitting[field.name].null_count:
+            raise StoreError(
+                f"{uri}: column {field.name} holds {fitting[field.name].null_count} nulls; it must hold none"
+            )
+    with _parquet_writer(uri, schema) as writer:
+        writer.write_table(fitting, row_group_size=GROUP_ROWS)
+
+
+def dataset(run_uri: str, kind: Kind, method: str | None = None) -> pa_dataset.Dataset:
+    """Return the rows of a run as a dataset with the partition column ``method``.
+
+    Args:
+        run_uri: The run directory.
+        kind: Which table.
+        method: Only this method's, or all (None).
+
+    Raises:
+        IncompleteStage: There are none.
+    """
+    top = join(check_uri(run_uri), kind)
+    schema = {"contributions": CONTRIBUTIONS, "samples": SAMPLES, "interclass": INTERCLASS}[kind]
+    folder = top if method is None else join(top, f"method={check_name(method, 'method')}")
+    names = [name for name in files.list_files(folder) if name.rsplit("/", 1)[-1].startswith("part-")]
+    if not names:
+        raise IncompleteStage(
+            f"{folder} holds no results yet; run `hydra-pipe reduce` with the run's options"
+        )
+    filesystem: Any = None
+    base = top
+    if not is_local(top):
+        fs, base = files.filesystem(top)
+        filesystem = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs))
+    prefix = "" if method is None else f"method={method}/"
+    return pa_dataset.dataset(
+        [f"{base}/{prefix}{name}" for name in names],
+        schema=schema.append(pa.field("method", pa.string())),
+        format="parquet",
+        filesystem=filesystem,
+        partitioning=pa_dataset.partitioning(pa.schema([("method", pa.string())]), flavor="hive"),
+        partition_base_dir=base,
+    )
+
+
+def _groups(
+    contribution: npt.NDArray[Any], train_order: Any, test_order: Any
+) -> Iterator[tuple[npt.NDArray[Any], slice, npt.NDArray[Any]]]:
+    """Give (positions of test samples, slice of training rows, their (tests, rows) values) in file order.
+
+    The tile is turned a panel of test samples at a time: turning it whole would double the memory,
+    turning it column by column would read every cache line many times.
+    """
+    rows, columns = contribution.shape
+    tests = np.arange(columns) if test_order is None else test_order
+    per_group = max(1, GROUP_ROWS // rows)
+    # A whole number of groups to a panel, so that only the file's last group is short.
+    panel = max(1, _PANEL_BYTES // (4 * rows * per_group)) * per_group
+    pieces = -(-rows // GROUP_ROWS) if rows > GROUP_ROWS else 1
+    step = -(-rows // pieces)
+    for first in range(0, columns, panel):
+        chosen = tests[first : first + panel]
+        part = contribution[:, first : first + panel] if test_order is None else contribution[:, chosen]
+        turned = np.ascontiguousarray(part.T)
+        if train_order is not None:
+            turned = turned[:, train_order]
+        for low in range(0, len(chosen), per_group):
+            for begin in range(0, rows, step):
+                span = slice(begin, min(rows, begin + step))
+                yield chosen[low : low + per_group], span, turned[low : low + per_group, span]
+
+
+@contextlib.contextmanager
+def _parquet_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    with _place_for(uri) as path:
+        writer = pq.ParquetWriter(
+            path,
+            schema,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[field.name for field in schema if pa.types.is_integer(field.type)],
+            sorting_columns=_sorting(schema),
+        )
+        with writer:
+            yield writer
+
+
+@contextlib.contextmanager
+def _place_for(uri: str) -> Iterator[str]:
+    """Give a local path to write a file at, that becomes ``uri`` on success."""
+    if is_local(uri):
+        with files.staged(uri, near=_outside_of_dataset(uri)) as path:
+            yield path
+        return
+    # Uploaded whole: closing a half-written remote file would publish a valid-looking part of it.
+    descriptor, path = tempfile.mkstemp(prefix="hydra-pipe-", suffix=files.PARTIAL)
+    os.close(descriptor)
+    try:
+        with files.full_disk_guard(path):
+            yield path
+        with files.full_disk_guard(uri):
+            fs, target = files.filesystem(uri)
+            fs.put_file(path, target)
+    finally:
+        os.unlink(path)
+
+
+def _outside_of_dataset(uri: str) -> str:
+    folder, name = parent(uri), uri.rsplit("/", 1)[-1]
+    if "=" not in folder.rsplit("/", 1)[-1]:
+        return uri
+    kind = parent(folder)
+    return "/".join(
+        [parent(kind).rstrip("/"), "-".join([kind.rsplit("/", 1)[-1], folder.rsplit("/", 1)[-1], name])]
+    )
+
+
+def _sorting(schema: pa.Schema) -> list[pq.SortingColumn] | None:
+    if schema is not CONTRIBUTIONS:
+        return None
+    return [pq.SortingColumn(schema.get_field_index(name)) for name in ("test_index", "train_index")]
+
+
+def _integers(uri: str, values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    kind = CONTRIBUTIONS.field(name).type.to_pandas_dtype()
+    given = np.asarray(values)
+    converted = given.astype(kind)
+    if given.ndim != 1 or not np.array_equal(given, converted):
+        limits = np.iinfo(kind)
+        raise StoreError(f"{uri}: {name} must be one integer each, from {limits.min} to {limits.max}")
+    return converted
+
+
+def _order(uri: str, index: npt.NDArray[Any], name: str) -> npt.NDArray[Any] | None:
+    """Return how to sort ``index``, None where it is sorted already."""
+    steps = np.diff(index.astype(np.int64))
+    if np.all(steps > 0):
+        return None
+    order = np.argsort(index, kind="stable")
+    twice = index[order][1:][np.diff(index[order].astype(np.int64)) == 0]
+    if len(twice):
+        raise StoreError(f"{uri}: {name} {int(twice[0])} is there twice; give each sample once")
+    return order

@@ -1,0 +1,72 @@
+"""JSON documents of a run: strict, readable by any JSON parser, optionally sealed by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import CorruptStore
+
+SEAL = "document_sha256"
+"""Key of the digest over the rest of a sealed document."""
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` built from JSON's own types only.
+
+    numpy scalars and arrays are converted; NaN and infinities become None, since JSON has none.
+
+    Raises:
+        TypeError: It holds something else.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes | bytearray):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    raise TypeError(f"{type(value).__name__} cannot be stored as JSON: {value!r}")
+
+
+def dump(document: Mapping[str, Any], *, seal: bool = False) -> bytes:
+    """Return a document as UTF-8 JSON; with ``seal``, `load` notices any later change."""
+    body = plain(document)
+    if seal:
+        body[SEAL] = _digest(body)
+    return (json.dumps(body, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def load(data: bytes, where: str) -> dict[str, Any]:
+    """Return the document in ``data``, without its seal.
+
+    Args:
+        data: What `dump` returned.
+        where: Address, for messages.
+
+    Raises:
+        CorruptStore: It is not a JSON object, or its seal is broken.
+    """
+    try:
+        body = json.loads(data)
+    except ValueError as error:
+        raise CorruptStore(f"{where} is not JSON ({error}); restore it or remove it and run again") from error
+    if not isinstance(body, dict):
+        raise CorruptStore(f"{where} holds no JSON object; restore it or remove it and run again")
+    seal = body.pop(SEAL, None)
+    if seal is not None and seal != _digest(body):
+        raise CorruptStore(f"{where} was changed after it was written; remove it and run the stage again")
+    return body
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

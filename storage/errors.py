@@ -1,0 +1,103 @@
+"""Every error hydra-pipe raises on purpose.
+
+The tree fits on one screen. Each message is one line that states the value, the limit and the
+remedy. Exceptions carry a single string, so that they survive pickling between processes.
+
+    HydraError                     exit code 1
+      InputError                   what the user gave is wrong
+        SpecError                  a field of the run specification
+        RecipeError                the recipe cannot be loaded or traced
+        SpecMismatch               the run directory was made with another specification
+      TrainingError                the training run itself
+        NonFiniteLoss              a loss or weight became NaN or infinite
+        ReplayDiverged             a replay left the recorded trajectory
+      StoreError                   the run directory
+        RunNotFound                no run there
+        IncompleteStage            a stage has not been committed
+        CorruptStore               bytes on disk are not the bytes that were written
+        StorageFull                no space left
+      ResourceError                machines
+        DoesNotFit                 more memory needed than there is
+        ClusterTooSmall            the cluster can never place what was asked
+        DeviceMissing              the asked-for device is not there
+        WorkerLost                 a worker died more often than allowed
+"""
+
+from __future__ import annotations
+
+
+class HydraError(Exception):
+    """Base of all deliberate errors; ``str(error)`` is one line for the user."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
+class InputError(HydraError):
+    """Something the user gave is wrong."""
+
+
+class SpecError(InputError):
+    """A field of the run specification is wrong."""
+
+
+class RecipeError(InputError):
+    """The recipe cannot be loaded, or its samples cannot be traced."""
+
+
+class SpecMismatch(InputError):
+    """The run directory holds a run of another specification."""
+
+
+class TrainingError(HydraError):
+    """The training run failed."""
+
+
+class NonFiniteLoss(TrainingError):
+    """A loss or a weight became NaN or infinite."""
+
+
+class ReplayDiverged(TrainingError):
+    """A replay left the recorded trajectory."""
+
+
+class StoreError(HydraError):
+    """The run directory cannot be read or written."""
+
+
+class RunNotFound(StoreError):
+    """There is no run at this place."""
+
+
+class IncompleteStage(StoreError):
+    """A stage whose results were asked for has not been committed."""
+
+
+class CorruptStore(StoreError):
+    """Bytes on disk are not the bytes that were written."""
+
+
+class StorageFull(StoreError):
+    """The disk is full or a quota is reached."""
+
+
+class ResourceError(HydraError):
+    """The machines cannot do what was asked."""
+
+
+class DoesNotFit(ResourceError):
+    """More memory is needed than there is."""
+
+
+class ClusterTooSmall(ResourceError):
+    """The cluster can never place what was asked."""
+
+
+class DeviceMissing(ResourceError):
+    """The asked-for device is not there."""
+
+
+class WorkerLost(ResourceError):
+    """A worker died more often than allowed."""

@@ -1,0 +1,310 @@
+"""Vectors by row: hypergradients and test gradients, one (n, D) array with a few columns beside it.
+
+n rows (samples), D columns (parameters). Zarr v3, chunks of whole rows of about 16 MB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from . import files
+from .arrays import StoredArray, read_group, write_group
+from .documents import plain
+from .errors import CorruptStore, IncompleteStage, StoreError
+from .uri import check_name, check_uri, join
+
+MARK = "hydra_pipe_rows"
+_WIDE_ROW_BYTES = 64 << 20
+_COLUMN_CHUNK_ROWS = 1 << 20
+
+
+def chunk_rows_for(
+    columns: int, itemsize: int, rows: int, parts: int = 1, target_bytes: int = 16 << 20
+) -> int:
+    """Return how many rows a chunk should hold.
+
+    Args:
+        columns: D.
+        itemsize: Bytes a value.
+        rows: n.
+        parts: Into how many shards the rows are cut; each gets at least 4 chunks where rows allow.
+        target_bytes: A chunk's largest size.
+
+    Returns:
+        ``min(target_bytes // (columns * itemsize), ceil(rows / (4 * parts)))``, at least 1.
+    """
+    return max(1, min(target_bytes // max(1, columns * itemsize), math.ceil(rows / (4 * max(1, parts)))))
+
+
+class RowStore:
+    """An (n, D) array written in blocks of rows and read in any range.
+
+    Metadata is created once, before any worker starts; then each worker writes its own chunks.
+
+    Attributes:
+        uri: Address of the Zarr group.
+        name: Name of the array in it, such as ``hypergradient``.
+        rows: n.
+        columns: D.
+        dtype: ``float32`` or ``float64``.
+        chunk_rows: Rows a chunk.
+        attrs: What the creator noted, JSON-able.
+    """
+
+    def __init__(self, uri: str, name: str, data: StoredArray, described: dict[str, Any]) -> None:
+        self.uri, self.name, self._data = uri, name, data
+        self.rows, self.columns = data.shape
+        self.dtype, self.chunk_rows = str(data.dtype), data.chunk[0]
+        mark = described.pop(MARK)
+        self.attrs: dict[str, Any] = described
+        # Column name -> whether its values were given in full at creation (else: written by block).
+        self._given: dict[str, bool] = dict(mark["columns"])
+        self._column_arrays: dict[str, StoredArray] = {}
+
+    def __repr__(self) -> str:
+        return f"RowStore({self.uri!r}, {self.name!r}, {self.rows} x {self.columns} {self.dtype})"
+
+    @classmethod
+    def create(
+        cls,
+        uri: str,
+        *,
+        name: str,
+        rows: int,
+        columns: int,
+        dtype: str,
+        chunk_rows: int,
+        row_columns: Mapping[str, npt.NDArray[Any]],
+        attrs: Mapping[str, Any],
+    ) -> RowStore:
+        """Create a store, or open the one that is there with the same metadata.
+
+        Args:
+            uri: Address of the group; ``…/method=hydra.zarr``.
+            name: Name of the (n, D) array.
+            rows: n, at least 1.
+            columns: D, at least 1.
+            dtype: ``float32`` or ``float64``.
+            chunk_rows: Rows a chunk; see `chunk_rows_for`.
+            row_columns: One value a row each, shape (n,). A column whose values are all the same is
+                taken as a placeholder: it costs no file, and blocks of it, aligned like rows, can be
+                filled by `write_column`. Any other column is stored at once.
+            attrs: JSON-able notes.
+
+        Raises:
+            StoreError: A store with other metadata is there, or an argument is impossible.
+            StorageFull: The disk is full.
+        """
+        uri = check_uri(uri)
+        given = {key: np.asarray(value) for key, value in row_columns.items()}
+        notes = plain(attrs)
+        _check_arguments(uri, name, rows, columns, dtype, chunk_rows, given, notes)
+        try:
+            store = cls.open(uri, name)
+        except IncompleteStage:
+            pass
+        else:
+            wanted = {"rows": rows, "columns": columns, "dtype": dtype, "chunk_rows": chunk_rows}
+            store._refuse_other(wanted, given, notes)
+            return store
+        row_bytes = columns * np.dtype(dtype).itemsize
+        pieces = math.ceil(row_bytes / _WIDE_ROW_BYTES)
+        chunk = (chunk_rows, math.ceil(columns / pieces))
+        StoredArray.create(uri, name, shape=(rows, columns), dtype=dtype, chunk=chunk)
+        for key, values in given.items():
+            uniform = _is_uniform(values)
+            array = StoredArray.create(
+                uri,
+                key,
+                shape=(rows,),
+                dtype=values.dtype,
+                chunk=(chunk_rows if uniform else min(rows, _COLUMN_CHUNK_ROWS),),
+                fill=values[0] if uniform else None,
+            )
+            if not uniform:
+                array.write(0, values)
+        # The mark comes last: without it the store counts as not created.
+        described = {key: not _is_uniform(values) for key, values in given.items()}
+        write_group(uri, {**notes, MARK: {"format": 1, "array": name, "columns": described}})
+        return cls.open(uri, name)
+
+    @classmethod
+    def open(cls, uri: str, name: str) -> RowStore:
+        """Open a store.
+
+        Raises:
+            IncompleteStage: It is not there, or its creation was interrupted.
+            CorruptStore: Its metadata cannot be read.
+        """
+        uri = check_uri(uri)
+        described = read_group(uri)
+        if MARK not in described:
+            raise IncompleteStage(f"{uri} was not created to its end; run the stage that writes it again")
+        data = StoredArray.open(uri, name)
+        if len(data.shape) != 2 or not isinstance(described[MARK], dict) or "columns" not in described[MARK]:
+            raise CorruptStore(
+                f"{uri}: {name} is no (rows, columns) store; run the stage that writes it again"
+            )
+        return cls(uri, name, data, described)
+
+    @property
+    def array(self) -> zarr.Array[Any]:
+        """The (n, D) Zarr array, read-only. What was never written reads as NaN there."""
+        return self._data.array
+
+    def read(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """Return rows ``start`` to ``stop``, shape (stop - start, D); fastest along chunk borders.
+
+        Args:
+            start: First row.
+            stop: One past the last row.
+            out: Optional C-contiguous target of that shape and dtype, to save the allocation.
+
+        Raises:
+            IncompleteStage: Rows were never written.
+            CorruptStore: A checksum is wrong.
+            StoreError: The range is outside the store.
+        """
+        return self._data.read(start, stop, out)
+
+    def write(self, start: int, block: npt.NDArray[Any]) -> None:
+        """Write whole chunks of rows; ``start`` and the end are multiples of ``chunk_rows`` (or n).
+
+        Args:
+            start: First row.
+            block: Shape (rows, D), of the store's dtype.
+
+        Raises:
+            StoreError: Not aligned, or of another shape or dtype; the message states both.
+            StorageFull: The disk is full.
+        """
+        self._data.write(start, block)
+
+    def column_names(self) -> list[str]:
+        """Return the names of the per-row columns."""
+        return list(self._given)
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """Return a per-row column, shape (n,).
+
+        Raises:
+            StoreError: There is no such column.
+            CorruptStore: A checksum is wrong.
+        """
+        return self._column(name).read(may_lack=not self._given[name])
+
+    def write_column(self, name: str, values: npt.NDArray[Any], start: int = 0) -> None:
+        """Fill a column from row ``start`` on, in whole chunks as `write` does.
+
+        Args:
+            name: A column that was created as a placeholder (or any, when written whole).
+            values: Shape (rows,); converted to the column's type where no value changes.
+            start: First row.
+
+        Raises:
+            StoreError: No such column, not aligned, or values that the type cannot hold.
+        """
+        array = self._column(name)
+        given = np.asarray(values)
+        converted = given.astype(array.dtype)
+        if (
+            not np.array_equal(converted, given, equal_nan=given.dtype.kind == "f")
+            and array.dtype.kind != "f"
+        ):
+            raise StoreError(
+                f"{self.uri}: column {name} is {array.dtype} and cannot hold these {given.dtype} values"
+            )
+        array.write(start, converted)
+
+    def files(self, start: int, stop: int) -> list[str]:
+        """Return the chunk files, relative to the store, that hold rows ``start`` to ``stop``."""
+        return self._data.chunk_files(start, stop)
+
+    def metadata_files(self) -> list[str]:
+        """Return every other file there is: metadata, and the columns as far as they are filled."""
+        found = ["zarr.json", f"{self.name}/zarr.json"]
+        for name, given in self._given.items():
+            found.append(f"{name}/zarr.json")
+            chunks = self._column(name).chunk_files(0, self.rows)
+            found += [path for path in chunks if given or files.exists(join(self.uri, path))]
+        return found
+
+    def _column(self, name: str) -> StoredArray:
+        if name not in self._given:
+            known = ", ".join(self._given) or "none"
+            raise StoreError(f"{self.uri} has no column {name!r}; it has {known}")
+        if name not in self._column_arrays:
+            self._column_arrays[name] = StoredArray.open(self.uri, name)
+        return self._column_arrays[name]
+
+    def _refuse_other(
+        self, wanted: Mapping[str, Any], given: Mapping[str, npt.NDArray[Any]], attrs: Mapping[str, Any]
+    ) -> None:
+        differs = [
+            f"{key} is {getattr(self, key)}, not {value}"
+            for key, value in wanted.items()
+            if getattr(self, key) != value
+        ]
+        if set(given) != set(self._given):
+            differs.append(f"columns are {', '.join(self._given)}, not {', '.join(given)}")
+        elif "rows" not in " ".join(differs):
+            differs += [
+                f"column {key} holds other values" for key in given if not self._same_column(key, given[key])
+            ]
+        for key in sorted({*attrs, *self.attrs}):
+            if self.attrs.get(key) != attrs.get(key):
+                differs.append(f"{key} is {self.attrs.get(key)!r}, not {attrs.get(key)!r}")
+        if differs:
+            raise StoreError(
+                f"{self.uri} differs from what is asked for: {'; '.join(differs)}; use --overwrite or another --out"
+            )
+
+    def _same_column(self, name: str, values: npt.NDArray[Any]) -> bool:
+        array = self._column(name)
+        if array.dtype != values.dtype or self._given[name] == _is_uniform(values):
+            return False
+        stored = np.full(1, array.array.fill_value, array.dtype) if not self._given[name] else array.read()
+        expected = values[:1] if not self._given[name] else values
+        return bool(np.array_equal(stored, expected, equal_nan=values.dtype.kind == "f"))
+
+
+def _is_uniform(values: npt.NDArray[Any]) -> bool:
+    first = values[0]
+    return bool(
+        np.all(np.isnan(values)) if values.dtype.kind == "f" and np.isnan(first) else np.all(values == first)
+    )
+
+
+def _check_arguments(
+    uri: str,
+    name: str,
+    rows: int,
+    columns: int,
+    dtype: str,
+    chunk_rows: int,
+    given: Mapping[str, npt.NDArray[Any]],
+    attrs: Mapping[str, Any],
+) -> None:
+    if rows < 1 or columns < 1 or chunk_rows < 1:
+        raise StoreError(
+            f"{uri}: {rows} rows, {columns} columns, {chunk_rows} rows a chunk; each must be at least 1"
+        )
+    if dtype not in ("float32", "float64"):
+        raise StoreError(f"{uri}: dtype {dtype!r} is not supported; use float32 or float64")
+    if MARK in attrs:
+        raise StoreError(f"{uri}: the attribute {MARK} is reserved; use another name")
+    for key in (name, *given):
+        check_name(key, "array")
+    for key, values in given.items():
+        if values.shape != (rows,):
+            raise StoreError(f"{uri}: column {key} has shape {values.shape}, the store {rows} rows")
+        if values.dtype.kind not in "biuf" or key == name:
+            raise StoreError(
+                f"{uri}: column {key} ({values.dtype}) must hold numbers and not be named {name!r}"
+            )

@@ -1,0 +1,145 @@
+"""The recorded training run, ``trajectory.zarr``: what every later stage needs to know about it.
+
+T steps, B batch size, G parameter groups, P parameters (tensors), D their values flattened, K
+checkpoints, n digests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import StoredArray, read_group
+from .errors import CorruptStore, IncompleteStage
+from .trajectory_format import MARK, NOISE, PER_STEP, ParameterEntry, parameter_entry
+from .trajectory_writer import TrajectoryWriter
+from .uri import check_uri
+
+__all__ = ["Checkpoint", "ParameterEntry", "Trajectory", "TrajectoryWriter", "open_trajectory"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Checkpoint:
+    """The model and its optimiser after a step.
+
+    Attributes:
+        step: How many steps had been taken.
+        weights: (D,).
+        momentum: (D,), 0 where a parameter has no momentum buffer yet.
+        has_momentum: (P,) bool.
+        buffers: The model's buffers as the recorder packed them.
+    """
+
+    step: int
+    weights: npt.NDArray[Any]
+    momentum: npt.NDArray[Any]
+    has_momentum: npt.NDArray[np.bool_]
+    buffers: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Trajectory:
+    """A recorded run in memory, without its checkpoints, which `checkpoint` reads one by one.
+
+    Attributes:
+        uri: Where it was read from.
+        batches: (T, B) int32, training indices, padded with -1.
+        learning_rate: (T, G) float64, as the optimiser used it at that step; so the next three.
+        momentum: (T, G) float64.
+        weight_decay: (T, G) float64.
+        dampening: (T, G) float64.
+        nesterov: (T, G) bool.
+        coefficient: (T, G) float64, c_t of the closed form.
+        loss: (T,) float64, mean over the real batch.
+        digest_step: (n,) int64.
+        digest: (n,) uint32, crc32 of the flat weights after that many steps (0: the initial ones).
+        epoch_digest: sha256 hex, one an epoch.
+        checkpoint_steps: (K,) int64.
+        parameters: In flattening order.
+        attrs: ``n_train``, ``batch_size``, ``seed``, ``dtype``, ``dimension``, ``environment``, …
+        epochs: Column name -> one float64 an epoch, NaN where unknown.
+        noisy: (train_index, original_label) of labels that are wrong on purpose, or None.
+    """
+
+    uri: str
+    batches: npt.NDArray[np.int32]
+    learning_rate: npt.NDArray[np.float64]
+    momentum: npt.NDArray[np.float64]
+    weight_decay: npt.NDArray[np.float64]
+    dampening: npt.NDArray[np.float64]
+    nesterov: npt.NDArray[np.bool_]
+    coefficient: npt.NDArray[np.float64]
+    loss: npt.NDArray[np.float64]
+    digest_step: npt.NDArray[np.int64]
+    digest: npt.NDArray[np.uint32]
+    epoch_digest: list[str]
+    checkpoint_steps: npt.NDArray[np.int64]
+    parameters: tuple[ParameterEntry, ...]
+    attrs: dict[str, Any]
+    epochs: dict[str, npt.NDArray[np.float64]]
+    noisy: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None
+
+    def checkpoint(self, k: int) -> Checkpoint:
+        """Read checkpoint ``k`` of K; negative counts from the end.
+
+        Raises:
+            IndexError: There is no such checkpoint.
+            CorruptStore: Its bytes are not what was written.
+        """
+        count = len(self.checkpoint_steps)
+        if not -count <= k < count:
+            raise IndexError(f"checkpoint {k} of {count}")
+        k %= count
+
+        def row(name: str) -> npt.NDArray[Any]:
+            stored = StoredArray.open(self.uri, f"checkpoint/{name}").read(k, k + 1)
+            return stored.reshape(-1)
+
+        return Checkpoint(
+            step=int(self.checkpoint_steps[k]),
+            weights=row("weights"),
+            momentum=row("momentum"),
+            has_momentum=row("has_momentum"),
+            buffers=row("buffers").tobytes(),
+        )
+
+
+def open_trajectory(uri: str) -> Trajectory:
+    """Read a trajectory.
+
+    Args:
+        uri: Address of ``trajectory.zarr``.
+
+    Raises:
+        IncompleteStage: It is not there, or was not finished.
+        CorruptStore: It is damaged.
+    """
+    uri = check_uri(uri)
+    attrs = read_group(uri)
+    if MARK not in attrs:
+        raise IncompleteStage(f"{uri} was not recorded to its end; run `hydra-pipe record` again")
+    mark = attrs.pop(MARK)
+    try:
+        parameters = tuple(parameter_entry(entry) for entry in attrs.pop("parameters"))
+        columns, epoch_digest, noisy = mark["epochs"], list(attrs.pop("epoch_digest")), mark["noisy"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptStore(f"{uri}/zarr.json is damaged ({error}); run the stage again") from error
+
+    def read(name: str) -> Any:
+        return StoredArray.open(uri, name).read()
+
+    return Trajectory(
+        uri=uri,
+        **{name: read(name) for name in PER_STEP},
+        digest_step=read("digest_step"),
+        digest=read("digest"),
+        epoch_digest=epoch_digest,
+        checkpoint_steps=read("checkpoint/step"),
+        parameters=parameters,
+        attrs=attrs,
+        epochs={name: read(f"epochs/{name}") for name in columns},
+        noisy=(read(NOISE[0]), read(NOISE[1])) if noisy else None,
+    )

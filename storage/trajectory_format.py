@@ -1,0 +1,52 @@
+"""What ``trajectory.zarr`` is made of, shared by its reader and its writer.
+
+T steps, B batch size, G parameter groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MARK = "hydra_pipe_trajectory"
+PER_STEP = {
+    "batches": "int32",
+    "learning_rate": "float64",
+    "momentum": "float64",
+    "weight_decay": "float64",
+    "dampening": "float64",
+    "nesterov": "bool",
+    "coefficient": "float64",
+    "loss": "float64",
+}
+"""Arrays with one row a step, and their types."""
+NOISE = ("label_noise/train_index", "label_noise/original_label")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterEntry:
+    """Where one parameter lies in the flat vector of D values.
+
+    Attributes:
+        name: As in ``named_parameters()``.
+        shape: Its shape; row-major in the vector.
+        group: Index of its parameter group, -1 where the optimiser does not move it.
+        start: Offset of its first value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    start: int
+
+
+def parameter_entry(entry: Mapping[str, Any]) -> ParameterEntry:
+    """Return a parameter as it was noted in the attributes."""
+    shape: Sequence[Any] = entry["shape"]
+    return ParameterEntry(
+        name=str(entry["name"]),
+        shape=tuple(int(n) for n in shape),
+        group=int(entry["group"]),
+        start=int(entry["start"]),
+    )

@@ -1,0 +1,112 @@
+"""Command line and configuration file become one RunSpec."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from hydra_pipe.cli import main
+from hydra_pipe.cli.spec_options import SPEC_OPTIONS, build_spec, parse_pairs, spec_options
+from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.storage.errors import SpecError
+
+
+def spec_of(*words: str) -> RunSpec:
+    found: list[RunSpec] = []
+
+    @click.command()
+    @spec_options
+    @click.pass_context
+    def probe(ctx: click.Context, /, **_: Any) -> None:
+        found.append(build_spec(ctx))
+
+    result = CliRunner().invoke(probe, words, standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return found[0]
+
+
+def test_nothing_given_is_the_default_spec() -> None:
+    assert spec_of() == RunSpec()
+
+
+def test_every_field_of_the_spec_can_be_given() -> None:
+    text = "mod:Recipe --out o --shards 3 --track 10% --test 0:5 --mode adjoint --hessian ekfac "
+    text += "--exact-rank 4 --dtype float64 --epochs 2 --batch-size 8 --seed 0 --batch-norm coupled "
+    text += "--executor serial --address 10.0.0.1:6379 --gpus-per-actor 0.5 --cpus-per-actor 2 "
+    text += "--workers 3 --threads 1 --device cpu --memory 4GiB --reduce-memory 1GiB --overwrite "
+    text += "--checkpoint-every 7 --max-attempts 5 --start-timeout 9 --set a=1"
+    spec = spec_of(*text.split())
+    default = RunSpec()
+    same = [f.name for f in fields(RunSpec) if getattr(spec, f.name) == getattr(default, f.name)]
+    assert same == ["reduce_memory"]  # 1GiB is the default
+    assert (spec.shards, spec.memory, spec.recipe_args) == (3, 4 << 30, {"a": 1})
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Any) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'recipe = "mod:A"\nepochs = 9\nbatch-size = 4\noverwrite = true\n[set]\nx = 1\ny = "two"\n'
+    )
+    spec = spec_of("--config", str(file), "--epochs", "3", "--set", "x=5")
+    assert (spec.recipe, spec.epochs, spec.batch_size, spec.overwrite) == ("mod:A", 3, 4, True)
+    assert spec.recipe_args == {"x": 5, "y": "two"}
+    assert spec_of("mod:B", "--config", str(file)).recipe == "mod:B"
+
+
+def test_a_default_given_on_the_command_line_wins_too(tmp_path: Any) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('hessian = "exact"\n')
+    assert spec_of("--config", str(file), "--hessian", "none").hessian == "none"
+
+
+def test_an_unknown_key_is_refused(tmp_path: Any) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("epoch = 3\n")
+    with pytest.raises(SpecError, match="epoch"):
+        spec_of("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [
+        ("a=3", 3),
+        ("a=0.5", 0.5),
+        ("a=true", True),
+        ("a=null", None),
+        ("a=text", "text"),
+        ('a="3"', "3"),
+        ("a=", ""),
+        ("a=b=c", "b=c"),
+        ("a=[1]", "[1]"),
+        ("a=NaN", "NaN"),
+    ],
+)
+def test_set_reads_json_scalars(pair: str, value: Any) -> None:
+    assert parse_pairs([pair]) == {"a": value}
+
+
+@pytest.mark.parametrize("pair", ["a", "=1", "a-b=1", "1a=2"])
+def test_set_needs_a_name(pair: str) -> None:
+    result = CliRunner().invoke(main, ["run", "--set", pair])
+    assert result.exit_code == 2
+    assert "KEY=VALUE" in result.stderr
+
+
+def test_the_defaults_that_help_shows_are_those_of_the_spec() -> None:
+    function: Any = lambda: None
+    for option in SPEC_OPTIONS:
+        function = option(function)
+    shown = {p.name: p.help or "" for p in function.__click_params__}
+    for field in fields(RunSpec):
+        if field.name not in shown or field.default in (None, False):
+            continue
+        text = {"reduce_memory": "1GiB"}.get(
+            field.name, f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+        )
+        if field.name != "recipe_args":
+            assert f"[default: {text}]" in shown[field.name], field.name
+    assert set(shown) - {"config", "recipe"} == {f.name for f in fields(RunSpec)} - {"recipe"}

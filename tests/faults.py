@@ -1,0 +1,153 @@
+"""Faults as scripted data: which unit fails how, at which attempt.
+
+``FaultPlan(directory=d, script={"unit-3": ["kill", "kill"]})`` makes the first two attempts of
+``unit-3`` end in SIGKILL and the third go well. Attempts are counted in files, so exactly, over all
+processes that ever tried, those that were killed included.
+
+Actions: ``kill`` before any work; ``kill@K`` when progress is reported the K-th time; ``kill>S`` S
+seconds after the start, wherever the work is then; ``kill-after`` when the work is done but not yet
+answered for; ``exit:CODE``; ``raise:TEXT`` a ValueError; ``hydra:TEXT`` a NonFiniteLoss; ``odd`` an
+exception that cannot be unpickled; ``ok`` nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra_pipe.pipeline.units import Handler, Report, Unit
+from hydra_pipe.storage.errors import NonFiniteLoss
+
+
+class OddError(Exception):
+    """Pickles, and cannot be unpickled: its constructor wants more than its arguments."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultPlan:
+    """What goes wrong: by unit name, one action an attempt; attempts beyond the list go well."""
+
+    directory: str
+    script: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def begin(self, unit: str) -> str:
+        """Count an attempt and return its action."""
+        number = 1
+        while True:
+            try:
+                os.close(os.open(Path(self.directory, f"{unit}.{number}.attempt"), os.O_CREAT | os.O_EXCL))
+                break
+            except FileExistsError:
+                number += 1
+        actions = self.script.get(unit, ())
+        return actions[number - 1] if number <= len(actions) else "ok"
+
+    def attempts(self, unit: str) -> int:
+        """Return how often the unit was begun."""
+        return len(list(Path(self.directory).glob(f"{unit}.*.attempt")))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Faulty:
+    """A handler with faults; pickles with its plan."""
+
+    plan: FaultPlan
+    handler: Handler
+
+    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
+        action = self.plan.begin(unit.name)
+        reports = 0
+
+        def watched(done: int, total: int) -> None:
+            nonlocal reports
+            reports += 1
+            report(done, total)
+            if action == f"kill@{reports}":
+                die()
+
+        _before(action)
+        values = self.handler(unit, watched)
+        if action == "kill-after":
+            die()
+        return values
+
+
+def _before(action: str) -> None:
+    kind, _, rest = action.partition(":")
+    if kind == "kill":
+        die()
+    elif kind.startswith("kill>"):
+        threading.Timer(float(kind.removeprefix("kill>")), die).start()
+    elif kind == "exit":
+        sys.exit(int(rest))
+    elif kind == "raise":
+        raise ValueError(rest)
+    elif kind == "hydra":
+        raise NonFiniteLoss(rest)
+    elif kind == "odd":
+        raise OddError("one", "two")
+    else:
+        assert kind.startswith(("kill@", "kill-after", "ok")), f"no such fault: {action}"
+
+
+def die() -> None:
+    """End this process as the kernel's OOM killer would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Count:
+    """A harmless handler: ``steps`` steps of ``pause`` seconds, then a small result on disk.
+
+    Returns the sum of the steps' numbers plus ``unit.arguments["add"]``, and who did it.
+    """
+
+    directory: str
+    steps: int = 4
+    pause: float = 0.005
+
+    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
+        Path(self.directory, f"{os.getpid()}.pid").touch()
+        total = int(unit.arguments.get("add", 0))
+        for step in range(1, self.steps + 1):
+            time.sleep(self.pause)
+            total += step
+            report(step, self.steps)
+        Path(self.directory, f"{unit.name}.done").write_text(str(total))
+        return {
+            "total": total,
+            "pid": os.getpid(),
+            "thread": threading.get_ident(),
+            "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "omp": os.environ.get("OMP_NUM_THREADS"),
+        }
+
+    def pids(self) -> set[int]:
+        """Return every process that ever worked with this handler."""
+        return {int(path.stem) for path in Path(self.directory).glob("*.pid")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unloadable:
+    """A handler that pickles and cannot be unpickled, as a recipe that a node lacks."""
+
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+        return (__import__, ("no_such_module_anywhere",))
+
+    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
+        raise AssertionError
+
+
+def units(count: int, stage: str = "test") -> list[Unit]:
+    """Return ``count`` units ``unit-0``, ``unit-1``, ..."""
+    return [Unit(stage=stage, name=f"unit-{n}", arguments={"add": n}) for n in range(count)]

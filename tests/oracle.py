@@ -1,0 +1,178 @@
+"""The judge: Algorithm 1 of the HyDRA paper done densely in float64, one sample after the other.
+
+Slow and plain on purpose, and sharing no arithmetic with the package: the optimiser step, the two
+tangent buffers of each sample, and the per-sample gradients (autograd of each sample's own loss
+through the graph of the whole batch) are all written out here. Only the batch order, the recorded
+optimiser settings, the initial weights and the per-step seed are taken from the record.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hydra_pipe.storage.trajectory import Trajectory
+from hydra_pipe.workers.data import fetch, to_device
+from hydra_pipe.workers.determinism import derived_seed, seed_everything
+from hydra_pipe.workers.recipe import Recipe
+
+# How far a fast path may be from the dense form, relative to the largest norm of a row.
+DENSE_FLOAT64 = 1e-12
+DENSE_FLOAT32 = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dense:
+    """What the dense form came to: ``hypergradient`` (n, D), final ``weights`` (D,), ``loss`` (T,)."""
+
+    hypergradient: np.ndarray
+    weights: np.ndarray
+    loss: np.ndarray
+    model: torch.nn.Module
+
+
+def dense(
+    recipe: Recipe, trajectory: Trajectory, tracked: Sequence[int], *, batch_norm: str = "constant"
+) -> Dense:
+    """Run Algorithm 1 for the tracked samples along the recorded batches and settings."""
+    torch.manual_seed(recipe.seed)
+    seed_everything(recipe.seed)
+    dataset = recipe.train_dataset()
+    seed_everything(recipe.seed)
+    model = recipe.model().double()
+    model.train()
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    _load(parameters, trajectory.checkpoint(0).weights.astype(np.float64))
+    groups = [entry.group for entry in trajectory.parameters]
+    assert names == [entry.name for entry in trajectory.parameters]
+    n_train = len(dataset)
+    momentum: list[torch.Tensor | None] = [None] * len(parameters)
+    du = {i: [torch.zeros_like(p) for p in parameters] for i in tracked}
+    dm: dict[int, list[torch.Tensor | None]] = {i: [None] * len(parameters) for i in tracked}
+    losses = np.zeros(len(trajectory.batches))
+    for step, row in enumerate(trajectory.batches):
+        members = row[row >= 0]
+        seed_everything(derived_seed(recipe.seed, "data", step))
+        batch = to_device(fetch(recipe, dataset, members), torch.device("cpu"), torch.float64)
+        own = _own_gradients(recipe, model, parameters, batch, members, tracked, step, batch_norm)
+        seed_everything(derived_seed(recipe.seed, "step", step))
+        loss = recipe.losses(model, batch).mean()
+        gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+        losses[step] = loss.item()
+        with torch.no_grad():
+            for k, parameter in enumerate(parameters):
+                if groups[k] < 0:
+                    continue
+                h, p, decay, damp, nesterov = _settings(trajectory, step, groups[k])
+                for i in tracked:
+                    g = own[i][k] * (n_train / len(members)) if i in own else torch.zeros_like(parameter)
+                    tangent = g + decay * du[i][k]
+                    dm[i][k], move = _sgd(tangent, dm[i][k], p, damp, nesterov)
+                    du[i][k] = du[i][k] - h * move
+                full = gradient[k] + decay * parameter
+                momentum[k], move = _sgd(full, momentum[k], p, damp, nesterov)
+                parameter.sub_(h * move)
+    rows = [torch.cat([u.reshape(-1) for u in du[i]]).numpy() for i in tracked]
+    weights = torch.cat([p.detach().reshape(-1) for p in parameters]).numpy()
+    return Dense(hypergradient=np.stack(rows), weights=weights, loss=losses, model=model)
+
+
+def test_gradients(recipe: Recipe, model: torch.nn.Module, chosen: Sequence[int]) -> np.ndarray:
+    """Return d loss_j / d w in eval mode for each chosen test sample alone, (M, D) float64."""
+    model.eval()
+    seed_everything(recipe.seed)
+    dataset = recipe.test_dataset()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for j in chosen:
+        batch = to_device(fetch(recipe, dataset, [j]), torch.device("cpu"), torch.float64)
+        found = torch.autograd.grad(recipe.losses(model, batch)[0], parameters, allow_unused=True)
+        full = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+        rows.append(torch.cat([g.reshape(-1) for g in full]).numpy())
+    return np.stack(rows)
+
+
+def contributions(hypergradient: np.ndarray, gradients: np.ndarray, n_train: int) -> np.ndarray:
+    """Eq. 8 and 9: C(i, j) = -(1/N) <hypergradient_i, gradient_j>, shape (n, M)."""
+    return -(hypergradient @ gradients.T) / n_train
+
+
+def relative_error(found: np.ndarray, right: np.ndarray) -> float:
+    """Return the largest row-wise distance, relative to the largest norm of a row of ``right``."""
+    distance = np.linalg.norm(np.asarray(found, dtype=np.float64) - right, axis=1)
+    return float(distance.max() / np.linalg.norm(right, axis=1).max())
+
+
+def _sgd(
+    gradient: torch.Tensor, buffer: torch.Tensor | None, p: float, damp: float, nesterov: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """One step of SGD's momentum, as PyTorch documents it: (new buffer, direction)."""
+    if p == 0:
+        return buffer, gradient
+    buffer = gradient.clone() if buffer is None else p * buffer + (1 - damp) * gradient
+    return buffer, gradient + p * buffer if nesterov else buffer
+
+
+def _settings(t: Trajectory, step: int, group: int) -> tuple[float, float, float, float, bool]:
+    return (
+        float(t.learning_rate[step, group]),
+        float(t.momentum[step, group]),
+        float(t.weight_decay[step, group]),
+        float(t.dampening[step, group]),
+        bool(t.nesterov[step, group]),
+    )
+
+
+def _load(parameters: Sequence[torch.nn.Parameter], vector: np.ndarray) -> None:
+    start = 0
+    with torch.no_grad():
+        for parameter in parameters:
+            stop = start + parameter.numel()
+            parameter.copy_(torch.from_numpy(vector[start:stop]).view_as(parameter))
+            start = stop
+
+
+def _own_gradients(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    parameters: Sequence[torch.nn.Parameter],
+    batch: Any,
+    members: np.ndarray,
+    tracked: Sequence[int],
+    step: int,
+    batch_norm: str,
+) -> dict[int, list[torch.Tensor]]:
+    """Gradient of each tracked member's own loss, on a copy so that no buffer moves."""
+    wanted = set(tracked) & {int(m) for m in members}
+    if not wanted:
+        return {}
+    twin = copy.deepcopy(model)
+    if batch_norm == "constant":
+        for module in twin.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(_freeze_statistics)
+    own = [p for p in twin.parameters() if p.requires_grad]
+    seed_everything(derived_seed(recipe.seed, "step", step))
+    losses = recipe.losses(twin, batch)
+    found = {}
+    for position, member in enumerate(members):
+        if int(member) in wanted:
+            grads = torch.autograd.grad(losses[position], own, retain_graph=True, allow_unused=True)
+            found[int(member)] = [
+                torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)
+            ]
+    return found
+
+
+def _freeze_statistics(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+    """Make a BatchNorm layer an affine map with this batch's mean and biased variance."""
+    x = args[0].detach()
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    module.running_mean = x.mean(axes)
+    module.running_var = x.var(axes, unbiased=False)
+    module.eval()

@@ -1,0 +1,133 @@
+"""The house: which room may import what, what the wheel holds, what stays light."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("storage", "workers", "pipeline", "cli")
+FORBIDDEN = {
+    "storage": {"torch", "ray", "click", "rich"},
+    "workers": {"ray", "click", "rich"},
+    "pipeline": {"ray", "click", "rich"},
+    "cli": {"ray", "torch", "zarr", "pyarrow"},
+}
+MAY_IMPORT_RAY = {"workers/actor.py", "pipeline/executors.py"}
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Every imported module of a file as (name, relative level); names under `if TYPE_CHECKING` too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, 0) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", node.level))
+    return found
+
+
+def room_of(path: Path, module: str, level: int) -> str | None:
+    """The room a relative import reaches, or None for other packages."""
+    if level == 0:
+        return None
+    package = ("hydra_pipe", *path.relative_to(ROOT).parent.parts)
+    target = [*package[: len(package) - level + 1], *module.split(".")]
+    return target[1] if len(target) > 1 and target[0] == "hydra_pipe" else None
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downwards_only(room):
+    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    for path in sources(room):
+        for module, level in imports(path):
+            target = room_of(path, module, level)
+            assert target is None or target in allowed, f"{path} imports {target}"
+            assert not module.startswith("hydra_pipe") or level, f"{path} imports {module} absolutely"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_know_only_their_libraries(room):
+    for path in sources(room):
+        name = str(path.relative_to(ROOT))
+        for module, level in imports(path):
+            top = module.split(".")[0]
+            if level == 0 and top in FORBIDDEN[room]:
+                assert top == "ray" and name in MAY_IMPORT_RAY, f"{name} imports {top}"
+
+
+@pytest.mark.parametrize("room", [r for r in ROOMS if r != "cli"])
+def test_only_the_cli_prints(room):
+    for path in sources(room):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
+            assert called != "print", f"{path}:{node.lineno} prints"
+
+
+def test_every_package_is_listed_for_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {"hydra_pipe"}
+    for room in ROOMS:
+        there |= {".".join(("hydra_pipe", *p.parent.relative_to(ROOT).parts)) for p in sources(room)}
+    assert set(listed) == there
+
+
+def test_type_checkers_see_every_room():
+    for room in ROOMS:
+        assert (ROOT / ".typing" / "hydra_pipe" / room).resolve() == ROOT / room
+
+
+def test_the_public_face():
+    import hydra_pipe
+
+    assert hydra_pipe.__all__ == ["HydraError", "Recipe", "Run", "RunSpec", "__version__", "open_run", "run"]
+    for name in hydra_pipe.__all__:
+        assert getattr(hydra_pipe, name) is not None
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert hydra_pipe.__version__ == project["version"]
+
+
+def test_help_and_import_stay_light():
+    code = (
+        "import sys, hydra_pipe, hydra_pipe.cli\n"
+        "heavy = {'torch', 'ray', 'zarr', 'pyarrow', 'numpy', 'sklearn'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_wheel_holds_the_rooms_and_nothing_else(tmp_path):
+    """Built from a copy without build/, so that deleted modules cannot hide in it."""
+    copy = tmp_path / "source"
+    wanted = [*ROOMS, "hydra_pipe", "pyproject.toml", "README.md", "LICENSE"]
+    for name in wanted:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy / name)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(copy)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "SETUPTOOLS_SCM_PRETEND_VERSION": "0"},
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    expected = {"hydra_pipe/__init__.py", "hydra_pipe/py.typed"}
+    for room in ROOMS:
+        expected |= {f"hydra_pipe/{p.relative_to(ROOT)}" for p in sources(room)}
+    assert held == expected

@@ -1,0 +1,1 @@
+"""What runs beside the model: recipes, the training loop, per-sample gradients, hypergradients."""

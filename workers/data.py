@@ -1,0 +1,95 @@
+"""Batches: in which order, fetched how. One item of the loader is one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .determinism import derived_seed, seed_everything
+from .recipe import Batch, Recipe
+
+Indices = npt.NDArray[np.int32]
+
+
+def batch_order(n_train: int, batch_size: int, epochs: int, seed: int) -> Indices:
+    """Return the training samples of every step, shape (T, B), padded with -1.
+
+    Each epoch is a permutation of the N samples drawn from (seed, epoch); its last batch holds
+    the remaining ``N % batch_size`` samples.
+    """
+    steps = -(-n_train // batch_size)
+    order = np.full((epochs * steps, batch_size), -1, dtype=np.int32)
+    generator = torch.Generator()
+    for epoch in range(epochs):
+        generator.manual_seed(derived_seed(seed, "order", epoch))
+        permutation = torch.randperm(n_train, generator=generator).numpy().astype(np.int32)
+        padded = np.full(steps * batch_size, -1, dtype=np.int32)
+        padded[:n_train] = permutation
+        order[epoch * steps : (epoch + 1) * steps] = padded.reshape(steps, batch_size)
+    return order
+
+
+def fetch(recipe: Recipe, dataset: Dataset[Any], indices: Sequence[int] | npt.NDArray[Any]) -> Batch:
+    """Return the batch of the given samples, collated as the recipe wants it."""
+    plain = isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
+    if plain and type(recipe).collate is Recipe.collate:
+        assert isinstance(dataset, TensorDataset)
+        chosen = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
+        return [tensor.index_select(0, chosen) for tensor in dataset.tensors]
+    many = getattr(dataset, "__getitems__", None)
+    items = many([int(i) for i in indices]) if many else [dataset[int(i)] for i in indices]
+    return recipe.collate(items)
+
+
+class _Steps(Dataset[Any]):
+    """Map-style dataset whose item t is the batch of step t, randomness keyed by (seed, t)."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset[Any], batches: Indices, seed: int) -> None:
+        self.recipe, self.dataset, self.batches, self.seed = recipe, dataset, batches, seed
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, step: int) -> Batch:
+        seed_everything(derived_seed(self.seed, "data", step))
+        row = self.batches[step]
+        return fetch(self.recipe, self.dataset, row[row >= 0])
+
+
+def step_batches(
+    recipe: Recipe, dataset: Dataset[Any], batches: Indices, seed: int, first: int = 0, stop: int | None = None
+) -> Iterator[Batch]:
+    """Yield the batches of steps ``first`` to ``stop``; any number of workers gives the same."""
+    steps = range(first, len(batches) if stop is None else stop)
+    source = _Steps(recipe, dataset, batches, seed)
+    if recipe.num_workers == 0:
+        for step in steps:
+            yield source[step]
+        return
+    loader: DataLoader[Any] = DataLoader(
+        source, batch_size=None, sampler=steps, num_workers=recipe.num_workers, persistent_workers=False
+    )
+    yield from loader
+
+
+def to_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """Move all tensors of a batch to ``device``; floating ones become ``dtype``."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
+
+    return tree_map(move, batch)
+
+
+def batch_length(batch: Batch) -> int:
+    """Return B: the leading axis of the first tensor in the batch, 0 when it holds no tensor."""
+    leaves, _ = tree_flatten(batch)
+    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), 0)

@@ -1,0 +1,112 @@
+"""Same bits everywhere: seeds keyed by (seed, step), thread counts, and a fingerprint of the machine.
+
+Randomness of a step must not depend on how the process got there, or a replay could only start at
+step 0. So the generators are reseeded before every step from a hash of (seed, purpose, step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..storage.errors import DeviceMissing
+
+
+def derived_seed(seed: int, purpose: str, step: int = 0) -> int:
+    """Return a 63-bit seed that depends on all three arguments."""
+    text = f"{seed}/{purpose}/{step}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def seed_everything(value: int) -> None:
+    """Seed the global generators of torch (all devices), numpy and random."""
+    torch.manual_seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    random.seed(value)
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Leave the global generators as they were: for work beside the training step."""
+    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    devices = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        for index, state in enumerate(devices):
+            torch.cuda.set_rng_state(state, index)
+
+
+def prepare_process(threads: int) -> None:
+    """Fix everything that changes bits: threads, algorithms, TF32.
+
+    Must be called in every process that computes, before its first tensor operation matters.
+    Operations that have no deterministic form raise an error of torch that names them.
+
+    Args:
+        threads: CPU threads of torch, the same in every process of a run.
+    """
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling fresh memory guards against reading it; it costs time and changes no result here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn ``auto``, ``cpu`` or ``cuda`` into a device.
+
+    Raises:
+        DeviceMissing: ``cuda`` was asked for and this process sees no GPU.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise DeviceMissing(
+            "device 'cuda' was asked for and this process sees 0 GPUs; "
+            "use --device cpu, or give each actor one with --gpus-per-actor 1"
+        )
+    if device == "auto":
+        device = "cuda" if available else "cpu"
+    return torch.device(device)
+
+
+def fingerprint(device: torch.device) -> dict[str, Any]:
+    """Return what may change the bits of a training run between two machines."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": metadata.version("numpy"),
+        "threads": torch.get_num_threads(),
+        "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,  # type: ignore[attr-defined]
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+    }
+
+
+def fingerprint_differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Say what differs between two fingerprints, for the message of a diverged replay."""
+    lines = [
+        f"{key}: recorded {recorded.get(key)!r}, here {here.get(key)!r}"
+        for key in sorted(set(recorded) | set(here))
+        if recorded.get(key) != here.get(key)
+    ]
+    return "; ".join(lines) if lines else "the environments are the same (did the recipe or its data change?)"

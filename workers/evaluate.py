@@ -1,0 +1,89 @@
+"""Mean loss and accuracy of a model on a dataset, beside the training run and without a trace in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .data import fetch, to_device
+from .determinism import derived_seed, preserved_generators, seed_everything
+from .recipe import Batch, Recipe
+
+EVALUATION_BATCH = 256
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode and give every submodule its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class OutputWatch:
+    """Notes the last output of the model, so that predictions cost no second forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.output: Any = None
+        self._handle = model.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.output = output.detach() if isinstance(output, Tensor) else None
+
+    def classes(self, size: int) -> Tensor | None:
+        """Return the arg max over (B, classes) outputs, or None when the output is something else."""
+        output, self.output = self.output, None
+        if output is None or output.ndim != 2 or output.shape[0] != size or output.shape[1] < 2:
+            return None
+        return output.argmax(1)
+
+    def close(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+
+def predicted(recipe: Recipe, model: nn.Module, batch: Batch, watch: OutputWatch, size: int) -> Tensor | None:
+    """Return predicted classes (B,): from the recipe where it says how, else off the last output."""
+    if type(recipe).predictions is not Recipe.predictions:
+        return recipe.predictions(model, batch)
+    return watch.classes(size)
+
+
+@torch.no_grad()
+def evaluate(
+    recipe: Recipe,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    labels: Sequence[int] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[float, float]:
+    """Return (mean loss, accuracy); accuracy is NaN where there are no labels or predictions."""
+    count = len(dataset)  # type: ignore[arg-type]
+    total, correct, known = 0.0, 0, 0
+    with preserved_generators(), evaluating(model):
+        watch = OutputWatch(model)
+        try:
+            for start in range(0, count, EVALUATION_BATCH):
+                indices = range(start, min(start + EVALUATION_BATCH, count))
+                seed_everything(derived_seed(recipe.seed, "evaluate", start))
+                batch = to_device(fetch(recipe, dataset, indices), device, dtype)
+                total += float(recipe.losses(model, batch).double().sum())
+                found = predicted(recipe, model, batch, watch, len(indices))
+                if found is not None and labels is not None:
+                    target = torch.tensor([int(labels[i]) for i in indices], device=found.device)
+                    correct += int((found == target).sum())
+                    known += len(indices)
+        finally:
+            watch.close()
+    return total / max(count, 1), correct / known if known else math.nan

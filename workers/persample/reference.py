@@ -1,0 +1,108 @@
+"""Per-sample gradients the slow, obviously right ways: the yardstick and the fallbacks.
+
+``vjp`` differentiates each sample's own loss through the very graph of the batch: right for any
+layer, for dropout (same masks) and for layers that couple samples. It costs one backward pass a
+sample. ``func`` is ``torch.func``'s ``vmap(grad)``: each sample alone, much faster, right where the
+samples do not see each other and nothing is random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_map
+
+from ..recipe import Batch, Recipe
+from .rules import batch_statistics, uses_batch_statistics
+
+
+def vjp(losses_B: Tensor, parameters: Sequence[nn.Parameter], positions: Tensor) -> list[Tensor]:
+    """Return d losses_B[r] / d parameter for each position r: tensors (R, *parameter shape).
+
+    The graph is kept for a later backward pass.
+    """
+    ones = F.one_hot(positions, losses_B.shape[0]).to(losses_B.dtype)
+    inputs = list(parameters)
+    try:
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            losses_B, inputs, ones, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+    except RuntimeError:  # an operation without a batching rule: one row after the other
+        rows = [
+            torch.autograd.grad(losses_B, inputs, row, retain_graph=True, allow_unused=True) for row in ones
+        ]
+        grads = [
+            None if rows[0][p] is None else torch.stack([row[p] for row in rows]) for p in range(len(inputs))
+        ]
+    shapes = [(len(positions), *p.shape) for p in parameters]
+    return [
+        p.new_zeros(s) if g is None else g.detach()
+        for g, p, s in zip(grads, parameters, shapes, strict=True)
+    ]
+
+
+class _LossModule(nn.Module):
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._recipe = recipe
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._recipe.losses(self.model, batch)
+
+
+def func(
+    recipe: Recipe, model: nn.Module, names: Sequence[str], batch: Batch, positions: Tensor
+) -> list[Tensor]:
+    """Return each sample's gradient by ``vmap(grad)``: tensors (R, *parameter shape)."""
+    module = _LossModule(recipe, model)
+    parameters = dict(model.named_parameters())
+    chosen = {f"model.{name}": parameters[name].detach() for name in names}
+    rows = tree_map(
+        lambda leaf: leaf.index_select(0, positions) if isinstance(leaf, Tensor) else leaf, batch
+    )
+
+    def one(values: dict[str, Tensor], sample: Batch) -> Tensor:
+        alone = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, sample)
+        return functional_call(module, values, (alone,))[0]
+
+    axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, rows)
+    grads = vmap(grad(one), in_dims=(None, axes), randomness="different")(chosen, rows)
+    return [grads[f"model.{name}"].detach() for name in names]
+
+
+def _constant_forward(module: Any, x: Tensor) -> Tensor:
+    mean, variance = batch_statistics(module, x.detach())
+    return F.batch_norm(x, mean, variance, module.weight, module.bias, False, 0.0, module.eps)
+
+
+@contextmanager
+def constant_statistics(model: nn.Module) -> Iterator[bool]:
+    """Let BatchNorm layers normalise with the batch's statistics as constants; touch no buffer.
+
+    Yields:
+        Whether there was such a layer at all.
+    """
+    coupled = [module for module in model.modules() if uses_batch_statistics(module)]
+    for module in coupled:
+        module.__dict__["forward"] = partial(_constant_forward, module)
+    try:
+        yield bool(coupled)
+    finally:
+        for module in coupled:
+            module.__dict__.pop("forward", None)
+
+
+def couples_samples(model: nn.Module) -> bool:
+    """Whether the model, in its present mode, has layers that couple the samples of a batch."""
+    return any(uses_batch_statistics(module) for module in model.modules())
+
+
+__all__ = ["constant_statistics", "couples_samples", "func", "vjp"]

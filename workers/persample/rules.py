@@ -1,0 +1,159 @@
+"""Per-sample gradients of single layers: one small product from what the layer saw and returned.
+
+A rule gets R rows of the layer's input ``x_R`` and of the loss gradient at its output ``d_R`` and
+returns the gradient of each row's loss with respect to one parameter, shape (R, *parameter shape).
+Rules never touch the module's state. Whether a rule applies to a model is not believed but tried
+(see ``probe``), so subclasses of a layer may use its rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rule = Callable[[nn.Module, str, Tensor, Tensor], Tensor]
+"""(module, parameter name, x_R, d_R) -> (R, *parameter shape)."""
+
+Prepare = Callable[[nn.Module, Tensor], Tensor]
+"""Applied to the whole batch's input before rows are taken: normalisation layers need it."""
+
+
+def linear(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+    """``y = x W^T + b``; axes between rows and features are positions, summed over."""
+    if name == "bias":
+        return d_R if d_R.ndim == 2 else d_R.flatten(1, -2).sum(1)
+    if d_R.ndim == 2:
+        return d_R.unsqueeze(2) * x_R.unsqueeze(1)
+    return torch.bmm(d_R.flatten(1, -2).transpose(1, 2), x_R.flatten(1, -2))
+
+
+def convolution(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+    """Conv1d/2d/3d with any stride, padding, dilation and groups: windows times output gradients."""
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    d = d_R.flatten(2)
+    if name == "bias":
+        return d.sum(2)
+    windows = _windows(module, x_R, d_R.shape[2:])
+    rows, groups = x_R.shape[0], module.groups
+    left = d.reshape(rows * groups, module.out_channels // groups, -1)
+    right = windows.reshape(rows * groups, -1, d.shape[2])
+    return torch.bmm(left, right.transpose(1, 2)).view(rows, *module.weight.shape)
+
+
+def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: torch.Size) -> Tensor:
+    """Return what each kernel position saw, shape (R, C, *kernel, *output size), contiguous."""
+    space = x_R.ndim - 2
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    # The reversed list is what F.pad wants; it also holds what padding="same" came to.
+    pads = module._reversed_padding_repeated_twice
+    if any(pads):
+        x_R = F.pad(x_R, pads, mode=mode)
+    x_R = x_R.contiguous()
+    strides = x_R.stride()
+    size = (*x_R.shape[:2], *module.kernel_size, *out_size)
+    stride = (
+        *strides[:2],
+        *(strides[2 + k] * module.dilation[k] for k in range(space)),
+        *(strides[2 + k] * module.stride[k] for k in range(space)),
+    )
+    return x_R.as_strided(size, stride).contiguous()
+
+
+def embedding(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+    """Rows of the table collect the output gradients of the positions that used them."""
+    assert isinstance(module, nn.Embedding)
+    rows, (vocabulary, width) = x_R.shape[0], module.weight.shape
+    index = x_R.reshape(rows, -1)
+    d = d_R.reshape(rows, -1, width)
+    if module.padding_idx is not None:
+        d = d * (index != module.padding_idx).unsqueeze(2)
+    out = d.new_zeros(rows * vocabulary, width)
+    offset = torch.arange(rows, device=index.device).unsqueeze(1) * vocabulary
+    out.index_add_(0, (index + offset).reshape(-1), d.reshape(-1, width))
+    return out.view(rows, vocabulary, width)
+
+
+def layer_norm(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+    """``y = xhat * weight + bias`` over the trailing axes; ``x_R`` is xhat here."""
+    assert isinstance(module, nn.LayerNorm)
+    product = d_R if name == "bias" else d_R * x_R
+    between = product.ndim - 1 - len(module.normalized_shape)
+    return product.sum(dim=tuple(range(1, 1 + between))) if between else product
+
+
+def rms_norm(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+    """``y = xhat * weight`` over the trailing axes; ``x_R`` is xhat here."""
+    assert isinstance(module, nn.RMSNorm)
+    product = d_R * x_R
+    between = product.ndim - 1 - len(module.normalized_shape)
+    return product.sum(dim=tuple(range(1, 1 + between))) if between else product
+
+
+def channel_norm(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+    """``y = xhat * weight + bias`` per channel (axis 1); ``x_R`` is xhat here."""
+    product = d_R if name == "bias" else d_R * x_R
+    return product.flatten(2).sum(2) if product.ndim > 2 else product
+
+
+def _layer_xhat(module: nn.Module, x_B: Tensor) -> Tensor:
+    assert isinstance(module, nn.LayerNorm)
+    return F.layer_norm(x_B, module.normalized_shape, None, None, module.eps)
+
+
+def _rms_xhat(module: nn.Module, x_B: Tensor) -> Tensor:
+    assert isinstance(module, nn.RMSNorm)
+    return F.rms_norm(x_B, module.normalized_shape, None, module.eps)
+
+
+def _group_xhat(module: nn.Module, x_B: Tensor) -> Tensor:
+    assert isinstance(module, nn.GroupNorm)
+    return F.group_norm(x_B, module.num_groups, None, None, module.eps)
+
+
+def batch_statistics(module: nn.Module, x_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance that a BatchNorm layer normalises ``x_B`` with, shape (C,)."""
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    if uses_batch_statistics(module):
+        axes = [axis for axis in range(x_B.ndim) if axis != 1]
+        variance, mean = torch.var_mean(x_B, dim=axes, correction=0)
+        return mean, variance
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    return module.running_mean, module.running_var
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether this BatchNorm layer couples the samples of a batch right now."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or module.running_mean is None
+    )
+
+
+def _batch_xhat(module: nn.Module, x_B: Tensor) -> Tensor:
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    mean, variance = batch_statistics(module, x_B)
+    return F.batch_norm(x_B, mean, variance, None, None, False, 0.0, module.eps)
+
+
+RULES: tuple[tuple[type[nn.Module], Rule, Prepare | None], ...] = (
+    (nn.Linear, linear, None),
+    (nn.Conv1d, convolution, None),
+    (nn.Conv2d, convolution, None),
+    (nn.Conv3d, convolution, None),
+    (nn.Embedding, embedding, None),
+    (nn.LayerNorm, layer_norm, _layer_xhat),
+    (nn.RMSNorm, rms_norm, _rms_xhat),
+    (nn.GroupNorm, channel_norm, _group_xhat),
+    (nn.modules.batchnorm._BatchNorm, channel_norm, _batch_xhat),
+)
+
+
+def rule_for(module: nn.Module) -> tuple[Rule, Prepare | None] | None:
+    """Return the rule (and its preparation) of a layer, or None when there is none."""
+    for kind, rule, prepare in RULES:
+        if isinstance(module, kind):
+            return rule, prepare
+    return None

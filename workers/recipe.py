@@ -1,0 +1,139 @@
+"""The recipe: what the user brings.
+
+A recipe names the model, the data, the loss of each sample, the optimiser and its schedule. It
+holds no state of a run; every process that trains builds its own model and datasets from it.
+Shape letters: B samples of a batch, N training samples, D trainable parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+
+Batch = Any
+"""What ``collate`` returns: usually a tuple ``(inputs, targets)`` of tensors with leading axis B."""
+
+
+class Recipe:
+    """Subclass this to have a training run traced.
+
+    Five methods are required: ``model``, ``train_dataset``, ``test_dataset``, ``losses`` and
+    ``optimizer``. The rest have defaults. Instances must survive pickling (cloudpickle), because
+    workers on other machines receive them; keep datasets out of ``self`` and build them in
+    ``train_dataset``.
+
+    Attributes:
+        epochs: Passes over the training dataset.
+        batch_size: Samples a step; the last batch of an epoch is smaller when N is no multiple.
+        seed: Seeds initial weights, batch order, dropout and augmentation.
+        num_workers: Processes that fetch batches; any number gives the same bits.
+        scheduler_interval: ``"epoch"`` or ``"step"``: how often the scheduler moves.
+        plateau_metric: What ``ReduceLROnPlateau`` watches: the mean loss on ``"validation"``, on
+            ``"train"``, or the sum of both, ``"train+validation"``.
+    """
+
+    NAME: ClassVar[str | None] = None
+
+    epochs: int = 20
+    batch_size: int = 64
+    seed: int = 0
+    num_workers: int = 0
+    scheduler_interval: Literal["epoch", "step"] = "epoch"
+    plateau_metric: Literal["train", "validation", "train+validation"] = "validation"
+
+    @property
+    def name(self) -> str:
+        """Name of the recipe in paths and tables: ``NAME`` or the class name in snake case."""
+        return self.NAME or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def arguments(self) -> Mapping[str, Any]:
+        """Return what distinguishes this instance from a plain one, as JSON-able values."""
+        return {}
+
+    def model(self) -> nn.Module:
+        """Return a freshly initialised model. The global torch seed is set just before the call."""
+        raise _missing(self, "model")
+
+    def train_dataset(self) -> Dataset[Any]:
+        """Return the map-style training dataset of length N; ``train_index`` is its index."""
+        raise _missing(self, "train_dataset")
+
+    def test_dataset(self) -> Dataset[Any]:
+        """Return the map-style test dataset of length M; ``test_index`` is its index."""
+        raise _missing(self, "test_dataset")
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return one loss per sample, shape (B,), without reduction."""
+        raise _missing(self, "losses")
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return a ``torch.optim.SGD`` over the model's parameters."""
+        raise _missing(self, "optimizer")
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Return a ``torch.optim.lr_scheduler`` or None (constant settings)."""
+        return None
+
+    def validation_dataset(self) -> Dataset[Any] | None:
+        """Return the dataset that ``ReduceLROnPlateau`` watches, or None."""
+        return None
+
+    def labels(self, dataset: Dataset[Any]) -> Sequence[int] | None:
+        """Return the class of every sample of ``dataset`` in order, or None where there is none.
+
+        The default looks for ``targets`` or ``labels`` on the dataset and for the second tensor of
+        a ``TensorDataset``, through any ``Subset``.
+        """
+        return _find_labels(dataset)
+
+    def predictions(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """Return the predicted class per sample, shape (B,), or None where that has no meaning.
+
+        The default handles batches ``(inputs, targets)`` and models that return (B, classes).
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            return None
+        try:
+            output = model(batch[0])
+        except TypeError:
+            return None
+        if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
+            return None
+        return output.argmax(1)
+
+    def collate(self, items: Sequence[Any]) -> Batch:
+        """Join dataset items to a batch; PyTorch's ``default_collate`` unless overridden."""
+        return default_collate(list(items))
+
+    def noisy_labels(self, dataset: Dataset[Any]) -> tuple[Any, Any] | None:
+        """Return (train indices, their original labels) of labels wrong on purpose, or None."""
+        return None
+
+
+def _missing(recipe: Recipe, method: str) -> NotImplementedError:
+    return NotImplementedError(f"{type(recipe).__name__} must define {method}()")
+
+
+def _find_labels(dataset: Any) -> Sequence[int] | None:
+    if isinstance(dataset, Subset):
+        inner = _find_labels(dataset.dataset)
+        return None if inner is None else [int(inner[i]) for i in dataset.indices]
+    for attribute in ("targets", "labels"):
+        values = getattr(dataset, attribute, None)
+        if values is not None and not callable(values) and len(values) == len(dataset):
+            return _as_integers(values)
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        return _as_integers(dataset.tensors[1])
+    return None
+
+
+def _as_integers(values: Any) -> list[int] | None:
+    tensor = torch.as_tensor(values)
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
+        return None
+    return [int(v) for v in tensor.tolist()]

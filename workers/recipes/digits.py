@@ -1,0 +1,65 @@
+"""The default recipe: handwritten digits that come with scikit-learn, and a network that trains in seconds."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ...storage.errors import RecipeError
+from .data_images import LabelledImages
+from .data_split import stratified_split
+from .image import ImageRecipe, Part
+
+
+def small_cnn() -> nn.Sequential:
+    """Return the network: (B, 1, 8, 8) images to (B, 10) scores, 5,050 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * 4 * 4, 10),
+    )
+
+
+class Digits(ImageRecipe):
+    """1,797 digits of 8 x 8 pixels in [0, 1]: 1,437 to train on, 360 to test on, stratified.
+
+    Needs no download. Over seeds 0 to 7, 97.2% to 98.9% of the test samples are right after 20 epochs.
+    """
+
+    NAME = "digits"
+    TEST_SAMPLES = 360
+
+    lr = 0.05
+    weight_decay = 5e-4
+
+    def __init__(self, *, data_dir: str | os.PathLike[str] | None = None, **common: Any) -> None:
+        """Take the common options; see ``ImageRecipe``. There is no data directory to give."""
+        if data_dir is not None:
+            raise RecipeError(
+                f"data_dir is {data_dir!r}, but digits come with scikit-learn: leave data_dir out"
+            )
+        super().__init__(**common)
+
+    def model(self) -> nn.Module:
+        """Return a small convolutional network, 5,050 parameters."""
+        return small_cnn()
+
+    def _part(self, part: Part) -> LabelledImages:
+        from sklearn.datasets import load_digits  # here, since it takes a second to import
+
+        bunch = load_digits()
+        labels = np.asarray(bunch.target, dtype=np.int64)
+        everything = LabelledImages(
+            images=(np.asarray(bunch.images, dtype=np.float32) / 16)[:, None],
+            labels=labels,
+            source_index=np.arange(len(labels), dtype=np.int64),
+        )
+        kept, out = stratified_split(labels, self.TEST_SAMPLES)
+        return everything.take(kept if part == "train" else out)

@@ -1,0 +1,226 @@
+"""Record: the first run. What it writes is all that later stages need to know about training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from ..storage.trajectory import TrajectoryWriter
+from .coefficients import Settings, coefficients
+from .determinism import fingerprint, preserved_generators, seed_everything
+from .evaluate import OutputWatch, evaluate
+from .recipe import Batch, Recipe
+from .training import SETTINGS, Training, pack_buffers
+
+Integers = npt.NDArray[np.int64]
+
+CHECKPOINTS = 21
+"""Checkpoints kept unless the spec says otherwise: the first, the last and up to 19 between."""
+
+CHECKPOINT_BYTES = 2 << 30
+"""All checkpoints together stay under this, but for the first and the last."""
+
+DIGEST_EVERY = 10
+"""Steps between two digests of the weights; 50 for models over 5 million parameters."""
+
+EPOCH_COLUMNS = (
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "test_loss",
+    "test_accuracy",
+)
+
+
+def checkpoint_steps(steps: int, dimension: int, itemsize: int, every: int | None) -> list[int]:
+    """Return the steps after which weights are kept: 0, every K-th and T.
+
+    Args:
+        steps: T.
+        dimension: D.
+        itemsize: Bytes of one weight; a checkpoint holds weights and momentum.
+        every: K, or None for a number bounded by ``CHECKPOINTS`` and ``CHECKPOINT_BYTES``.
+    """
+    if every is None:
+        affordable = max(2, CHECKPOINT_BYTES // (2 * dimension * itemsize))
+        every = max(1, math.ceil(steps / max(1, min(CHECKPOINTS, affordable) - 1)))
+    return sorted({*range(0, steps, every), steps})
+
+
+class Recorder:
+    """Runs the recipe's training once and writes its trajectory.
+
+    Args:
+        training: A fresh ``Training``.
+        uri: Where ``trajectory.zarr`` goes.
+        every: Steps between checkpoints, or None (see ``checkpoint_steps``).
+    """
+
+    def __init__(self, training: Training, uri: str, every: int | None = None) -> None:
+        self.training, recipe = training, training.recipe
+        self.scheduler = recipe.scheduler(training.optimizer)
+        with preserved_generators():
+            seed_everything(recipe.seed)
+            self.test: Dataset[Any] = recipe.test_dataset()
+            seed_everything(recipe.seed)
+            self.validation: Dataset[Any] | None = recipe.validation_dataset()
+        self.labels = recipe.labels(training.dataset)
+        steps, groups = training.steps, len(training.optimizer.param_groups)
+        self.settings = {name: np.zeros((steps, groups)) for name in SETTINGS}
+        self.loss = np.zeros(steps)
+        self.digests: dict[int, int] = {0: training.weight_checksum()}
+        self.epoch_digest: list[str] = []
+        self.epochs = {name: np.full(recipe.epochs, np.nan) for name in EPOCH_COLUMNS}
+        dimension = training.layout.dimension
+        self.digest_every = DIGEST_EVERY if dimension <= 5_000_000 else 5 * DIGEST_EVERY
+        self.kept = checkpoint_steps(steps, dimension, training.dtype.itemsize, every)
+        self.writer = TrajectoryWriter(
+            uri,
+            dimension=dimension,
+            dtype=training.compute.dtype,
+            checkpoint_steps=self.kept,
+            buffer_bytes=len(pack_buffers(training.model)),
+            parameter_count=len(training.layout.entries),
+        )
+
+    def run(self, report: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """Train, write, and return the closing numbers (losses and accuracies of the last epoch).
+
+        Raises:
+            NonFiniteLoss: A batch loss is NaN or infinite; nothing is left under the final name.
+            RecipeError: See ``Training.step``.
+        """
+        try:
+            self._keep(0)
+            self._train(report)
+            self._finish()
+        except BaseException:
+            self.writer.abort()
+            raise
+        closing = {name: float(values[-1]) for name, values in self.epochs.items()}
+        return {name: value for name, value in closing.items() if not math.isnan(value)}
+
+    def _train(self, report: Callable[[int, int], None] | None) -> None:
+        training = self.training
+        watch = OutputWatch(training.model)
+        correct = seen = 0
+        for step, batch in enumerate(training.loader()):
+            for name, values in training.read_settings().items():
+                self.settings[name][step] = values
+            hits = self._step(step, batch, watch)
+            correct, seen = correct + (hits or 0), seen + (training.batch_size(step) if hits is not None else 0)
+            done = step + 1
+            if done % self.digest_every == 0 or done == training.steps:
+                self.digests[done] = training.weight_checksum()
+            if done % training.steps_per_epoch == 0:
+                self._end_epoch(done // training.steps_per_epoch - 1, correct / seen if seen else math.nan)
+                correct = seen = 0
+            elif self.scheduler is not None and training.recipe.scheduler_interval == "step":
+                self.scheduler.step()
+            if done in self.kept:
+                self._keep(done)
+            if report:
+                report(done, training.steps)
+        watch.close()
+
+    def _step(self, step: int, batch: Batch, watch: OutputWatch) -> int | None:
+        """Take a step; return how many training samples it predicted right, None where unknown."""
+        training = self.training
+        self.loss[step] = float(training.step(step, batch))
+        training.check_finite(step, float(self.loss[step]))
+        found = watch.classes(training.batch_size(step))
+        if found is None or self.labels is None:
+            return None
+        row = training.batches[step]
+        target = torch.tensor([int(self.labels[i]) for i in row[row >= 0]], device=found.device)
+        return int((found == target).sum())
+
+    def _end_epoch(self, epoch: int, train_accuracy: float) -> None:
+        training, recipe = self.training, self.training.recipe
+        span = slice(epoch * training.steps_per_epoch, (epoch + 1) * training.steps_per_epoch)
+        sizes = (training.batches[span] >= 0).sum(1)
+        self.epochs["train_loss"][epoch] = float(np.average(self.loss[span], weights=sizes))
+        self.epochs["train_accuracy"][epoch] = train_accuracy
+        for name, dataset in (("validation", self.validation), ("test", self.test)):
+            if dataset is not None:
+                labels = recipe.labels(dataset)
+                loss, accuracy = evaluate(
+                    recipe, training.model, dataset, labels, training.device, training.dtype
+                )
+                self.epochs[f"{name}_loss"][epoch] = loss
+                self.epochs[f"{name}_accuracy"][epoch] = accuracy
+        self.epoch_digest.append(training.state_digest())
+        self._move_scheduler(epoch)
+
+    def _move_scheduler(self, epoch: int) -> None:
+        if self.scheduler is None:
+            return
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(self._watched(epoch))
+        else:
+            self.scheduler.step()
+
+    def _watched(self, epoch: int) -> float:
+        """What ReduceLROnPlateau sees: a loss of this epoch, by the recipe's ``plateau_metric``."""
+        train, validation = (float(self.epochs[f"{k}_loss"][epoch]) for k in ("train", "validation"))
+        metric = self.training.recipe.plateau_metric
+        if metric == "train" or self.validation is None:
+            return train
+        return validation if metric == "validation" else train + validation
+
+    def _keep(self, step: int) -> None:
+        momentum, exists = self.training.momentum()
+        self.writer.write_checkpoint(
+            self.kept.index(step),
+            step,
+            self.training.weights().cpu().numpy(),
+            momentum.cpu().numpy(),
+            np.array(exists),
+            pack_buffers(self.training.model),
+        )
+
+    def _finish(self) -> None:
+        training, recipe = self.training, self.training.recipe
+        settings = Settings(
+            **{k: v.astype(bool) if k == "nesterov" else v for k, v in self.settings.items()}
+        )
+        self.writer.finish(
+            batches=training.batches,
+            learning_rate=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            dampening=settings.dampening,
+            nesterov=settings.nesterov,
+            coefficient=coefficients(settings),
+            loss=self.loss,
+            digest_step=np.array(sorted(self.digests), dtype=np.int64),
+            digest=np.array([self.digests[k] for k in sorted(self.digests)], dtype=np.uint32),
+            epoch_digest=self.epoch_digest,
+            parameters=training.layout.entries,
+            epochs=self.epochs,
+            noisy=_noisy(recipe, training.dataset),
+            attrs={
+                "n_train": training.n_train,
+                "batch_size": recipe.batch_size,
+                "seed": recipe.seed,
+                "epochs": recipe.epochs,
+                "steps_per_epoch": training.steps_per_epoch,
+                "environment": fingerprint(training.device),
+            },
+        )
+
+
+def _noisy(recipe: Recipe, dataset: Dataset[Any]) -> tuple[Integers, Integers] | None:
+    found = recipe.noisy_labels(dataset)
+    if found is None:
+        return None
+    indices, original = (np.asarray(values, dtype=np.int64) for values in found)
+    return indices, original
+

@@ -1,0 +1,169 @@
+"""Refuse, before any training, a recipe whose samples cannot be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, Subset
+
+from ..storage.errors import RecipeError
+from .data import batch_length, fetch
+from .recipe import Recipe
+
+INT16_MAX = 32767
+
+
+def check_numbers(recipe: Recipe) -> None:
+    """Check epochs, batch size and the other plain attributes of a recipe.
+
+    Raises:
+        RecipeError: One is out of range, or a required method is missing.
+    """
+    for name in ("epochs", "batch_size"):
+        value = getattr(recipe, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise RecipeError(f"recipe {recipe.name!r}: {name} is {value!r} and must be an integer of 1 or more")
+    if not isinstance(recipe.seed, int):
+        raise RecipeError(f"recipe {recipe.name!r}: seed is {recipe.seed!r} and must be an integer")
+    choices = {
+        "scheduler_interval": ("epoch", "step"),
+        "plateau_metric": ("train", "validation", "train+validation"),
+    }
+    for name, allowed in choices.items():
+        if getattr(recipe, name) not in allowed:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: {name} is {getattr(recipe, name)!r}; use one of {', '.join(allowed)}"
+            )
+    for method in ("model", "train_dataset", "test_dataset", "losses", "optimizer"):
+        if getattr(type(recipe), method) is getattr(Recipe, method):
+            raise RecipeError(f"recipe {recipe.name!r} does not define {method}(); add it (see docs/tutorial.md)")
+
+
+def check_dataset(dataset: Any, what: str) -> int:
+    """Return the length of a map-style dataset.
+
+    Raises:
+        RecipeError: It has no length, no items, or is iterable-style.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise RecipeError(
+            f"the {what} dataset ({type(dataset).__name__}) is not map-style: samples need an index; "
+            "give it __len__ and __getitem__"
+        )
+    try:
+        count = len(dataset)
+    except TypeError:
+        raise RecipeError(
+            f"the {what} dataset ({type(dataset).__name__}) has no length; give it __len__"
+        ) from None
+    if count < 1:
+        raise RecipeError(f"the {what} dataset has 0 samples; it needs at least 1")
+    return count
+
+
+def check_overlap(train: Any, test: Any) -> None:
+    """Refuse training and test datasets that share samples.
+
+    Raises:
+        RecipeError: They are one object, or subsets of one dataset with common indices.
+    """
+    if train is test:
+        raise RecipeError("train and test dataset are the same object; give the test set its own samples")
+    left, right = _identity(train), _identity(test)
+    if left[0] is right[0]:
+        common = sorted(set(left[1]) & set(right[1]))
+        if common:
+            raise RecipeError(
+                f"train and test share {len(common)} samples of one dataset (the first: index {common[0]}); "
+                "split it without overlap"
+            )
+
+
+def _identity(dataset: Any) -> tuple[Any, Sequence[int]]:
+    indices: Sequence[int] = range(len(dataset))
+    while isinstance(dataset, Subset):
+        indices = [int(dataset.indices[i]) for i in indices]
+        dataset = dataset.dataset
+    return dataset, indices
+
+
+def check_labels(labels: Sequence[int] | None, count: int, what: str) -> list[int] | None:
+    """Return labels as a list after checking number and range (int16).
+
+    Raises:
+        RecipeError: Their number is not the dataset's length, or one is out of range.
+    """
+    if labels is None:
+        return None
+    values = [int(v) for v in labels]
+    if len(values) != count:
+        raise RecipeError(f"labels() gave {len(values)} labels for {count} {what} samples; give one a sample")
+    if values and (min(values) < 0 or max(values) > INT16_MAX):
+        raise RecipeError(
+            f"labels() of the {what} set range from {min(values)} to {max(values)} and must lie in 0 to "
+            f"{INT16_MAX}; number the classes from 0, or return None"
+        )
+    return values
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse layers whose hypergradient would be silently wrong.
+
+    Raises:
+        RecipeError: Names the layer, why, and what to use instead.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise RecipeError(f"layer {name!r} is SyncBatchNorm, which couples processes; use BatchNorm or GroupNorm")
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            if module.max_norm is not None:
+                raise RecipeError(
+                    f"layer {name!r} has max_norm={module.max_norm}, which rewrites weights in the forward "
+                    "pass outside the optimiser; remove max_norm"
+                )
+            if module.sparse:
+                raise RecipeError(f"layer {name!r} has sparse=True gradients; use sparse=False")
+        if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+            raise RecipeError(f"layer {name!r} is lazy ({type(module).__name__}); give it its sizes")
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex() or not parameter.is_floating_point():
+            raise RecipeError(f"parameter {name!r} has dtype {parameter.dtype}; use a real floating dtype")
+
+
+def check_losses(recipe: Recipe, model: nn.Module, dataset: Any) -> None:
+    """Try the losses on three samples, on a copy's worth of trust: eval mode, no gradient.
+
+    Raises:
+        RecipeError: ``losses`` or ``collate`` raises, or returns the wrong shape.
+    """
+    size = min(3, len(dataset))
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        batch = fetch(recipe, dataset, range(size))
+        with torch.no_grad():
+            losses = recipe.losses(model, batch)
+    except Exception as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        raise RecipeError(
+            f"losses() failed on the first {size} training samples: {type(error).__name__}: {text}"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not isinstance(losses, torch.Tensor) or losses.shape != (size,):
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, torch.Tensor) else type(losses).__name__
+        raise RecipeError(
+            f"losses() returned {got} for {size} samples and must return shape ({size},): one loss a sample; "
+            "use reduction='none' and average over everything but the batch axis"
+        )
+    if not losses.is_floating_point():
+        raise RecipeError(f"losses() returned dtype {losses.dtype}; losses must be floating point")
+    if batch_length(batch) != size:
+        raise RecipeError(
+            f"collate gave a batch whose first tensor has {batch_length(batch)} rows for {size} samples; "
+            "the batch must be on the leading axis of every tensor"
+        )

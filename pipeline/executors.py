@@ -1,9 +1,8 @@
 """The Ray executor: waves of actors, watched and replaced by the driver.
 
 The only module of this room that imports ray, and only when something is to run on it.
-It rests on measured behaviour: Ray's own restarts lose tasks, and an infeasible demand waits without
-end. So every actor dies once and for all, the driver queues its unit again, and what can never fit
-is refused before anything starts.
+Ray's own restarts lose tasks, and an infeasible demand waits without end: so every actor dies once
+and for all, the driver queues its unit again, and what can never fit is refused before anything starts.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import cloudpickle
-import psutil
 
 from ..storage.errors import RecipeError, ResourceError, WorkerLost
 from ..workers.actor import actor_class
@@ -84,7 +82,7 @@ class RayExecutor:
         self._start_timeout, self._max_attempts = start_timeout, max_attempts
         self._clock, self._tick = clock, tick
         self._ray: Any = None
-        self._owned = False
+        self._joined = self._owned = False  # we called ray.init; it started a cluster
         self._directory: str | None = None
         self._pool: list[Worker] = []
         self._pool_demand: Demand | None = None
@@ -103,10 +101,7 @@ class RayExecutor:
         Ray would see it.
         """
         if not start and self._ray is None and self._running_address() is None:
-            import torch
-
-            cpus, gpus = float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
-            nodes = [Node(cpus=cpus, gpus=gpus, memory=int(psutil.virtual_memory().available))]
+            nodes = [placement.this_machine()]
         else:
             nodes = self._nodes()
         demand = self._demand(nodes, None, None)
@@ -126,10 +121,10 @@ class RayExecutor:
         return Demand(cpus=self._cpus if cpus is None else cpus, gpus=gpus)
 
     def _nodes(self) -> list[Node]:
-        resources = [node["Resources"] for node in self._connect().nodes() if node["Alive"]]
+        alive = (node["Resources"] for node in self._connect().nodes() if node["Alive"])
         return [
-            Node(cpus=r.get("CPU", 0.0), gpus=r.get("GPU", 0.0), memory=int(r.get("memory", 0)))
-            for r in resources
+            Node(cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0), memory=int(has.get("memory", 0)))
+            for has in alive
         ]
 
     def _running_address(self) -> str | None:
@@ -142,7 +137,8 @@ class RayExecutor:
 
             # What `ray start` left on this machine; of no use when that cluster is gone.
             asked = find_bootstrap_address(None)
-            return asked if asked is not None and raysetup.listening(asked) else None
+            # Joined as "auto": only then does Ray use the token that such a cluster may want.
+            return "auto" if asked is not None and raysetup.listening(asked) else None
         if asked != "auto" and not raysetup.listening(asked):
             raise ResourceError(
                 f"no Ray cluster answers at {asked}; check --address and RAY_ADDRESS, or use "
@@ -161,6 +157,7 @@ class RayExecutor:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         address = self._running_address()
         try:
+            self._joined = True
             if address is not None:
                 # No num_cpus and the like here: inside a submitted job ray.init refuses them.
                 ray.init(address=address, **quiet)
@@ -190,8 +187,7 @@ class RayExecutor:
         there = ray.get_runtime_context().gcs_address
         if self._address not in (None, "auto", there):
             raise ResourceError(
-                f"this process is connected to Ray at {there}, not {self._address}; call ray.shutdown() first, "
-                "or leave the address out"
+                f"this process is connected to Ray at {there}, not {self._address}; call ray.shutdown() first"
             )
         self._ray = ray
         return ray
@@ -278,16 +274,16 @@ class RayExecutor:
                 self._pool.remove(worker)
 
     def close(self) -> None:
-        """End all workers; end Ray too if it was started here. May be called twice."""
+        """End all workers; leave the cluster if it was joined here, end it if it was started here."""
         self._kill(self._pool)
-        if self._owned:
+        if self._joined:
             import ray
 
             with contextlib.suppress(Exception):
                 ray.shutdown()
-            if self._directory:
-                shutil.rmtree(self._directory, ignore_errors=True)
-        self._ray, self._owned, self._directory = None, False, None
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        self._ray, self._joined, self._owned, self._directory = None, False, False, None
 
 
 def _hush() -> None:

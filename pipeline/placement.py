@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import psutil
 
 from ..storage.errors import ClusterTooSmall
 
@@ -29,6 +32,22 @@ class Demand:
 
     def __str__(self) -> str:
         return f"{self.cpus:g} CPU and {self.gpus:g} GPU"
+
+
+def cpu_count() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def this_machine() -> Node:
+    """Describe this machine as a Ray started here would, nearly."""
+    import torch
+
+    return Node(
+        cpus=float(cpu_count()),
+        gpus=float(torch.cuda.device_count()),
+        memory=int(psutil.virtual_memory().available),
+    )
 
 
 def slots_on(node: Node, demand: Demand) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import psutil
 
 from .events import Observer, UnitFinished, UnitProgress, UnitStarted
+from .placement import cpu_count
 from .units import Handler, Unit
 
 
@@ -32,7 +32,7 @@ class SerialExecutor:
         return {
             "executor": "serial",
             "nodes": 1,
-            "cpus": float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
+            "cpus": float(cpu_count()),
             "gpus": 0.0,
             "slots": self.slots,
             "memory_per_worker": int(psutil.virtual_memory().available),

@@ -63,8 +63,8 @@ class RunSpec:
     recipe_args: Mapping[str, Any] = field(default_factory=dict)
     out: str | None = None
     shards: int | str = "auto"
-    track: str | Sequence[int] = "all"
-    test: str | Sequence[int] = "all"
+    track: str | int | Sequence[int] = "all"
+    test: str | int | Sequence[int] = "all"
     mode: Literal["forward", "adjoint"] = "forward"
     hessian: Literal["none", "ekfac", "exact"] = "none"
     exact_rank: int = 0

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as pa_dataset
+import pyarrow.fs
 import pyarrow.parquet as pq
 
 from . import files

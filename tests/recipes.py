@@ -127,16 +127,8 @@ class Volumes(Small):
 
     def model(self):
         return nn.Sequential(
-            nn.Conv3d(1, 3, (2, 3, 2), stride=(1, 2, 1)), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
+            nn.Conv3d(1, 3, (2, 3, 2), stride=(1, 2, 1)), nn.Tanh(), nn.Flatten(), nn.Linear(72, 3)
         )
-
-    def model_sized(self):
-        return nn.Sequential(nn.Conv3d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(180, 3))
-
-
-class Volumes3d(Volumes):
-    def model(self):
-        return self.model_sized()
 
 
 class BatchNormed(Small):
@@ -260,7 +252,7 @@ TRACEABLE = [
     OneCycle,
     Plateau,
     Images,
-    Volumes3d,
+    Volumes,
     BatchNormed,
     Sequences,
     Attention,

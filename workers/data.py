@@ -63,7 +63,12 @@ class _Steps(Dataset[Any]):
 
 
 def step_batches(
-    recipe: Recipe, dataset: Dataset[Any], batches: Indices, seed: int, first: int = 0, stop: int | None = None
+    recipe: Recipe,
+    dataset: Dataset[Any],
+    batches: Indices,
+    seed: int,
+    first: int = 0,
+    stop: int | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of steps ``first`` to ``stop``; any number of workers gives the same."""
     steps = range(first, len(batches) if stop is None else stop)

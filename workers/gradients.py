@@ -61,9 +61,7 @@ class TestGradients:
             )
         self.engine = PerSampleGradients(training.recipe, training.model, training.layout, strategies)
 
-    def rows(
-        self, indices: npt.NDArray[np.int64], report: Callable[[int], None] | None = None
-    ) -> TestRows:
+    def rows(self, indices: npt.NDArray[np.int64], report: Callable[[int], None] | None = None) -> TestRows:
         """Return the gradients of the given test samples.
 
         Raises:

@@ -115,7 +115,10 @@ class Recorder:
             for name, values in training.read_settings().items():
                 self.settings[name][step] = values
             hits = self._step(step, batch, watch)
-            correct, seen = correct + (hits or 0), seen + (training.batch_size(step) if hits is not None else 0)
+            correct, seen = (
+                correct + (hits or 0),
+                seen + (training.batch_size(step) if hits is not None else 0),
+            )
             done = step + 1
             if done % self.digest_every == 0 or done == training.steps:
                 self.digests[done] = training.weight_checksum()
@@ -188,9 +191,7 @@ class Recorder:
 
     def _finish(self) -> None:
         training, recipe = self.training, self.training.recipe
-        settings = Settings(
-            **{k: v.astype(bool) if k == "nesterov" else v for k, v in self.settings.items()}
-        )
+        settings = Settings(**{k: v.astype(bool) if k == "nesterov" else v for k, v in self.settings.items()})
         self.writer.finish(
             batches=training.batches,
             learning_rate=settings.learning_rate,
@@ -223,4 +224,3 @@ def _noisy(recipe: Recipe, dataset: Dataset[Any]) -> tuple[Integers, Integers] |
         return None
     indices, original = (np.asarray(values, dtype=np.int64) for values in found)
     return indices, original
-

@@ -40,9 +40,7 @@ class Replay:
     def __init__(self, training: Training, trajectory: Trajectory, tracked: npt.NDArray[np.int64]) -> None:
         self.training, self.trajectory, self.tracked = training, trajectory, tracked
         self._settings = {name: getattr(trajectory, name) for name in SETTINGS}
-        self._digests = dict(
-            zip(trajectory.digest_step.tolist(), trajectory.digest.tolist(), strict=True)
-        )
+        self._digests = dict(zip(trajectory.digest_step.tolist(), trajectory.digest.tolist(), strict=True))
         self._row_of = np.full(training.n_train, -1, dtype=np.int64)
         self._row_of[tracked] = np.arange(len(tracked))
         self._one_scale = len({e.group for e in training.layout.entries}) == 1
@@ -113,7 +111,9 @@ class Replay:
         found = self.training.weight_checksum()
         if found != expected:
             raise ReplayDiverged(
-                self._message(f"weights after {step} steps have crc32 {found:08x}, recorded {expected:08x}", step)
+                self._message(
+                    f"weights after {step} steps have crc32 {found:08x}, recorded {expected:08x}", step
+                )
             )
 
     def _verify_end(self) -> None:

@@ -214,7 +214,9 @@ class Training:
     def momentum(self) -> tuple[Tensor, list[bool]]:
         """Return the flat momentum buffers (D,), zero where there is none yet, and which exist."""
         buffers = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.parameters]
-        filled = [torch.zeros_like(p) if b is None else b for p, b in zip(self.parameters, buffers, strict=True)]
+        filled = [
+            torch.zeros_like(p) if b is None else b for p, b in zip(self.parameters, buffers, strict=True)
+        ]
         return flatten(filled), [b is not None for b in buffers]
 
     def load_weights(self, weights_D: npt.NDArray[Any], buffers: bytes) -> None:

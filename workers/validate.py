@@ -25,7 +25,9 @@ def check_numbers(recipe: Recipe) -> None:
     for name in ("epochs", "batch_size"):
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RecipeError(f"recipe {recipe.name!r}: {name} is {value!r} and must be an integer of 1 or more")
+            raise RecipeError(
+                f"recipe {recipe.name!r}: {name} is {value!r} and must be an integer of 1 or more"
+            )
     if not isinstance(recipe.seed, int):
         raise RecipeError(f"recipe {recipe.name!r}: seed is {recipe.seed!r} and must be an integer")
     choices = {
@@ -39,7 +41,9 @@ def check_numbers(recipe: Recipe) -> None:
             )
     for method in ("model", "train_dataset", "test_dataset", "losses", "optimizer"):
         if getattr(type(recipe), method) is getattr(Recipe, method):
-            raise RecipeError(f"recipe {recipe.name!r} does not define {method}(); add it (see docs/tutorial.md)")
+            raise RecipeError(
+                f"recipe {recipe.name!r} does not define {method}(); add it (see docs/tutorial.md)"
+            )
 
 
 def check_dataset(dataset: Any, what: str) -> int:
@@ -117,7 +121,9 @@ def check_layers(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
-            raise RecipeError(f"layer {name!r} is SyncBatchNorm, which couples processes; use BatchNorm or GroupNorm")
+            raise RecipeError(
+                f"layer {name!r} is SyncBatchNorm, which couples processes; use BatchNorm or GroupNorm"
+            )
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             if module.max_norm is not None:
                 raise RecipeError(

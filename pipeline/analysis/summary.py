@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...storage.errors import HydraError
+from ...storage.rundir import RESULTS
 from .status import command_line, stage_states
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ def summary(run: Run) -> dict[str, Any]:
     states = stage_states(run.directory, info)
     manifests = [m for stage in run.directory.stages() for m in run.directory.manifests(stage)]
     peaks = [m.values["peak_bytes"] for m in manifests if m.values.get("peak_bytes")]
+    entries = {entry.path: entry for m in manifests for entry in m.files}.values()
     disk: dict[str, list[int]] = {}
-    for entry in {entry.path: entry for m in manifests for entry in m.files}.values():
+    for entry in sorted(entries, key=lambda entry: _rank(entry.path)):
         sizes = disk.setdefault(_part(entry.path), [0, 0])
         sizes[0] += entry.bytes
         sizes[1] += 1
@@ -111,6 +113,10 @@ def _part(path: str) -> str:
     """Return the directory of the run that a file belongs to, as a user would name it."""
     parts = path.split("/")
     return "/".join(parts[:1] if parts[0].endswith(".zarr") else parts[:2])
+
+
+def _rank(path: str) -> int:
+    return next((k for k, name in enumerate(RESULTS) if path.startswith(name)), len(RESULTS))
 
 
 def _next(run: Run, method: str | None, methods: list[str]) -> list[str]:

@@ -102,10 +102,7 @@ class _Verifier:
         self._files()
         self._strays()
         contents = Contents(self.run, self._advance)
-        for state in self.states.values():
-            if state.state != "complete":
-                of = "" if state.units is None else f" of {state.units}"
-                self.notes.append(f"{state.stage}: {state.done}{of} units committed; contents not judged")
+        self._stages()
         if self._readable(RECORD, "trajectory.zarr"):
             self._guard("trajectory.zarr", contents.trajectory)
         if self._readable(TEST_GRADIENTS, "test_gradients.zarr"):
@@ -132,6 +129,23 @@ class _Verifier:
             conservation=found,
         )
 
+    def _stages(self) -> None:
+        """Note what is not complete; it is a problem where ``run.json`` claims that it is."""
+        claimed = {
+            name for name, entry in self.info.get("methods", {}).items() if entry.get("state") == "complete"
+        }
+        for state in self.states.values():
+            if state.state == "complete":
+                continue
+            of = "" if state.units is None else f" of {state.units}"
+            done = f"{state.stage}: {state.done}{of} units committed"
+            if claimed and ("/" not in state.stage or state.stage.split("/")[0] in claimed):
+                self.problems.append(
+                    f"{done}, though run.json calls the method complete; running it again does what is missing"
+                )
+            else:
+                self.notes.append(f"{done}; contents not judged")
+
     def _files(self) -> None:
         """Compare every listed file's size and sha256 with its manifest."""
         for manifest in self.manifests:
@@ -153,7 +167,8 @@ class _Verifier:
             if path in self.sizes or match is None or ".partial" in path:
                 continue
             stage = _stage_of(match["kind"], match["method"])
-            if (match["method"] or "hydra") in known | {"hydra"} and self._state(stage) != "complete":
+            mine = stage is not None and (match["method"] is None or match["method"] in known)
+            if mine and stage is not None and self._state(stage) != "complete":
                 waiting[stage] = waiting.get(stage, 0) + 1
             else:
                 self.problems.append(f"{path}: no manifest lists this file; remove it")
@@ -197,12 +212,13 @@ class _Verifier:
 _PARQUET = ("contributions", "samples", "interclass")
 
 
-def _stage_of(kind: str, method: str | None) -> str:
+def _stage_of(kind: str, method: str | None) -> str | None:
+    """Return the stage that writes files of this kind; None where no stage does."""
     if kind == "trajectory.zarr":
         return RECORD
     if kind == "test_gradients.zarr":
         return TEST_GRADIENTS
-    return f"{method}/{'replay' if kind == 'hypergradients' else 'reduce'}"
+    return method and f"{method}/{'replay' if kind == 'hypergradients' else 'reduce'}"
 
 
 def _groups(files: Sequence[FileEntry]) -> Iterator[tuple[FileEntry, ...]]:

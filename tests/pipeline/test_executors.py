@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -114,7 +115,7 @@ def test_a_killed_serial_run_goes_on_where_it_stood(tmp_path: Path) -> None:
         todo = [u for u in units(3) if not Path({str(tmp_path)!r}, u.name + ".done").exists()]
         SerialExecutor().run("test", todo, handler, null)
     """
-    codes = []
+    codes: list[int] = []
     while not codes or codes[-1] != 0:
         command = [sys.executable, "-c", textwrap.dedent(program)]
         codes.append(subprocess.run(command, cwd=ROOT, check=False).returncode)
@@ -205,7 +206,7 @@ def test_session_directories_are_short(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     long = tmp_path / ("x" * 80)
     long.mkdir()
-    monkeypatch.setattr(raysetup.tempfile, "gettempdir", lambda: str(long))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(long))
     made = raysetup.session_directory()
     assert made is not None
     assert made.startswith("/tmp/hp-")

@@ -102,4 +102,3 @@ class Capture:
     def resume(self) -> None:
         """Go on noting gradients."""
         self.listening = True
-

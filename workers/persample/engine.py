@@ -2,13 +2,13 @@
 
 Three strategies, chosen per parameter by ``probe``: ``rule`` (products of what hooks caught in the
 training step itself), ``func`` (``vmap(grad)``) and ``vjp`` (one backward pass a row). Rows are
-worked on in tiles of a fixed size, padded, so that a row's bits do not depend on which other rows
-are asked for: the number of shards then changes nothing.
+worked on in tiles of a fixed size, so that a row's bits do not depend on which other rows are asked
+for: the number of shards then changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -62,10 +62,11 @@ class PerSampleGradients:
             return
         self.capture.pause()
         views = self.layout.views(block)
-        for start in range(0, len(positions), TILE):
-            rows = vjp(losses_B, [self._parameters[i] for i in chosen], positions[start : start + TILE])
+        parameters = [self._parameters[i] for i in chosen]
+        for block_positions, slots, taken in _blocks(positions, len(losses_B)):
+            rows = vjp(losses_B, parameters, block_positions)
             for i, row in zip(chosen, rows, strict=True):
-                views[i][start : start + TILE] = row
+                views[i][slots] = row[taken]
         self.capture.resume()
 
     def after_backward(self, block: Tensor, batch: Batch, positions: Tensor, batch_size: int) -> None:
@@ -88,7 +89,7 @@ class PerSampleGradients:
         for i in self._by["rule"]:
             if i not in written:
                 views[i].zero_()
-        self._alone(views, batch, positions)
+        self._alone(views, batch, positions, batch_size)
 
     def products(
         self,
@@ -126,16 +127,32 @@ class PerSampleGradients:
                     target.copy_(product)
         written.update(i for _, i in owned)
 
-    def _alone(self, views: Sequence[Tensor], batch: Batch, positions: Tensor) -> None:
+    def _alone(self, views: Sequence[Tensor], batch: Batch, positions: Tensor, batch_size: int) -> None:
         chosen = self._by["func"]
         if not chosen:
             return
         names = [self.layout.entries[i].name for i in chosen]
-        for start in range(0, len(positions), TILE):
-            rows = func(self.recipe, self.model, names, batch, positions[start : start + TILE])
+        for block_positions, slots, taken in _blocks(positions, batch_size):
+            rows = func(self.recipe, self.model, names, batch, block_positions)
             for i, row in zip(chosen, rows, strict=True):
-                views[i][start : start + TILE] = row
+                views[i][slots] = row[taken]
 
     def close(self) -> None:
         """Take the hooks off the model."""
         self.capture.close()
+
+
+def _blocks(positions: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Cut the batch into fixed spans of ``TILE`` positions; yield those that hold a wanted one.
+
+    What autograd does inside a span is not ours to align, so a span is always computed whole: its
+    bits then depend on the batch alone.
+
+    Yields:
+        The span's positions, which rows of the block it fills, and its own rows that go there.
+    """
+    for start in range(0, batch_size, TILE):
+        stop = min(start + TILE, batch_size)
+        slots = torch.nonzero((positions >= start) & (positions < stop)).flatten()
+        if len(slots):
+            yield torch.arange(start, stop, device=positions.device), slots, positions[slots] - start

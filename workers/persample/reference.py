@@ -43,8 +43,7 @@ def vjp(losses_B: Tensor, parameters: Sequence[nn.Parameter], positions: Tensor)
         ]
     shapes = [(len(positions), *p.shape) for p in parameters]
     return [
-        p.new_zeros(s) if g is None else g.detach()
-        for g, p, s in zip(grads, parameters, shapes, strict=True)
+        p.new_zeros(s) if g is None else g.detach() for g, p, s in zip(grads, parameters, shapes, strict=True)
     ]
 
 
@@ -65,9 +64,7 @@ def func(
     module = _LossModule(recipe, model)
     parameters = dict(model.named_parameters())
     chosen = {f"model.{name}": parameters[name].detach() for name in names}
-    rows = tree_map(
-        lambda leaf: leaf.index_select(0, positions) if isinstance(leaf, Tensor) else leaf, batch
-    )
+    rows = tree_map(lambda leaf: leaf.index_select(0, positions) if isinstance(leaf, Tensor) else leaf, batch)
 
     def one(values: dict[str, Tensor], sample: Batch) -> Tensor:
         alone = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, sample)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,11 @@ def linear(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
         return d_R if d_R.ndim == 2 else d_R.flatten(1, -2).sum(1)
     if d_R.ndim == 2:
         return d_R.unsqueeze(2) * x_R.unsqueeze(1)
-    return torch.bmm(d_R.flatten(1, -2).transpose(1, 2), x_R.flatten(1, -2))
+    left = d_R.flatten(1, -2).transpose(1, 2)
+    right = x_R.flatten(1, -2).transpose(1, 2)
+    padded = aligned(right, *right.shape)
+    padded[:, : right.shape[1], : right.shape[2]] = right
+    return products(left, padded)[:, :, : right.shape[1]]
 
 
 def convolution(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
@@ -36,15 +42,13 @@ def convolution(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tenso
     d = d_R.flatten(2)
     if name == "bias":
         return d.sum(2)
-    windows = _windows(module, x_R, d_R.shape[2:])
-    rows, groups = x_R.shape[0], module.groups
-    left = d.reshape(rows * groups, module.out_channels // groups, -1)
-    right = windows.reshape(rows * groups, -1, d.shape[2])
-    return torch.bmm(left, right.transpose(1, 2)).view(rows, *module.weight.shape)
+    left = d.reshape(x_R.shape[0] * module.groups, module.out_channels // module.groups, -1)
+    product = products(left, _windows(module, x_R, d_R.shape[2:]))
+    return product[:, :, : module.weight[0].numel()].reshape(-1, *module.weight.shape)
 
 
 def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: torch.Size) -> Tensor:
-    """Return what each kernel position saw, shape (R, C, *kernel, *output size), contiguous."""
+    """Return what each kernel position saw, (R * groups, K, L), K = channels a group times kernel."""
     space = x_R.ndim - 2
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     # The reversed list is what F.pad wants; it also holds what padding="same" came to.
@@ -59,7 +63,43 @@ def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: t
         *(strides[2 + k] * module.dilation[k] for k in range(space)),
         *(strides[2 + k] * module.stride[k] for k in range(space)),
     )
-    return x_R.as_strided(size, stride).contiguous()
+    windows = x_R.as_strided(size, stride)
+    kernel = (module.in_channels // module.groups, *module.kernel_size)
+    length, positions = math.prod(kernel), math.prod(out_size)
+    out = aligned(x_R, x_R.shape[0] * module.groups, length, positions)
+    inner = out.view(x_R.shape[0], module.groups, *out.shape[1:])[:, :, :length, :positions]
+    inner = inner.unflatten(3, out_size).unflatten(2, kernel)
+    inner.copy_(windows.unflatten(1, (module.groups, kernel[0])))
+    return out
+
+
+ALIGNMENT = 16
+"""Numbers to a cache line of float32. Matrix products of a batch give each row of it the same bits
+only when every row's matrices begin at the same offset from a line, so they are padded to it."""
+
+
+def aligned(like: Tensor, batch: int, rows: int, columns: int) -> Tensor:
+    """Return a (batch, rows, columns) tensor with both last axes padded up; padding is zero, the rest not set."""
+    height, width = (-(-count // ALIGNMENT) * ALIGNMENT for count in (rows, columns))
+    out = like.new_empty(batch, height, width)
+    out[:, rows:].zero_()
+    out[:, :, columns:].zero_()
+    return out
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right^T`` per batch entry, (batch, O, padded K).
+
+    Args:
+        left: (batch, O, L), any layout.
+        right: (batch, padded K, padded L), from ``aligned``.
+    """
+    if left.shape[2] != right.shape[2] or not left.is_contiguous():
+        padded = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
+        padded[:, :, left.shape[2] :].zero_()
+        padded[:, :, : left.shape[2]] = left
+        left = padded
+    return torch.bmm(left, right.transpose(1, 2))
 
 
 def embedding(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:

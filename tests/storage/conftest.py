@@ -1,0 +1,57 @@
+"""Places to store: a temporary directory, memory://, and a disk with room for very little."""
+
+from __future__ import annotations
+
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Address of an empty run directory."""
+    if request.param == "local":
+        yield str(tmp_path / "run")
+        return
+    uri = f"memory://{uuid.uuid4().hex}/run"
+    yield uri
+    fs = fsspec.filesystem("memory")
+    parent = uri.removeprefix("memory:/").rsplit("/", 1)[0]
+    if fs.exists(parent):
+        fs.rm(parent, recursive=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB; the test is skipped where mounting is not allowed."""
+    target = tmp_path / "small"
+    target.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(target)]
+    try:
+        done = subprocess.run(mount, capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield target
+    subprocess.run(["umount", str(target)], check=True)
+
+
+@pytest.fixture(params=["write", "close-less"])
+def full_writes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `hydra_pipe.storage.files` hit a full disk: at once, or after a part was written."""
+    import errno
+    import os
+
+    real = os.write
+
+    def write(descriptor: int, data: memoryview) -> int:
+        if request.param == "write" or len(data) <= 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data[:10])
+
+    monkeypatch.setattr("hydra_pipe.storage.files.os.write", write)

@@ -108,9 +108,10 @@ def _render(console: Console, table: Table, ascii_only: bool) -> None:
     from rich import table as rich_table
     from rich.text import Text
 
+    if table.title is not None:
+        # Not the table's own title: that one is folded to the table's width.
+        console.print(Text(table.title, style="bold"))
     grid = rich_table.Table(
-        title=None if table.title is None else Text(table.title, style="bold"),
-        title_justify="left",
         box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD,
         show_header=table.header,
         show_edge=False,

@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .output import plain, show_seconds
+from .pace import StageProgress, clock_text, short, stage_line, time_left, units_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -22,59 +22,6 @@ SHOW_AFTER_SECONDS = 2.0
 """A bar for reading is shown only when reading takes longer."""
 
 Observer = Callable[[Any], None]
-
-
-@dataclass(slots=True)
-class StageProgress:
-    """What the events of one stage add up to.
-
-    Attributes:
-        stage: Its name.
-        units: Units (shards, blocks, row ranges) in all.
-        total: Steps or rows in all; 0 where the stage does not count them.
-        label: What ``total`` counts.
-        started: Clock when it started.
-        finished_units: Units done, skipped ones included.
-        skipped: Units that an earlier run had committed.
-        done: Steps or rows done, by unit.
-    """
-
-    stage: str
-    units: int
-    total: int
-    label: str
-    started: float
-    finished_units: int = 0
-    skipped: int = 0
-    done: dict[str, int] = field(default_factory=dict)
-    totals: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def amount(self) -> int:
-        """Steps or rows done, never more than there are."""
-        return min(sum(self.done.values()), self.total) if self.total else sum(self.done.values())
-
-    @property
-    def fraction(self) -> float:
-        """Share that is done, 0 to 1."""
-        by_units = self.finished_units / self.units if self.units else 0.0
-        return max(by_units, self.amount / self.total if self.total else 0.0)
-
-    def advance(self, unit: str, done: int, total: int) -> None:
-        """Take in a unit's progress; a retried unit starts again from less."""
-        self.done[unit] = done
-        self.totals[unit] = total
-
-    def finish(self, unit: str) -> None:
-        """Take in that a unit is done."""
-        self.finished_units += 1
-        share = self.totals.get(unit, round(self.total / self.units) if self.units else 0)
-        self.done[unit] = max(share, self.done.get(unit, 0))
-
-    def skip(self, unit: str) -> None:
-        """Take in that a unit was committed before this run."""
-        self.skipped += 1
-        self.finish(unit)
 
 
 class Listener:
@@ -117,7 +64,7 @@ class Listener:
     def on_UnitSkipped(self, event: Any) -> None:
         """Count a unit that was there already."""
         if self.current is not None and self.current.stage == event.stage:
-            self.current.skip(str(event.unit))
+            self.current.skip(str(event.unit), self.clock())
             self.moved(self.current)
 
     def on_UnitRetried(self, event: Any) -> None:
@@ -187,7 +134,7 @@ class BarListener(Listener):
     def started(self, stage: StageProgress) -> None:
         """Add the bar."""
         self.task = self.progress.add_task(
-            stage.stage, total=stage.total or stage.units or None, units=units_text(stage), amount="", rate=""
+            stage.stage, total=1.0, units=units_text(stage), amount="", rate="", left=""
         )
         self.moved(stage)
 
@@ -196,14 +143,20 @@ class BarListener(Listener):
         if self.task is None:
             return
         amount = rate = ""
+        now = self.clock()
         if stage.total:
             amount = f"{short(stage.amount)}/{short(stage.total)} {stage.label}"
-            seconds = self.clock() - stage.started
-            if stage.amount and seconds > 0.5:
-                rate = f"{short(stage.amount / seconds)}/s"
-        completed = stage.fraction * (stage.total or stage.units or 1)
+            own = stage.amount - stage.before * stage.total
+            if own > 0 and now - stage.started > 0.5:
+                rate = f"{short(own / (now - stage.started))}/s"
+        left = time_left(stage, now)
         self.progress.update(
-            self.task, completed=completed, units=units_text(stage), amount=amount, rate=rate
+            self.task,
+            completed=stage.fraction,
+            units=units_text(stage),
+            amount=amount,
+            rate=rate,
+            left="" if left is None else clock_text(left),
         )
 
     def ended(self, stage: StageProgress, seconds: float) -> None:
@@ -227,7 +180,7 @@ def watching(quiet: bool) -> Iterator[Observer]:
         yield LogListener()
     else:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
         # 80 columns: 14 + 10 + 12 + 20 + 8 + 8 and five spaces between.
         with Progress(
@@ -236,7 +189,7 @@ def watching(quiet: bool) -> Iterator[Observer]:
             TextColumn("{task.fields[units]}", markup=False),
             TextColumn("{task.fields[amount]}", markup=False),
             TextColumn("{task.fields[rate]}", markup=False),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[left]}", markup=False),
             console=Console(stderr=True),
             refresh_per_second=4,
             transient=True,
@@ -272,36 +225,6 @@ def reading(what: str, quiet: bool, unit: str = "bytes") -> Iterator[Callable[[i
     finally:
         if shown:
             progress.stop()
-
-
-def stage_line(stage: StageProgress, seconds: float) -> str:
-    """Return the line that a finished stage leaves behind."""
-    if stage.units and stage.skipped >= stage.units:
-        return f"{stage.stage}: already done ({units_text(stage)})"
-    amount = f", {stage.total:,} {stage.label}" if stage.total else ""
-    skipped = f", {stage.skipped} of them already done" if stage.skipped else ""
-    return f"{stage.stage}: {units_text(stage)}{skipped}{amount} in {show_seconds(seconds)}"
-
-
-def units_text(stage: StageProgress) -> str:
-    """Return how many units are done, in the word of the stage."""
-    word = {"record": "run", "replay": "shards", "reduce": "tiles"}.get(stage.stage.split("/")[-1], "blocks")
-    return f"{stage.finished_units}/{stage.units} {word}"
-
-
-def time_left(stage: StageProgress, now: float) -> float | None:
-    """Return the seconds left at the pace so far; None before 1% is done."""
-    fraction = stage.fraction
-    return None if fraction < 0.01 else (now - stage.started) * (1 - fraction) / fraction
-
-
-def short(number: float) -> str:
-    """Return a count in at most six characters, such as ``950``, ``12.3k`` or ``1.20M``."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            scaled = number / size
-            return f"{scaled:.3g}{unit}" if scaled < 999.5 else f"{scaled:.0f}{unit}"
-    return f"{number:.0f}" if number >= 10 or number == int(number) else f"{number:.1f}"
 
 
 def _plural(label: str) -> str:

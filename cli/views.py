@@ -28,7 +28,7 @@ def summary_tables(found: Mapping[str, Any]) -> list[Table | str]:
         "peak memory": None
         if peak is None
         else show_bytes(peak)
-        + ("" if predicted is None else f" of {show_bytes(predicted)} planned (one worker)"),
+        + ("" if predicted is None else f", planned were {show_bytes(predicted)} (largest worker)"),
     }
     parts: list[Table | str] = [_facts(None, facts), ""]
     stages = Table(
@@ -121,13 +121,22 @@ def verification_tables(found: Mapping[str, Any]) -> list[Table | str]:
     facts = {
         "run": found["run"],
         "files": f"{found['files']:,} checked, {show_bytes(found['bytes'])}",
-        "rows": ", ".join(f"{name}: {rows:,}" for name, rows in found["rows"].items()) or None,
         "conservation": conserved,
         "result": "ok" if not count else f"{count} problem{'s' if count > 1 else ''}",
     }
     lines = [f"problem: {plain(text)}" for text in found["problems"]]
     lines += [f"note: {plain(text)}" for text in found["notes"]]
-    return [*lines, *([""] if lines else []), _facts(None, facts)]
+    rows = Table(
+        title=None,
+        columns=(Column(key="part", header="contents read"), Column(key="rows", header="rows", right=True)),
+        rows=[{"part": part, "rows": count} for part, count in found["rows"].items()],
+    )
+    parts: list[Table | str] = [*lines]
+    if lines:
+        parts.append("")
+    if found["rows"]:
+        parts += [rows, ""]
+    return [*parts, _facts(None, facts)]
 
 
 def plan_tables(sections: Mapping[str, Any]) -> list[Table | str]:

@@ -7,6 +7,7 @@ specification again therefore resumes, whatever killed the last attempt.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 import time
@@ -49,9 +50,7 @@ INDEX = "index"
 """Unit that commits a store's metadata and per-row columns."""
 
 
-def run(
-    spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str] | None = None
-) -> Run:
+def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str] | None = None) -> Run:
     """Do, or go on with, the run that ``spec`` asks for.
 
     Args:
@@ -71,7 +70,7 @@ def run(
     _refuse_unsupported(spec)
     looked = survey(spec)
     directory = RunDirectory(_place(spec, looked))
-    stored = _stored(directory, spec, observer)
+    stored = _stored(directory, spec, looked, observer)
     executor = make_executor(spec)
     try:
         # A resumed run keeps the cut it began with, whatever `auto` would choose today.
@@ -110,12 +109,32 @@ def _place(spec: RunSpec, looked: Survey) -> str:
     return out
 
 
-def _stored(directory: RunDirectory, spec: RunSpec, observer: Observer) -> dict[str, Any] | None:
+def _chosen(looked: Survey) -> dict[str, Any]:
+    """Return what the recipe and the selections came to: a changed index file or dataset shows here."""
+    return {
+        "n_train": looked.n_train,
+        "n_test": looked.n_test,
+        "dimension": looked.dimension,
+        "steps": looked.steps,
+        "tracked": hashlib.sha256(looked.tracked.tobytes()).hexdigest()[:16],
+        "tested": hashlib.sha256(looked.tested.tobytes()).hexdigest()[:16],
+    }
+
+
+def _stored(
+    directory: RunDirectory, spec: RunSpec, looked: Survey, observer: Observer
+) -> dict[str, Any] | None:
     """Return run.json of a run to go on with, None for a fresh start."""
     if not directory.exists():
         return None
     stored = directory.read()
     differing = spec.differences(stored.get("identity", {}))
+    before = stored.get("chosen", {})
+    differing += [
+        f"{name}: stored {before[name]}, now {value}"
+        for name, value in _chosen(looked).items()
+        if name in before and before[name] != value
+    ]
     if not differing:
         return stored
     if not spec.overwrite:
@@ -225,7 +244,8 @@ class _Driver:
         self._stage(self.replay_stage, units, plan.steps * len(units), "step", extra=1)
 
     def _reduce(self) -> None:
-        self._needs(TEST_GRADIENTS, INDEX, "run")
+        self._needs(RECORD, "trajectory", "record")
+        self._needs(TEST_GRADIENTS, INDEX, "replay")
         for shard in self.plan.shards:
             self._needs(self.replay_stage, shard.name, "replay")
         units = _units(self.reduce_stage, self.plan.reduce_blocks)
@@ -256,6 +276,7 @@ class _Driver:
         if todo:
             if stage == RECORD:
                 self._forget_what_followed()
+            self.directory.write(self.info)
             self.executor.run(stage, todo, self._tasks(stage), self.observer)
         seconds = time.monotonic() - begun
         if todo:
@@ -270,6 +291,8 @@ class _Driver:
         for stage in self.directory.stages():
             if stage != RECORD:
                 self.directory.drop(stage)
+        for method in self.info["methods"].values():
+            method["state"] = "partial"
 
     def _valid(self, stage: str, unit: str) -> bool:
         """Whether a unit is committed and its files are what was committed; else forget it."""
@@ -344,6 +367,7 @@ class _Driver:
             "dimension": plan.dimension,
             "steps": plan.steps,
             "method": self.method,
+            "chosen": _chosen(looked),
             "conservation": looked.conservation,
             "strategies": looked.strategies,
             "versions": _versions(),

@@ -87,8 +87,6 @@ class RayExecutor:
         self._pool: list[Worker] = []
         self._pool_demand: Demand | None = None
 
-    # -- the cluster -------------------------------------------------------------------------------
-
     @property
     def slots(self) -> int:
         """How many workers there can be at a time; connects, and starts Ray where none runs."""
@@ -204,8 +202,6 @@ class RayExecutor:
             return bool(is_autoscaler_v2(fetch_from_server=True)) or raysetup.grows(status)
         return False
 
-    # -- a stage -----------------------------------------------------------------------------------
-
     def run(
         self,
         stage: str,
@@ -261,7 +257,7 @@ class RayExecutor:
             self._kill(self._pool)
             if isinstance(error, WorkerLost) and self._directory:
                 observer(Note(message=f"Ray's logs are kept in {self._directory}/session_latest/logs"))
-                self._directory = None
+                self._directory = None  # not ours to remove any more
             raise
         self._kill([worker for worker in self._pool if not worker.loaded])
         return dispatch.results()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pyarrow.dataset as pa_dataset
     import zarr
 
+    from ..storage.contributions import Kind
     from ..storage.rows import RowStore
     from ..storage.trajectory import Trajectory
 
@@ -138,12 +139,10 @@ class Run:
 
         return summary(self)
 
-    def _dataset(self, kind: str, method: str | None) -> pa_dataset.Dataset:
-        from ..storage import contributions
+    def _dataset(self, kind: Kind, method: str | None) -> pa_dataset.Dataset:
+        from ..storage.contributions import dataset
 
-        # Typed as Any: the literal kinds of `dataset` are the three names passed in above.
-        kind_name: Any = kind
-        return contributions.dataset(self.uri, kind_name, self.method(method))
+        return dataset(self.uri, kind, self.method(method))
 
     def _state(self, stage: str) -> str:
         return stage_state(self.directory, self.info, stage).state

@@ -121,9 +121,7 @@ def make_plan(spec: RunSpec) -> Plan:
     return cut(spec, looked, capacity)
 
 
-def cut(
-    spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: int | None = None
-) -> Plan:
+def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: int | None = None) -> Plan:
     """Cut the work of a surveyed recipe for machines of this capacity.
 
     Args:
@@ -138,9 +136,10 @@ def cut(
     itemsize = 8 if spec.dtype == "float64" else 4
     n, m, dimension = len(looked.tracked), len(looked.tested), looked.dimension
     row = dimension * itemsize
+    held = looked.row_numbers * itemsize
     slots = int(capacity.get("slots") or 1)
     budget = spec.memory or int(capacity.get("memory_per_worker") or 0)
-    count = shards or _shard_count(spec, n, row, slots, budget, looked)
+    count = shards or _shard_count(spec, n, held, slots, budget, looked)
     chunk_rows = chunk_rows_for(dimension, itemsize, n, count)
     parts = _cut_chunks(n, chunk_rows, count, "shard")
     test_chunk_rows = chunk_rows_for(dimension, itemsize, m)
@@ -150,12 +149,14 @@ def cut(
     widest = max(shard.stop - shard.start for shard in parts)
     memory = {
         "one process without buffers": looked.process_bytes,
-        "buffers of the largest shard": widest * row,
-        "replay worker": looked.process_bytes + widest * row + 2 * chunk_rows * row,
+        "buffers of the largest shard": widest * held,
+        "replay worker": looked.process_bytes + widest * held + 3 * chunk_rows * row,
         "test-gradients worker": looked.process_bytes + (per_block + TEST_BATCH) * row,
         "reduce worker": looked.process_bytes + tiles.bytes,
     }
-    _refuse_what_does_not_fit(count, n, row, chunk_rows, budget, memory["replay worker"], looked)
+    _refuse_what_does_not_fit(
+        count, n, held, 3 * chunk_rows * row, budget, memory["replay worker"], looked.process_bytes
+    )
     blocks = _spans(m, per_block, "block")
     units = _spans(n, tiles.unit_rows, "rows")
     disk = {
@@ -192,26 +193,38 @@ def spec_batch(looked: Survey) -> int:
     return int(looked.recipe.batch_size)
 
 
-def _shard_count(spec: RunSpec, n: int, row: int, slots: int, budget: int, looked: Survey) -> int:
+def _shard_count(spec: RunSpec, n: int, held: int, slots: int, budget: int, looked: Survey) -> int:
+    """Shards asked for; with ``auto`` one a worker, or more where memory wants more."""
     if spec.shards != "auto":
         return min(int(spec.shards), n)
     room = budget - looked.process_bytes
-    needed = math.ceil(1.2 * n * row / room) if room > 0 else 1
+    needed = math.ceil(1.2 * n * held / room) if room > 0 else 1
     return min(n, max(slots, needed))
 
 
 def _refuse_what_does_not_fit(
-    count: int, n: int, row: int, chunk_rows: int, budget: int, needed: int, looked: Survey
+    count: int, n: int, held: int, spare: int, budget: int, needed: int, process: int
 ) -> None:
+    """Raise DoesNotFit when a worker needs more than ``budget`` bytes (0: unknown).
+
+    Args:
+        count: Shards.
+        n: Tracked samples.
+        held: Bytes of buffers a tracked sample.
+        spare: Bytes for forming and writing rows.
+        budget: Bytes a worker may use.
+        needed: Bytes a worker of the largest shard will use.
+        process: Bytes of a worker without buffers.
+    """
     if not budget or needed <= budget:
         return
-    room = budget - looked.process_bytes - 2 * chunk_rows * row
-    if room < row:
+    room = budget - process - spare
+    if room < held:
         raise DoesNotFit(
-            f"one tracked sample needs {looked.process_bytes + row:,} bytes in a worker of {budget:,} bytes; "
+            f"one tracked sample needs {process + spare + held:,} bytes in a worker of {budget:,} bytes; "
             "use workers with more memory (--memory, fewer --workers)"
         )
-    fits = math.ceil(n / (room // row))
+    fits = math.ceil(n / (room // held))
     raise DoesNotFit(
         f"{count} shards need {needed:,} bytes in a worker of {budget:,} bytes; "
         f"use --shards {max(fits, count + 1)} or more, or track fewer samples"

@@ -76,7 +76,9 @@ def reduce_rows(
     block = np.empty((stop - start, gradients.rows), dtype=hypergradients.dtype)
     for first in range(start, stop, job.tiles.strip_rows):
         last = min(stop, first + job.tiles.strip_rows)
-        contributions(hypergradients.read(first, last), panels, job.n_train, block[first - start : last - start])
+        contributions(
+            hypergradients.read(first, last), panels, job.n_train, block[first - start : last - start]
+        )
         report(last - start, stop - start)
     if not np.isfinite(block).all():
         row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))

@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 
 from ..storage.errors import HydraError, RecipeError
+from ..workers.buffers import row_numbers
 from ..workers.determinism import preserved_generators, seed_everything
 from ..workers.memory import peak_bytes, reset_peak
-from ..workers.persample.engine import TILE, PerSampleGradients
+from ..workers.persample.engine import PerSampleGradients
 from ..workers.persample.reference import couples_samples
 from ..workers.recipe import Recipe
-from ..workers.replay import probe_training
-from ..workers.training import Compute, Training, Watch
+from ..workers.replay import factored_entries, probe_training
+from ..workers.training import Compute, Training
 from ..workers.validate import (
     check_dataset,
     check_labels,
@@ -52,6 +53,7 @@ class Survey:
             statistics held constant).
         strategies: Per-sample strategy of each parameter name that has no layer rule.
         step_seconds: (plain, tracked) seconds of a step, tried here; None when not tried.
+        row_numbers: Numbers that the replay's buffers hold per tracked sample (see ``buffers``).
         process_bytes: Peak resident set of a process that trains this recipe, without buffers.
     """
 
@@ -67,6 +69,7 @@ class Survey:
     conservation: bool
     strategies: dict[str, str]
     step_seconds: tuple[float, float] | None
+    row_numbers: int
     process_bytes: int
 
 
@@ -129,9 +132,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     del model, train, test
     # The driver may have no GPU where the workers have one; what it tries, it tries on what it has.
     device = "cpu" if spec.device == "cuda" and not torch.cuda.is_available() else spec.device
-    compute = Compute(
-        device=device, dtype=spec.dtype, threads=spec.torch_threads, batch_norm=spec.batch_norm
-    )
+    compute = Compute(device=device, dtype=spec.dtype, threads=spec.torch_threads, batch_norm=spec.batch_norm)
     try:
         training = Training(recipe, compute)
         strategies = probe_training(training)
@@ -153,9 +154,16 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         test_labels=_array(test_labels, n_test),
         conservation=not (coupled and spec.batch_norm == "constant"),
         strategies={
-            e.name: s for e, s in zip(training.layout.entries, strategies, strict=True) if s != "rule"
+            e.name: s
+            for e, s in zip(training.layout.entries, strategies, strict=True)
+            if s in ("func", "vjp")
         },
         step_seconds=seconds,
+        row_numbers=row_numbers(
+            training.layout,
+            factored_entries(training.layout, strategies, recipe.epochs),
+            recipe.epochs,
+        ),
         process_bytes=peak_bytes(),
     )
 
@@ -181,18 +189,12 @@ def _array(labels: list[int] | None, count: int) -> Integers:
 def _time_steps(training: Training, strategies: Any) -> tuple[float, float]:
     """Return median seconds of a plain step and of one that tracks the whole batch."""
     engine = PerSampleGradients(training.recipe, training.model, training.layout, strategies)
-    block = torch.empty(
-        training.recipe.batch_size + TILE,
-        training.layout.dimension,
-        dtype=training.dtype,
-        device=training.device,
-    )
     taken: dict[bool, list[float]] = {False: [], True: []}
     steps = min(training.steps, TRIAL_STEPS)
     for tracked in (False, True):
         for step, batch in enumerate(training.loader(0, steps)):
-            positions = engine.padded(torch.arange(training.batch_size(step), device=training.device))
-            watch = Watch(engine=engine, positions=positions, block=block[: len(positions)])
+            positions = torch.arange(training.batch_size(step), device=training.device)
+            watch = engine.watch(positions, lambda _start, _block: None)
             begun = time.perf_counter()
             float(training.step(step, batch, watch if tracked else None))
             taken[tracked].append(time.perf_counter() - begun)

@@ -2,7 +2,7 @@
 
 These are Zarr v3's own codecs, so any Zarr reader opens the stores. They are applied here instead
 of by ``zarr.Array`` for three reasons: a chunk is decompressed straight into the caller's array in
-parallel threads (5 times faster), a missing chunk is an error instead of a silent fill value, and
+parallel threads (about twice as fast), a missing chunk is an error instead of a silent fill value, and
 a damaged one is reported with its place.
 """
 

@@ -61,11 +61,9 @@ class RowStore:
         self.uri, self.name, self._data = uri, name, data
         self.rows, self.columns = data.shape
         self.dtype, self.chunk_rows = str(data.dtype), data.chunk[0]
-        mark = described.pop(MARK)
-        self.attrs: dict[str, Any] = described
         # Column name -> whether its values were given in full at creation (else: written by block).
-        self._given: dict[str, bool] = dict(mark["columns"])
-        self._column_arrays: dict[str, StoredArray] = {}
+        self._given: dict[str, bool] = dict(described.pop(MARK)["columns"])
+        self.attrs, self._column_arrays = described, dict[str, StoredArray]()
 
     def __repr__(self) -> str:
         return f"RowStore({self.uri!r}, {self.name!r}, {self.rows} x {self.columns} {self.dtype})"
@@ -104,13 +102,13 @@ class RowStore:
         uri = check_uri(uri)
         given = {key: np.asarray(value) for key, value in row_columns.items()}
         notes = plain(attrs)
-        _check_arguments(uri, name, rows, columns, dtype, chunk_rows, given, notes)
+        wanted = {"rows": rows, "columns": columns, "dtype": dtype, "chunk_rows": chunk_rows}
+        _check_arguments(uri, name, wanted, given, notes)
         try:
             store = cls.open(uri, name)
         except IncompleteStage:
             pass
         else:
-            wanted = {"rows": rows, "columns": columns, "dtype": dtype, "chunk_rows": chunk_rows}
             store._refuse_other(wanted, given, notes)
             return store
         row_bytes = columns * np.dtype(dtype).itemsize
@@ -142,8 +140,7 @@ class RowStore:
             IncompleteStage: It is not there, or its creation was interrupted.
             CorruptStore: Its metadata cannot be read.
         """
-        uri = check_uri(uri)
-        described = read_group(uri)
+        described = read_group(uri := check_uri(uri))
         if MARK not in described:
             raise IncompleteStage(f"{uri} was not created to its end; run the stage that writes it again")
         data = StoredArray.open(uri, name)
@@ -155,7 +152,7 @@ class RowStore:
 
     @property
     def array(self) -> zarr.Array[Any]:
-        """The (n, D) Zarr array, read-only. What was never written reads as NaN there."""
+        """The (n, D) Zarr array, read-only; what was never written reads as NaN there."""
         return self._data.array
 
     def read(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
@@ -253,7 +250,7 @@ class RowStore:
         ]
         if set(given) != set(self._given):
             differs.append(f"columns are {', '.join(self._given)}, not {', '.join(given)}")
-        elif "rows" not in " ".join(differs):
+        elif self.rows == wanted["rows"]:
             differs += [
                 f"column {key} holds other values" for key in given if not self._same_column(key, given[key])
             ]
@@ -282,28 +279,20 @@ def _is_uniform(values: npt.NDArray[Any]) -> bool:
 
 
 def _check_arguments(
-    uri: str,
-    name: str,
-    rows: int,
-    columns: int,
-    dtype: str,
-    chunk_rows: int,
-    given: Mapping[str, npt.NDArray[Any]],
-    attrs: Mapping[str, Any],
+    uri: str, name: str, wanted: Mapping[str, Any], given: Mapping[str, npt.NDArray[Any]], attrs: Any
 ) -> None:
-    if rows < 1 or columns < 1 or chunk_rows < 1:
-        raise StoreError(
-            f"{uri}: {rows} rows, {columns} columns, {chunk_rows} rows a chunk; each must be at least 1"
-        )
-    if dtype not in ("float32", "float64"):
-        raise StoreError(f"{uri}: dtype {dtype!r} is not supported; use float32 or float64")
+    for key in ("rows", "columns", "chunk_rows"):
+        if wanted[key] < 1:
+            raise StoreError(f"{uri}: {key} is {wanted[key]}; it must be at least 1")
+    if wanted["dtype"] not in ("float32", "float64"):
+        raise StoreError(f"{uri}: dtype {wanted['dtype']!r} is not supported; use float32 or float64")
     if MARK in attrs:
         raise StoreError(f"{uri}: the attribute {MARK} is reserved; use another name")
     for key in (name, *given):
         check_name(key, "array")
     for key, values in given.items():
-        if values.shape != (rows,):
-            raise StoreError(f"{uri}: column {key} has shape {values.shape}, the store {rows} rows")
+        if values.shape != (wanted["rows"],):
+            raise StoreError(f"{uri}: column {key} has shape {values.shape}, the store {wanted['rows']} rows")
         if values.dtype.kind not in "biuf" or key == name:
             raise StoreError(
                 f"{uri}: column {key} ({values.dtype}) must hold numbers and not be named {name!r}"

@@ -189,8 +189,13 @@ class RunDirectory:
 
     def drop(self, stage: str, unit: str | None = None) -> None:
         """Remove the manifest of a unit, or of every unit of a stage: it counts as not done again."""
-        for name in self._units(stage) if unit is None else [unit]:
+        names = self._units(stage) if unit is None else [unit]
+        for name in names:
             disk.remove(self._manifest_path(stage, name))
+        folder = self._stage_path(stage)
+        # Flushed, or a power cut could bring back a manifest whose files have been written anew since.
+        if names and is_local(self.uri) and disk.exists(folder):
+            disk.flush(folder)
 
     def litter(self) -> list[str]:
         """Return temporary files and directories (``*.partial*``) that killed writers left, relative."""
@@ -229,6 +234,8 @@ class RunDirectory:
             )
         listed = {entry.path for stage in self.stages() for m in self.manifests(stage) for entry in m.files}
         disk.remove(self.path("manifests"), recursive=True)
+        if is_local(self.uri):
+            disk.flush(self.uri)
         for name in RESULTS:
             disk.remove(self.path(name), recursive=True)
         for name in sorted(listed):

@@ -15,6 +15,7 @@ REMOTE_SCHEMES = ("s3", "gs", "az", "memory")
 """fsspec protocols a run directory may use besides the local file system."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_USER_INFORMATION = re.compile(r"://[^/]*@")
 _ONE_SLASH = re.compile(r"(file|s3|gs|az|memory):", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -38,15 +39,15 @@ def check_uri(uri: str | os.PathLike[str]) -> str:
         raise SpecError("the run address is empty; give a directory or an s3://, gs://, az:// address")
     if any(ord(letter) < 32 for letter in text):
         raise SpecError(f"the run address {text!r} holds control characters; give it without them")
-    match = _SCHEME.match(text)
     # A secret must not reach any message, so this comes before every check that prints the address.
-    if match and "@" in match[2].split("/")[0]:
+    if _USER_INFORMATION.search(text):
         raise SpecError(
-            f"the {match[1]}:// address holds user information (an '@'); leave it out and give "
-            "credentials through the provider's own configuration"
+            "the run address holds user information (an '@' before the first '/'); leave it out and "
+            "give credentials through the provider's own configuration"
         )
     if "::" in text:
         raise SpecError(f"the run address {text!r} is a chain ('::'); give one plain address")
+    match = _SCHEME.match(text)
     if match is None:
         if _ONE_SLASH.match(text):
             raise SpecError(

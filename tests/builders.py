@@ -250,7 +250,7 @@ class Built:
         self._note(stage, len(self._shards()) + 1, 0.75)
 
     def _interclass(self, stage: str) -> None:
-        pairs = [(a, b) for a in range(CLASSES) for b in range(CLASSES)]
+        pairs = [(a, b) for a in np.unique(self.train_label) for b in np.unique(self.test_label)]
         chosen = [
             self.exact[np.ix_(self.train_label[self.tracked] == a, self.test_label == b)] for a, b in pairs
         ]

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra_pipe.pipeline.events import Event
 from hydra_pipe.pipeline.units import Handler, Report, Unit
 from hydra_pipe.storage.errors import NonFiniteLoss
 
@@ -151,3 +152,22 @@ class Unloadable:
 def units(count: int, stage: str = "test") -> list[Unit]:
     """Return ``count`` units ``unit-0``, ``unit-1``, ..."""
     return [Unit(stage=stage, name=f"unit-{n}", arguments={"add": n}) for n in range(count)]
+
+
+class Recorder:
+    """An observer that keeps everything."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def of(self, kind: type) -> list[Any]:
+        """Return the events of one kind, in order."""
+        return [event for event in self.events if type(event) is kind]
+
+
+def totals(results: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Return the sums that ``Count`` computed."""
+    return {name: values["total"] for name, values in results.items()}

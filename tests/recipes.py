@@ -121,6 +121,22 @@ class Images(Small):
         )
 
 
+class Long(Small):
+    """So many epochs that factors of the wide layer are folded into dense rows on the way."""
+
+    shape = (64,)
+    epochs = 31
+
+    def model(self):
+        return nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 3))
+
+    def train_dataset(self):
+        return gaussian(45, self.shape, self.classes, 1)
+
+    def optimizer(self, model):
+        return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-2)
+
+
 class Volumes(Small):
     shape = (1, 5, 6, 4)
     epochs = 2
@@ -252,6 +268,7 @@ TRACEABLE = [
     OneCycle,
     Plateau,
     Images,
+    Long,
     Volumes,
     BatchNormed,
     Sequences,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from .determinism import derived_seed, seed_everything
 from .recipe import Batch, Recipe

@@ -29,7 +29,11 @@ def derived_seed(seed: int, purpose: str, step: int = 0) -> int:
 
 def seed_everything(value: int) -> None:
     """Seed the global generators of torch (all devices), numpy and random."""
-    torch.manual_seed(value)
+    # torch.manual_seed queues a call (with a stack trace) for devices that were never used; a run
+    # seeds before every step, so only devices in use are seeded.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
     np.random.seed(value & 0xFFFFFFFF)
     random.seed(value)
 

@@ -14,13 +14,14 @@ from ..storage.trajectory import Trajectory
 from .data import fetch, to_device
 from .determinism import derived_seed, preserved_generators, seed_everything
 from .evaluate import OutputWatch, evaluating, predicted
-from .persample.engine import TILE, PerSampleGradients
+from .persample.engine import PerSampleGradients
 from .persample.probe import choose_strategies
 from .persample.reference import constant_statistics
 from .replay import PROBE_SAMPLES
 from .training import Training
 
-TEST_BATCH = 4 * TILE
+TEST_BATCH = 64
+"""Test samples a forward pass; fixed, so that the bits of a row depend on nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,23 +97,23 @@ class TestGradients:
         training, size = self.training, len(chosen)
         seed_everything(derived_seed(training.recipe.seed, "test", int(chosen[0])))
         batch = to_device(fetch(training.recipe, self.dataset, chosen), training.device, training.dtype)
-        positions = self.engine.padded(torch.arange(size, device=training.device))
-        block = torch.empty(
-            len(positions), training.layout.dimension, dtype=training.dtype, device=training.device
-        )
+        positions = torch.arange(size, device=training.device)
+
+        def keep(start: int, block: torch.Tensor) -> None:
+            out[start : start + len(block)] = block
+
         with constant_statistics(training.model):
             with self.engine.capture.listen():
                 losses_B = training.losses(batch, size)
-                self.engine.before_backward(block, losses_B, positions)
+                self.engine.before_backward(losses_B, positions)
                 torch.autograd.grad(losses_B.mean(), training.parameters, allow_unused=True)
             # Before anything else calls the model: the watch notes its last output.
             with torch.no_grad():
                 found = predicted(training.recipe, training.model, batch, watch, size)
-            self.engine.after_backward(block, batch, positions, size)
+            self.engine.after_backward(batch, positions, size, keep)
         loss[:] = losses_B.detach().double().cpu().numpy()
         if not np.isfinite(loss).all():
             bad = int(chosen[int(np.flatnonzero(~np.isfinite(loss))[0])])
             raise NonFiniteLoss(f"the loss of test_index {bad} is not finite at the trained weights")
         if found is not None:
             prediction[:] = found.cpu().numpy()
-        out.copy_(block[:size])

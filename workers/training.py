@@ -23,7 +23,7 @@ from ..storage.errors import NonFiniteLoss, RecipeError
 from .data import Indices, batch_order, step_batches, to_device
 from .determinism import derived_seed, prepare_process, resolve_device, seed_everything
 from .layout import Layout, checksum, flatten, load_flat
-from .persample.engine import PerSampleGradients
+from .persample.engine import Watch
 from .persample.reference import constant_statistics, couples_samples
 from .recipe import Batch, Recipe
 
@@ -57,15 +57,6 @@ class Compute:
     def torch_dtype(self) -> torch.dtype:
         """The torch dtype of weights and hypergradients."""
         return torch.float64 if self.dtype == "float64" else torch.float32
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Watch:
-    """Whose gradients to take in a step: batch ``positions`` (R, padded) into ``block`` (R, D)."""
-
-    engine: PerSampleGradients
-    positions: Tensor
-    block: Tensor
 
 
 class Training:
@@ -116,7 +107,7 @@ class Training:
         return int((self.batches[step] >= 0).sum())
 
     def step(self, step: int, batch: Batch, watch: Watch | None = None) -> Tensor:
-        """Take one training step; with ``watch``, also write the rows' per-sample gradients.
+        """Take one training step; with ``watch``, also hand over the rows' per-sample gradients.
 
         Returns:
             The batch loss at w_t, before the update: a scalar on the device.
@@ -132,14 +123,14 @@ class Training:
         with listen:
             losses_B = self.losses(batch, size)
             if watch and not separate:
-                watch.engine.before_backward(watch.block, losses_B, watch.positions)
+                watch.engine.before_backward(losses_B, watch.positions)
             loss = losses_B.mean()
             loss.backward()  # type: ignore[no-untyped-call]
         if watch and separate:
             self._second_pass(step, batch, size, watch)
         if watch:
             with constant_statistics(self.model) if separate else contextlib.nullcontext():
-                watch.engine.after_backward(watch.block, batch, watch.positions, size)
+                watch.engine.after_backward(batch, watch.positions, size, watch.sink, watch.factors)
         self._check_gradients(step)
         self.optimizer.step()
         return loss.detach()
@@ -149,7 +140,7 @@ class Training:
         seed_everything(derived_seed(self.recipe.seed, "step", step))
         with constant_statistics(self.model), watch.engine.capture.listen():
             losses_B = self.losses(batch, size)
-            watch.engine.before_backward(watch.block, losses_B, watch.positions)
+            watch.engine.before_backward(losses_B, watch.positions)
             torch.autograd.grad(losses_B.mean(), self.parameters, allow_unused=True)
 
     def losses(self, batch: Batch, size: int) -> Tensor:

@@ -25,7 +25,7 @@ METHOD = "hydra"
 BLOCK_BYTES = 64 << 20
 """How much of the hypergradient store is held at a time while it is streamed."""
 
-BASE = {"float32": 1e-4, "float64": 1e-10}
+BASE = {"float32": 1e-5, "float64": 1e-12}
 """Relative error allowed for the rounding of per-sample gradients, whatever the length of the run."""
 UNIT = {"float32": 2.0**-20, "float64": 2.0**-49}
 """Eight units in the last place: times sqrt(T) the drift that T rounded updates of the weights allow."""

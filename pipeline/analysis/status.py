@@ -119,10 +119,7 @@ def status(run: Run) -> dict[str, Any]:
     """
     states = stage_states(run.directory, run.info)
     complete = all(state.state == "complete" for state in states)
-    methods = {
-        name: next((s.state for s in states if s.stage == f"{name}/reduce"), "missing")
-        for name in method_names(run.info)
-    }
+    methods = {name: _method_state(states, name) for name in method_names(run.info)}
     return {
         "run": run.uri,
         "recipe": run.recipe,
@@ -174,6 +171,13 @@ def _scalar(value: object) -> str:
     except ValueError:
         return value
     return json.dumps(value)
+
+
+def _method_state(states: Sequence[StageState], method: str) -> str:
+    own = [state.state for state in states if state.stage.startswith(f"{method}/")]
+    if own[-1:] == ["complete"]:
+        return "complete"
+    return "missing" if all(state == "missing" for state in own) else "partial"
 
 
 def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from hydra_pipe.cli import progress as shown
-from hydra_pipe.cli.progress import BarListener, LogListener, short, watching
+from hydra_pipe.cli.pace import clock_text, short, time_left
+from hydra_pipe.cli.progress import BarListener, LogListener, watching
 from hydra_pipe.pipeline import events
 from rich.console import Console
 
@@ -46,7 +47,7 @@ def test_logs_say_one_line_a_stage_and_a_sign_of_life(capsys: pytest.CaptureFixt
     assert out.out == ""
     assert out.err.splitlines() == [
         "hydra/replay: shard-00001 starts again (attempt 2): worker died",
-        "hydra/replay: 67%, 2/3 shards, about 30.5 s left",
+        "hydra/replay: 67%, 2/3 shards, about 1 min 01 s left",
         "hydra/replay: 3/3 shards, 1 of them already done, 300 rows in 1 min 05 s",
         "all is well",
     ]
@@ -111,6 +112,25 @@ def test_the_bar_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == 1, rows
     for text in ("hydra-exact/replay", "0/128 shards", "9k/1.23M steps", "900/s"):
         assert text in rows[0]
+    assert len(rows[0]) <= 80
+
+
+def test_pace_counts_only_what_this_run_did() -> None:
+    clock = Clock()
+    listener = LogListener(clock)
+    listener(events.StageStarted(stage="s", units=10, total=1000, unit_label="row"))
+    clock.now += 1000  # checking what is there takes time, too, and is no work
+    for unit in range(8):
+        listener(events.UnitSkipped(stage="s", unit=str(unit)))
+    clock.now += 10
+    listener(events.UnitProgress(stage="s", unit="8", done=100, total=100))
+    assert listener.current is not None
+    assert time_left(listener.current, clock.now) == pytest.approx(10)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3725, "1:02:05")])
+def test_clock_text(seconds: float, text: str) -> None:
+    assert clock_text(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -15,39 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra_pipe.pipeline import events, placement, raysetup
-from hydra_pipe.pipeline.dispatch import Dispatch
-from hydra_pipe.pipeline.executors import RayExecutor, make_executor
-from hydra_pipe.pipeline.placement import Demand, Node
-from hydra_pipe.pipeline.serial import SerialExecutor
-from hydra_pipe.pipeline.spec import RunSpec
-from hydra_pipe.pipeline.wave import worker_target
+from hydra_pipe.pipeline import events
+from hydra_pipe.pipeline.executors import RayExecutor
 from hydra_pipe.storage.errors import (
     ClusterTooSmall,
     NonFiniteLoss,
     RecipeError,
     ResourceError,
-    SpecError,
     WorkerLost,
 )
 
-from tests.faults import Count, FaultPlan, Faulty, OddError, Unloadable, units
+from tests.faults import Count, FaultPlan, Faulty, Recorder, Unloadable, totals, units
 
 ROOT = Path(__file__).resolve().parents[2]
-GIB = 1 << 30
-
-
-class Recorder:
-    """An observer that keeps everything."""
-
-    def __init__(self) -> None:
-        self.events: list[events.Event] = []
-
-    def __call__(self, event: events.Event) -> None:
-        self.events.append(event)
-
-    def of(self, kind: type) -> list[Any]:
-        return [event for event in self.events if type(event) is kind]
+EXPECTED = {f"unit-{n}": 10 + n for n in range(8)}
 
 
 @pytest.fixture
@@ -58,164 +37,6 @@ def recorder() -> Recorder:
 @pytest.fixture
 def count(tmp_path: Path) -> Count:
     return Count(directory=str(tmp_path))
-
-
-def totals(results: dict[str, dict[str, Any]]) -> dict[str, int]:
-    return {name: values["total"] for name, values in results.items()}
-
-
-EXPECTED = {f"unit-{n}": 10 + n for n in range(8)}
-
-
-# -- serial ------------------------------------------------------------------------------------
-
-
-def test_serial_runs_in_order_and_reports(count: Count, recorder: Recorder) -> None:
-    executor = make_executor(RunSpec(executor="serial"))
-    results = executor.run("test", units(3), count, recorder)
-    assert list(results) == ["unit-0", "unit-1", "unit-2"]
-    assert totals(results) == {"unit-0": 10, "unit-1": 11, "unit-2": 12}
-    assert [event.unit for event in recorder.of(events.UnitFinished)] == list(results)
-    assert recorder.of(events.UnitProgress)[-1] == events.UnitProgress(
-        stage="test", unit="unit-2", done=4, total=4
-    )
-    assert executor.slots == executor.capacity()["slots"] == 1
-    assert executor.capacity()["memory_per_worker"] > 0
-
-
-def test_serial_progress_is_thinned_by_the_clock(tmp_path: Path, recorder: Recorder) -> None:
-    executor = SerialExecutor(clock=lambda: 0.0)
-    executor.run("test", units(1), Count(directory=str(tmp_path), steps=50, pause=0), recorder)
-    assert [event.done for event in recorder.of(events.UnitProgress)] == [1, 50]
-
-
-@pytest.mark.parametrize(
-    ("action", "kind", "text"),
-    [("raise:mine", ValueError, "mine"), ("hydra:nan", NonFiniteLoss, "nan"), ("odd", OddError, "one")],
-)
-def test_serial_lets_errors_through(
-    count: Count, tmp_path: Path, action: str, kind: type[Exception], text: str
-) -> None:
-    plan = FaultPlan(directory=str(tmp_path), script={"unit-1": [action]})
-    with pytest.raises(kind, match=text) as caught:
-        SerialExecutor().run("test", units(3), Faulty(plan=plan, handler=count), events.null)
-    assert type(caught.value) is kind
-    assert plan.attempts("unit-1") == 1
-    assert plan.attempts("unit-2") == 0
-
-
-def test_a_killed_serial_run_goes_on_where_it_stood(tmp_path: Path) -> None:
-    script = {"unit-1": ["kill@2", "kill-after"], "unit-2": ["kill"]}
-    program = f"""
-        from tests.faults import *
-        from hydra_pipe.pipeline.serial import SerialExecutor
-        from hydra_pipe.pipeline.events import null
-        plan = FaultPlan(directory={str(tmp_path)!r}, script={script!r})
-        handler = Faulty(plan=plan, handler=Count(directory={str(tmp_path)!r}))
-        todo = [u for u in units(3) if not Path({str(tmp_path)!r}, u.name + ".done").exists()]
-        SerialExecutor().run("test", todo, handler, null)
-    """
-    codes: list[int] = []
-    while not codes or codes[-1] != 0:
-        command = [sys.executable, "-c", textwrap.dedent(program)]
-        codes.append(subprocess.run(command, cwd=ROOT, check=False).returncode)
-    # The second attempt of unit-1 had committed before it was killed: it is not done a third time.
-    assert codes == [-signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0]
-    plan = FaultPlan(directory=str(tmp_path))
-    assert [plan.attempts(f"unit-{n}") for n in range(3)] == [1, 2, 2]
-
-
-def test_serial_needs_no_ray() -> None:
-    program = (
-        "import sys; from hydra_pipe.pipeline.executors import make_executor; "
-        "from hydra_pipe.pipeline.spec import RunSpec; make_executor(RunSpec(executor='serial')).capacity(); "
-        "make_executor(RunSpec()); assert 'ray' not in sys.modules and 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
-
-
-# -- arithmetic --------------------------------------------------------------------------------
-
-
-def test_slots_are_counted_node_by_node() -> None:
-    small, large = Node(cpus=3, gpus=0, memory=8 * GIB), Node(cpus=16, gpus=1, memory=64 * GIB)
-    assert placement.slots([small, small], Demand(cpus=2, gpus=0)) == 2  # not 6 // 2
-    assert placement.slots([small, large], Demand(cpus=1, gpus=0.1)) == 10
-    assert placement.memory_per_worker([small, large], Demand(cpus=1, gpus=0)) == 8 * GIB // 3
-    assert placement.memory_per_worker([small], Demand(cpus=4, gpus=0)) == 0
-
-
-def test_infeasible_demands_say_what_is_there_and_what_to_do() -> None:
-    nodes = [Node(cpus=4, gpus=0, memory=GIB)] * 2
-    with pytest.raises(ClusterTooSmall, match=r"1 CPU and 1 GPU.*8 CPU and 0 GPU.*--gpus-per-actor"):
-        placement.check_feasible(nodes, Demand(cpus=1, gpus=1))
-    with pytest.raises(ClusterTooSmall, match=r"6 CPU.*largest 4 CPU.*--cpus-per-actor"):
-        placement.check_feasible(nodes, Demand(cpus=6, gpus=0))
-    with pytest.raises(ClusterTooSmall, match=r"0 node"):
-        placement.check_feasible([], Demand(cpus=1, gpus=0))
-
-
-def test_dispatch_counts_attempts_and_retries_first(recorder: Recorder) -> None:
-    now = 0.0
-    dispatch = Dispatch("test", units(3), recorder, max_attempts=2, clock=lambda: now)
-    lost, other = dispatch.start(), dispatch.start()
-    dispatch.progress("unit-0", 1, 4)
-    dispatch.progress("unit-0", 1, 4)
-    dispatch.lose(lost, "killed")
-    assert dispatch.start() is lost
-    dispatch.progress("unit-0", 1, 4)
-    now = 2.5
-    dispatch.finish(other, {"x": 1})
-    assert recorder.of(events.UnitFinished)[0].seconds == 2.5
-    assert [event.attempt for event in recorder.of(events.UnitStarted)] == [1, 1, 2]
-    assert len(recorder.of(events.UnitProgress)) == 2  # news only, and again after a retry
-    with pytest.raises(WorkerLost, match=r"test unit-0.*2 time.*limit is 2.*last: killed again"):
-        dispatch.lose(lost, "killed again")
-
-
-def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert raysetup.asked_address(None) == "10.0.0.1:6379"
-    assert raysetup.asked_address("local") == "local"
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    with pytest.raises(SpecError, match=r"RAY_ADDRESS http.*host:port"):
-        raysetup.asked_address(None)
-    monkeypatch.setenv("RAY_ADDRESS", "")
-    assert raysetup.asked_address(None) is None
-
-
-def test_only_named_node_types_mean_an_autoscaler() -> None:
-    plain = {"active_nodes": {"node_" + "c5" * 28: 1}, "idle_nodes": None}
-    assert not raysetup.grows(None)
-    assert not raysetup.grows(json.dumps({"autoscaler_report": plain}).encode())
-    named = {"active_nodes": {"headgroup": 1}}
-    assert raysetup.grows(json.dumps({"autoscaler_report": named}).encode())
-
-
-def test_a_growing_cluster_is_asked_for_twice_what_it_has() -> None:
-    clock = iter(range(0, 1000, 10)).__next__
-    held = iter([0, 1, 4, 4])
-    target = worker_target(held.__next__, workers=None, grows=True, units=6, clock=clock)
-    assert [target(), target(), target()] == [1, 2, 6]
-    held = iter([4, 4])
-    assert worker_target(held.__next__, workers=3, grows=False, units=6, clock=clock)() == 3
-    assert worker_target(held.__next__, workers=None, grows=False, units=6, clock=clock)() == 4
-
-
-def test_session_directories_are_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    long = tmp_path / ("x" * 80)
-    long.mkdir()
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(long))
-    made = raysetup.session_directory()
-    assert made is not None
-    assert made.startswith("/tmp/hp-")
-    os.rmdir(made)
-    monkeypatch.setenv("RAY_TMPDIR", "/somewhere")
-    assert raysetup.session_directory() is None
-
-
-# -- Ray ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture

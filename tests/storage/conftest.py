@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -41,16 +43,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(target)], check=True)
 
 
-@pytest.fixture(params=["write", "close-less"])
+@pytest.fixture(params=["at once", "later"])
 def full_writes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `hydra_pipe.storage.files` hit a full disk: at once, or after a part was written."""
-    import errno
-    import os
-
     real = os.write
 
     def write(descriptor: int, data: memoryview) -> int:
-        if request.param == "write" or len(data) <= 10:
+        if request.param == "at once" or len(data) <= 10:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(descriptor, data[:10])
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from hydra_pipe.storage import files
 from hydra_pipe.storage.errors import StorageFull, StoreError
 from hydra_pipe.storage.uri import join

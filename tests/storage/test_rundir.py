@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from hydra_pipe.storage import files
 from hydra_pipe.storage.errors import (
     CorruptStore,

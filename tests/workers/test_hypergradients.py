@@ -12,7 +12,7 @@ from hydra_pipe.workers.replay import Replay
 from hydra_pipe.workers.training import SETTINGS, Compute, Training
 
 from tests import oracle
-from tests.recipes import TRACEABLE, Attention, BatchNormed, Images, Sequences, Small, TwoGroups
+from tests.recipes import TRACEABLE, Attention, BatchNormed, Images, Long, Sequences, Small, TwoGroups
 
 
 def recorded(recipe, tmp_path, compute):
@@ -68,18 +68,24 @@ def test_strategies_are_chosen_by_trying(tmp_path):
     compute = Compute(dtype="float64", device="cpu")
     trajectory = recorded(Sequences(), tmp_path, compute)
     _, replay = replayed(Sequences(), trajectory, compute, [0])
-    chosen = dict(zip([e.name for e in replay.training.layout.entries], replay.engine.strategies, strict=True))
+    chosen = dict(
+        zip([e.name for e in replay.training.layout.entries], replay.engine.strategies, strict=True)
+    )
     assert chosen["scale"] == "func"
     assert chosen["conv.weight"] == chosen["norm.weight"] == chosen["embed.weight"] == "rule"
     assert chosen["twice.weight"] == "rule"
     trajectory = recorded(Attention(), tmp_path, compute)
     _, replay = replayed(Attention(), trajectory, compute, [0])
-    chosen = dict(zip([e.name for e in replay.training.layout.entries], replay.engine.strategies, strict=True))
+    chosen = dict(
+        zip([e.name for e in replay.training.layout.entries], replay.engine.strategies, strict=True)
+    )
     assert chosen["attention.out_proj.weight"] == "vjp"
-    assert chosen["out.weight"] == "rule"
+    assert chosen["out.weight"] == "outer"
 
 
-@pytest.mark.parametrize("kind", [Small, Images, Sequences, BatchNormed, Attention], ids=lambda k: k.__name__)
+@pytest.mark.parametrize(
+    "kind", [Small, Images, Long, Sequences, BatchNormed, Attention], ids=lambda k: k.__name__
+)
 def test_any_subset_gives_the_same_bits(kind, tmp_path):
     recipe, compute = kind(), Compute(device="cpu")
     trajectory = recorded(recipe, tmp_path, compute)

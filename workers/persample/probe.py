@@ -88,47 +88,52 @@ def _try(
                 right = vjp(losses_B, parameters, positions)
                 engine.capture.resume()
                 torch.autograd.grad(losses_B.mean(), parameters, allow_unused=True)
-            by_rule = _rule_rows(engine, layout, batch, positions, size, dtype)
+            outer = _outer_entries(engine)
+            by_rule = _rule_rows(engine, positions, size)
             good = [_agrees(a, b, dtype) for a, b in zip(by_rule, right, strict=True)]
             missing = [i for i, ok in enumerate(good) if not ok]
             alone = _func_rows(recipe, model, layout, batch, positions, missing)
     finally:
         engine.close()
-    strategies: list[Strategy] = ["rule"] * len(parameters)
+    strategies: list[Strategy] = ["outer" if i in outer else "rule" for i in range(len(parameters))]
     for i in missing:
         row = alone.get(i)
         strategies[i] = "func" if row is not None and _agrees(row, right[i], dtype) else "vjp"
     return tuple(strategies)
 
 
-def _rule_rows(
-    engine: PerSampleGradients,
-    layout: Layout,
-    batch: Batch,
-    positions: Tensor,
-    size: int,
-    dtype: torch.dtype,
-) -> list[Tensor]:
+def _outer_entries(engine: PerSampleGradients) -> set[int]:
+    """Return weights of Linear layers called once, with (batch, features) inputs."""
+    calls: dict[int, list[bool]] = {}
+    for call in engine.capture.calls:
+        flat = isinstance(call.module, nn.Linear) and call.d_B is not None and call.d_B.ndim == 2
+        for name, parameter in call.module.named_parameters(recurse=False):
+            if id(parameter) in engine.index:
+                calls.setdefault(engine.index[id(parameter)], []).append(flat and name == "weight")
+    return {i for i, flat in calls.items() if flat == [True]}
+
+
+def _rule_rows(engine: PerSampleGradients, positions: Tensor, size: int) -> list[Tensor]:
     """Rows by rule, one layer at a time so that one misfit does not hide the others."""
-    block = torch.full((len(engine.padded(positions)), layout.dimension), 0.0, dtype=dtype).to(
-        positions.device
-    )
-    views = layout.views(block)
-    padded = engine.padded(positions)
+    rows = torch.cat([positions, positions[-1:].expand(engine.tile - size)])
+    for view in engine.views:
+        view.zero_()
     written: set[int] = set()
     for call in engine.capture.take():
         if call.d_B is None:
             continue
         try:
-            engine.products(views, call, call.d_B, padded, size, written)
+            x_B = engine.prepared(call, size)
+            call.d_B = call.d_B * size
+            engine.products(call, x_B, rows, written)
         except (RecipeError, RuntimeError) as error:
             logger.debug("rule of layer %s does not apply: %s", call.name, error)
             for parameter in call.module.parameters(recurse=False):
                 index = engine.index.get(id(parameter))
                 if index is not None:
-                    views[index].fill_(float("nan"))
+                    engine.views[index].fill_(float("nan"))
                     written.add(index)
-    return [view[:size] for view in views]
+    return [view[:size] for view in engine.views]
 
 
 def _func_rows(
@@ -156,6 +161,6 @@ def _agrees(tried: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _log(strategies: Sequence[Strategy], layout: Layout) -> None:
-    slow = {e.name: s for e, s in zip(layout.entries, strategies, strict=True) if s != "rule"}
+    slow = {e.name: s for e, s in zip(layout.entries, strategies, strict=True) if s in ("func", "vjp")}
     if slow:
         logger.info("per-sample gradients without a layer rule: %s", slow)

@@ -1,50 +1,52 @@
 """Per-sample gradients of single layers: one small product from what the layer saw and returned.
 
 A rule gets R rows of the layer's input ``x_R`` and of the loss gradient at its output ``d_R`` and
-returns the gradient of each row's loss with respect to one parameter, shape (R, *parameter shape).
+writes the gradient of each row's loss with respect to one parameter, shape (R, *parameter shape).
 Rules never touch the module's state. Whether a rule applies to a model is not believed but tried
 (see ``probe``), so subclasses of a layer may use its rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Rule = Callable[[nn.Module, str, Tensor, Tensor], Tensor]
-"""(module, parameter name, x_R, d_R) -> (R, *parameter shape)."""
+Rule = Callable[[nn.Module, str, Tensor, Tensor, Tensor], None]
+"""(module, parameter name, x_R, d_R, out): writes (R, *parameter shape) into ``out``."""
 
 Prepare = Callable[[nn.Module, Tensor], Tensor]
 """Applied to the whole batch's input before rows are taken: normalisation layers need it."""
 
 
-def linear(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+def linear(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
     """``y = x W^T + b``; axes between rows and features are positions, summed over."""
     if name == "bias":
-        return d_R if d_R.ndim == 2 else d_R.flatten(1, -2).sum(1)
+        out.copy_(d_R if d_R.ndim == 2 else d_R.flatten(1, -2).sum(1))
+        return
     if d_R.ndim == 2:
-        return d_R.unsqueeze(2) * x_R.unsqueeze(1)
+        torch.mul(d_R.unsqueeze(2), x_R.unsqueeze(1), out=out)
+        return
     left = d_R.flatten(1, -2).transpose(1, 2)
     right = x_R.flatten(1, -2).transpose(1, 2)
     padded = aligned(right, *right.shape)
     padded[:, : right.shape[1], : right.shape[2]] = right
-    return products(left, padded)[:, :, : right.shape[1]]
+    out.copy_(products(left, padded)[:, :, : right.shape[1]])
 
 
-def convolution(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+def convolution(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
     """Conv1d/2d/3d with any stride, padding, dilation and groups: windows times output gradients."""
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     d = d_R.flatten(2)
     if name == "bias":
-        return d.sum(2)
+        torch.sum(d, 2, out=out)
+        return
     left = d.reshape(x_R.shape[0] * module.groups, module.out_channels // module.groups, -1)
     product = products(left, _windows(module, x_R, d_R.shape[2:]))
-    return product[:, :, : module.weight[0].numel()].reshape(-1, *module.weight.shape)
+    out.copy_(product[:, :, : module.weight[0].numel()].reshape(out.shape))
 
 
 def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: torch.Size) -> Tensor:
@@ -82,8 +84,10 @@ def aligned(like: Tensor, batch: int, rows: int, columns: int) -> Tensor:
     """Return a (batch, rows, columns) tensor with both last axes padded up; padding is zero, the rest not set."""
     height, width = (-(-count // ALIGNMENT) * ALIGNMENT for count in (rows, columns))
     out = like.new_empty(batch, height, width)
-    out[:, rows:].zero_()
-    out[:, :, columns:].zero_()
+    if height > rows:
+        out[:, rows:].zero_()
+    if width > columns:
+        out[:, :, columns:].zero_()
     return out
 
 
@@ -102,7 +106,7 @@ def products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right.transpose(1, 2))
 
 
-def embedding(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+def embedding(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
     """Rows of the table collect the output gradients of the positions that used them."""
     assert isinstance(module, nn.Embedding)
     rows, (vocabulary, width) = x_R.shape[0], module.weight.shape
@@ -110,32 +114,32 @@ def embedding(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
     d = d_R.reshape(rows, -1, width)
     if module.padding_idx is not None:
         d = d * (index != module.padding_idx).unsqueeze(2)
-    out = d.new_zeros(rows * vocabulary, width)
+    table = d.new_zeros(rows * vocabulary, width)
     offset = torch.arange(rows, device=index.device).unsqueeze(1) * vocabulary
-    out.index_add_(0, (index + offset).reshape(-1), d.reshape(-1, width))
-    return out.view(rows, vocabulary, width)
+    table.index_add_(0, (index + offset).reshape(-1), d.reshape(-1, width))
+    out.copy_(table.view(rows, vocabulary, width))
 
 
-def layer_norm(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+def layer_norm(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
     """``y = xhat * weight + bias`` over the trailing axes; ``x_R`` is xhat here."""
     assert isinstance(module, nn.LayerNorm)
     product = d_R if name == "bias" else d_R * x_R
     between = product.ndim - 1 - len(module.normalized_shape)
-    return product.sum(dim=tuple(range(1, 1 + between))) if between else product
+    out.copy_(product.sum(dim=tuple(range(1, 1 + between))) if between else product)
 
 
-def rms_norm(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+def rms_norm(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
     """``y = xhat * weight`` over the trailing axes; ``x_R`` is xhat here."""
     assert isinstance(module, nn.RMSNorm)
     product = d_R * x_R
     between = product.ndim - 1 - len(module.normalized_shape)
-    return product.sum(dim=tuple(range(1, 1 + between))) if between else product
+    out.copy_(product.sum(dim=tuple(range(1, 1 + between))) if between else product)
 
 
-def channel_norm(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor) -> Tensor:
+def channel_norm(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
     """``y = xhat * weight + bias`` per channel (axis 1); ``x_R`` is xhat here."""
     product = d_R if name == "bias" else d_R * x_R
-    return product.flatten(2).sum(2) if product.ndim > 2 else product
+    out.copy_(product.flatten(2).sum(2) if product.ndim > 2 else product)
 
 
 def _layer_xhat(module: nn.Module, x_B: Tensor) -> Tensor:

@@ -254,8 +254,8 @@ def _spans(total: int, rows: int, label: str) -> tuple[Shard, ...]:
 def reduce_tiles(n: int, m: int, row_bytes: int, budget: int) -> ReduceTiles:
     """Cut the join so that one task stays within ``budget`` bytes.
 
-    A strip of hypergradients (35%) meets panels of test gradients (15%, two at a time: one is read
-    ahead); the contributions of a unit's rows to all M tests (20%) are then written file by file.
+    Strips of hypergradients (20% each) meet panels of test gradients (15% each), both read one ahead;
+    the contributions of a unit's rows to all M tests (20%) are then written file by file.
 
     Raises:
         DoesNotFit: The budget does not hold one row of each.
@@ -265,14 +265,19 @@ def reduce_tiles(n: int, m: int, row_bytes: int, budget: int) -> ReduceTiles:
             f"--reduce-memory {budget:,} bytes is less than 8 rows of {row_bytes:,} bytes; "
             f"use at least {8 * row_bytes:,}"
         )
-    strip = max(1, min(n, int(0.35 * budget) // row_bytes, 4096))
+    strip = max(1, min(n, int(0.2 * budget) // row_bytes, 4096))
     strip = strip - strip % TILE if strip > TILE and strip < n else strip
     panel = max(1, min(m, int(0.15 * budget) // row_bytes, 4096))
     panel = panel - panel % TILE if panel > TILE and panel < m else panel
-    strips = max(1, int(0.2 * budget) // (m * (row_bytes and 8) * strip))
+    strips = max(1, int(0.2 * budget) // (m * 8 * strip))
     unit = min(n, strip * strips)
     file_tests = max(1, min(m, TILE_VALUES // unit))
-    used = strip * row_bytes + 2 * panel * row_bytes + unit * m * 8 + 48 * (1 << 20)
+    used = (
+        (1 + (unit > strip)) * strip * row_bytes
+        + (1 + (m > panel)) * panel * row_bytes
+        + unit * m * 8
+        + 48 * (1 << 20)
+    )
     return ReduceTiles(
         unit_rows=unit, strip_rows=strip, panel_rows=panel, file_tests=file_tests, bytes=int(used)
     )

@@ -72,13 +72,13 @@ def reduce_rows(
     """
     hypergradients = RowStore.open(run.path("hypergradients", f"method={job.method}.zarr"), "hypergradient")
     gradients = RowStore.open(run.path("test_gradients.zarr"), "gradient")
-    panels = Panels(gradients.read, bounds(gradients.rows, job.tiles.panel_rows), device)
+    tests = bounds(gradients.rows, job.tiles.panel_rows)
+    panels = Panels(gradients.read, tests, gradients.columns, gradients.dtype, device)
+    strips = [(start + first, start + last) for first, last in bounds(stop - start, job.tiles.strip_rows)]
+    rows = Panels(hypergradients.read, strips, hypergradients.columns, hypergradients.dtype, device)
     block = np.empty((stop - start, gradients.rows), dtype=hypergradients.dtype)
-    for first in range(start, stop, job.tiles.strip_rows):
-        last = min(stop, first + job.tiles.strip_rows)
-        contributions(
-            hypergradients.read(first, last), panels, job.n_train, block[first - start : last - start]
-        )
+    for first, last, strip in rows:
+        contributions(strip, panels, job.n_train, block[first - start : last - start])
         report(last - start, stop - start)
     if not np.isfinite(block).all():
         row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))

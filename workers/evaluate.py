@@ -45,7 +45,8 @@ class OutputWatch:
         output, self.output = self.output, None
         if output is None or output.ndim != 2 or output.shape[0] != size or output.shape[1] < 2:
             return None
-        return output.argmax(1)
+        classes: Tensor = output.argmax(1)
+        return classes
 
     def close(self) -> None:
         """Take the hook off."""

@@ -18,44 +18,62 @@ Bounds = Sequence[tuple[int, int]]
 
 
 class Panels:
-    """Test gradients in panels of a few rows, read one ahead; kept when there is only one.
+    """Rows of a store in panels, read one ahead into two buffers; kept when there is only one.
+
+    Fresh memory is slow to touch for the first time, so the same two buffers serve every panel: a
+    panel is valid until the next but one is asked for.
 
     Args:
-        read: Gives rows ``start`` to ``stop``, shape (P, D).
+        read: Fills a given array with rows ``start`` to ``stop``, shape (P, D), and returns it.
         bounds: Start and stop of each panel.
+        columns: D.
+        dtype: Of the rows.
         device: Where they are multiplied.
     """
 
-    def __init__(self, read: Callable[[int, int], Floats], bounds: Bounds, device: torch.device) -> None:
+    def __init__(
+        self,
+        read: Callable[[int, int, Floats], Floats],
+        bounds: Bounds,
+        columns: int,
+        dtype: npt.DTypeLike,
+        device: torch.device,
+    ) -> None:
         self.read, self.bounds, self.device = read, bounds, device
+        longest = max((stop - start for start, stop in bounds), default=0)
+        self._buffers = [np.empty((longest, columns), dtype) for _ in range(min(2, len(bounds)))]
         self._only: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         if len(self.bounds) == 1:
             if self._only is None:
-                self._only = torch.from_numpy(self.read(*self.bounds[0])).to(self.device)
+                self._only = self._panel(0)
             yield (*self.bounds[0], self._only)
             return
         with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self.read, *self.bounds[0])
+            coming = ahead.submit(self._panel, 0)
             for index, (start, stop) in enumerate(self.bounds):
-                panel = torch.from_numpy(coming.result()).to(self.device)
+                panel = coming.result()
                 if index + 1 < len(self.bounds):
-                    coming = ahead.submit(self.read, *self.bounds[index + 1])
+                    coming = ahead.submit(self._panel, index + 1)
                 yield start, stop, panel
 
+    def _panel(self, index: int) -> torch.Tensor:
+        start, stop = self.bounds[index]
+        array = self.read(start, stop, self._buffers[index % 2][: stop - start])
+        return torch.from_numpy(array).to(self.device)
 
-def contributions(hypergradient_RD: Floats, panels: Panels, n_train: int, out_RM: Floats) -> None:
+
+def contributions(hypergradient_RD: torch.Tensor, panels: Panels, n_train: int, out_RM: Floats) -> None:
     """Write C of one strip into ``out_RM``, shape (R, M), in the stores' dtype.
 
     Args:
-        hypergradient_RD: The strip.
+        hypergradient_RD: The strip, on the panels' device.
         panels: The test gradients, columns 0 to M.
         n_train: N.
         out_RM: Receives the contributions.
     """
-    left = torch.from_numpy(hypergradient_RD).to(panels.device)
     out = torch.from_numpy(out_RM)
     for start, stop, right in panels:
-        out[:, start:stop] = torch.mm(left, right.T)
+        out[:, start:stop] = torch.mm(hypergradient_RD, right.T)
     out /= -float(n_train)

@@ -191,7 +191,14 @@ class Recorder:
 
     def _finish(self) -> None:
         training, recipe = self.training, self.training.recipe
-        settings = Settings(**{k: v.astype(bool) if k == "nesterov" else v for k, v in self.settings.items()})
+        taken = self.settings
+        settings = Settings(
+            learning_rate=taken["learning_rate"],
+            momentum=taken["momentum"],
+            weight_decay=taken["weight_decay"],
+            dampening=taken["dampening"],
+            nesterov=taken["nesterov"].astype(bool),
+        )
         self.writer.finish(
             batches=training.batches,
             learning_rate=settings.learning_rate,

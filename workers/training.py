@@ -125,7 +125,7 @@ class Training:
             if watch and not separate:
                 watch.engine.before_backward(losses_B, watch.positions)
             loss = losses_B.mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         if watch and separate:
             self._second_pass(step, batch, size, watch)
         if watch:

@@ -80,7 +80,8 @@ def _try(
     try:
         with constant_statistics(model) as coupled:
             if coupled and not constant:
-                return ("vjp",) * len(parameters)
+                everywhere: Strategy = "vjp"
+                return (everywhere,) * len(parameters)
             seed_everything(derived_seed(0, "probe"))
             with engine.capture.listen():
                 losses_B = recipe.losses(model, batch)
@@ -149,7 +150,7 @@ def _func_rows(
     names = [layout.entries[i].name for i in missing]
     try:
         rows = func(recipe, model, names, batch, positions)
-    except Exception as error:  # whatever torch.func cannot do is what vjp is for
+    except Exception as error:  # noqa: BLE001 - whatever torch.func cannot do is what vjp is for
         logger.debug("torch.func does not apply: %s", error)
         return {}
     return dict(zip(missing, rows, strict=True))

@@ -68,7 +68,8 @@ def func(
 
     def one(values: dict[str, Tensor], sample: Batch) -> Tensor:
         alone = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, sample)
-        return functional_call(module, values, (alone,))[0]
+        losses: Tensor = functional_call(module, values, (alone,))
+        return losses[0]
 
     axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, rows)
     grads = vmap(grad(one), in_dims=(None, axes), randomness="different")(chosen, rows)

@@ -22,6 +22,7 @@ from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
 from ..storage.uri import is_local
+from ..workers.determinism import restored_process
 from .events import (
     Note,
     Observer,
@@ -66,7 +67,11 @@ def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str
         IncompleteStage: A stage was asked for whose input is not there.
         HydraError: Whatever went wrong on the way; committed work is kept.
     """
-    observer = observer or null
+    with restored_process():
+        return _run(spec, observer or null, tuple(stages or STAGES))
+
+
+def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
     _refuse_unsupported(spec)
     looked = survey(spec)
     directory = RunDirectory(_place(spec, looked))
@@ -78,7 +83,7 @@ def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str
         plan = cut(spec, looked, executor.capacity(start=False), shards=fixed)
         observer(RunStarted(uri=directory.uri, recipe=looked.recipe.name, resumed=stored is not None))
         driver = _Driver(spec, looked, plan, directory, executor, observer, stored or {})
-        driver.drive(tuple(stages or STAGES))
+        driver.drive(stages)
     finally:
         executor.close()
     finished = open_run(directory.uri)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..storage.errors import DoesNotFit
 from ..storage.rows import chunk_rows_for
+from ..workers.determinism import restored_process
 from ..workers.gradients import TEST_BATCH
 from ..workers.persample.engine import TILE
 from ..workers.record import checkpoint_steps
@@ -112,7 +113,8 @@ def make_plan(spec: RunSpec) -> Plan:
     """
     from .executors import make_executor
 
-    looked = survey(spec)
+    with restored_process():
+        looked = survey(spec)
     executor = make_executor(spec)
     try:
         capacity = executor.capacity(start=False)

@@ -50,7 +50,7 @@ def room_of(path: Path, module: str, level: int) -> str | None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_import_downwards_only(room):
-    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    allowed = set(ROOMS[: ROOMS.index(room) + 1]) | ({""} if room == "cli" else set())  # the face: a version
     for path in sources(room):
         for module, level in imports(path):
             target = room_of(path, module, level)
@@ -105,7 +105,7 @@ def test_help_and_import_stay_light():
     code = (
         "import sys, hydra_pipe, hydra_pipe.cli\n"
         "heavy = {'torch', 'ray', 'zarr', 'pyarrow', 'numpy', 'sklearn'} & set(sys.modules)\n"
-        "sys.exit(', '.join(sorted(heavy)))"
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -73,6 +73,33 @@ def prepare_process(threads: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@contextmanager
+def restored_process() -> Iterator[None]:
+    """Give the caller's process back as it was: generators, threads, torch's global switches.
+
+    A run uses the process it is called from (all of it with the serial executor, the survey of the
+    recipe always); the user's script must not notice.
+    """
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    switches = (
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+    )
+    try:
+        with preserved_generators():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = switches[:2]
+        torch.backends.cuda.matmul.allow_tf32 = switches[2]
+
+
 def resolve_device(device: str) -> torch.device:
     """Turn ``auto``, ``cpu`` or ``cuda`` into a device.
 

@@ -133,7 +133,10 @@ def _find_labels(dataset: Any) -> Sequence[int] | None:
 
 
 def _as_integers(values: Any) -> list[int] | None:
-    tensor = torch.as_tensor(values)
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError):  # class names, say: no integers to be had
+        return None
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
         return None
     return [int(v) for v in tensor.tolist()]

@@ -1,0 +1,63 @@
+"""The same on a GPU: run with ``make test-gpu`` where there is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hydra_pipe.storage.trajectory import open_trajectory
+from hydra_pipe.workers import buffers
+from hydra_pipe.workers.record import Recorder
+from hydra_pipe.workers.replay import Replay
+from hydra_pipe.workers.training import Compute, Training
+
+from tests import oracle
+from tests.recipes import BatchNormed, Images, Long, Sequences, Small
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = Compute(device="cuda", dtype="float64")
+
+
+def replayed(recipe, tmp_path, tracked, compute=CUDA):
+    uri = str(tmp_path / "trajectory.zarr")
+    Recorder(Training(recipe, compute), uri).run()
+    trajectory = open_trajectory(uri)
+    replay = Replay(Training(recipe, compute), trajectory, np.asarray(tracked))
+    return replay.run().numpy(0, len(tracked)).copy(), trajectory, replay
+
+
+@pytest.mark.parametrize("kind", [Small, Long, Sequences, BatchNormed], ids=lambda k: k.__name__)
+def test_equals_dense_algorithm_1(kind, tmp_path):
+    class NoDropout(kind):  # masks of a GPU are other masks
+        def model(self):
+            model = super().model()
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            return model
+
+    recipe = NoDropout()
+    rows, trajectory, _ = replayed(recipe, tmp_path, [0, 4, 9, 43])
+    right = oracle.dense(recipe, trajectory, [0, 4, 9, 43])
+    assert oracle.relative_error(rows, right.hypergradient) < 1e-10
+
+
+@pytest.mark.parametrize("kind", [Small, Images, Long], ids=lambda k: k.__name__)
+def test_any_subset_gives_the_same_bits(kind, tmp_path):
+    compute = Compute(device="cuda")
+    whole, trajectory, _ = replayed(kind(), tmp_path, list(range(44)), compute)
+    for tracked in ([7], [0, 1, 2], list(range(5, 40))):
+        again = Replay(Training(kind(), compute), trajectory, np.asarray(tracked)).run()
+        assert np.array_equal(again.numpy(0, len(tracked)), whole[tracked])
+
+
+def test_buffers_that_do_not_fit_go_to_pinned_host_memory(tmp_path, monkeypatch):
+    on_device, _, replay = replayed(Images(), tmp_path / "a", [1, 2, 30])
+    assert replay.buffers.dense.is_cuda
+    monkeypatch.setattr(buffers, "DEVICE_SHARE", 0.0)
+    on_host, _, replay = replayed(Images(), tmp_path / "b", [1, 2, 30])
+    assert replay.buffers.dense.is_pinned()
+    assert np.allclose(on_host, on_device, rtol=1e-12, atol=1e-14)

@@ -23,6 +23,7 @@ from hydra_pipe.workers.recipe import Recipe
 # How far a fast path may be from the dense form, relative to the largest norm of a row.
 DENSE_FLOAT64 = 1e-12
 DENSE_FLOAT32 = 1e-4
+EXACT_FLOAT64 = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +96,70 @@ def test_gradients(recipe: Recipe, model: torch.nn.Module, chosen: Sequence[int]
         full = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
         rows.append(torch.cat([g.reshape(-1) for g in full]).numpy())
     return np.stack(rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unrolled:
+    """``weights`` w_T (D,) with its graph back to ``eps`` (n,)."""
+
+    weights: torch.Tensor
+    eps: torch.Tensor
+
+    def along(self, directions: np.ndarray) -> np.ndarray:
+        """Return d <v, w_T> / d eps for each direction v (K, D), shape (K, n)."""
+        rows = []
+        for v in directions:
+            (row,) = torch.autograd.grad(self.weights, self.eps, torch.from_numpy(v), retain_graph=True)
+            rows.append(row.numpy())
+        return np.stack(rows)
+
+
+def unrolled(recipe: Recipe, trajectory: Trajectory, tracked: Sequence[int]) -> Unrolled:
+    """Autograd through the whole training: w_T as a function of the tracked samples' weights.
+
+    Sample i of batch t enters the batch loss with ``1/B_t + eps_i N/B_t``, as in Eq. 30.
+    """
+    seed_everything(recipe.seed)
+    dataset = recipe.train_dataset()
+    seed_everything(recipe.seed)
+    model = recipe.model().double()
+    model.train()
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    flat = torch.from_numpy(trajectory.checkpoint(0).weights.astype(np.float64))
+    parts = flat.split([p.numel() for p in parameters.values()])
+    weights = [w.view(p.shape) for w, p in zip(parts, parameters.values(), strict=True)]
+    momentum: list[torch.Tensor | None] = [None] * len(weights)
+    place = {int(i): k for k, i in enumerate(tracked)}
+    eps = torch.zeros(len(tracked), dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros((), dtype=torch.float64)
+    loss_of = _Losses(recipe, model)
+    for step, row in enumerate(trajectory.batches):
+        members = row[row >= 0]
+        seed_everything(derived_seed(recipe.seed, "data", step))
+        batch = to_device(fetch(recipe, dataset, members), torch.device("cpu"), torch.float64)
+        weights = [w if w.requires_grad else w.clone().requires_grad_() for w in weights]
+        state = {f"model.{n}": w for n, w in zip(parameters, weights, strict=True)}
+        state |= {f"model.{n}": b.clone() for n, b in model.named_buffers()}
+        seed_everything(derived_seed(recipe.seed, "step", step))
+        losses = torch.func.functional_call(loss_of, state, (batch,))
+        extra = torch.stack([eps[place[int(m)]] if int(m) in place else zero for m in members])
+        total = (losses * (1 + extra * len(dataset))).sum() / len(members)
+        gradient = torch.autograd.grad(total, weights, create_graph=True, allow_unused=True)
+        for k, entry in enumerate(trajectory.parameters):
+            if entry.group >= 0:
+                h, p, decay, damp, nesterov = _settings(trajectory, step, entry.group)
+                momentum[k], move = _sgd(gradient[k] + decay * weights[k], momentum[k], p, damp, nesterov)
+                weights[k] = weights[k] - h * move
+    return Unrolled(weights=torch.cat([w.reshape(-1) for w in weights]), eps=eps)
+
+
+class _Losses(torch.nn.Module):
+    def __init__(self, recipe: Recipe, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.recipe.losses(self.model, batch)
 
 
 def contributions(hypergradient: np.ndarray, gradients: np.ndarray, n_train: int) -> np.ndarray:

@@ -37,7 +37,7 @@ class Settings:
     nesterov: Bool
 
 
-def _linear_form(settings: Settings) -> tuple[Float, Float, Float, Float]:
+def linear_form(settings: Settings) -> tuple[Float, Float, Float, Float]:
     """Return (p, k, s, q), each (T, G): m' = p m + k G and step = s m' + q G.
 
     Steps without momentum leave m as it is: p = 1, k = 0, s = 0, q = 1.
@@ -54,7 +54,7 @@ def _linear_form(settings: Settings) -> tuple[Float, Float, Float, Float]:
 
 def coefficients(settings: Settings) -> Float:
     """Return c, shape (T, G): d w_T / d (gradient used at step t), per parameter group."""
-    carry, gain, along, direct = _linear_form(settings)
+    carry, gain, along, direct = linear_form(settings)
     rate, decay = settings.learning_rate, settings.weight_decay
     steps, groups = rate.shape
     result = np.zeros((steps, groups))
@@ -73,7 +73,7 @@ def phi(settings: Settings) -> Float:
 
     With every sample tracked, ``sum_i hypergradient_i / N = w_T - phi_T w_0`` per group.
     """
-    carry, gain, along, direct = _linear_form(settings)
+    carry, gain, along, direct = linear_form(settings)
     rate, decay = settings.learning_rate, settings.weight_decay
     weight, momentum = np.ones(rate.shape[1]), np.zeros(rate.shape[1])
     for t in range(rate.shape[0]):

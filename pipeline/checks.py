@@ -54,7 +54,7 @@ def _is_integer(value: Any) -> bool:
 def _one_of(*known: str) -> Check:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in known:
-            raise SpecError(f"{name} {value!r}: {near(str(value), list(known))}")
+            raise SpecError(f"{name} {value!r}: {near(str(value), list(known))} ({' or '.join(known)})")
         return value
 
     return check

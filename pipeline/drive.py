@@ -12,17 +12,20 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from ..storage.errors import IncompleteStage, SpecError, SpecMismatch
+from ..storage.place import check_place
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
 from ..storage.uri import is_local
-from ..workers.determinism import restored_process
+from ..workers.determinism import resolve_device, restored_process
+from ..workers.training import Compute
 from .events import (
     Note,
     Observer,
@@ -40,7 +43,7 @@ from .raysetup import inside_ray_job
 from .reduce import ReduceJob, interclass_table
 from .spec import RunSpec
 from .survey import Survey, compute_of, survey
-from .tasks import RECORD, REDUCE, REPLAY, STAGES, TEST_GRADIENTS, Tasks
+from .tasks import ADJOINT, RECORD, REDUCE, REPLAY, STAGES, TEST_GRADIENTS, Tasks
 from .units import Executor, Unit
 
 __all__ = ["STAGES", "run"]
@@ -75,12 +78,22 @@ def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
     _refuse_unsupported(spec)
     looked = survey(spec)
     directory = RunDirectory(_place(spec, looked))
-    stored = _stored(directory, spec, looked, observer)
+    stored = _stored(directory, spec, looked)
+    replaced = stored is None and directory.exists()
     executor = make_executor(spec)
     try:
         # A resumed run keeps the cut it began with, whatever `auto` would choose today.
-        fixed = stored.get("layout", {}).get("shards") if stored else None
+        before = stored.get("methods", {}).get(spec.method, {}) if stored else {}
+        fixed = before.get("shards")
+        if before.get("mode", spec.mode) != spec.mode:
+            raise SpecMismatch(
+                f"{directory.uri} holds method {spec.method} made in {before['mode']} mode, asked {spec.mode}; "
+                "use another --out, or the stored mode"
+            )
         plan = cut(spec, looked, executor.capacity(start=False), shards=fixed)
+        if replaced:  # only now: what cannot be done must not cost the run that is there
+            directory.delete_results()
+            observer(Note(message=f"replaced the run at {directory.uri}"))
         observer(RunStarted(uri=directory.uri, recipe=looked.recipe.name, resumed=stored is not None))
         driver = _Driver(spec, looked, plan, directory, executor, observer, stored or {})
         driver.drive(stages)
@@ -92,11 +105,11 @@ def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
 
 
 def _refuse_unsupported(spec: RunSpec) -> None:
-    if spec.mode != "forward":
-        raise SpecError(f"mode {spec.mode!r} is not available in this version; use mode 'forward'")
-    if spec.hessian != "none" or spec.exact_rank:
+    if spec.executor == "serial":  # with Ray the workers' machines decide
+        resolve_device(spec.device)
+    if spec.hessian == "ekfac" or spec.exact_rank:
         raise SpecError(
-            f"hessian {spec.hessian!r} is not available in this version; use hessian 'none' (exact_rank 0)"
+            "hessian 'ekfac' (and exact_rank) is not available in this version; use hessian 'none' or 'exact'"
         )
 
 
@@ -126,11 +139,10 @@ def _chosen(looked: Survey) -> dict[str, Any]:
     }
 
 
-def _stored(
-    directory: RunDirectory, spec: RunSpec, looked: Survey, observer: Observer
-) -> dict[str, Any] | None:
-    """Return run.json of a run to go on with, None for a fresh start."""
+def _stored(directory: RunDirectory, spec: RunSpec, looked: Survey) -> dict[str, Any] | None:
+    """Return run.json of a run to go on with, None for a fresh start (maybe in place of another run)."""
     if not directory.exists():
+        check_place(directory.uri)
         return None
     stored = directory.read()
     differing = spec.differences(stored.get("identity", {}))
@@ -147,8 +159,6 @@ def _stored(
             f"{directory.uri} holds a run of another specification ({'; '.join(differing)}); "
             "use another --out, the stored values, or --overwrite to replace it"
         )
-    directory.delete_results()
-    observer(Note(message=f"replaced the run at {directory.uri}"))
     return None
 
 
@@ -168,7 +178,9 @@ class _Driver:
         self.spec, self.looked, self.plan = spec, looked, plan
         self.directory, self.executor, self.observer = directory, executor, observer
         self.method = spec.method
-        self.replay_stage, self.reduce_stage = f"{self.method}/{REPLAY}", f"{self.method}/{REDUCE}"
+        adjoint = spec.mode == "adjoint"
+        self.collect_stage = f"{self.method}/{ADJOINT if adjoint else REPLAY}"
+        self.reduce_stage = f"{self.method}/{REDUCE}"
         self.info = self._info(stored)
 
     def drive(self, stages: Sequence[str]) -> None:
@@ -181,7 +193,7 @@ class _Driver:
         steps: dict[str, Callable[[], None]] = {
             RECORD: self._record,
             TEST_GRADIENTS: self._test_gradients,
-            REPLAY: self._replay,
+            REPLAY: self._adjoint if self.spec.mode == "adjoint" else self._replay,
             REDUCE: self._reduce,
         }
         for stage in STAGES:
@@ -243,16 +255,36 @@ class _Driver:
             row_columns={"train_index": self.looked.tracked.astype(np.int32)},
             attrs={"n_train": plan.n_train, "method": self.method},
         )
-        if not self._valid(self.replay_stage, INDEX):
-            self._commit_index(self.replay_stage, base, store)
-        units = _units(self.replay_stage, plan.shards)
-        self._stage(self.replay_stage, units, plan.steps * len(units), "step", extra=1)
+        self._collect(base, store)
+
+    def _adjoint(self) -> None:
+        self._needs(TEST_GRADIENTS, INDEX, "replay")
+        plan = self.plan
+        base = f"by_test/method={self.method}.zarr"
+        store = RowStore.create(
+            self.directory.path(*base.split("/")),
+            name="contribution",
+            rows=plan.n_tested,
+            columns=plan.n_tracked,
+            dtype=self.spec.dtype,
+            chunk_rows=plan.chunk_rows,
+            row_columns={"test_index": self.looked.tested.astype(np.int32)},
+            attrs={"n_train": plan.n_train, "method": self.method},
+        )
+        self._collect(base, store)
+
+    def _collect(self, base: str, store: RowStore) -> None:
+        """Fill a store shard by shard: hypergradients, or in adjoint mode contributions by target."""
+        if not self._valid(self.collect_stage, INDEX):
+            self._commit_index(self.collect_stage, base, store)
+        units = _units(self.collect_stage, self.plan.shards)
+        self._stage(self.collect_stage, units, self.plan.steps * len(units), "step", extra=1)
 
     def _reduce(self) -> None:
         self._needs(RECORD, "trajectory", "record")
         self._needs(TEST_GRADIENTS, INDEX, "replay")
         for shard in self.plan.shards:
-            self._needs(self.replay_stage, shard.name, "replay")
+            self._needs(self.collect_stage, shard.name, "replay")
         units = _units(self.reduce_stage, self.plan.reduce_blocks)
         done = self._stage(self.reduce_stage, units, self.plan.n_tracked, "row", extra=1)
         if not done and self._valid(self.reduce_stage, "interclass"):
@@ -328,19 +360,24 @@ class _Driver:
             batches = open_trajectory(self.directory.path("trajectory.zarr")).batches
             counts = np.bincount(batches[batches >= 0], minlength=plan.n_train)
             visits = counts[looked.tracked]
-        shard_of = np.concatenate(
-            [np.full(s.stop - s.start, k, dtype=np.int64) for k, s in enumerate(plan.shards)]
-        )
+        if self.spec.mode == "adjoint":  # shards are blocks of targets: every sample was in all of them
+            shard_of = np.full(plan.n_tracked, -1, dtype=np.int64)
+        else:
+            shard_of = np.concatenate(
+                [np.full(s.stop - s.start, k, dtype=np.int64) for k, s in enumerate(plan.shards)]
+            )
         return Tasks(
             uri=self.directory.uri,
             recipe=looked.recipe,
-            compute=compute_of(self.spec),
+            compute=self._compute(stage),
             method=self.method,
             tracked=looked.tracked,
             tested=looked.tested,
             checkpoint_every=self.spec.checkpoint_every,
             job=ReduceJob(
                 method=self.method,
+                mode=self.spec.mode,
+                tracked=looked.tracked,
                 tiles=plan.reduce,
                 n_train=plan.n_train,
                 train_labels=looked.train_labels[looked.tracked],
@@ -349,10 +386,17 @@ class _Driver:
             ),
         )
 
+    def _compute(self, stage: str) -> Compute:
+        """The exact form differentiates through batch statistics; nothing else changes by stage."""
+        compute = compute_of(self.spec)
+        exact = self.method == "hydra-exact" and stage == self.collect_stage
+        return replace(compute, batch_norm="coupled") if exact else compute
+
     def _info(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         spec, looked, plan = self.spec, self.looked, self.plan
         methods = {**stored.get("methods", {})}
         methods.setdefault(self.method, {"state": "partial"})
+        methods[self.method].update(mode=spec.mode, shards=len(plan.shards))
         return {
             "format": 1,
             "spec": _spec_dict(spec),
@@ -422,8 +466,6 @@ def _units(stage: str, spans: Sequence[Shard]) -> list[Unit]:
 
 
 def _spec_dict(spec: RunSpec) -> dict[str, Any]:
-    from dataclasses import fields
-
     values = {field.name: getattr(spec, field.name) for field in fields(spec)}
     values["recipe"] = spec.recipe_reference
     values["recipe_args"] = dict(spec.recipe_args)

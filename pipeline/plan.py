@@ -13,15 +13,20 @@ from typing import Any
 
 from ..storage.errors import DoesNotFit
 from ..storage.rows import chunk_rows_for
+from ..workers.adjoint import SEGMENT_BYTES
 from ..workers.determinism import restored_process
 from ..workers.gradients import TEST_BATCH
 from ..workers.persample.engine import TILE
+from ..workers.projection import TARGET_TILE
 from ..workers.record import checkpoint_steps
 from .spec import RunSpec
 from .survey import Survey, survey
 
 TEST_BLOCK_BYTES = 64 << 20
 """Test gradients of one unit."""
+
+EXACT_TARGETS = 8
+"""Targets of the exact adjoint in a chunk; shards are whole chunks."""
 
 TILE_VALUES = 16_000_000
 """Contributions in one Parquet file: about 64 MB."""
@@ -138,32 +143,41 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
     itemsize = 8 if spec.dtype == "float64" else 4
     n, m, dimension = len(looked.tracked), len(looked.tested), looked.dimension
     row = dimension * itemsize
-    held = looked.row_numbers * itemsize
+    held = (2 * dimension if spec.hessian == "exact" else looked.row_numbers) * itemsize
+    items = n
+    if spec.mode == "adjoint":  # shards are blocks of targets
+        held, items = 2 * row + 2 * n * itemsize, m
     slots = int(capacity.get("slots") or 1)
     budget = spec.memory or int(capacity.get("memory_per_worker") or 0)
-    count = shards or _shard_count(spec, n, held, slots, budget, looked)
+    count = shards or _shard_count(spec, items, held, slots, budget, looked)
     chunk_rows = chunk_rows_for(dimension, itemsize, n, count)
-    parts = _cut_chunks(n, chunk_rows, count, "shard")
+    if spec.mode == "adjoint":
+        chunk_rows = TARGET_TILE if spec.hessian == "none" else EXACT_TARGETS
+    parts = _cut_chunks(items, chunk_rows, count, "shard" if spec.mode == "forward" else "targets")
     test_chunk_rows = chunk_rows_for(dimension, itemsize, m)
     per_block = max(1, TEST_BLOCK_BYTES // (row * test_chunk_rows)) * test_chunk_rows
     tiles = reduce_tiles(n, m, row, spec.reduce_memory)
     kept = checkpoint_steps(looked.steps, dimension, itemsize, spec.checkpoint_every)
     widest = max(shard.stop - shard.start for shard in parts)
+    spare = 3 * chunk_rows * row
+    if spec.mode == "adjoint":
+        segment = SEGMENT_BYTES if spec.hessian == "exact" else 0
+        spare = min(segment, looked.steps * row) + widest * row
     memory = {
         "one process without buffers": looked.process_bytes,
         "buffers of the largest shard": widest * held,
-        "replay worker": looked.process_bytes + widest * held + 3 * chunk_rows * row,
+        "replay worker": looked.process_bytes + widest * held + spare,
         "test-gradients worker": looked.process_bytes + (per_block + TEST_BATCH) * row,
         "reduce worker": looked.process_bytes + tiles.bytes,
     }
     _refuse_what_does_not_fit(
-        count, n, held, 3 * chunk_rows * row, budget, memory["replay worker"], looked.process_bytes
+        count, items, held, spare, budget, memory["replay worker"], looked.process_bytes
     )
     blocks = _spans(m, per_block, "block")
     units = _spans(n, tiles.unit_rows, "rows")
     disk = {
         "trajectory": len(kept) * dimension * 2 * itemsize + looked.steps * (spec_batch(looked) * 4 + 60),
-        "hypergradients": n * row,
+        **({"hypergradients": n * row} if spec.mode == "forward" else {"by_test": n * m * itemsize}),
         "test_gradients": m * row,
         "contributions": int(n * m * BYTES_PER_VALUE),
     }
@@ -291,8 +305,13 @@ def _times(
     if looked.step_seconds is None:
         return {}
     plain, tracked = looked.step_seconds
-    width = max(shard.stop - shard.start for shard in shards) / looked.n_train
-    replay = looked.steps * (plain + (tracked - plain) * min(1.0, width))
+    widest = max(shard.stop - shard.start for shard in shards)
+    if spec.hessian == "exact":  # a product with the Hessian takes about one plain step and a half
+        replay = looked.steps * plain * (2 + 1.5 * widest)
+    elif spec.mode == "adjoint":
+        replay = looked.steps * tracked
+    else:
+        replay = looked.steps * (plain + (tracked - plain) * min(1.0, widest / looked.n_train))
     join = n * m * looked.dimension / (MATMUL_RATE * spec.torch_threads)
     waves = math.ceil(len(shards) / slots)
     times = {

@@ -32,16 +32,21 @@ class ReduceJob:
 
     Attributes:
         method: Name of the estimator, as in ``method=``.
+        mode: ``forward``: join hypergradients with test gradients; ``adjoint``: the contributions
+            are there already, a row a test sample, and only change their shape.
         tiles: How the join is cut.
         n_train: N, the divisor of Eq. 8.
+        tracked: Train index of each tracked sample, (n,).
         train_labels: Label per tracked sample, (n,), -1: none.
         visits: How often each tracked sample was trained on, (n,).
         shard_of: Shard of each tracked sample, (n,).
     """
 
     method: str
+    mode: str
     tiles: ReduceTiles
     n_train: int
+    tracked: Integers
     train_labels: Integers
     visits: Integers
     shard_of: Integers
@@ -70,8 +75,36 @@ def reduce_rows(
     Raises:
         CorruptStore: A contribution is not finite.
     """
-    hypergradients = RowStore.open(run.path("hypergradients", f"method={job.method}.zarr"), "hypergradient")
     gradients = RowStore.open(run.path("test_gradients.zarr"), "gradient")
+    if job.mode == "adjoint":
+        block = _turned(run, job, start, stop, report)
+    else:
+        block = _joined(run, job, gradients, start, stop, device, report)
+    if not np.isfinite(block).all():
+        row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))
+        raise CorruptStore(
+            f"the contribution of tracked row {start + row} to test row {column} is not finite; "
+            "run hydra-pipe verify, then replay again"
+        )
+    index = job.tracked[start:stop]
+    labels = job.train_labels[start:stop]
+    test_index, test_label = gradients.column("test_index"), gradients.column("label")
+    files = _write_tiles(run, job, name, block, index, labels, test_index, test_label)
+    files.append(_write_samples(run, job, name, block, index, start, stop))
+    return files, {"rows": stop - start, "interclass": class_sums(block, labels, test_label)}
+
+
+def _joined(
+    run: RunDirectory,
+    job: ReduceJob,
+    gradients: RowStore,
+    start: int,
+    stop: int,
+    device: torch.device,
+    report: Callable[[int, int], None],
+) -> Floats:
+    """Multiply strips of hypergradients with panels of test gradients: (rows, M)."""
+    hypergradients = RowStore.open(run.path("hypergradients", f"method={job.method}.zarr"), "hypergradient")
     tests = bounds(gradients.rows, job.tiles.panel_rows)
     panels = Panels(gradients.read, tests, gradients.columns, gradients.dtype, device)
     strips = [(start + first, start + last) for first, last in bounds(stop - start, job.tiles.strip_rows)]
@@ -80,18 +113,19 @@ def reduce_rows(
     for first, last, strip in rows:
         contributions(strip, panels, job.n_train, block[first - start : last - start])
         report(last - start, stop - start)
-    if not np.isfinite(block).all():
-        row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))
-        raise CorruptStore(
-            f"the contribution of tracked row {start + row} to test row {column} is not finite; "
-            "run hydra-pipe verify, then replay again"
-        )
-    index = hypergradients.column("train_index")[start:stop]
-    labels = job.train_labels[start:stop]
-    test_index, test_label = gradients.column("test_index"), gradients.column("label")
-    files = _write_tiles(run, job, name, block, index, labels, test_index, test_label)
-    files.append(_write_samples(run, job, name, block, index, start, stop))
-    return files, {"rows": stop - start, "interclass": class_sums(block, labels, test_label)}
+    return block
+
+
+def _turned(
+    run: RunDirectory, job: ReduceJob, start: int, stop: int, report: Callable[[int, int], None]
+) -> Floats:
+    """Read the adjoint's rows (a test sample each) and turn them: (rows, M)."""
+    store = RowStore.open(run.path("by_test", f"method={job.method}.zarr"), "contribution")
+    block = np.empty((stop - start, store.rows), dtype=store.dtype)
+    for first, last in bounds(store.rows, store.chunk_rows):
+        block[:, first:last] = store.read(first, last)[:, start:stop].T
+    report(stop - start, stop - start)
+    return block
 
 
 def _write_tiles(

@@ -6,6 +6,7 @@ single worker starts.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from ..workers.validate import (
     check_losses,
     check_numbers,
     check_overlap,
+    check_scheduler,
 )
 from .selection import select
 from .spec import RunSpec
@@ -84,6 +86,7 @@ def resolve_recipe(spec: RunSpec) -> Recipe:
     recipe = load_recipe(spec.recipe, spec.recipe_args) if isinstance(spec.recipe, str) else spec.recipe
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe {type(recipe).__name__} is not a hydra_pipe.Recipe; subclass it")
+    recipe = copy.copy(recipe)  # an instance is the caller's: its attributes stay as they are
     for name in ("epochs", "batch_size", "seed"):
         value = getattr(spec, name)
         if value is not None:
@@ -118,18 +121,26 @@ def survey(spec: RunSpec, *, trial: bool = True) -> Survey:
 
 def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     seed_everything(recipe.seed)
-    train, test = _build(recipe, "train_dataset"), _build(recipe, "test_dataset")
+    train, test = _call(recipe, "train_dataset"), _call(recipe, "test_dataset")
     n_train, n_test = check_dataset(train, "train"), check_dataset(test, "test")
     check_overlap(train, test)
-    train_labels = check_labels(recipe.labels(train), n_train, "train")
-    test_labels = check_labels(recipe.labels(test), n_test, "test")
+    train_labels = check_labels(_call(recipe, "labels", train), n_train, "train")
+    test_labels = check_labels(_call(recipe, "labels", test), n_test, "test")
     tracked = select(spec.track, total=n_train, labels=train_labels, seed=recipe.seed, what="--track")
     tested = select(spec.test, total=n_test, labels=test_labels, seed=recipe.seed, what="--test")
     seed_everything(recipe.seed)
-    model = _build(recipe, "model")
+    model = _call(recipe, "model")
     check_layers(model)
     check_losses(recipe, model, train)
-    del model, train, test
+    check_losses(recipe, model, test, "test")
+    validation = _call(recipe, "validation_dataset")
+    if validation is not None:
+        check_dataset(validation, "validation")
+        check_losses(recipe, model, validation, "validation")
+    optimizer = _call(recipe, "optimizer", model)
+    if isinstance(optimizer, torch.optim.Optimizer):  # else Training refuses it below
+        check_scheduler(_call(recipe, "scheduler", optimizer))
+    del model, train, test, validation, optimizer
     # The driver may have no GPU where the workers have one; what it tries, it tries on what it has.
     device = "cpu" if spec.device == "cuda" and not torch.cuda.is_available() else spec.device
     compute = Compute(device=device, dtype=spec.dtype, threads=spec.torch_threads, batch_norm=spec.batch_norm)
@@ -140,7 +151,9 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     except HydraError:
         raise
     except Exception as error:
-        raise RecipeError(f"the first training step failed: {_one_line(error)}") from error
+        raise RecipeError(
+            f"the first training step failed: {_one_line(error)}; correct the recipe (--debug shows where)"
+        ) from error
     coupled = couples_samples(training.model)
     return Survey(
         recipe=recipe,
@@ -168,13 +181,15 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     )
 
 
-def _build(recipe: Recipe, method: str) -> Any:
+def _call(recipe: Recipe, method: str, *arguments: Any) -> Any:
     try:
-        return getattr(recipe, method)()
+        return getattr(recipe, method)(*arguments)
     except HydraError:
         raise
     except Exception as error:
-        raise RecipeError(f"{recipe.name}.{method}() failed: {_one_line(error)}") from error
+        raise RecipeError(
+            f"{recipe.name}.{method}() failed: {_one_line(error)}; correct the recipe (--debug shows where)"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:

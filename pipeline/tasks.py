@@ -16,9 +16,12 @@ import numpy.typing as npt
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
+from ..workers.adjoint import Adjoint
 from ..workers.determinism import prepare_process, resolve_device
+from ..workers.exact import ExactReplay
 from ..workers.gradients import TestGradients
 from ..workers.memory import peak_bytes, reset_peak
+from ..workers.projection import ProjectedReplay
 from ..workers.recipe import Recipe
 from ..workers.record import Recorder
 from ..workers.replay import Replay
@@ -32,6 +35,7 @@ RECORD = "record"
 TEST_GRADIENTS = "test-gradients"
 REPLAY = "replay"
 REDUCE = "reduce"
+ADJOINT = "adjoint"
 STAGES = (RECORD, TEST_GRADIENTS, REPLAY, REDUCE)
 
 
@@ -68,6 +72,7 @@ class Tasks:
             RECORD: self._record,
             TEST_GRADIENTS: self._test_gradients,
             REPLAY: self._replay,
+            ADJOINT: self._adjoint,
             REDUCE: self._reduce,
         }[unit.stage.rsplit("/", 1)[-1]]
         files, values = work(run, unit, report)
@@ -110,7 +115,8 @@ class Tasks:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         training = Training(self.recipe, self.compute)
         trajectory = open_trajectory(run.path("trajectory.zarr"))
-        replay = Replay(training, trajectory, self.tracked[start:stop])
+        kind = ExactReplay if self.method == "hydra-exact" else Replay
+        replay = kind(training, trajectory, self.tracked[start:stop])
         buffers = replay.run(report)
         store = RowStore.open(run.path("hypergradients", f"method={self.method}.zarr"), "hypergradient")
         for first in range(start, stop, store.chunk_rows):
@@ -118,6 +124,23 @@ class Tasks:
             store.write(first, buffers.numpy(first - start, last - start))
         replay.engine.close()
         base = f"hypergradients/method={self.method}.zarr"
+        files = [f"{base}/{name}" for name in store.files(start, stop)]
+        return files, {"rows": stop - start, "start": start, "steps": training.steps}
+
+    def _adjoint(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
+        start, stop = unit.arguments["start"], unit.arguments["stop"]
+        training = Training(self.recipe, self.compute)
+        trajectory = open_trajectory(run.path("trajectory.zarr"))
+        targets = RowStore.open(run.path("test_gradients.zarr"), "gradient").read(start, stop)
+        if self.method == "hydra-exact":
+            found = Adjoint(training, trajectory, self.tracked).run(targets, report)
+        else:
+            replay = ProjectedReplay(training, trajectory, self.tracked, targets)
+            found = replay.contributions(report)
+            replay.engine.close()
+        base = f"by_test/method={self.method}.zarr"
+        store = RowStore.open(run.path(*base.split("/")), "contribution")
+        store.write(start, found)
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, {"rows": stop - start, "start": start, "steps": training.steps}
 

@@ -23,6 +23,7 @@ MARK = "hydra_pipe_run"
 RESULTS = (
     "trajectory.zarr",
     "hypergradients",
+    "by_test",
     "test_gradients.zarr",
     "contributions",
     "samples",
@@ -92,10 +93,10 @@ class RunDirectory:
             StoreError: It was written by a later version.
         """
         info = self._read_marked()
-        version = info.pop(MARK, FORMAT)
+        version = info.pop(MARK, "of another program")
         if version != FORMAT:
             raise StoreError(
-                f"{self.uri} has format {version!r}, this hydra-pipe reads {FORMAT}; use the version that wrote it"
+                f"{self.uri} has format {version!r}, this hydra-pipe reads {FORMAT}; use the version that wrote it, or another --out"
             )
         return info
 

@@ -7,6 +7,7 @@ g taken from the hooks of the very step that trains.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,26 +28,54 @@ PROBE_SAMPLES = 7
 """Samples of the batch that strategies are tried on; odd, so that no other axis is likely as long."""
 
 
+class Accumulator(Protocol):
+    """What a replay adds scaled per-sample gradients to; see ``HypergradientBuffers``."""
+
+    def add(self, rows: Tensor, block: Tensor, scale: Tensor) -> None:
+        """Add ``scale * block`` to the given rows."""
+
+    def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor, scale: float) -> None:
+        """Add a Linear weight's gradients, given as factors."""
+
+    def end_epoch(self) -> None:
+        """Called when every sample has been visited once more."""
+
+
 class Replay(VerifiedReplay):
     """One replay of a recorded trajectory for one set of tracked samples; see ``VerifiedReplay``."""
 
     def __init__(self, training: Training, trajectory: Trajectory, tracked: Rows) -> None:
         super().__init__(training, trajectory, tracked)
-        layout, epochs = training.layout, training.recipe.epochs
-        strategies = probe_training(training)
-        factored = factored_entries(layout, strategies, epochs)
-        self.engine = PerSampleGradients(training.recipe, training.model, layout, strategies, factored)
-        self.buffers = HypergradientBuffers(
-            len(tracked), layout, factored, self.engine.columns, epochs, training.dtype, training.device
-        )
+        layout = training.layout
+        self.strategies = probe_training(training)
+        factored = self.choose_factored()
+        self.engine = PerSampleGradients(training.recipe, training.model, layout, self.strategies, factored)
+        self.buffers = self.make_buffers(factored)
         self._one_scale = len({e.group for e in layout.entries}) == 1
         dense = [i for i in range(len(layout.entries)) if i not in factored]
         groups = [torch.full((layout.size(i),), layout.entries[i].group) for i in dense]
         self._groups = torch.cat([torch.zeros(0, dtype=torch.int64), *groups]).to(training.device)
 
+    def choose_factored(self) -> frozenset[int]:
+        """Return the entries whose visits are kept as factors."""
+        return factored_entries(self.training.layout, self.strategies, self.training.recipe.epochs)
+
+    def make_buffers(self, factored: frozenset[int]) -> Accumulator:
+        """Return what adds up the scaled gradients."""
+        return HypergradientBuffers(
+            len(self.tracked),
+            self.training.layout,
+            factored,
+            self.engine.columns,
+            self.training.recipe.epochs,
+            self.training.dtype,
+            self.training.device,
+        )
+
     def run(self, report: Report | None = None) -> HypergradientBuffers:
         """Replay every step and return the buffers; raises as ``VerifiedReplay.replay``."""
         self.replay(report)
+        assert isinstance(self.buffers, HypergradientBuffers)
         return self.buffers
 
     def end_epoch(self) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, Subset
 
 from ..storage.errors import RecipeError
+from ..storage.uri import check_name
 from .data import batch_length, fetch
 from .recipe import Recipe
 
@@ -39,6 +40,7 @@ def check_numbers(recipe: Recipe) -> None:
             raise RecipeError(
                 f"recipe {recipe.name!r}: {name} is {getattr(recipe, name)!r}; use one of {', '.join(allowed)}"
             )
+    check_name(recipe.name, "recipe name")
     for method in ("model", "train_dataset", "test_dataset", "losses", "optimizer"):
         if getattr(type(recipe), method) is getattr(Recipe, method):
             raise RecipeError(
@@ -102,7 +104,12 @@ def check_labels(labels: Sequence[int] | None, count: int, what: str) -> list[in
     """
     if labels is None:
         return None
-    values = [int(v) for v in labels]
+    try:
+        values = [int(v) for v in labels]
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"labels() of the {what} set must give integers ({error}); number the classes from 0, or return None"
+        ) from None
     if len(values) != count:
         raise RecipeError(f"labels() gave {len(values)} labels for {count} {what} samples; give one a sample")
     if values and (min(values) < 0 or max(values) > INT16_MAX):
@@ -117,8 +124,10 @@ def check_layers(model: nn.Module) -> None:
     """Refuse layers whose hypergradient would be silently wrong.
 
     Raises:
-        RecipeError: Names the layer, why, and what to use instead.
+        RecipeError: Names the layer, why, and what to use instead; or it is no model at all.
     """
+    if not isinstance(model, nn.Module):
+        raise RecipeError(f"model() returned {type(model).__name__} and must return a torch.nn.Module")
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise RecipeError(
@@ -139,8 +148,8 @@ def check_layers(model: nn.Module) -> None:
             raise RecipeError(f"parameter {name!r} has dtype {parameter.dtype}; use a real floating dtype")
 
 
-def check_losses(recipe: Recipe, model: nn.Module, dataset: Any) -> None:
-    """Try the losses on three samples, on a copy's worth of trust: eval mode, no gradient.
+def check_losses(recipe: Recipe, model: nn.Module, dataset: Any, what: str = "training") -> None:
+    """Try the losses on three samples of the ``what`` set, in eval mode and without gradients.
 
     Raises:
         RecipeError: ``losses`` or ``collate`` raises, or returns the wrong shape.
@@ -155,7 +164,8 @@ def check_losses(recipe: Recipe, model: nn.Module, dataset: Any) -> None:
     except Exception as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         raise RecipeError(
-            f"losses() failed on the first {size} training samples: {type(error).__name__}: {text}"
+            f"losses() failed on the first {size} {what} samples: {type(error).__name__}: {text}; "
+            "correct the recipe (--debug shows where)"
         ) from error
     finally:
         for module, mode in modes:
@@ -172,4 +182,16 @@ def check_losses(recipe: Recipe, model: nn.Module, dataset: Any) -> None:
         raise RecipeError(
             f"collate gave a batch whose first tensor has {batch_length(batch)} rows for {size} samples; "
             "the batch must be on the leading axis of every tensor"
+        )
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler that cannot be stepped.
+
+    Raises:
+        RecipeError: It is neither None nor has ``step()``.
+    """
+    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+        raise RecipeError(
+            f"scheduler() returned {type(scheduler).__name__} and must return a torch lr_scheduler, or None"
         )

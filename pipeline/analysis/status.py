@@ -92,7 +92,10 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
     for method in method_names(info):
         # Estimators that need no replay commit none: list what their run or run.json mentions.
         replay, reduce = f"{method}/replay", f"{method}/reduce"
-        if replay in known or replay in info.get("stages", {}) or reduce not in known:
+        adjoint = f"{method}/adjoint"
+        if adjoint in known or adjoint in info.get("stages", {}):
+            names.append(adjoint)
+        elif replay in known or replay in info.get("stages", {}) or reduce not in known:
             names.append(replay)
         names.append(reduce)
     names += [stage for stage in known if stage not in names]
@@ -186,7 +189,7 @@ def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None
         return 1
     if noted is not None:
         return int(noted) - 1
-    if stage.endswith("/replay"):
+    if stage.endswith(("/replay", "/adjoint")):
         shards = info.get("layout", {}).get("shards")
         return None if shards is None else int(shards)
     return None
@@ -196,7 +199,8 @@ def _expected_rows(info: Mapping[str, Any], stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
     if stage == RECORD:
         return None
-    value = info.get("n_test_tracked" if stage == TEST_GRADIENTS else "n_tracked")
+    by_test = stage == TEST_GRADIENTS or stage.endswith("/adjoint")
+    value = info.get("n_test_tracked" if by_test else "n_tracked")
     return value if isinstance(value, int) else None
 
 

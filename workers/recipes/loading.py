@@ -85,6 +85,7 @@ def _recipe_class(reference: str, module: ModuleType, class_name: str) -> type[R
         name
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
+        and value is not Recipe
     ]
     try:
         found = getattr(module, class_name)
@@ -94,10 +95,11 @@ def _recipe_class(reference: str, module: ModuleType, class_name: str) -> type[R
         raise RecipeError(f"recipe {reference!r}: its module has no class {class_name}: {hint}") from None
     if not isinstance(found, type) or not issubclass(found, Recipe) or found is Recipe:
         what = "is the base class itself" if found is Recipe else "is not a subclass of hydra_pipe.Recipe"
+        more = f" and {len(recipes) - 8} more" if len(recipes) > 8 else ""
         hint = (
-            f"the recipes there are {', '.join(recipes)}"
+            f"the recipes there are {', '.join(recipes[:8])}{more}"
             if recipes
-            else "write class " + class_name + "(Recipe)"
+            else f"write class {'Mine' if found is Recipe else class_name}(Recipe) and name that"
         )
         raise RecipeError(f"recipe {reference!r}: {class_name} {what}: {hint}")
     return found

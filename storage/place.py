@@ -1,0 +1,46 @@
+"""Whether a run may be made at an address: only where nothing is that is not ours."""
+
+from __future__ import annotations
+
+import os
+
+from .errors import StoreError
+from .files import PARTIAL, filesystem
+from .uri import is_local, parent
+
+_HARMLESS = frozenset({"lost+found"})
+
+
+def check_place(uri: str) -> None:
+    """Refuse an address that holds something but no run: its files must never be mixed with ours.
+
+    An empty directory is taken, and so is one with nothing but hidden files, ``lost+found`` (a fresh
+    volume) or leftovers of a run that was killed before its first write was complete.
+
+    Args:
+        uri: A checked address without ``run.json``.
+
+    Raises:
+        StoreError: A file is in the way, or the directory holds something.
+    """
+    if is_local(uri):
+        above = uri
+        while not os.path.lexists(above) and above != parent(above):
+            above = parent(above)
+        if not os.path.isdir(above):
+            raise StoreError(
+                f"cannot write {uri}: {above} is no directory; choose a directory of its own with --out"
+            )
+        names = os.listdir(uri) if above == uri else []
+    else:
+        fs, path = filesystem(uri)
+        try:
+            names = [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)]
+        except FileNotFoundError:
+            names = []
+    found = sorted(n for n in names if not n.startswith(".") and PARTIAL not in n and n not in _HARMLESS)
+    if found:
+        raise StoreError(
+            f"{uri} holds no run but {len(found)} other entries ({found[0]}{', …' if found[1:] else ''}); "
+            "choose an empty or new directory with --out"
+        )

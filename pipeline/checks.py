@@ -221,6 +221,8 @@ CHECKS: dict[str, Check] = {
     "memory": _size(optional=True),
     "reduce_memory": _size(),
     "checkpoint_every": _whole(1, optional=True),
+    "curvature_checkpoints": _whole(1),
+    "curvature_samples": _whole(1),
     "max_attempts": _whole(1),
     "start_timeout": _number(0.1),
 }

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..storage.errors import IncompleteStage, SpecError, SpecMismatch
+from ..storage.errors import CorruptStore, IncompleteStage, SpecError, SpecMismatch
 from ..storage.place import check_place
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
@@ -42,8 +42,9 @@ from .plan import Plan, Shard, cut
 from .raysetup import inside_ray_job
 from .reduce import ReduceJob, interclass_table
 from .spec import RunSpec
+from .stores import rebuild
 from .survey import Survey, compute_of, survey
-from .tasks import ADJOINT, RECORD, REDUCE, REPLAY, STAGES, TEST_GRADIENTS, Tasks
+from .tasks import ADJOINT, CURVATURE, RECORD, REDUCE, REPLAY, STAGES, TEST_GRADIENTS, Tasks
 from .units import Executor, Unit
 
 __all__ = ["STAGES", "run"]
@@ -85,6 +86,16 @@ def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
         # A resumed run keeps the cut it began with, whatever `auto` would choose today.
         before = stored.get("methods", {}).get(spec.method, {}) if stored else {}
         fixed = before.get("shards")
+        if fixed and spec.shards not in ("auto", fixed, before.get("asked_shards")):
+            raise SpecMismatch(
+                f"{directory.uri} holds {fixed} shards of method {spec.method}, asked {spec.shards}; "
+                "leave --shards out to go on with it, or use another --out"
+            )
+        if before.get("options", method_options(spec)) != method_options(spec):
+            raise SpecMismatch(
+                f"{directory.uri} holds method {spec.method} made with {before['options']}, "
+                f"asked {method_options(spec)}; use another --out, or the stored options"
+            )
         if before.get("mode", spec.mode) != spec.mode:
             raise SpecMismatch(
                 f"{directory.uri} holds method {spec.method} made in {before['mode']} mode, asked {spec.mode}; "
@@ -107,10 +118,8 @@ def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
 def _refuse_unsupported(spec: RunSpec) -> None:
     if spec.executor == "serial":  # with Ray the workers' machines decide
         resolve_device(spec.device)
-    if spec.hessian == "ekfac" or spec.exact_rank:
-        raise SpecError(
-            "hessian 'ekfac' (and exact_rank) is not available in this version; use hessian 'none' or 'exact'"
-        )
+    if spec.exact_rank:
+        raise SpecError(f"exact_rank {spec.exact_rank} is not available in this version; use exact_rank 0")
 
 
 def _place(spec: RunSpec, looked: Survey) -> str:
@@ -125,6 +134,13 @@ def _place(spec: RunSpec, looked: Survey) -> str:
             f"--out {out}: memory:// lives in one process and Ray workers are others; use --executor serial"
         )
     return out
+
+
+def method_options(spec: RunSpec) -> dict[str, Any]:
+    """Return what a method depends on beyond the run's identity."""
+    if spec.hessian != "ekfac":
+        return {}
+    return {"checkpoints": spec.curvature_checkpoints, "samples": spec.curvature_samples}
 
 
 def _chosen(looked: Survey) -> dict[str, Any]:
@@ -181,6 +197,7 @@ class _Driver:
         adjoint = spec.mode == "adjoint"
         self.collect_stage = f"{self.method}/{ADJOINT if adjoint else REPLAY}"
         self.reduce_stage = f"{self.method}/{REDUCE}"
+        self.options = method_options(spec)
         self.info = self._info(stored)
 
     def drive(self, stages: Sequence[str]) -> None:
@@ -210,29 +227,27 @@ class _Driver:
     def _test_gradients(self) -> None:
         self._needs(RECORD, "trajectory", "record")
         plan, looked = self.plan, self.looked
-        store_uri = self.directory.path("test_gradients.zarr")
-        if self.directory.manifest(TEST_GRADIENTS, INDEX) is None:
-            unknown = np.full(plan.n_tested, -1, dtype=np.int16)
-            RowStore.create(
-                store_uri,
-                name="gradient",
-                rows=plan.n_tested,
-                columns=plan.dimension,
-                dtype=self.spec.dtype,
-                chunk_rows=plan.test_chunk_rows,
-                row_columns={
-                    "test_index": looked.tested.astype(np.int32),
-                    "loss": np.full(plan.n_tested, np.nan),
-                    "label": unknown,
-                    "prediction": unknown.copy(),
-                },
-                attrs={"n_test": plan.n_test},
-            )
+        unknown = np.full(plan.n_tested, -1, dtype=np.int16)
+        store = self._make_store(
+            TEST_GRADIENTS,
+            "test_gradients.zarr",
+            name="gradient",
+            rows=plan.n_tested,
+            columns=plan.dimension,
+            dtype=self.spec.dtype,
+            chunk_rows=plan.test_chunk_rows,
+            row_columns={
+                "test_index": looked.tested.astype(np.int32),
+                "loss": np.full(plan.n_tested, np.nan),
+                "label": unknown,
+                "prediction": unknown.copy(),
+            },
+            attrs={"n_test": plan.n_test},
+        )
         units = _units(TEST_GRADIENTS, plan.test_blocks)
         self._stage(TEST_GRADIENTS, units, plan.n_tested, "row", extra=1)
         if self._valid(TEST_GRADIENTS, INDEX):
             return
-        store = RowStore.open(store_uri, "gradient")
         for unit in units:
             manifest = self.directory.manifest(TEST_GRADIENTS, unit.name)
             assert manifest is not None
@@ -245,8 +260,9 @@ class _Driver:
         self._needs(RECORD, "trajectory", "record")
         plan = self.plan
         base = f"hypergradients/method={self.method}.zarr"
-        store = RowStore.create(
-            self.directory.path(*base.split("/")),
+        store = self._make_store(
+            self.collect_stage,
+            base,
             name="hypergradient",
             rows=plan.n_tracked,
             columns=plan.dimension,
@@ -261,8 +277,9 @@ class _Driver:
         self._needs(TEST_GRADIENTS, INDEX, "replay")
         plan = self.plan
         base = f"by_test/method={self.method}.zarr"
-        store = RowStore.create(
-            self.directory.path(*base.split("/")),
+        store = self._make_store(
+            self.collect_stage,
+            base,
             name="contribution",
             rows=plan.n_tested,
             columns=plan.n_tracked,
@@ -275,9 +292,17 @@ class _Driver:
 
     def _collect(self, base: str, store: RowStore) -> None:
         """Fill a store shard by shard: hypergradients, or in adjoint mode contributions by target."""
+        if self.method == "hydra-ekfac":
+            stage = f"{self.method}/{CURVATURE}"
+            unit = Unit(stage=stage, name=CURVATURE, arguments={})
+            if self._stage(stage, [unit], 2 * self.spec.curvature_checkpoints, "pass"):
+                self.directory.drop(self.collect_stage)  # made with another basis
         if not self._valid(self.collect_stage, INDEX):
             self._commit_index(self.collect_stage, base, store)
         units = _units(self.collect_stage, self.plan.shards)
+        entry = self.info["methods"][self.method]
+        entry["shards"] = len(units)
+        entry.setdefault("asked_shards", self.spec.shards)
         self._stage(self.collect_stage, units, self.plan.steps * len(units), "step", extra=1)
 
     def _reduce(self) -> None:
@@ -331,12 +356,23 @@ class _Driver:
         for method in self.info["methods"].values():
             method["state"] = "partial"
 
+    def _make_store(self, stage: str, base: str, **described: Any) -> RowStore:
+        """Return a stage's store: as committed, made anew where its metadata are damaged, or fresh."""
+        uri = self.directory.path(*base.split("/"))
+        known = INDEX in self.directory.units(stage)
+        if self._valid(stage, INDEX):
+            return RowStore.open(uri, described["name"])
+        return rebuild(uri, **described) if known else RowStore.create(uri, **described)
+
     def _valid(self, stage: str, unit: str) -> bool:
         """Whether a unit is committed and its files are what was committed; else forget it."""
-        manifest = self.directory.manifest(stage, unit)
-        if manifest is None:
-            return False
-        problems = self.directory.check(manifest, digests=is_local(self.directory.uri))
+        try:
+            manifest = self.directory.manifest(stage, unit)
+            if manifest is None:
+                return False
+            problems = self.directory.check(manifest, digests=is_local(self.directory.uri))
+        except CorruptStore as error:
+            problems = [str(error)]
         if not problems:
             return True
         self.observer(Note(message=f"{stage} {unit} is done again: {problems[0]}"))
@@ -374,6 +410,7 @@ class _Driver:
             tracked=looked.tracked,
             tested=looked.tested,
             checkpoint_every=self.spec.checkpoint_every,
+            options=self.options,
             job=ReduceJob(
                 method=self.method,
                 mode=self.spec.mode,
@@ -396,7 +433,7 @@ class _Driver:
         spec, looked, plan = self.spec, self.looked, self.plan
         methods = {**stored.get("methods", {})}
         methods.setdefault(self.method, {"state": "partial"})
-        methods[self.method].update(mode=spec.mode, shards=len(plan.shards))
+        methods[self.method].update(mode=spec.mode, options=self.options)
         return {
             "format": 1,
             "spec": _spec_dict(spec),

@@ -143,7 +143,8 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
     itemsize = 8 if spec.dtype == "float64" else 4
     n, m, dimension = len(looked.tracked), len(looked.tested), looked.dimension
     row = dimension * itemsize
-    held = (2 * dimension if spec.hessian == "exact" else looked.row_numbers) * itemsize
+    numbers = {"none": looked.row_numbers, "ekfac": dimension, "exact": 2 * dimension}
+    held = numbers[spec.hessian] * itemsize
     items = n
     if spec.mode == "adjoint":  # shards are blocks of targets
         held, items = 2 * row + 2 * n * itemsize, m
@@ -152,7 +153,7 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
     count = shards or _shard_count(spec, items, held, slots, budget, looked)
     chunk_rows = chunk_rows_for(dimension, itemsize, n, count)
     if spec.mode == "adjoint":
-        chunk_rows = TARGET_TILE if spec.hessian == "none" else EXACT_TARGETS
+        chunk_rows = EXACT_TARGETS if spec.hessian == "exact" else TARGET_TILE
     parts = _cut_chunks(items, chunk_rows, count, "shard" if spec.mode == "forward" else "targets")
     test_chunk_rows = chunk_rows_for(dimension, itemsize, m)
     per_block = max(1, TEST_BLOCK_BYTES // (row * test_chunk_rows)) * test_chunk_rows
@@ -308,7 +309,7 @@ def _times(
     widest = max(shard.stop - shard.start for shard in shards)
     if spec.hessian == "exact":  # a product with the Hessian takes about one plain step and a half
         replay = looked.steps * plain * (2 + 1.5 * widest)
-    elif spec.mode == "adjoint":
+    elif spec.mode == "adjoint" or spec.hessian == "ekfac":
         replay = looked.steps * tracked
     else:
         replay = looked.steps * (plain + (tracked - plain) * min(1.0, widest / looked.n_train))

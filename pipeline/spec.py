@@ -52,6 +52,8 @@ class RunSpec:
             turned into bytes.
         reduce_memory: Memory of one reduce worker's tile, bytes or text; fixes the tiles.
         checkpoint_every: Steps between checkpoints of the record; None: chosen by the plan.
+        curvature_checkpoints: With ``ekfac``: checkpoints of the record the curvature is taken at.
+        curvature_samples: With ``ekfac``: at most how many training samples it is averaged over.
         max_attempts: How often a unit is tried when its workers die.
         start_timeout: Seconds to wait for the first worker.
 
@@ -84,6 +86,8 @@ class RunSpec:
     memory: int | None = None
     reduce_memory: int = 1 << 30
     checkpoint_every: int | None = None
+    curvature_checkpoints: int = 5
+    curvature_samples: int = 4096
     max_attempts: int = 3
     start_timeout: float = 120.0
 
@@ -141,7 +145,6 @@ class RunSpec:
             "threads": self.torch_threads,
             "device": self.device,
             "batch_norm": self.batch_norm,
-            "shards": self.shards,
             "reduce_memory": self.reduce_memory,
             "checkpoint_every": self.checkpoint_every,
         }

@@ -7,17 +7,21 @@ twice gives the same files, so a unit whose worker died half-way is simply done 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..storage.curvature import Curvature, read_curvature, write_curvature
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
 from ..workers.adjoint import Adjoint
+from ..workers.curvature import CurvatureEstimate
 from ..workers.determinism import prepare_process, resolve_device
+from ..workers.ekfac import EkfacReplay
 from ..workers.exact import ExactReplay
 from ..workers.gradients import TestGradients
 from ..workers.memory import peak_bytes, reset_peak
@@ -36,6 +40,7 @@ TEST_GRADIENTS = "test-gradients"
 REPLAY = "replay"
 REDUCE = "reduce"
 ADJOINT = "adjoint"
+CURVATURE = "curvature"
 STAGES = (RECORD, TEST_GRADIENTS, REPLAY, REDUCE)
 
 
@@ -52,6 +57,7 @@ class Tasks:
         tested: Test indices asked for, (M,).
         checkpoint_every: Steps between checkpoints, or None.
         job: What reduce units share.
+        options: Of the method, beyond the run's specification.
     """
 
     uri: str
@@ -62,6 +68,7 @@ class Tasks:
     tested: Integers
     checkpoint_every: int | None
     job: ReduceJob
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
         """Do and commit one unit; return its manifest's values."""
@@ -73,6 +80,7 @@ class Tasks:
             TEST_GRADIENTS: self._test_gradients,
             REPLAY: self._replay,
             ADJOINT: self._adjoint,
+            CURVATURE: self._curvature,
             REDUCE: self._reduce,
         }[unit.stage.rsplit("/", 1)[-1]]
         files, values = work(run, unit, report)
@@ -115,8 +123,12 @@ class Tasks:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         training = Training(self.recipe, self.compute)
         trajectory = open_trajectory(run.path("trajectory.zarr"))
-        kind = ExactReplay if self.method == "hydra-exact" else Replay
-        replay = kind(training, trajectory, self.tracked[start:stop])
+        tracked = self.tracked[start:stop]
+        replay: Replay | ExactReplay | EkfacReplay
+        if self.method == "hydra-ekfac":
+            replay = EkfacReplay(training, trajectory, tracked, self._basis(run))
+        else:
+            replay = (ExactReplay if self.method == "hydra-exact" else Replay)(training, trajectory, tracked)
         buffers = replay.run(report)
         store = RowStore.open(run.path("hypergradients", f"method={self.method}.zarr"), "hypergradient")
         for first in range(start, stop, store.chunk_rows):
@@ -134,6 +146,10 @@ class Tasks:
         targets = RowStore.open(run.path("test_gradients.zarr"), "gradient").read(start, stop)
         if self.method == "hydra-exact":
             found = Adjoint(training, trajectory, self.tracked).run(targets, report)
+        elif self.method == "hydra-ekfac":
+            bent = EkfacReplay(training, trajectory, self.tracked, self._basis(run), targets)
+            found = bent.run(report).contributions()
+            bent.engine.close()
         else:
             replay = ProjectedReplay(training, trajectory, self.tracked, targets)
             found = replay.contributions(report)
@@ -143,6 +159,18 @@ class Tasks:
         store.write(start, found)
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, {"rows": stop - start, "start": start, "steps": training.steps}
+
+    def _curvature(self, run: RunDirectory, _unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
+        training = Training(self.recipe, self.compute)
+        trajectory = open_trajectory(run.path("trajectory.zarr"))
+        estimate = CurvatureEstimate(training, trajectory, **dict(self.options))
+        curvature = estimate.run(report)
+        base = f"curvature/method={self.method}.zarr"
+        files = [f"{base}/{name}" for name in write_curvature(run.path(*base.split("/")), curvature)]
+        return files, {"steps": curvature.steps.tolist(), **curvature.attrs}
+
+    def _basis(self, run: RunDirectory) -> Curvature:
+        return read_curvature(run.path("curvature", f"method={self.method}.zarr"))
 
     def _reduce(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         prepare_process(self.compute.threads)

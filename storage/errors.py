@@ -11,6 +11,9 @@ remedy. Exceptions carry a single string, so that they survive pickling between 
       TrainingError                the training run itself
         NonFiniteLoss              a loss or weight became NaN or infinite
         ReplayDiverged             a replay left the recorded trajectory
+      EstimatorError               an estimator does not apply to this model as it stands
+        NegativeCurvature          the Hessian to be inverted is not positive definite
+        EstimatorDiverged          an iteration ran away
       StoreError                   the run directory
         RunNotFound                no run there
         IncompleteStage            a stage has not been committed
@@ -61,6 +64,18 @@ class NonFiniteLoss(TrainingError):
 
 class ReplayDiverged(TrainingError):
     """A replay left the recorded trajectory."""
+
+
+class EstimatorError(HydraError):
+    """An estimator does not apply to this model as it stands."""
+
+
+class NegativeCurvature(EstimatorError):
+    """The Hessian to be inverted is not positive definite."""
+
+
+class EstimatorDiverged(EstimatorError):
+    """An iteration of an estimator ran away."""
 
 
 class StoreError(HydraError):

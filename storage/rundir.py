@@ -24,6 +24,7 @@ RESULTS = (
     "trajectory.zarr",
     "hypergradients",
     "by_test",
+    "curvature",
     "test_gradients.zarr",
     "contributions",
     "samples",
@@ -152,7 +153,7 @@ class RunDirectory:
 
     def manifests(self, stage: str) -> list[Manifest]:
         """Return the manifests of all finished units of a stage, sorted by unit."""
-        found = [self.manifest(stage, unit) for unit in self._units(stage)]
+        found = [self.manifest(stage, unit) for unit in self.units(stage)]
         return [manifest for manifest in found if manifest is not None]
 
     def stages(self) -> list[str]:
@@ -190,7 +191,7 @@ class RunDirectory:
 
     def drop(self, stage: str, unit: str | None = None) -> None:
         """Remove the manifest of a unit, or of every unit of a stage: it counts as not done again."""
-        names = self._units(stage) if unit is None else [unit]
+        names = self.units(stage) if unit is None else [unit]
         for name in names:
             disk.remove(self._manifest_path(stage, name))
         folder = self._stage_path(stage)
@@ -278,7 +279,8 @@ class RunDirectory:
     def _stage_path(self, stage: str) -> str:
         return self.path("manifests", *(check_name(part, "stage") for part in stage.split("/")))
 
-    def _units(self, stage: str) -> list[str]:
+    def units(self, stage: str) -> list[str]:
+        """Return the names of the finished units of a stage, sorted; manifests are not read."""
         names = disk.list_files(self._stage_path(stage))
         return [name.removesuffix(".json") for name in names if "/" not in name and name.endswith(".json")]
 

@@ -9,7 +9,7 @@ optimiser settings, the initial weights and the per-step seed are taken from the
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,17 @@ class Dense:
 
 
 def dense(
-    recipe: Recipe, trajectory: Trajectory, tracked: Sequence[int], *, batch_norm: str = "constant"
+    recipe: Recipe,
+    trajectory: Trajectory,
+    tracked: Sequence[int],
+    *,
+    batch_norm: str = "constant",
+    curvature: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> Dense:
-    """Run Algorithm 1 for the tracked samples along the recorded batches and settings."""
+    """Run Algorithm 1 for the tracked samples along the recorded batches and settings.
+
+    ``curvature(step, du)`` stands for the Hessian product of the exact form; None drops it.
+    """
     torch.manual_seed(recipe.seed)
     seed_everything(recipe.seed)
     dataset = recipe.train_dataset()
@@ -65,6 +73,12 @@ def dense(
         loss = recipe.losses(model, batch).mean()
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
         losses[step] = loss.item()
+        bent = {i: [torch.zeros_like(p) for p in parameters] for i in tracked}
+        if curvature is not None:
+            for i in tracked:
+                flat = curvature(step, torch.cat([u.reshape(-1) for u in du[i]]).numpy())
+                parts = torch.from_numpy(flat).split([p.numel() for p in parameters])
+                bent[i] = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
         with torch.no_grad():
             for k, parameter in enumerate(parameters):
                 if groups[k] < 0:
@@ -72,7 +86,7 @@ def dense(
                 h, p, decay, damp, nesterov = _settings(trajectory, step, groups[k])
                 for i in tracked:
                     g = own[i][k] * (n_train / len(members)) if i in own else torch.zeros_like(parameter)
-                    tangent = g + decay * du[i][k]
+                    tangent = g + bent[i][k] + decay * du[i][k]
                     dm[i][k], move = _sgd(tangent, dm[i][k], p, damp, nesterov)
                     du[i][k] = du[i][k] - h * move
                 full = gradient[k] + decay * parameter

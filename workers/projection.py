@@ -38,6 +38,13 @@ class Projections:
         for k, tile in enumerate(self.tiles):
             self.sums[where, k * TARGET_TILE : (k + 1) * TARGET_TILE] += scaled @ tile.T
 
+    def contributions(self, n_train: int) -> npt.NDArray[np.floating]:
+        """Return ``-sums^T / N`` without the padding, (K, rows)."""
+        result: npt.NDArray[np.floating] = np.ascontiguousarray(
+            (self.sums[:, : self.count].T / -float(n_train)).cpu().numpy()
+        )
+        return result
+
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor, scale: float) -> None:
         """Never called: no entry is factored."""
         raise AssertionError(entry)
@@ -78,6 +85,4 @@ class ProjectedReplay(Replay):
         """Replay and return the contributions of the tracked samples to each target, (K, n)."""
         self.replay(report)
         assert isinstance(self.buffers, Projections)
-        sums = self.buffers.sums[:, : self.buffers.count].T / -float(self.training.n_train)
-        result: npt.NDArray[np.floating] = np.ascontiguousarray(sums.cpu().numpy())
-        return result
+        return self.buffers.contributions(self.training.n_train)

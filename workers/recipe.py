@@ -106,6 +106,25 @@ class Recipe:
             return None
         return output.argmax(1)
 
+    def sample_targets(self, model: nn.Module, batch: Batch) -> Batch | None:
+        """Return the batch with its targets drawn from the model's own distribution, or None.
+
+        Used to estimate curvature. The default handles batches ``(inputs, classes)`` and models that
+        return scores (B, classes) meant for a softmax; None means that there is no such thing, and
+        the given targets are used.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            return None
+        inputs, targets = batch
+        if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+            return None
+        with torch.no_grad():
+            scores = model(inputs)
+        if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[0] != len(targets):
+            return None
+        drawn = torch.multinomial(scores.double().softmax(1), 1).squeeze(1)
+        return [inputs, drawn.to(targets.dtype)]
+
     def collate(self, items: Sequence[Any]) -> Batch:
         """Join dataset items to a batch; PyTorch's ``default_collate`` unless overridden."""
         return default_collate(list(items))

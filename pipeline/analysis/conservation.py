@@ -118,7 +118,5 @@ def block_rows(chunk_rows: int, columns: int, itemsize: int) -> int:
 
 
 def _has_store(run: Run) -> bool:
-    return (
-        bool(run.directory.manifests(f"{METHOD}/replay"))
-        and run.info.get("spec", {}).get("mode", "forward") != "adjoint"
-    )
+    mode = run.info.get("methods", {}).get(METHOD, {}).get("mode", "forward")
+    return bool(run.directory.manifests(f"{METHOD}/replay")) and mode != "adjoint"

@@ -169,7 +169,12 @@ class PerSampleGradients:
                     "let every step use it the same way"
                 )
             handed.add(i)
-            factors(i, call.d_B.index_select(0, positions), call.x_B.index_select(0, positions))
+            d_B, x_B = self.factors_of(call, i, call.d_B)
+            factors(i, d_B.index_select(0, positions), x_B.index_select(0, positions))
+
+    def factors_of(self, call: Call, entry: int, d_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors (B, O) and (B, I) of a factored entry for the whole batch."""
+        return d_B, call.x_B
 
     def products(self, call: Call, x_B: Tensor, positions: Tensor, written: set[int]) -> None:
         """Write (or add to) one call's products in the tile; ``written`` collects the entries hit."""

@@ -75,6 +75,13 @@ def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: t
     return out
 
 
+def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_B: Tensor, out_size: torch.Size) -> Tensor:
+    """Return what each kernel position of an ungrouped convolution saw, (B * positions, K)."""
+    length, positions = module.weight[0].numel(), math.prod(out_size)
+    windows = _windows(module, x_B, out_size)[:, :length, :positions]
+    return windows.transpose(1, 2).reshape(-1, length)
+
+
 ALIGNMENT = 16
 """Numbers to a cache line of float32. Matrix products of a batch give each row of it the same bits
 only when every row's matrices begin at the same offset from a line, so they are padded to it."""

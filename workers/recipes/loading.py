@@ -84,7 +84,9 @@ def _recipe_class(reference: str, module: ModuleType, class_name: str) -> type[R
     recipes = [
         name
         for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and issubclass(value, Recipe)
+        and value.__module__ == module.__name__
         and value is not Recipe
     ]
     try:

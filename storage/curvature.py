@@ -1,0 +1,119 @@
+"""``curvature/method=….zarr``: an eigenbasis per layer and the eigenvalues of the curvature in it.
+
+A block is a matrix of parameters (O, K), usually a layer's weight with its bias as last column; its
+coordinates in the eigenbasis are ``left^T block right``. C checkpoints, D coordinates in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import files
+from .arrays import StoredArray, read_group, write_group
+from .errors import IncompleteStage
+from .uri import check_uri
+
+MARK = "hydra_pipe_curvature"
+Matrix = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BlockBasis:
+    """One block of parameters and its basis.
+
+    Attributes:
+        entries: Parameters (positions in flattening order) that make it up: the weight, then the bias.
+        rows: O.
+        columns: K, the bias column included.
+        left: (O, O) orthogonal, None for the identity.
+        right: (K, K) orthogonal, None for the identity.
+    """
+
+    entries: tuple[int, ...]
+    rows: int
+    columns: int
+    left: Matrix | None
+    right: Matrix | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Curvature:
+    """Bases and eigenvalues.
+
+    Attributes:
+        blocks: In the order of their coordinates.
+        steps: (C,) steps of the checkpoints the eigenvalues belong to.
+        eigenvalues: (C, D) float64, block after block, each row-major.
+        attrs: How they were made.
+    """
+
+    blocks: tuple[BlockBasis, ...]
+    steps: npt.NDArray[np.int64]
+    eigenvalues: Matrix
+    attrs: dict[str, Any]
+
+
+def write_curvature(uri: str, curvature: Curvature) -> list[str]:
+    """Write a curvature store; return its files, relative to it.
+
+    Raises:
+        StorageFull: The disk is full.
+    """
+    uri = check_uri(uri)
+    files.remove(uri, recursive=True)
+    write_group(uri, {})
+    _put(uri, "steps", curvature.steps)
+    _put(uri, "eigenvalues", curvature.eigenvalues)
+    described = []
+    for k, block in enumerate(curvature.blocks):
+        described.append({"entries": list(block.entries), "rows": block.rows, "columns": block.columns})
+        for side, matrix in (("left", block.left), ("right", block.right)):
+            described[-1][side] = matrix is not None
+            if matrix is not None:
+                _put(uri, f"block{k:04d}_{side}", matrix)
+    write_group(uri, {**curvature.attrs, MARK: {"blocks": described}})
+    return files.list_files(uri)
+
+
+def read_curvature(uri: str) -> Curvature:
+    """Read a curvature store.
+
+    Raises:
+        IncompleteStage: It is not there.
+        CorruptStore: Its bytes are not what was written.
+    """
+    uri = check_uri(uri)
+    attrs = read_group(uri)
+    if MARK not in attrs:
+        raise IncompleteStage(f"{uri} was not written to its end; run the stage again")
+    described = attrs.pop(MARK)["blocks"]
+
+    def side(k: int, block: dict[str, Any], name: str) -> Matrix | None:
+        return StoredArray.open(uri, f"block{k:04d}_{name}").read() if block[name] else None
+
+    return Curvature(
+        blocks=tuple(
+            BlockBasis(
+                entries=tuple(block["entries"]),
+                rows=block["rows"],
+                columns=block["columns"],
+                left=side(k, block, "left"),
+                right=side(k, block, "right"),
+            )
+            for k, block in enumerate(described)
+        ),
+        steps=StoredArray.open(uri, "steps").read(),
+        eigenvalues=StoredArray.open(uri, "eigenvalues").read(),
+        attrs=attrs,
+    )
+
+
+def _put(uri: str, name: str, values: Sequence[Any] | npt.NDArray[Any]) -> None:
+    array = np.ascontiguousarray(values)
+    stored = StoredArray.create(uri, name, shape=array.shape, dtype=array.dtype, chunk=array.shape, fill=None)
+    stored.write(0, array)

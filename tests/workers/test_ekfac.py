@@ -1,0 +1,167 @@
+"""EKFAC in the recursion: against the dense recursion with the same curvature, and against its purpose."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hydra_pipe.storage.curvature import read_curvature, write_curvature
+from hydra_pipe.storage.trajectory import open_trajectory
+from hydra_pipe.workers.adjoint import Adjoint
+from hydra_pipe.workers.curvature import CurvatureEstimate
+from hydra_pipe.workers.eigenbasis import Eigenbasis
+from hydra_pipe.workers.ekfac import EkfacReplay
+from hydra_pipe.workers.gradients import TestGradients
+from hydra_pipe.workers.projection import ProjectedReplay
+from hydra_pipe.workers.record import Recorder
+from hydra_pipe.workers.training import Compute, Training
+from scipy.stats import spearmanr
+from sklearn.datasets import load_digits
+from torch.utils.data import TensorDataset
+
+from tests import oracle
+from tests.recipes import (
+    Attention,
+    BatchNormed,
+    Dampened,
+    Images,
+    Nesterov,
+    OneCycle,
+    Sequences,
+    Small,
+    TwoGroups,
+    Volumes,
+)
+
+DOUBLE = Compute(dtype="float64", device="cpu")
+KINDS = [Small, Nesterov, Dampened, TwoGroups, OneCycle, Images, Volumes, BatchNormed, Sequences, Attention]
+
+
+def recorded(recipe, tmp_path, compute=DOUBLE):
+    uri = str(tmp_path / "trajectory.zarr")
+    Recorder(Training(recipe, compute), uri).run()
+    return open_trajectory(uri)
+
+
+def estimated(recipe, trajectory, compute=DOUBLE):
+    return CurvatureEstimate(Training(recipe, compute), trajectory, checkpoints=2).run()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+def test_equals_the_dense_recursion_with_the_same_curvature(kind, tmp_path):
+    recipe = kind()
+    trajectory = recorded(recipe, tmp_path)
+    curvature = estimated(recipe, trajectory)
+    tracked = np.array([0, 4, 17, 43])
+    replay = EkfacReplay(Training(recipe, DOUBLE), trajectory, tracked, curvature).run()
+    basis = replay.basis
+    values = replay.coefficients.eigenvalues
+    nearest = replay.coefficients._nearest
+
+    def bend(step, du):
+        turned = basis.to_eigen(torch.from_numpy(du)[None])
+        return basis.to_parameters(turned * values[nearest[step]])[0].numpy()
+
+    right = oracle.dense(recipe, trajectory, tracked, curvature=bend).hypergradient
+    assert oracle.relative_error(replay.numpy(0, 4), right) < 1e-11
+    dropped = oracle.dense(recipe, trajectory, tracked).hypergradient
+    assert oracle.relative_error(dropped, right) > 1e-3
+    targets = np.random.default_rng(0).standard_normal((3, right.shape[1]))
+    back = EkfacReplay(Training(recipe, DOUBLE), trajectory, tracked, curvature, targets).run()
+    expected = -(targets @ right.T) / len(recipe.train_dataset())
+    assert np.abs(back.contributions() - expected).max() < 1e-11 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", [Small, Images, Sequences], ids=lambda k: k.__name__)
+def test_rotations_are_orthogonal_and_stored_exactly(kind, tmp_path):
+    recipe = kind()
+    trajectory = recorded(recipe, tmp_path)
+    curvature = estimated(recipe, trajectory)
+    training = Training(recipe, DOUBLE)
+    basis = Eigenbasis(curvature.blocks, training.layout, torch.float64, torch.device("cpu"))
+    rows = torch.randn(5, training.layout.dimension, dtype=torch.float64)
+    turned = basis.to_eigen(rows)
+    assert torch.allclose(turned.norm(dim=1), rows.norm(dim=1), rtol=1e-12)
+    assert torch.allclose(basis.to_parameters(turned), rows, atol=1e-12)
+    write_curvature(str(tmp_path / "curvature.zarr"), curvature)
+    again = read_curvature(str(tmp_path / "curvature.zarr"))
+    assert np.array_equal(again.eigenvalues, curvature.eigenvalues)
+    assert again.attrs == curvature.attrs
+    for one, two in zip(again.blocks, curvature.blocks, strict=True):
+        assert one.entries == two.entries
+        assert (one.left is None) == (two.left is None)
+        assert one.right is None or np.array_equal(one.right, two.right)
+
+
+@pytest.mark.parametrize("kind", [Small, Images, BatchNormed, Sequences], ids=lambda k: k.__name__)
+def test_any_subset_gives_the_same_bits(kind, tmp_path):
+    recipe, compute = kind(), Compute(device="cpu")
+    trajectory = recorded(recipe, tmp_path, compute)
+    curvature = estimated(recipe, trajectory, compute)
+    again = estimated(recipe, trajectory, compute)
+    assert np.array_equal(curvature.eigenvalues, again.eigenvalues)
+    whole = EkfacReplay(Training(recipe, compute), trajectory, np.arange(44), curvature).run().numpy(0, 44)
+    for tracked in ([7], [0, 1, 2], list(range(5, 40))):
+        part = EkfacReplay(Training(recipe, compute), trajectory, np.asarray(tracked), curvature).run()
+        assert np.array_equal(part.numpy(0, len(tracked)), whole[tracked])
+
+
+def test_eigenvalues_are_the_second_moments_of_drawn_gradients(tmp_path):
+    """On a linear softmax model the diagonal is known: E over the model's own labels of g^2."""
+
+    class Softmax(Small):
+        def model(self):
+            return torch.nn.Sequential(torch.nn.Linear(6, 3))
+
+    recipe = Softmax()
+    trajectory = recorded(recipe, tmp_path)
+    curvature = estimated(recipe, trajectory)
+    assert curvature.attrs["targets"] == "sampled"
+    training = Training(recipe, DOUBLE)
+    last = trajectory.checkpoint(-1)
+    training.load_weights(last.weights, last.buffers)
+    x = training.dataset.tensors[0].double()
+    p = training.model(x).softmax(1).detach()
+    hessian = torch.einsum("no,oq->noq", p, torch.eye(3, dtype=torch.float64)) - p[:, :, None] * p[:, None, :]
+    a = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    full = torch.einsum("noq,ni,nj->oiqj", hessian, a, a).reshape(21, 21) / len(x)
+    # total curvature (trace) is basis independent; drawing labels leaves sampling noise
+    assert curvature.eigenvalues[-1].sum() == pytest.approx(full.trace().item(), rel=0.25)
+
+
+class Digits(Small):
+    """Real data that is not fitted perfectly, so that curvature lasts through training."""
+
+    epochs, batch_size = 10, 25
+
+    def model(self):
+        return torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 10))
+
+    def _part(self, span):
+        data = load_digits()
+        return TensorDataset(torch.tensor(data.data[span] / 16).float(), torch.tensor(data.target[span]))
+
+    def train_dataset(self):
+        return self._part(slice(0, 500))
+
+    def test_dataset(self):
+        return self._part(slice(500, 506))
+
+
+def test_it_is_much_closer_to_the_exact_form_than_the_fast_form(tmp_path):
+    recipe = Digits()
+    trajectory = recorded(recipe, tmp_path)
+    curvature = estimated(recipe, trajectory)
+    coupled = Compute(dtype="float64", device="cpu", batch_norm="coupled")
+    targets = TestGradients(Training(recipe, DOUBLE), trajectory).rows(np.arange(6)).gradient
+    tracked = np.arange(500)
+    exact = Adjoint(Training(recipe, coupled), trajectory, tracked).run(targets)
+    fast = ProjectedReplay(Training(recipe, DOUBLE), trajectory, tracked, targets).contributions()
+    ekfac = (
+        EkfacReplay(Training(recipe, DOUBLE), trajectory, tracked, curvature, targets).run().contributions()
+    )
+
+    def rank(found):
+        return np.mean([spearmanr(a, b).statistic for a, b in zip(found, exact, strict=True)])
+
+    assert rank(ekfac) > rank(fast) + 0.1

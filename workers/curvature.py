@@ -1,0 +1,237 @@
+"""EKFAC curvature of the training loss: eigenvectors per layer, eigenvalues fitted in them.
+
+Per layer with input a and output gradient d (one row a sample and position): eigenvectors of
+E[a a^T] and E[d d^T] (Kronecker-factored curvature), then eigenvalues E[(left^T G right)^2] of the
+per-sample gradients G in that basis (George et al. 2018). Targets are drawn from the model where its
+outputs are class scores, which makes this the Gauss-Newton curvature; otherwise the given targets
+are used. Parameters without a Kronecker form (norm layers, single vectors, grouped convolutions)
+keep their own axes: a diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ..storage.curvature import BlockBasis, Curvature
+from ..storage.trajectory import Trajectory
+from .data import fetch, to_device
+from .determinism import derived_seed, seed_everything
+from .eigenbasis import Eigenbasis
+from .eigengradients import EigenGradients
+from .evaluate import evaluating
+from .gradients import TEST_BATCH
+from .persample.capture import Call
+from .persample.engine import PerSampleGradients, Strategy
+from .persample.probe import choose_strategies
+from .persample.reference import constant_statistics
+from .persample.rules import unfolded
+from .recipe import Batch
+from .replay import PROBE_SAMPLES
+from .training import Training
+
+SAMPLES = 4096
+"""Training samples the curvature is averaged over, at most."""
+
+CHECKPOINTS = 5
+"""Checkpoints of the record it is taken at."""
+
+
+def chosen_checkpoints(trajectory: Trajectory, count: int) -> list[int]:
+    """Return which of the K checkpoints to use: those nearest the middles of ``count`` equal parts."""
+    last = len(trajectory.checkpoint_steps) - 1
+    return sorted({min(last, round((k + 0.5) * last / count)) for k in range(count)})
+
+
+class CurvatureEstimate:
+    """Estimates the curvature of a recorded run.
+
+    Args:
+        training: A fresh ``Training`` of the recipe.
+        trajectory: The record.
+        checkpoints: How many checkpoints.
+        samples: At most how many training samples.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        trajectory: Trajectory,
+        checkpoints: int = CHECKPOINTS,
+        samples: int = SAMPLES,
+    ) -> None:
+        self.training, self.trajectory = training, trajectory
+        self.kept = chosen_checkpoints(trajectory, checkpoints)
+        count = min(samples, training.n_train)
+        generator = np.random.default_rng(derived_seed(training.recipe.seed, "curvature"))
+        self.samples = np.sort(generator.choice(training.n_train, count, replace=False))
+        with evaluating(training.model):
+            batch = self._fetch(self.samples[:PROBE_SAMPLES])
+            self.strategies: tuple[Strategy, ...] = choose_strategies(
+                training.recipe, training.model, training.layout, batch, constant=True
+            )
+        self.sampled = True
+
+    def run(self, report: Callable[[int, int], None] | None = None) -> Curvature:
+        """Return the curvature: one basis over all checkpoints, eigenvalues at each."""
+        training, total = self.training, 2 * len(self.kept)
+        engine = PerSampleGradients(training.recipe, training.model, training.layout, self.strategies)
+        factors = _Factors(training.layout.entries, engine)
+        for done, k in enumerate(self.kept, start=1):
+            for _batch, calls, _size in self._passes(engine, k):
+                factors.add(calls)
+            if report:
+                report(done, total)
+        engine.close()
+        blocks = factors.blocks()
+        basis = Eigenbasis(blocks, training.layout, training.dtype, training.device)
+        eigen = EigenGradients(training.recipe, training.model, training.layout, self.strategies, basis)
+        rows = []
+        for done, k in enumerate(self.kept, start=len(self.kept) + 1):
+            rows.append(self._eigenvalues(eigen, k))
+            if report:
+                report(done, total)
+        eigen.close()
+        steps = self.trajectory.checkpoint_steps[self.kept]
+        return Curvature(
+            blocks=blocks,
+            steps=np.asarray(steps, dtype=np.int64),
+            eigenvalues=np.stack(rows),
+            attrs={"samples": len(self.samples), "targets": "sampled" if self.sampled else "given"},
+        )
+
+    def _eigenvalues(self, eigen: EigenGradients, k: int) -> npt.NDArray[np.float64]:
+        total = torch.zeros(self.training.layout.dimension, dtype=torch.float64, device=self.training.device)
+
+        def square(_start: int, block: Tensor) -> None:
+            total.add_(block.double().square().sum(0))
+
+        for batch, _calls, size in self._passes(eigen, k, keep=True):
+            eigen.after_backward(batch, torch.arange(size, device=self.training.device), size, square)
+        values: npt.NDArray[np.float64] = (total / len(self.samples)).cpu().numpy()
+        return values
+
+    def _passes(
+        self, engine: PerSampleGradients, k: int, keep: bool = False
+    ) -> Iterator[tuple[Batch, list[Call], int]]:
+        """Run the samples forward and backward at checkpoint ``k``, targets drawn from the model."""
+        training = self.training
+        kept = self.trajectory.checkpoint(k)
+        training.load_weights(kept.weights, kept.buffers)
+        with evaluating(training.model), constant_statistics(training.model):
+            for start in range(0, len(self.samples), TEST_BATCH):
+                chosen = self.samples[start : start + TEST_BATCH]
+                seed_everything(derived_seed(training.recipe.seed, f"curvature/{k}", start))
+                batch = self._drawn(self._fetch(chosen))
+                with engine.capture.listen():
+                    losses_B = training.losses(batch, len(chosen))
+                    engine.before_backward(losses_B, torch.arange(len(chosen), device=training.device))
+                    torch.autograd.grad(losses_B.mean(), training.parameters, allow_unused=True)
+                calls = [] if keep else [call for call in engine.capture.take() if call.d_B is not None]
+                yield batch, calls, len(chosen)
+
+    def _drawn(self, batch: Batch) -> Batch:
+        drawn = self.training.recipe.sample_targets(self.training.model, batch)
+        if drawn is None:
+            self.sampled = False
+            return batch
+        return drawn
+
+    def _fetch(self, indices: npt.NDArray[np.int64]) -> Batch:
+        training = self.training
+        seed_everything(derived_seed(training.recipe.seed, "curvature/data", int(indices[0])))
+        return to_device(fetch(training.recipe, training.dataset, indices), training.device, training.dtype)
+
+
+class _Factors:
+    """Sums a a^T and d d^T over everything each layer saw."""
+
+    def __init__(self, entries: Sequence[Any], engine: PerSampleGradients) -> None:
+        self.entries, self.engine = entries, engine
+        self.sums: dict[int, tuple[Tensor | None, Tensor]] = {}
+        self.layers: dict[int, tuple[int, ...]] = {}
+        owners: dict[int, int] = {}
+        for module in engine.capture.rules:
+            for _name, parameter in module.named_parameters(recurse=False):
+                i = engine.index.get(id(parameter), -1)
+                owners[i] = owners.get(i, 0) + 1
+        for module in engine.capture.rules:
+            weight = engine.index.get(id(getattr(module, "weight", None)), -1)
+            if weight >= 0 and owners[weight] == 1 and _has_form(module):
+                self.layers[id(module)] = self._with_bias(module, weight, owners)
+
+    def _with_bias(self, module: nn.Module, weight: int, owners: dict[int, int]) -> tuple[int, ...]:
+        """A bias joins its weight's block unless it is optimised in another group."""
+        bias = self.engine.index.get(id(getattr(module, "bias", None)), -1)
+        if bias >= 0 and owners[bias] == 1 and self.entries[bias].group == self.entries[weight].group:
+            return (weight, bias)
+        return (weight,)
+
+    def add(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            layer = self.layers.get(id(call.module))
+            if layer is None or call.d_B is None:
+                continue
+            a, d = _rows(call.module, call.x_B, call.d_B)
+            if a is not None and len(layer) == 2:
+                a = torch.cat([a, a.new_ones(len(a), 1)], 1)
+            left, right = None if a is None else (a.T @ a).double(), (d.T @ d).double()
+            before = self.sums.get(layer[0])
+            if before is not None:
+                left = None if left is None or before[0] is None else left + before[0]
+                right = right + before[1]
+            self.sums[layer[0]] = (left, right)
+
+    def blocks(self) -> tuple[BlockBasis, ...]:
+        """Return one block a layer with a Kronecker form, and one for every parameter left over."""
+        joined = {layer[0]: layer for layer in self.layers.values() if layer[0] in self.sums}
+        taken = {i for layer in joined.values() for i in layer}
+        out = []
+        for i, entry in enumerate(self.entries):
+            size = int(np.prod(entry.shape)) if entry.shape else 1
+            if i in joined:
+                a, d = self.sums[i]
+                if a is None:  # an embedding's inputs are one-hot: its rows are their own axes
+                    basis = BlockBasis(
+                        entries=(i,),
+                        rows=entry.shape[0],
+                        columns=size // entry.shape[0],
+                        left=None,
+                        right=_axes(d),
+                    )
+                else:
+                    basis = BlockBasis(
+                        entries=joined[i], rows=len(d), columns=len(a), left=_axes(d), right=_axes(a)
+                    )
+                out.append(basis)
+            elif i not in taken:
+                out.append(BlockBasis(entries=(i,), rows=1, columns=size, left=None, right=None))
+        return tuple(out)
+
+
+def _has_form(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.groups == 1
+    return isinstance(module, (nn.Linear, nn.Embedding))
+
+
+def _rows(module: nn.Module, x_B: Tensor, d_B: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return what a layer saw and got back as (rows, K) and (rows, O); no inputs for embeddings."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return unfolded(module, x_B, d_B.shape[2:]), d_B.flatten(2).transpose(1, 2).reshape(-1, d_B.shape[1])
+    if isinstance(module, nn.Embedding):
+        return None, d_B.reshape(-1, d_B.shape[-1])
+    return x_B.reshape(-1, x_B.shape[-1]), d_B.reshape(-1, d_B.shape[-1])
+
+
+def _axes(matrix: Tensor) -> npt.NDArray[np.float64]:
+    """Return the eigenvectors of a symmetric matrix as columns, signs fixed."""
+    _values, vectors = np.linalg.eigh(matrix.cpu().numpy())
+    signs = np.sign(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])])
+    result: npt.NDArray[np.float64] = vectors * np.where(signs == 0, 1, signs)
+    return result

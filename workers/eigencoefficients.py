@@ -1,0 +1,118 @@
+"""One coefficient an eigendirection: the closed form with the Hessian in EKFAC form.
+
+In the eigenbasis the recursion is diagonal, so the scalars of ``coefficients`` become vectors over
+the D directions, with ``a_u += (eigenvalue + L) c_t``. T x D numbers are never held: the two scalars
+are kept at segment borders, and a segment's coefficients are made again when it is replayed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .coefficients import Settings, linear_form
+
+logger = logging.getLogger(__name__)
+
+STABLE_SHARE = 0.999
+"""Eigenvalues are kept below this share of what would make the linearised step grow without end."""
+
+
+class EigenCoefficients:
+    """Gives c_t, shape (D,), for t = 0, 1, … in any order inside a segment.
+
+    Args:
+        settings: What the optimiser used, (T, G).
+        groups: (D,) group of each direction, -1: not optimised.
+        eigenvalues: (C, D) float64 at C checkpoints.
+        steps: (C,) the steps they belong to; each step uses the nearest.
+        device: Where the coefficients are used.
+        dtype: Of the coefficients handed out.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        groups: Tensor,
+        eigenvalues: npt.NDArray[np.float64],
+        steps: npt.NDArray[np.int64],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self.settings, self.groups = settings, groups.to(device)
+        self._single = int(groups[0]) if bool((groups == groups[0]).all()) else None
+        self._form = linear_form(settings)
+        limit = self._spread(stability_limit(settings)).clamp_min(0)
+        values = torch.from_numpy(eigenvalues).to(device).clamp_min(0)
+        clipped = int((values > limit).any(0).sum())
+        if clipped:
+            logger.warning(
+                "%d of %d eigenvalues exceed the step's stability limit and are set to it",
+                clipped,
+                values.shape[1],
+            )
+        self.eigenvalues = torch.minimum(values, limit)
+        self.clipped = clipped
+        count = settings.learning_rate.shape[0]
+        self._nearest = np.abs(np.arange(count)[:, None] - steps[None, :]).argmin(1)
+        self.length = max(1, math.isqrt(count))
+        self._borders = self._run_back(0, count, *self._end(), keep=None)
+        self._segment: tuple[int, Tensor] | None = None
+
+    def at(self, step: int) -> Tensor:
+        """Return c_t of a step, (D,)."""
+        first = step - step % self.length
+        if self._segment is None or self._segment[0] != first:
+            stop = min(first + self.length, self.settings.learning_rate.shape[0])
+            kept = torch.empty(stop - first, len(self.groups), dtype=self.dtype, device=self.device)
+            self._run_back(first, stop, *self._borders[stop], keep=kept)
+            self._segment = (first, kept)
+        return self._segment[1][step - first]
+
+    def _end(self) -> tuple[Tensor, Tensor]:
+        ones = torch.ones(len(self.groups), dtype=torch.float64, device=self.device)
+        return ones, torch.zeros_like(ones)
+
+    def _run_back(
+        self, first: int, stop: int, on_weight: Tensor, on_momentum: Tensor, keep: Tensor | None
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        carry, gain, along, direct = self._form
+        rate, decay = self.settings.learning_rate, self.settings.weight_decay
+        borders = {stop: (on_weight.clone(), on_momentum.clone())}
+        for t in range(stop - 1, first - 1, -1):
+            spread = self._spread
+            on_momentum = on_momentum - spread(rate[t] * along[t]) * on_weight
+            c = spread(gain[t]) * on_momentum - spread(rate[t] * direct[t]) * on_weight
+            if keep is not None:
+                keep[t - first] = c
+            on_weight = on_weight + (self.eigenvalues[self._nearest[t]] + spread(decay[t])) * c
+            on_momentum = spread(carry[t]) * on_momentum
+            if t % self.length == 0:
+                borders[t] = (on_weight.clone(), on_momentum.clone())
+        return borders
+
+    def _spread(self, per_group: npt.NDArray[np.float64]) -> Tensor:
+        table = torch.from_numpy(np.append(per_group, 0.0)).to(self.device)
+        return table[self._single] if self._single is not None else table[self.groups]
+
+
+def stability_limit(settings: Settings) -> npt.NDArray[np.float64]:
+    """Return, per group, the largest curvature whose linearised recursion does not grow, (G,).
+
+    For heavy-ball momentum p and learning rate h that is ``2 (1 + p) / h``, for Nesterov's
+    ``2 (1 + p) / (h (1 + 2 p))``; dampening scales the gradient by ``1 - d``. Weight decay counts
+    towards it.
+    """
+    p = settings.momentum
+    gain = np.where(p != 0, 1.0 - settings.dampening, 1.0)
+    rate = np.maximum(settings.learning_rate * np.maximum(gain, 1e-12), 1e-300)
+    limit = 2 * (1 + p) / rate
+    limit = np.where(settings.nesterov, limit / (1 + 2 * p), limit)
+    result: npt.NDArray[np.float64] = (STABLE_SHARE * limit - settings.weight_decay).min(0)
+    return result

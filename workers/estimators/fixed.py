@@ -1,0 +1,179 @@
+"""A model held still at one checkpoint, in eval mode: gradients, losses, products by sample.
+
+Per-sample gradients come from the same engine as everywhere (``persample``), a tile at a time, and
+are multiplied with the targets at once: (N, D) is never held. Shape letters as in ``base``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...storage.errors import NonFiniteLoss
+from ...storage.trajectory import Trajectory
+from ..columns import Columns
+from ..data import fetch, to_device
+from ..determinism import derived_seed, preserved_generators, seed_everything
+from ..evaluate import evaluating
+from ..layout import load_flat
+from ..persample.engine import PerSampleGradients
+from ..persample.probe import choose_strategies
+from ..persample.reference import constant_statistics
+from ..recipe import Batch
+from ..replay import PROBE_SAMPLES
+from ..training import Training
+from .base import TARGETS, Integers
+
+SAMPLES = 64
+"""Samples a forward pass."""
+
+Rows = Callable[[int, Tensor], None]
+"""Takes (first row, (R, D) block), the block valid during the call only."""
+
+
+class FixedWeights:
+    """The recipe's model at a checkpoint's weights, w_T to begin with.
+
+    Args:
+        training: Its weights and buffers are replaced.
+        trajectory: The record.
+
+    Attributes:
+        optimised: (D,), 1 where the optimiser holds the parameter and 0 where it never moves.
+        decay: (1,) or (D,): the weight decay in force at the last step, the regulariser of the
+            objective that w_T is taken to minimise.
+    """
+
+    def __init__(self, training: Training, trajectory: Trajectory) -> None:
+        self.training, self.trajectory = training, trajectory
+        self.columns = Columns(training.layout, torch.float64, training.device)
+        groups = trajectory.weight_decay.shape[1]
+        self.optimised = self.columns.spread(np.ones(groups)).expand(training.layout.dimension)
+        self.decay = self.columns.spread(trajectory.weight_decay[-1])
+        self._test: Dataset[Any] | None = None
+        self.load(-1)
+        with evaluating(training.model):
+            batch = self.fetch(training.dataset, np.arange(min(PROBE_SAMPLES, training.n_train)))
+            strategies = choose_strategies(
+                training.recipe, training.model, training.layout, batch, constant=True
+            )
+        self._engine = PerSampleGradients(training.recipe, training.model, training.layout, strategies)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._engine.close()
+
+    @property
+    def test_dataset(self) -> Dataset[Any]:
+        """The recipe's test dataset."""
+        if self._test is None:
+            with preserved_generators():
+                seed_everything(self.training.recipe.seed)
+                self._test = self.training.recipe.test_dataset()
+        return self._test
+
+    def load(self, k: int) -> None:
+        """Put checkpoint ``k`` into the model."""
+        kept = self.trajectory.checkpoint(k)
+        self.training.load_weights(kept.weights, kept.buffers)
+
+    def move(self, weights_D: Tensor) -> None:
+        """Put other weights into the model."""
+        load_flat(self.training.parameters, weights_D)
+
+    def fetch(self, dataset: Dataset[Any], chosen: Integers) -> Batch:
+        """Return the samples as a batch on the device; random items are the same at every call."""
+        seed_everything(derived_seed(self.training.recipe.seed, "estimator", int(chosen[0])))
+        batch = fetch(self.training.recipe, dataset, chosen)
+        return to_device(batch, self.training.device, self.training.dtype)
+
+    def gradients(self, dataset: Dataset[Any], indices: Integers, sink: Rows) -> None:
+        """Hand over d loss / d w of each sample, a few rows at a time.
+
+        Raises:
+            NonFiniteLoss: A loss is NaN or infinite: named by its index.
+        """
+        training = self.training
+        with evaluating(training.model), constant_statistics(training.model):
+            for first in range(0, len(indices), SAMPLES):
+                chosen = indices[first : first + SAMPLES]
+                batch = self.fetch(dataset, chosen)
+                positions = torch.arange(len(chosen), device=training.device)
+
+                def keep(start: int, block: Tensor, first: int = first) -> None:
+                    sink(first + start, block)
+
+                with self._engine.capture.listen():
+                    losses_B = training.losses(batch, len(chosen))
+                    self._engine.before_backward(losses_B, positions)
+                    torch.autograd.grad(losses_B.mean(), training.parameters, allow_unused=True)
+                _check_finite(losses_B, chosen)
+                self._engine.after_backward(batch, positions, len(chosen), keep)
+
+    def rows(self, dataset: Dataset[Any], indices: Integers) -> Tensor:
+        """Return the gradients of a few samples, (R, D)."""
+        out = torch.empty(
+            len(indices),
+            self.training.layout.dimension,
+            dtype=self.training.dtype,
+            device=self.training.device,
+        )
+
+        def keep(start: int, block: Tensor) -> None:
+            out[start : start + len(block)] = block
+
+        self.gradients(dataset, indices, keep)
+        return out
+
+    def targets(self, indices: Integers) -> Tensor:
+        """Return the gradients of a block's test samples at the present weights, (K, D) float64.
+
+        Blocks are whole multiples of ``TARGETS``: passes of so many have the same bits in any block.
+        """
+        parts = [
+            self.rows(self.test_dataset, indices[start : start + TARGETS])
+            for start in range(0, len(indices), TARGETS)
+        ]
+        return torch.cat(parts).double()
+
+    def products(self, indices: Integers, directions_KD: Tensor) -> Tensor:
+        """Return <g_i, v_k> for training samples i and directions v_k: (K, n) float64."""
+        count = len(directions_KD)
+        directions = directions_KD.to(device=self.training.device, dtype=self.training.dtype)
+        missing = -count % TARGETS
+        tiles = torch.cat([directions, directions.new_zeros(missing, directions.shape[1])]).split(TARGETS)
+        out = torch.zeros(count + missing, len(indices), dtype=torch.float64, device=directions.device)
+
+        def multiply(start: int, block: Tensor) -> None:
+            for k, tile in enumerate(tiles):
+                out[k * TARGETS : (k + 1) * TARGETS, start : start + len(block)] = (block @ tile.T).T
+
+        self.gradients(self.training.dataset, indices, multiply)
+        return out[:count]
+
+    @torch.no_grad()
+    def losses(self, dataset: Dataset[Any], indices: Integers) -> Tensor:
+        """Return each sample's loss by forward passes alone, (R,) float64."""
+        training, found = self.training, []
+        with evaluating(training.model):
+            for first in range(0, len(indices), SAMPLES):
+                chosen = indices[first : first + SAMPLES]
+                losses_B = training.losses(self.fetch(dataset, chosen), len(chosen))
+                _check_finite(losses_B, chosen)
+                found.append(losses_B.double())
+        return torch.cat(found)
+
+
+def _check_finite(losses_B: Tensor, chosen: Integers) -> None:
+    good = torch.isfinite(losses_B.detach()).cpu().numpy()
+    if not good.all():
+        bad = int(chosen[int(np.flatnonzero(~good)[0])])
+        raise NonFiniteLoss(
+            f"the loss of sample {bad} is not finite at the weights where an estimator looked; "
+            "lower its step, or train with a lower learning rate"
+        )

@@ -1,0 +1,115 @@
+"""Write docs/reference-cli.md from the commands themselves.
+
+    python docs/make_reference.py            # writes the page
+    python docs/make_reference.py --check    # exit code 1 when the page is out of date
+
+A test runs the check, so the page cannot fall behind the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from hydra_pipe.cli import main as group
+
+PAGE = Path(__file__).with_name("reference-cli.md")
+
+HEAD = """\
+# Command line
+
+<!-- Made by docs/make_reference.py from the commands; change those, then run it again. -->
+
+Every command takes `--help`. Results go to stdout, progress and messages to stderr.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | the run failed or the input is wrong; one line says what, where and what to do |
+| 2 | usage: an unknown option or a value that cannot be read |
+| 130 | interrupted; the same command continues |
+
+[How to run](how-to-run.md) shows the options at work, [Troubleshooting](troubleshooting.md) lists the errors.
+"""
+
+
+def page() -> str:
+    """Return the whole page as Markdown."""
+    parts = [HEAD]
+    context = click.Context(group, info_name="hydra-pipe", **group.context_settings)
+    parts.append(_section("hydra-pipe", group, context))
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        below = click.Context(command, info_name=name, parent=context, **command.context_settings)
+        parts.append(_section(f"hydra-pipe {name}", command, below))
+    return "\n".join(parts)
+
+
+def _section(title: str, command: click.Command, context: click.Context) -> str:
+    text, examples = _help(command)
+    usage = " ".join([title, *command.collect_usage_pieces(context)])
+    lines = [f"## {title}", "", "```text", usage, "```", "", *text, ""]
+    if examples:
+        lines += ["```bash", *examples, "```", ""]
+    rows = list(_rows(command, context))
+    if "recipe" in {parameter.name for parameter in command.params} and title != "hydra-pipe run":
+        shared = set(_rows(group.commands["run"], context))
+        own = [row for row in rows if row not in shared]
+        lines += ["Takes the argument and the options of [`hydra-pipe run`](#hydra-pipe-run).", ""]
+        if own:
+            lines[-2] = lines[-2].removesuffix(".") + ", but:"
+        rows = own
+    if rows:
+        lines += ["| option | meaning |", "|---|---|", *rows, ""]
+    return "\n".join(lines)
+
+
+def _help(command: click.Command) -> tuple[list[str], list[str]]:
+    """Return a command's paragraphs and its examples."""
+    paragraphs, examples = [], []
+    for block in re.split(r"\n\s*\n", inspect.cleandoc(command.help or "")):
+        joined = " ".join(block.split())
+        if joined.startswith("Example: "):
+            examples.append(joined.removeprefix("Example: "))
+        else:
+            paragraphs += [_plain(joined), ""]
+    return paragraphs[:-1], examples
+
+
+def _rows(command: click.Command, context: click.Context) -> Iterator[str]:
+    for parameter in command.get_params(context):
+        if not isinstance(parameter, click.Option):
+            continue
+        record = parameter.get_help_record(context)
+        if record is not None:
+            names, text = record
+            cells = (f"`{names}`", _plain(" ".join(text.split())))
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """Keep Markdown from reading angle brackets as HTML."""
+    return text.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def main() -> int:
+    """Write the page, or compare it with ``--check``."""
+    parser = argparse.ArgumentParser(description="Write docs/reference-cli.md from the commands.")
+    parser.add_argument("--check", action="store_true", help="only compare")
+    if not parser.parse_args().check:
+        PAGE.write_text(page(), encoding="utf-8")
+        return 0
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page():
+        return 0
+    print(f"{PAGE.name} is out of date; run python docs/make_reference.py", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

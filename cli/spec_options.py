@@ -151,6 +151,20 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="STEPS",
     ),
     _option(
+        "--curvature-checkpoints",
+        "5",
+        "With ekfac: checkpoints of the record the curvature is taken at.",
+        type=_POSITIVE,
+        metavar="N",
+    ),
+    _option(
+        "--curvature-samples",
+        "4096",
+        "With ekfac: at most how many training samples the curvature is averaged over.",
+        type=_POSITIVE,
+        metavar="N",
+    ),
+    _option(
         "--max-attempts",
         "3",
         "How often a shard is tried when its worker dies.",

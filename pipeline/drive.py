@@ -38,13 +38,24 @@ from .events import (
 )
 from .executors import make_executor
 from .handle import Run, open_run
-from .plan import Plan, Shard, cut
+from .plan import EXACT_TARGETS, Plan, Shard, cut, spans
 from .raysetup import inside_ray_job
 from .reduce import ReduceJob, interclass_table
 from .spec import RunSpec
 from .stores import rebuild
 from .survey import Survey, compute_of, survey
-from .tasks import ADJOINT, CURVATURE, RECORD, REDUCE, REPLAY, STAGES, TEST_GRADIENTS, Tasks
+from .tasks import (
+    ADJOINT,
+    CORRECTION,
+    CURVATURE,
+    DIRECTIONS,
+    RECORD,
+    REDUCE,
+    REPLAY,
+    STAGES,
+    TEST_GRADIENTS,
+    Tasks,
+)
 from .units import Executor, Unit
 
 __all__ = ["STAGES", "run"]
@@ -84,7 +95,7 @@ def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
     executor = make_executor(spec)
     try:
         # A resumed run keeps the cut it began with, whatever `auto` would choose today.
-        before = stored.get("methods", {}).get(spec.method, {}) if stored else {}
+        before = stored.get("methods", {}).get(spec.base_method, {}) if stored else {}
         fixed = before.get("shards")
         if fixed and spec.shards not in ("auto", fixed, before.get("asked_shards")):
             raise SpecMismatch(
@@ -118,8 +129,6 @@ def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
 def _refuse_unsupported(spec: RunSpec) -> None:
     if spec.executor == "serial":  # with Ray the workers' machines decide
         resolve_device(spec.device)
-    if spec.exact_rank:
-        raise SpecError(f"exact_rank {spec.exact_rank} is not available in this version; use exact_rank 0")
 
 
 def _place(spec: RunSpec, looked: Survey) -> str:
@@ -195,7 +204,8 @@ class _Driver:
         self.directory, self.executor, self.observer = directory, executor, observer
         self.method = spec.method
         adjoint = spec.mode == "adjoint"
-        self.collect_stage = f"{self.method}/{ADJOINT if adjoint else REPLAY}"
+        self.base = spec.base_method
+        self.collect_stage = f"{self.base}/{ADJOINT if adjoint else REPLAY}"
         self.reduce_stage = f"{self.method}/{REDUCE}"
         self.options = method_options(spec)
         self.info = self._info(stored)
@@ -259,7 +269,7 @@ class _Driver:
     def _replay(self) -> None:
         self._needs(RECORD, "trajectory", "record")
         plan = self.plan
-        base = f"hypergradients/method={self.method}.zarr"
+        base = f"hypergradients/method={self.base}.zarr"
         store = self._make_store(
             self.collect_stage,
             base,
@@ -269,14 +279,14 @@ class _Driver:
             dtype=self.spec.dtype,
             chunk_rows=plan.chunk_rows,
             row_columns={"train_index": self.looked.tracked.astype(np.int32)},
-            attrs={"n_train": plan.n_train, "method": self.method},
+            attrs={"n_train": plan.n_train, "method": self.base},
         )
         self._collect(base, store)
 
     def _adjoint(self) -> None:
         self._needs(TEST_GRADIENTS, INDEX, "replay")
         plan = self.plan
-        base = f"by_test/method={self.method}.zarr"
+        base = f"by_test/method={self.base}.zarr"
         store = self._make_store(
             self.collect_stage,
             base,
@@ -286,41 +296,75 @@ class _Driver:
             dtype=self.spec.dtype,
             chunk_rows=plan.chunk_rows,
             row_columns={"test_index": self.looked.tested.astype(np.int32)},
-            attrs={"n_train": plan.n_train, "method": self.method},
+            attrs={"n_train": plan.n_train, "method": self.base},
         )
         self._collect(base, store)
 
     def _collect(self, base: str, store: RowStore) -> None:
         """Fill a store shard by shard: hypergradients, or in adjoint mode contributions by target."""
-        if self.method == "hydra-ekfac":
-            stage = f"{self.method}/{CURVATURE}"
+        if self.base == "hydra-ekfac":
+            stage = f"{self.base}/{CURVATURE}"
             unit = Unit(stage=stage, name=CURVATURE, arguments={})
             if self._stage(stage, [unit], 2 * self.spec.curvature_checkpoints, "pass"):
-                self.directory.drop(self.collect_stage)  # made with another basis
+                for later in (self.collect_stage, self.reduce_stage):
+                    self.directory.drop(later)  # made with another basis
         if not self._valid(self.collect_stage, INDEX):
             self._commit_index(self.collect_stage, base, store)
         units = _units(self.collect_stage, self.plan.shards)
-        entry = self.info["methods"][self.method]
+        entry = self.info["methods"][self.base]
         entry["shards"] = len(units)
         entry.setdefault("asked_shards", self.spec.shards)
         self._stage(self.collect_stage, units, self.plan.steps * len(units), "step", extra=1)
+        if self.spec.exact_rank:
+            self._correct()
+
+    def _correct(self) -> None:
+        """Correct EKFAC contributions exactly along the leading directions of the test gradients."""
+        self._needs(TEST_GRADIENTS, INDEX, "replay")
+        stage = f"{self.method}/{DIRECTIONS}"
+        unit = Unit(stage=stage, name=DIRECTIONS, arguments={"rank": self.spec.exact_rank})
+        self._stage(stage, [unit], 1, "set")
+        found = RowStore.open(
+            self.directory.path("corrections", f"method={self.method}", "directions.zarr"), "direction"
+        )
+        stage, base = f"{self.method}/{CORRECTION}", f"corrections/method={self.method}/contributions.zarr"
+        store = self._make_store(
+            stage,
+            base,
+            name="contribution",
+            rows=found.rows,
+            columns=self.plan.n_tracked,
+            dtype=self.spec.dtype,
+            chunk_rows=EXACT_TARGETS,
+            row_columns={},
+            attrs={"method": self.method},
+        )
+        if not self._valid(stage, INDEX):
+            self._commit_index(stage, base, store)
+        units = _units(stage, spans(found.rows, EXACT_TARGETS, "directions"))
+        self._stage(stage, units, self.plan.steps * len(units), "step", extra=1)
 
     def _reduce(self) -> None:
         self._needs(RECORD, "trajectory", "record")
         self._needs(TEST_GRADIENTS, INDEX, "replay")
         for shard in self.plan.shards:
             self._needs(self.collect_stage, shard.name, "replay")
-        units = _units(self.reduce_stage, self.plan.reduce_blocks)
-        done = self._stage(self.reduce_stage, units, self.plan.n_tracked, "row", extra=1)
-        if not done and self._valid(self.reduce_stage, "interclass"):
+        for method in dict.fromkeys((self.base, self.method)):
+            self._reduce_method(method)
+
+    def _reduce_method(self, method: str) -> None:
+        stage = f"{method}/{REDUCE}"
+        units = _units(stage, self.plan.reduce_blocks)
+        done = self._stage(stage, units, self.plan.n_tracked, "row", extra=1)
+        if not done and self._valid(stage, "interclass"):
             return
         from ..storage import contributions as parquet
 
-        manifests = [self.directory.manifest(self.reduce_stage, unit.name) for unit in units]
+        manifests = [self.directory.manifest(stage, unit.name) for unit in units]
         table = interclass_table([m.values["interclass"] for m in manifests if m is not None])
-        relative = f"interclass/method={self.method}/part-00000.parquet"
+        relative = f"interclass/method={method}/part-00000.parquet"
         parquet.write_table(self.directory.path(*relative.split("/")), table, parquet.INTERCLASS)
-        self.directory.commit(self.reduce_stage, "interclass", [relative], {})
+        self.directory.commit(stage, "interclass", [relative], {})
 
     # ------------------------------------------------------------------ mechanics
 
@@ -392,7 +436,7 @@ class _Driver:
     def _tasks(self, stage: str) -> Tasks:
         looked, plan = self.looked, self.plan
         visits = np.zeros(plan.n_tracked, dtype=np.int64)
-        if stage == self.reduce_stage:
+        if stage.endswith(f"/{REDUCE}"):
             batches = open_trajectory(self.directory.path("trajectory.zarr")).batches
             counts = np.bincount(batches[batches >= 0], minlength=plan.n_train)
             visits = counts[looked.tracked]
@@ -406,13 +450,15 @@ class _Driver:
             uri=self.directory.uri,
             recipe=looked.recipe,
             compute=self._compute(stage),
-            method=self.method,
+            method=self.base,
+            final=self.method,
             tracked=looked.tracked,
             tested=looked.tested,
             checkpoint_every=self.spec.checkpoint_every,
             options=self.options,
             job=ReduceJob(
-                method=self.method,
+                method=stage.rsplit("/", 1)[0] if stage.endswith(f"/{REDUCE}") else self.method,
+                base=self.base,
                 mode=self.spec.mode,
                 tracked=looked.tracked,
                 tiles=plan.reduce,
@@ -426,14 +472,15 @@ class _Driver:
     def _compute(self, stage: str) -> Compute:
         """The exact form differentiates through batch statistics; nothing else changes by stage."""
         compute = compute_of(self.spec)
-        exact = self.method == "hydra-exact" and stage == self.collect_stage
+        exact = self.base == "hydra-exact" and stage == self.collect_stage
         return replace(compute, batch_norm="coupled") if exact else compute
 
     def _info(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         spec, looked, plan = self.spec, self.looked, self.plan
         methods = {**stored.get("methods", {})}
-        methods.setdefault(self.method, {"state": "partial"})
-        methods[self.method].update(mode=spec.mode, options=self.options)
+        for method in {self.base, self.method}:
+            methods.setdefault(method, {"state": "partial"})
+            methods[method].update(mode=spec.mode, options=self.options)
         return {
             "format": 1,
             "spec": _spec_dict(spec),
@@ -470,8 +517,9 @@ class _Driver:
 
     def _close(self) -> None:
         """Note states and how close the plan was."""
-        if self.directory.manifest(self.reduce_stage, "interclass") is not None:
-            self.info["methods"][self.method]["state"] = "complete"
+        for method in (self.base, self.method):
+            if self.directory.manifest(f"{method}/{REDUCE}", "interclass") is not None:
+                self.info["methods"][method]["state"] = "complete"
         manifests = [m for stage in self.directory.stages() for m in self.directory.manifests(stage)]
         record = self.directory.manifest(RECORD, "trajectory")
         closing = dict(record.values) if record else {}

@@ -133,11 +133,11 @@ class Run:
 
         return top(self, k=k, test=test, harmful=harmful, method=method)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, method: str | None = None) -> dict[str, Any]:
         """Return the closing summary as JSON-able values; see `analysis.summary.summary`."""
         from .analysis.summary import summary
 
-        return summary(self)
+        return summary(self, method)
 
     def _dataset(self, kind: Kind, method: str | None) -> pa_dataset.Dataset:
         from ..storage.contributions import dataset

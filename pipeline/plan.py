@@ -174,8 +174,8 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
     _refuse_what_does_not_fit(
         count, items, held, spare, budget, memory["replay worker"], looked.process_bytes
     )
-    blocks = _spans(m, per_block, "block")
-    units = _spans(n, tiles.unit_rows, "rows")
+    blocks = spans(m, per_block, "block")
+    units = spans(n, tiles.unit_rows, "rows")
     disk = {
         "trajectory": len(kept) * dimension * 2 * itemsize + looked.steps * (spec_batch(looked) * 4 + 60),
         **({"hypergradients": n * row} if spec.mode == "forward" else {"by_test": n * m * itemsize}),
@@ -261,7 +261,8 @@ def _cut_chunks(n: int, chunk_rows: int, count: int, label: str) -> tuple[Shard,
     return tuple(shards)
 
 
-def _spans(total: int, rows: int, label: str) -> tuple[Shard, ...]:
+def spans(total: int, rows: int, label: str) -> tuple[Shard, ...]:
+    """Cut ``range(total)`` into units of ``rows``, named ``label-00000`` and so on."""
     return tuple(
         Shard(name=f"{label}-{k:05d}", start=start, stop=min(total, start + rows))
         for k, start in enumerate(range(0, total, rows))

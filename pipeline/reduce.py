@@ -32,6 +32,7 @@ class ReduceJob:
 
     Attributes:
         method: Name of the estimator, as in ``method=``.
+        base: Name of the store its rows come from: ``method`` unless they are corrected.
         mode: ``forward``: join hypergradients with test gradients; ``adjoint``: the contributions
             are there already, a row a test sample, and only change their shape.
         tiles: How the join is cut.
@@ -43,6 +44,7 @@ class ReduceJob:
     """
 
     method: str
+    base: str
     mode: str
     tiles: ReduceTiles
     n_train: int
@@ -80,6 +82,8 @@ def reduce_rows(
         block = _turned(run, job, start, stop, report)
     else:
         block = _joined(run, job, gradients, start, stop, device, report)
+    if job.base != job.method:
+        _correct(run, job, block, start, stop)
     if not np.isfinite(block).all():
         row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))
         raise CorruptStore(
@@ -104,7 +108,7 @@ def _joined(
     report: Callable[[int, int], None],
 ) -> Floats:
     """Multiply strips of hypergradients with panels of test gradients: (rows, M)."""
-    hypergradients = RowStore.open(run.path("hypergradients", f"method={job.method}.zarr"), "hypergradient")
+    hypergradients = RowStore.open(run.path("hypergradients", f"method={job.base}.zarr"), "hypergradient")
     tests = bounds(gradients.rows, job.tiles.panel_rows)
     panels = Panels(gradients.read, tests, gradients.columns, gradients.dtype, device)
     strips = [(start + first, start + last) for first, last in bounds(stop - start, job.tiles.strip_rows)]
@@ -120,12 +124,21 @@ def _turned(
     run: RunDirectory, job: ReduceJob, start: int, stop: int, report: Callable[[int, int], None]
 ) -> Floats:
     """Read the adjoint's rows (a test sample each) and turn them: (rows, M)."""
-    store = RowStore.open(run.path("by_test", f"method={job.method}.zarr"), "contribution")
+    store = RowStore.open(run.path("by_test", f"method={job.base}.zarr"), "contribution")
     block = np.empty((stop - start, store.rows), dtype=store.dtype)
     for first, last in bounds(store.rows, store.chunk_rows):
         block[:, first:last] = store.read(first, last)[:, start:stop].T
     report(stop - start, stop - start)
     return block
+
+
+def _correct(run: RunDirectory, job: ReduceJob, block: Floats, start: int, stop: int) -> None:
+    """Add ``coordinates (exact - ekfac)(V)`` to the rows' contributions; see ``workers.directions``."""
+    where = ("corrections", f"method={job.method}")
+    coordinates = RowStore.open(run.path(*where, "coordinates.zarr"), "coordinate")
+    corrections = RowStore.open(run.path(*where, "contributions.zarr"), "contribution")
+    along = corrections.read(0, corrections.rows)[:, start:stop].astype(np.float64)
+    block += (coordinates.read(0, coordinates.rows) @ along).T.astype(block.dtype)
 
 
 def _write_tiles(

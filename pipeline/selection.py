@@ -132,7 +132,9 @@ def _listed(items: Iterable[tuple[str, object]], total: int, what: str) -> Indic
         if index is None:
             raise SpecError(f"{place}: {str(value)[:40]!r} is no integer; write one position from 0 a line")
         if not 0 <= index < total:
-            raise SpecError(f"{place}: {index} is outside 0 to {total - 1}, the positions of {what}; name samples that are there")
+            raise SpecError(
+                f"{place}: {index} is outside 0 to {total - 1}, the positions of {what}; name samples that are there"
+            )
         if index in seen:
             raise SpecError(f"{place}: {index} is already at {seen[index]}; name every sample once")
         seen[index] = place

@@ -107,9 +107,14 @@ class RunSpec:
             )
 
     @property
-    def method(self) -> Method:
-        """Name of the results in the run directory: ``method=`` of the Hive partitions."""
+    def base_method(self) -> Method:
+        """Name of the stores of this Hessian's form, before any correction by ``exact_rank``."""
         return _METHODS[self.hessian]
+
+    @property
+    def method(self) -> str:
+        """Name of the results in the run directory: ``method=`` of the Hive partitions."""
+        return f"{self.base_method}-rank{self.exact_rank}" if self.exact_rank else self.base_method
 
     @property
     def torch_threads(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..storage.trajectory import open_trajectory
 from ..workers.adjoint import Adjoint
 from ..workers.curvature import CurvatureEstimate
 from ..workers.determinism import prepare_process, resolve_device
+from ..workers.directions import spanning_directions
 from ..workers.ekfac import EkfacReplay
 from ..workers.exact import ExactReplay
 from ..workers.gradients import TestGradients
@@ -41,6 +42,8 @@ REPLAY = "replay"
 REDUCE = "reduce"
 ADJOINT = "adjoint"
 CURVATURE = "curvature"
+DIRECTIONS = "directions"
+CORRECTION = "correction"
 STAGES = (RECORD, TEST_GRADIENTS, REPLAY, REDUCE)
 
 
@@ -52,7 +55,8 @@ class Tasks:
         uri: The run directory.
         recipe: The user's recipe, overrides applied.
         compute: How every process computes.
-        method: Name of the estimator.
+        method: Name of the stores that replay and adjoint fill.
+        final: Name of the results: ``method``, or with ``exact_rank`` its corrected form.
         tracked: Train indices asked for, (n,).
         tested: Test indices asked for, (M,).
         checkpoint_every: Steps between checkpoints, or None.
@@ -64,6 +68,7 @@ class Tasks:
     recipe: Recipe
     compute: Compute
     method: str
+    final: str
     tracked: Integers
     tested: Integers
     checkpoint_every: int | None
@@ -81,6 +86,8 @@ class Tasks:
             REPLAY: self._replay,
             ADJOINT: self._adjoint,
             CURVATURE: self._curvature,
+            DIRECTIONS: self._directions,
+            CORRECTION: self._correction,
             REDUCE: self._reduce,
         }[unit.stage.rsplit("/", 1)[-1]]
         files, values = work(run, unit, report)
@@ -168,6 +175,46 @@ class Tasks:
         base = f"curvature/method={self.method}.zarr"
         files = [f"{base}/{name}" for name in write_curvature(run.path(*base.split("/")), curvature)]
         return files, {"steps": curvature.steps.tolist(), **curvature.attrs}
+
+    def _directions(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
+        gradients = RowStore.open(run.path("test_gradients.zarr"), "gradient")
+        found, coordinates, share = spanning_directions(
+            gradients.read, gradients.rows, unit.arguments["rank"]
+        )
+        files = []
+        for name, array in (("direction", found), ("coordinate", coordinates)):
+            base = f"corrections/method={self.final}/{name}s.zarr"
+            store = RowStore.create(
+                run.path(*base.split("/")),
+                name=name,
+                rows=array.shape[0],
+                columns=array.shape[1],
+                dtype="float64",
+                chunk_rows=array.shape[0],
+                row_columns={},
+                attrs={"share": share},
+            )
+            store.write(0, array)
+            files += [f"{base}/{file}" for file in (*store.files(0, array.shape[0]), *store.metadata_files())]
+        report(1, 1)
+        return files, {"directions": len(found), "share": share}
+
+    def _correction(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
+        start, stop = unit.arguments["start"], unit.arguments["stop"]
+        trajectory = open_trajectory(run.path("trajectory.zarr"))
+        base = f"corrections/method={self.final}"
+        stored = RowStore.open(run.path(*base.split("/"), "directions.zarr"), "direction")
+        directions = stored.read(start, stop).astype(self.compute.dtype)
+        coupled = replace(self.compute, batch_norm="coupled")
+        exact = Adjoint(Training(self.recipe, coupled), trajectory, self.tracked).run(directions, report)
+        training = Training(self.recipe, self.compute)
+        bent = EkfacReplay(training, trajectory, self.tracked, self._basis(run), directions)
+        difference = exact - bent.run().contributions()
+        bent.engine.close()
+        store = RowStore.open(run.path(*base.split("/"), "contributions.zarr"), "contribution")
+        store.write(start, difference)
+        files = [f"{base}/contributions.zarr/{name}" for name in store.files(start, stop)]
+        return files, {"rows": stop - start, "start": start}
 
     def _basis(self, run: RunDirectory) -> Curvature:
         return read_curvature(run.path("curvature", f"method={self.method}.zarr"))

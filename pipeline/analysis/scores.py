@@ -1,8 +1,8 @@
 """Scores of predictions against real retrainings: pure numbers in, pure numbers out.
 
 Letters: U retrainings, n tracked training samples, M test samples. A retraining is the (n,) row of
-what it took away: 1 - weight_i, that is 1 for a removed sample and 0 for one left alone. To first
-order, taking that much of every sample away changes the loss of test sample j by
+what it took away: 1 - weight_i, that is 1 for a removed sample, 0 for one left alone and negative for
+one that counts more. To first order that changes the loss of test sample j by
 
     sum over i of  taken_i C(i, j)
 """

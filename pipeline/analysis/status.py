@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 
 RECORD = "record"
 TEST_GRADIENTS = "test-gradients"
+ATTRIBUTE = "attribute"
+"""Last part of the stage of an estimator beside HyDRA, and ``mode`` of its method in ``run.json``."""
 INDEX, LAST_UNIT = "index", "interclass"
 CLOSING_UNITS = (INDEX, LAST_UNIT)
+SINGLE = ("/curvature", "/directions")
+"""Stages of one unit."""
 """Units that the driver commits itself: a store's metadata and columns, a method's last table.
 
 ``run.json`` counts the one that a stage has among its units; people are shown the others.
@@ -66,7 +70,8 @@ def stage_state(directory: RunDirectory, info: Mapping[str, Any], stage: str) ->
     work = [m for m in manifests if m.unit not in CLOSING_UNITS]
     units = _units(info, stage, noted.get("units"))
     rows = _total(work, "rows")
-    needed = {"reduce": LAST_UNIT, RECORD: None}.get(stage.rsplit("/", 1)[-1], INDEX)
+    single = stage == RECORD or stage.endswith(SINGLE)
+    needed = None if single else LAST_UNIT if stage.endswith("/reduce") else INDEX
     closed = needed is None or any(m.unit == needed for m in manifests)
     expected = _expected_rows(info, stage)
     whole = rows == expected if expected is not None else units is not None and len(work) >= units
@@ -93,8 +98,13 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
         # Estimators that need no replay commit none: list what their run or run.json mentions.
         replay, reduce = f"{method}/replay", f"{method}/reduce"
         adjoint = f"{method}/adjoint"
-        if adjoint in known or adjoint in info.get("stages", {}):
+        if info.get("methods", {}).get(method, {}).get("mode") == ATTRIBUTE:
+            names += [f"{method}/prepare"] if f"{method}/prepare" in known else []
+            names.append(f"{method}/{ATTRIBUTE}")
+        elif adjoint in known or adjoint in info.get("stages", {}):
             names.append(adjoint)
+        elif f"{method}/correction" in known or f"{method}/directions" in info.get("stages", {}):
+            names += [f"{method}/directions", f"{method}/correction"]
         elif replay in known or replay in info.get("stages", {}) or reduce not in known:
             names.append(replay)
         names.append(reduce)
@@ -133,8 +143,25 @@ def status(run: Run) -> dict[str, Any]:
         },
         "methods": methods,
         "stages": [asdict(state) for state in states],
-        "resume": None if complete else command_line(run.info.get("spec", {}), uri=run.uri),
+        "resume": None if complete else _resume(run, states),
     }
+
+
+def _resume(run: Run, states: Sequence[StageState]) -> str:
+    """Return the command that does what is missing; estimators are added once the rest is there."""
+    methods, spec = run.info.get("methods", {}), run.info.get("spec", {})
+    missing = {state.stage.split("/")[0] for state in states if state.state != "complete"}
+    added = [name for name in missing if methods.get(name, {}).get("mode") == ATTRIBUTE]
+    if not added or len(added) < len(missing):
+        return command_line(spec, uri=run.uri)
+    name = min(added)
+    words = ["hydra-pipe", "attribute", run.uri]
+    if spec.get("recipe", "digits") != "digits":
+        words.append(str(spec["recipe"]))
+    words += ["--method", name]
+    for key, value in methods[name].get("options", {}).items():
+        words += ["--option", f"{key}={_scalar(value)}"]
+    return shlex.join(words)
 
 
 def command_line(spec: Mapping[str, Any], *, uri: str, command: str = "run") -> str:
@@ -185,7 +212,7 @@ def _method_state(states: Sequence[StageState], method: str) -> str:
 
 def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None:
     """Return how many units of work a stage has; the one that closes it is not counted."""
-    if stage == RECORD:
+    if stage == RECORD or stage.endswith(SINGLE):
         return 1
     if noted is not None:
         return int(noted) - 1
@@ -197,9 +224,9 @@ def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None
 
 def _expected_rows(info: Mapping[str, Any], stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
-    if stage == RECORD:
+    if stage == RECORD or stage.endswith((*SINGLE, "/correction")):
         return None
-    by_test = stage == TEST_GRADIENTS or stage.endswith("/adjoint")
+    by_test = stage == TEST_GRADIENTS or stage.endswith(("/adjoint", f"/{ATTRIBUTE}"))
     value = info.get("n_test_tracked" if by_test else "n_tracked")
     return value if isinstance(value, int) else None
 

@@ -26,10 +26,14 @@ EXTREMES = 5
 """How many helpful and how many harmful samples the summary shows."""
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: Run, method: str | None = None) -> dict[str, Any]:
     """Return what ``hydra-pipe run`` prints at its end, as JSON-able values.
 
     Parts that a half-finished run does not have yet are None or empty.
+
+    Args:
+        run: The run.
+        method: The estimator whose samples are shown; None: the one made last by ``hydra-pipe run``.
 
     Returns:
         ``run``, ``recipe``, ``method``, ``n_train``, ``n_test``, ``n_tracked``,
@@ -43,7 +47,7 @@ def summary(run: Run) -> dict[str, Any]:
     noted = info.get("summary")
     noted = noted if isinstance(noted, Mapping) else {}
     methods = run.methods()
-    method = _current_method(run, methods)
+    method = method if method in methods else _current_method(run, methods)
     states = stage_states(run.directory, info)
     manifests = [m for stage in run.directory.stages() for m in run.directory.manifests(stage)]
     peaks = [m.values["peak_bytes"] for m in manifests if m.values.get("peak_bytes")]

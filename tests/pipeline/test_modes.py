@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hydra_pipe import RunSpec, run
-from hydra_pipe.storage.errors import IncompleteStage, SpecError, SpecMismatch
+from hydra_pipe.storage.errors import IncompleteStage, SpecMismatch
 
 from tests import oracle
 from tests.recipes import BatchNormed, Images, Small
@@ -78,7 +78,33 @@ def test_one_method_has_one_mode(tmp_path):
         run(spec(Small(), tmp_path / "a", mode="adjoint"))
 
 
-def test_what_is_not_there_yet_is_refused_by_name(tmp_path):
-    with pytest.raises(SpecError, match="ekfac"):
-        run(spec(Small(), tmp_path / "a", hessian="ekfac"))
-    assert not (tmp_path / "a").exists()
+@pytest.mark.parametrize("mode", ["forward", "adjoint"])
+def test_exact_rank_is_a_dial_from_ekfac_to_exact(mode, tmp_path):
+    exact = run(spec(Images(), tmp_path / "exact", mode="adjoint", hessian="exact"))
+    right = matrix(exact, "hydra-exact")
+    errors = []
+    for rank in (0, 3, 9):
+        done = run(spec(Images(), tmp_path / "dial", mode=mode, hessian="ekfac", exact_rank=rank))
+        method = f"hydra-ekfac-rank{rank}" if rank else "hydra-ekfac"
+        errors.append(np.linalg.norm(matrix(done, method) - right) / np.linalg.norm(right))
+    assert errors[0] > 0.05
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[2] < 1e-6  # nine directions span nine targets
+    assert done.methods() == ["hydra-ekfac", "hydra-ekfac-rank3", "hydra-ekfac-rank9"]
+
+
+def test_ekfac_resumes_and_refuses_other_options(tmp_path):
+    first = run(spec(Small(), tmp_path / "a", hessian="ekfac"))
+    done = matrix(first, "hydra-ekfac")
+    (tmp_path / "a" / "manifests" / "hydra-ekfac" / "replay" / "shard-00001.json").unlink()
+    again = run(spec(Small(), tmp_path / "a", hessian="ekfac"))
+    assert np.array_equal(matrix(again, "hydra-ekfac"), done)
+    with pytest.raises(SpecMismatch, match="checkpoints"):
+        run(spec(Small(), tmp_path / "a", hessian="ekfac", curvature_checkpoints=2))
+
+
+def test_forward_and_adjoint_agree_with_ekfac(tmp_path):
+    forward = run(spec(Small(), tmp_path / "f", hessian="ekfac"))
+    back = run(spec(Small(), tmp_path / "b", hessian="ekfac", mode="adjoint"))
+    one, two = (matrix(found, "hydra-ekfac") for found in (forward, back))
+    assert np.abs(one - two).max() < 1e-6 * np.abs(one).max()

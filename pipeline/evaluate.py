@@ -1,0 +1,274 @@
+"""Evaluate: the truth by retraining, and every method of a run held against it.
+
+Retrainings are units of the stage ``evaluate/retrain``: committed one by one, resumed by the same
+command, shared by all methods. What is computed from them is one small unit of ``evaluate/scores``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+from ..storage.contributions import write_table
+from ..storage.documents import dump, load
+from ..storage.errors import IncompleteStage, InputError, SpecError
+from ..storage.files import read_bytes, write_bytes
+from ..storage.uri import is_local
+from ..workers.determinism import preserved_generators, restored_process
+from ..workers.recipe import Recipe
+from ..workers.recipes import BUILT_IN
+from .events import Note, Observer, StageFinished, StageStarted, UnitSkipped, null
+from .evidence import Evidence, tracked_samples
+from .executors import make_executor
+from .handle import Run, open_run
+from .rankings import removals
+from .retrainings import (
+    RETRAIN,
+    Change,
+    RetrainTasks,
+    Trial,
+    Way,
+    leave_one_out,
+    perturbations,
+    subsets,
+    unchanged,
+)
+from .spec import RunSpec
+from .survey import compute_of, resolve_recipe
+from .units import Executor
+from .verdict import summarize, tables
+
+SCORES = "evaluate/scores"
+SUMMARY = "evaluate/summary.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """What an evaluation asks.
+
+    Attributes:
+        methods: Which estimators; None: all that are complete.
+        subsets: Random subsets a fraction, for the linear datamodelling score.
+        fractions: Shares of the tracked samples that subsets keep.
+        seed: Of every random choice.
+        retraining: How the rest is trained, ``weighted``, ``rescaled`` or ``subset``; see
+            ``workers.retrain``. Single samples and random weights are always ``weighted``.
+        leave_one_out: How many single samples are removed.
+        remove: Shares of the tracked samples that the removal curves take away.
+        perturb: Sizes of the random changes of all weights that measure how smooth training is.
+
+    Raises:
+        SpecError: A number is out of its range.
+    """
+
+    methods: Sequence[str] | None = None
+    subsets: int = 120
+    fractions: tuple[float, ...] = (0.5, 0.9, 0.99)
+    seed: int = 0
+    retraining: Way = "rescaled"
+    leave_one_out: int = 0
+    remove: tuple[float, ...] = (0.02, 0.1, 0.3)
+    perturb: tuple[float, ...] = (0.03, 0.1, 0.3)
+
+    def __post_init__(self) -> None:
+        if self.retraining not in get_args(Way):
+            raise SpecError(f"retraining {self.retraining!r}: must be one of {', '.join(get_args(Way))}")
+        for name, least in (("subsets", 0), ("leave_one_out", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise SpecError(f"{name} {getattr(self, name)}: must be at least {least}")
+        if self.subsets in (1, 2):
+            raise SpecError(f"subsets {self.subsets}: a rank correlation needs at least 3; or 0 for none")
+        for name in ("fractions", "remove", "perturb"):
+            for value in getattr(self, name):
+                if not 0 < value < 1:
+                    raise SpecError(f"{name} {value:g}: must be above 0 and below 1")
+
+
+def evaluate(
+    run: Run | str,
+    recipe: Recipe | str | None = None,
+    *,
+    questions: Questions | None = None,
+    observer: Observer | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Retrain, score every method, store the summary in the run and return it.
+
+    Args:
+        run: The run, or where it is.
+        recipe: What the run was made from. Needed unless that is a built-in recipe: code that a
+            stored run names is never imported unasked.
+        questions: What to ask.
+        observer: Hears of everything that happens.
+        overrides: Fields of `RunSpec` that say where the work is done: ``executor``, ``address``,
+            ``workers``, ``gpus_per_actor``, ``cpus_per_actor``, ``device``, ``recipe_args``, ...
+
+    Raises:
+        InputError: The recipe has to be named, or a method is unknown.
+        IncompleteStage: The run has no complete method, or no record.
+        ReplayDiverged: Training with nothing changed does not give the recorded weights.
+    """
+    with restored_process():
+        found = run if isinstance(run, Run) else open_run(run)
+        return _Evaluation(found, recipe, questions or Questions(), observer or null, overrides).evaluate()
+
+
+def stored_spec(run: Run, recipe: Recipe | str | None, overrides: Mapping[str, Any]) -> RunSpec:
+    """Return the specification of a run's training, from ``run.json`` and a recipe the caller names.
+
+    Where the work was placed (cluster address, workers) is not taken from the file: a run that came
+    from elsewhere must not choose the machines that get our code.
+    """
+    stored = run.info.get("spec", {})
+    names = {field.name for field in fields(RunSpec)}
+    kept = ("dtype", "epochs", "batch_size", "seed", "threads", "cpus_per_actor", "device", "batch_norm")
+    values = {name: stored[name] for name in (*kept, "executor") if stored.get(name) is not None}
+    if recipe is None:
+        recipe = str(stored.get("recipe", ""))
+        if recipe not in BUILT_IN:
+            raise InputError(
+                f"the recipe {recipe!r} of {run.uri} is not imported unasked, since it is code that a stored "
+                f"run names; name it yourself: hydra-pipe evaluate {run.uri} {recipe or 'RECIPE'}"
+            )
+    if isinstance(recipe, str):
+        values["recipe_args"] = dict(stored.get("recipe_args", {}))
+    given = {name: value for name, value in overrides.items() if name in names and value is not None}
+    if "recipe_args" in given and isinstance(recipe, str):
+        given["recipe_args"] = {**values.get("recipe_args", {}), **given["recipe_args"]}
+    return RunSpec(**{**values, **given, "recipe": recipe, "out": run.uri})
+
+
+class _Evaluation:
+    """One evaluation of one run."""
+
+    def __init__(
+        self,
+        run: Run,
+        recipe: Recipe | str | None,
+        questions: Questions,
+        observer: Observer,
+        overrides: Mapping[str, Any],
+    ) -> None:
+        self.run, self.questions, self.observer = run, questions, observer
+        complete = run.methods()
+        if not complete:
+            raise IncompleteStage(f"{run.uri} has no complete method to evaluate; finish the run first")
+        self.methods = list(dict.fromkeys(run.method(m) for m in questions.methods or complete))
+        self.trajectory = run.trajectory()
+        self.tracked, self.tested = tracked_samples(run, self.methods)
+        self.spec = stored_spec(run, recipe, overrides)
+        with preserved_generators():
+            self.recipe = resolve_recipe(self.spec)
+        self.n_train = int(run.info["n_train"])
+
+    def evaluate(self) -> dict[str, Any]:
+        executor = make_executor(self.spec)
+        try:
+            # First and alone: it stops a wrong recipe before hundreds of retrainings, and some
+            # rankings are made of what it measures.
+            self._retrain(executor, [unchanged()], close=False)
+            evidence = Evidence(self.run, self.tracked, self.tested, unchanged().unit)
+            trials = self._trials(evidence)
+            changes = {trial.change.unit: trial.change for trial in trials}
+            self._retrain(executor, [unchanged(), *changes.values()], close=True)
+        finally:
+            executor.close()
+        evidence.load(trials)
+        summary = summarize(evidence, self.methods, self._asked())
+        self._store(summary, evidence)
+        return summary
+
+    def _trials(self, evidence: Evidence) -> list[Trial]:
+        asked, tracked, way = self.questions, self.tracked, self.questions.retraining
+        trials: list[Trial] = []
+        for fraction in asked.fractions if asked.subsets else ():
+            if not 0 < round(fraction * len(tracked)) < len(tracked):
+                raise SpecError(
+                    f"fractions {fraction:g}: of {len(tracked)} tracked samples that keeps "
+                    f"{round(fraction * len(tracked))}; some must stay and some must go"
+                )
+            trials += subsets(tracked, fraction, asked.subsets, asked.seed, way)
+        if asked.leave_one_out:
+            trials += leave_one_out(tracked, asked.leave_one_out, asked.seed)
+        trials += removals(evidence, self.methods, asked.remove, asked.seed, way)
+        return trials + perturbations(tracked, self.n_train, asked.perturb, asked.seed)
+
+    def _retrain(self, executor: Executor, changes: Sequence[Change], *, close: bool) -> None:
+        """Do the retrainings that are not committed yet."""
+        begun = time.monotonic()
+        directory, observer = self.run.directory, self.observer
+        steps = len(self.trajectory.batches)
+        observer(
+            StageStarted(stage=RETRAIN, units=len(changes), total=steps * len(changes), unit_label="step")
+        )
+        todo = []
+        for change in changes:
+            manifest = directory.manifest(RETRAIN, change.unit)
+            problems = [] if manifest is None else directory.check(manifest, digests=is_local(directory.uri))
+            if manifest is not None and not problems:
+                observer(UnitSkipped(stage=RETRAIN, unit=change.unit))
+                continue
+            if problems:
+                observer(Note(message=f"{RETRAIN} {change.unit} is done again: {problems[0]}"))
+                directory.drop(RETRAIN, change.unit)
+            todo.append(change.as_unit())
+        if todo:
+            tasks = RetrainTasks(
+                uri=directory.uri,
+                recipe=self.recipe,
+                compute=compute_of(self.spec),
+                n_train=self.n_train,
+                tracked=self.tracked,
+                tested=self.tested,
+            )
+            executor.run(RETRAIN, todo, tasks, observer)
+        seconds = time.monotonic() - begun
+        if todo or close:
+            self._note(seconds if todo else 0.0)
+        observer(StageFinished(stage=RETRAIN, seconds=seconds))
+
+    def _note(self, seconds: float) -> None:
+        """Write into ``run.json`` how many retrainings there are and what they took."""
+        directory = self.run.directory
+        info = directory.read()  # read anew: a run may have added a method meanwhile
+        entry = info.setdefault("stages", {}).setdefault(RETRAIN, {})
+        entry["units"] = len(directory.manifests(RETRAIN)) + 1
+        entry["seconds"] = float(entry.get("seconds", 0.0)) + seconds
+        directory.write(info)
+
+    def _asked(self) -> dict[str, Any]:
+        asked = self.questions
+        return {
+            field.name: list(value) if isinstance(value := getattr(asked, field.name), tuple) else value
+            for field in fields(asked)
+            if field.name != "methods"
+        }
+
+    def _store(self, summary: dict[str, Any], evidence: Evidence) -> None:
+        directory = self.run.directory
+        large = tables(summary, evidence)
+        directory.drop(SCORES)
+        write_bytes(directory.path(*SUMMARY.split("/")), dump(summary))
+        files = [SUMMARY]
+        for name, (table, schema) in large.items():
+            relative = f"evaluate/{name}.parquet"
+            write_table(directory.path(*relative.split("/")), table, schema)
+            files.append(relative)
+        directory.commit(SCORES, "summary", files, {})
+
+
+def read_summary(run: Run) -> dict[str, Any]:
+    """Return what the last evaluation of a run found.
+
+    Raises:
+        IncompleteStage: It was never evaluated.
+    """
+    if run.directory.manifest(SCORES, "summary") is None:
+        raise IncompleteStage(f"{run.uri} was not evaluated yet; run `hydra-pipe evaluate {run.uri}`")
+    address = run.directory.path(*SUMMARY.split("/"))
+    return load(read_bytes(address), address)
+
+
+__all__ = ["SCORES", "SUMMARY", "Questions", "evaluate", "read_summary", "stored_spec"]

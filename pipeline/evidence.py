@@ -1,0 +1,149 @@
+"""What an evaluation has in hand: samples and labels of the run, and what retrainings gave.
+
+Letters: U retrainings, n tracked training samples, M test samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.dataset as pa_dataset
+
+from ..storage.errors import HydraError, InputError
+from .analysis.panels import tested
+from .analysis.scores import predict
+from .retrainings import Trial, read_part
+
+if TYPE_CHECKING:
+    from .handle import Run
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+class Evidence:
+    """The numbers that scores are computed from.
+
+    Args:
+        run: The run.
+        tracked: Train indices, (n,).
+        tests: Test indices, (M,).
+        baseline: Unit of the retraining that changed nothing.
+
+    Attributes:
+        loss: Test losses after each trial, (U, M); set by `load`.
+        accuracy: Share of right predictions after each trial, (U,), NaN where unknown.
+        base_loss: Test losses of the record, (M,).
+        base_accuracy: Its share of right predictions.
+        final_loss: Each tracked sample's loss at w_T, (n,).
+        mean_loss: Its loss averaged over its visits during training, (n,).
+        wrong: Whether its label is wrong on purpose, (n,); None where the run does not know.
+        train_label: (n,), -1: none.
+        test_label: (M,), -1: none.
+    """
+
+    def __init__(self, run: Run, tracked: Integers, tests: Integers, baseline: str) -> None:
+        self.run, self.tracked, self.tests = run, tracked, tests
+        table = read_part(run.directory, "retrain", baseline)
+        self.base_loss: Floats = table["loss"].to_numpy()
+        self.base_accuracy = _accuracy(table["correct"].to_numpy())
+        own = read_part(run.directory, "training_loss", baseline)
+        self.final_loss: Floats = own["final_loss"].to_numpy()
+        self.mean_loss: Floats = own["mean_loss"].to_numpy()
+        noisy = run.noisy()
+        self.wrong = None if noisy is None else np.isin(tracked, noisy[0])
+        self.train_label: Integers = run.samples()["label"].to_numpy().astype(np.int64)
+        self.test_label = _test_labels(run, int(tracked[0]), tests)
+        self.trials: list[Trial] = []
+        self.loss: Floats = np.empty((0, len(tests)))
+        self.accuracy: Floats = np.empty(0)
+        # Contributions are read once a method, for all trials together.
+        self._predicted: Callable[[str], Floats] = cache(lambda m: predict(run, m, self._taken()))
+        self._samples = cache(run.samples)
+
+    def load(self, trials: Sequence[Trial]) -> None:
+        """Read the results of the trials, all of which are committed."""
+        self.trials = list(trials)
+        found: dict[str, tuple[Floats, float]] = {}
+        for unit in {trial.change.unit for trial in trials}:
+            table = read_part(self.run.directory, "retrain", unit)
+            found[unit] = (table["loss"].to_numpy(), _accuracy(table["correct"].to_numpy()))
+        rows = [found[trial.change.unit] for trial in trials]
+        self.loss = np.array([loss for loss, _ in rows]).reshape(len(rows), len(self.tests))
+        self.accuracy = np.array([accuracy for _, accuracy in rows])
+
+    def contribution(self, method: str) -> Floats:
+        """Return C(i) of a method, (n,)."""
+        values: Floats = self._samples(method)["contribution"].to_numpy()
+        return values
+
+    def spread(self, method: str) -> Floats:
+        """Return the standard deviation of C(i, j) over the test samples, (n,)."""
+        values: Floats = self._samples(method)["contribution_std"].to_numpy()
+        return values
+
+    def rows(self, kind: str, **labels: object) -> list[int]:
+        """Return the positions of the trials of a kind with the given labels."""
+        return [
+            u
+            for u, trial in enumerate(self.trials)
+            if trial.kind == kind and all(trial.labels.get(k) == v for k, v in labels.items())
+        ]
+
+    def values(self, kind: str, label: str) -> list[float]:
+        """Return the different values of a label among the trials of a kind, ascending."""
+        return sorted({t.labels[label] for t in self.trials if t.kind == kind})
+
+    def change(self, rows: Sequence[int]) -> Floats:
+        """Return how the test losses really changed in the given trials, (rows, M)."""
+        return self.loss[list(rows)] - self.base_loss
+
+    def predicted(self, method: str, rows: Sequence[int]) -> Floats:
+        """Return how a method says they changed, (rows, M)."""
+        return self._predicted(method)[list(rows)]
+
+    def _taken(self) -> Floats:
+        taken = np.zeros((len(self.trials), len(self.tracked)))
+        n_train = int(self.run.info["n_train"])
+        for u, trial in enumerate(self.trials):
+            changed, others = trial.change.taken(n_train)
+            taken[u] = others
+            taken[u, np.searchsorted(self.tracked, trial.change.index)] = changed
+        return taken
+
+
+def tracked_samples(run: Run, methods: Sequence[str]) -> tuple[Integers, Integers]:
+    """Return (tracked train indices, test indices), which all ``methods`` must share.
+
+    Raises:
+        InputError: They do not.
+    """
+    tracked = run.samples(methods[0])["train_index"].to_numpy().astype(np.int64)
+    for method in methods[1:]:
+        if not np.array_equal(run.samples(method)["train_index"].to_numpy(), tracked):
+            raise InputError(
+                f"{method} and {methods[0]} do not have the same training samples; evaluate them one by one "
+                "with --methods"
+            )
+    return tracked, tested(run, methods[0])
+
+
+def _accuracy(correct: npt.NDArray[np.int8]) -> float:
+    known = correct[correct >= 0]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _test_labels(run: Run, sample: int, tests: Integers) -> Integers:
+    try:
+        return run.test_gradients().column("label").astype(np.int64)
+    except HydraError:  # an estimator without test gradients: its table has the labels too
+        names = ["test_index", "test_label"]
+        table = run.contributions().to_table(names, filter=pa_dataset.field("train_index") == sample)
+        order = np.argsort(table["test_index"].to_numpy())
+        labels: Integers = table["test_label"].to_numpy()[order].astype(np.int64)
+        assert len(labels) == len(tests)
+        return labels

@@ -97,21 +97,6 @@ def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
         # A resumed run keeps the cut it began with, whatever `auto` would choose today.
         before = stored.get("methods", {}).get(spec.base_method, {}) if stored else {}
         fixed = before.get("shards")
-        if fixed and spec.shards not in ("auto", fixed, before.get("asked_shards")):
-            raise SpecMismatch(
-                f"{directory.uri} holds {fixed} shards of method {spec.method}, asked {spec.shards}; "
-                "leave --shards out to go on with it, or use another --out"
-            )
-        if before.get("options", method_options(spec)) != method_options(spec):
-            raise SpecMismatch(
-                f"{directory.uri} holds method {spec.method} made with {before['options']}, "
-                f"asked {method_options(spec)}; use another --out, or the stored options"
-            )
-        if before.get("mode", spec.mode) != spec.mode:
-            raise SpecMismatch(
-                f"{directory.uri} holds method {spec.method} made in {before['mode']} mode, asked {spec.mode}; "
-                "use another --out, or the stored mode"
-            )
         plan = cut(spec, looked, executor.capacity(start=False), shards=fixed)
         if replaced:  # only now: what cannot be done must not cost the run that is there
             directory.delete_results()
@@ -143,6 +128,19 @@ def _place(spec: RunSpec, looked: Survey) -> str:
             f"--out {out}: memory:// lives in one process and Ray workers are others; use --executor serial"
         )
     return out
+
+
+def _method_differences(spec: RunSpec, stored: Mapping[str, Any]) -> list[str]:
+    """Compare what belongs to one method of a run, not to the run, as ``RunSpec.differences`` does."""
+    lines = []
+    if stored.get("mode", spec.mode) != spec.mode:
+        lines.append(f"mode: stored {stored['mode']!r}, asked {spec.mode!r}")
+    if stored.get("options", method_options(spec)) != method_options(spec):
+        lines.append(f"options: stored {stored['options']}, asked {method_options(spec)}")
+    shards = stored.get("shards")
+    if shards and spec.shards not in ("auto", shards, stored.get("asked_shards")):
+        lines.append(f"shards: stored {shards}, asked {spec.shards}")
+    return [f"{line} (method {spec.base_method})" for line in lines]
 
 
 def method_options(spec: RunSpec) -> dict[str, Any]:
@@ -177,6 +175,7 @@ def _stored(directory: RunDirectory, spec: RunSpec, looked: Survey) -> dict[str,
         for name, value in _chosen(looked).items()
         if name in before and before[name] != value
     ]
+    differing += _method_differences(spec, stored.get("methods", {}).get(spec.base_method, {}))
     if not differing:
         return stored
     if not spec.overwrite:
@@ -202,9 +201,9 @@ class _Driver:
     ) -> None:
         self.spec, self.looked, self.plan = spec, looked, plan
         self.directory, self.executor, self.observer = directory, executor, observer
-        self.method = spec.method
+        self.method: str = spec.method
         adjoint = spec.mode == "adjoint"
-        self.base = spec.base_method
+        self.base: str = spec.base_method
         self.collect_stage = f"{self.base}/{ADJOINT if adjoint else REPLAY}"
         self.reduce_stage = f"{self.method}/{REDUCE}"
         self.options = method_options(spec)

@@ -14,7 +14,7 @@ OTHERS = {ROOT / "docs" / "how-to-deploy.md", ROOT / "docs" / "benchmarks.md"}
 """Pages about machines that a test does not have: their links are checked, their commands are not run."""
 
 _BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>file: \S+|not run: [^\n]+|refused) -->\n)?"
+    r"(?:^<!-- (?P<mark>file: \S+|not run: [^\n]+) -->\n)?"
     r"^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )

@@ -55,11 +55,7 @@ def test_blocks_of_a_page_run_in_order(page, prepared, tmp_path, monkeypatch):
 
 def run_commands(block: Block) -> None:
     for words in block.commands():
-        given = made_small(arguments(words, block.where))
-        if block.mark == "refused":
-            assert "not available in this version" in call(given, block.where, code=1), block.where
-        else:
-            call(given, block.where)
+        call(made_small(arguments(words, block.where)), block.where)
 
 
 @pytest.mark.parametrize("block", blocks(REFERENCE), ids=lambda block: str(block.line))

@@ -50,7 +50,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", [p for p in pages() if p not in OTHERS], ids=lambda page: page.name)
 def test_every_mark_stands_right_before_a_block(page):
     text = page.read_text(encoding="utf-8")
-    marks = re.findall(r"^<!-- (?:file:|not run|refused).*-->$", text, re.MULTILINE)
+    marks = re.findall(r"^<!-- (?:file:|not run).*-->$", text, re.MULTILINE)
     assert len(marks) == sum(1 for block in blocks(page) if block.mark)
     assert text.count("\n```") + text.startswith("```") == 2 * len(blocks(page))
 

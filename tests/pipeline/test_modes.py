@@ -74,8 +74,13 @@ def test_adjoint_stores_no_hypergradients(tmp_path):
 
 def test_one_method_has_one_mode(tmp_path):
     run(spec(Small(), tmp_path / "a"))
-    with pytest.raises(SpecMismatch, match="made in forward mode, asked adjoint"):
+    with pytest.raises(SpecMismatch, match="mode: stored 'forward', asked 'adjoint'"):
         run(spec(Small(), tmp_path / "a", mode="adjoint"))
+    with pytest.raises(SpecMismatch, match=r"shards: stored 2, asked 5 \(method hydra\)"):
+        run(spec(Small(), tmp_path / "a", shards=5))
+    run(spec(Small(), tmp_path / "a", shards="auto"))
+    replaced = run(spec(Small(), tmp_path / "a", shards=5, overwrite=True))
+    assert replaced.info["methods"]["hydra"]["shards"] == 5
 
 
 @pytest.mark.parametrize("mode", ["forward", "adjoint"])

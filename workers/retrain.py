@@ -1,21 +1,23 @@
 """Training again with other sample weights: the truth that contributions predict.
 
-``weighted``: the recorded training with every setting, batch and random draw as it was, in which
+A retraining is the recorded training with every setting, batch and random draw as it was, in which
 sample i counts ``weight_i`` times in the loss of its batch,
 
     loss_t = sum over the batch of  weight_i loss_i / B_t          (weight_i = 1 + N eps_i)
 
 so that weight 0 is eps_i = -1/N: exactly what the contribution's derivative speaks of. B_t stays the
 recorded batch size, and a sample of weight 0 stays in its batch, so that dropout, augmentation and
-batch statistics are those of the record. Half of the samples removed halves every gradient, which
-is a training with half the learning rate.
+batch statistics are those of the record. Two ways to remove samples follow:
 
-``rescaled``: the same steps, but the loss of a batch is the mean over what is left in it (divided by
-the sum of its weights instead of B_t): the learning rate means what it meant. To first order that is
-weight N / (N - removed) for the samples that stay.
+``weighted``: those that stay keep weight 1. Half of the samples removed halves every gradient, as
+half the learning rate would.
 
-``subset``: what somebody who deletes the samples would do: the recipe trained from scratch, same
-seed, on the samples that are left, in batches drawn anew, with the recipe's own schedule.
+``rescaled``: those that stay get weight N / (N - removed): the loss is the mean over what is left, and
+the learning rate means what it meant.
+
+A third way, ``subset``, is what somebody who deletes the samples would do: the recipe trained from
+scratch, same seed, on the samples that are left, in batches drawn anew, with its own schedule. It
+mixes the effect of the samples with that of another batch order.
 """
 
 from __future__ import annotations
@@ -66,19 +68,15 @@ class WeightedTraining(Training):
         recipe: The user's recipe.
         compute: How to compute.
         weights_N: One weight a training sample, 1 + N eps_i.
-        rescale: Whether a batch's loss is divided by the sum of its weights instead of B_t.
     """
 
-    def __init__(
-        self, recipe: Recipe, compute: Compute, weights_N: Floats, *, rescale: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, compute: Compute, weights_N: Floats, *, rescale: bool = False) -> None:
         super().__init__(recipe, compute)
         if weights_N.shape != (self.n_train,):
             raise InputError(
                 f"{weights_N.shape[0]} sample weights for {self.n_train} training samples; is it the same recipe?"
             )
         self._weights = torch.from_numpy(weights_N).to(device=self.device, dtype=self.dtype)
-        self._rescale = rescale
         self._members: Tensor | None = None
         self.visited = np.zeros(self.n_train)
         """Sum of each sample's own losses over its visits, before weights, (N,)."""
@@ -98,11 +96,7 @@ class WeightedTraining(Training):
         if self._members is None:
             return losses_B
         self.visited[self._members.numpy()] += losses_B.detach().double().cpu().numpy()
-        weights_B = self._weights[self._members.to(self.device)]
-        if self._rescale:
-            total = weights_B.sum()  # 0: nothing is left of this batch, and nothing pulls
-            weights_B = torch.where(total > 0, weights_B * (size / total), weights_B)
-        return losses_B * weights_B
+        return losses_B * self._weights[self._members.to(self.device)]
 
 
 def retrain_weighted(
@@ -111,8 +105,6 @@ def retrain_weighted(
     trajectory: Trajectory,
     weights_N: Floats,
     report: Report | None = None,
-    *,
-    rescale: bool = False,
 ) -> WeightedTraining:
     """Repeat the recorded training with other sample weights; return it, trained.
 
@@ -123,7 +115,7 @@ def retrain_weighted(
             recorded ones: another recipe, other data or another kind of machine.
         NonFiniteLoss: A batch loss is NaN or infinite.
     """
-    training = WeightedTraining(recipe, compute, weights_N, rescale=rescale)
+    training = WeightedTraining(recipe, compute, weights_N)
     verified = VerifiedReplay(training, trajectory, np.empty(0, dtype=np.int64))
     if (weights_N == 1).all():
         verified.replay(report)

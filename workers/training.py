@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..storage.errors import NonFiniteLoss, RecipeError
+from ..storage.errors import DoesNotFit, NonFiniteLoss, RecipeError
 from .data import Indices, batch_order, step_batches, to_device
 from .determinism import derived_seed, prepare_process, resolve_device, seed_everything
 from .layout import Layout, checksum, flatten, load_flat
@@ -107,6 +107,28 @@ class Training:
         return int((self.batches[step] >= 0).sum())
 
     def step(self, step: int, batch: Batch, watch: Watch | None = None) -> Tensor:
+        """Take one training step; see ``_step``, whose device errors get a name here.
+
+        Raises:
+            DoesNotFit: The device's memory does not hold the step.
+            RecipeError: An operation has no deterministic form on this device, or see ``_step``.
+        """
+        try:
+            return self._step(step, batch, watch)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                f"step {step} does not fit into the memory of {self.device}: {str(error).splitlines()[0]}; "
+                "use a smaller batch size or a larger device"
+            ) from error
+        except RuntimeError as error:
+            if "does not have a deterministic implementation" not in str(error):
+                raise
+            raise RecipeError(
+                f"{str(error).split(' does not have')[0]} has no deterministic form on {self.device}, so no "
+                "replay could follow it; use another layer, or --device cpu"
+            ) from error
+
+    def _step(self, step: int, batch: Batch, watch: Watch | None) -> Tensor:
         """Take one training step; with ``watch``, also hand over the rows' per-sample gradients.
 
         Returns:

@@ -332,7 +332,11 @@ def test_mirrored_influence(convex):
     assert worst(convex.find("mirrored-influence", rate=1e-6).values, dot) < 1e-3
     some = convex.find("mirrored-influence", steps=3, rate=0.1).values
     right = convex.influence()
-    print("MIRROR", [np.corrcoef(a.ravel(), right.ravel())[0, 1] for a in (some, dot)], [spearmanr(a.ravel(), right.ravel())[0] for a in (some, dot)])
+    print(
+        "MIRROR",
+        [np.corrcoef(a.ravel(), right.ravel())[0, 1] for a in (some, dot)],
+        [spearmanr(a.ravel(), right.ravel())[0] for a in (some, dot)],
+    )
 
 
 @pytest.mark.parametrize("central", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hydra_pipe.storage.errors import NonFiniteLoss, RecipeError, ReplayDiverged
+from hydra_pipe.storage.errors import DoesNotFit, NonFiniteLoss, RecipeError, ReplayDiverged
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.data import batch_order
 from hydra_pipe.workers.determinism import restored_process
@@ -145,6 +145,30 @@ def test_a_replay_that_leaves_the_record_is_stopped(tmp_path):
     other.seed = 4
     with pytest.raises(ReplayDiverged, match="batch order differs"):
         Replay(Training(other, CPU), trajectory, np.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("raised", "named", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+            DoesNotFit,
+            "step 0 does not fit .* smaller batch",
+        ),
+        (
+            RuntimeError("foo_backward_cuda does not have a deterministic implementation, but you set"),
+            RecipeError,
+            "foo_backward_cuda has no deterministic form on cpu",
+        ),
+    ],
+)
+def test_errors_of_the_device_get_a_name(raised, named, message, tmp_path):
+    class Fails(Small):
+        def losses(self, model, batch):
+            raise raised
+
+    with pytest.raises(named, match=message):
+        recorded(Fails(), tmp_path)
 
 
 class Unused(Small):

@@ -1,0 +1,264 @@
+"""Recipes that each have one mistake; all must be refused in one line, before anything is written."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from hydra_pipe.workers.recipe import Recipe
+from torch import nn
+from torch.utils.data import IterableDataset, Subset, TensorDataset
+
+from tests.recipes import Small, gaussian
+
+
+class NotARecipe:
+    pass
+
+
+class Empty(Recipe):
+    """Defines nothing."""
+
+
+class UsesAdam(Small):
+    def optimizer(self, model):
+        return torch.optim.Adam(model.parameters())
+
+
+class OwnSgd(Small):
+    class Mine(torch.optim.SGD):
+        pass
+
+    def optimizer(self, model):
+        return self.Mine(model.parameters(), lr=0.1)
+
+
+class Maximizes(Small):
+    def optimizer(self, model):
+        return torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
+
+
+class OptimizesNothing(Small):
+    def optimizer(self, model):
+        return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+
+
+class OptimizerRaises(Small):
+    def optimizer(self, model):
+        raise ValueError("no such group\nand a second line")
+
+
+class Streams(Small):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    def train_dataset(self):
+        return self.Endless()
+
+
+class NoLength(Small):
+    class Bare:
+        def __getitem__(self, index: int) -> Any:
+            return torch.zeros(6), 0
+
+    def train_dataset(self):
+        return self.Bare()
+
+
+class NoSamples(Small):
+    def train_dataset(self):
+        return TensorDataset(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))
+
+
+class NoTestSamples(Small):
+    def test_dataset(self):
+        return TensorDataset(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))
+
+
+class DatasetRaises(Small):
+    def train_dataset(self):
+        raise FileNotFoundError("there is no data.npz")
+
+
+class ItemRaises(Small):
+    class Broken(TensorDataset):
+        def __getitem__(self, index):
+            raise OSError("disk read error")
+
+    def train_dataset(self):
+        return self.Broken(torch.zeros(9, 6), torch.zeros(9, dtype=torch.int64))
+
+
+class MeanLoss(Small):
+    def losses(self, model, batch):
+        return super().losses(model, batch).mean()
+
+
+class LossPerClass(Small):
+    def losses(self, model, batch):
+        return model(batch[0])
+
+
+class LossIsFloat(Small):
+    def losses(self, model, batch):
+        return 1.0
+
+
+class LossRaises(Small):
+    def losses(self, model, batch):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nsecond line")
+
+
+class LossDetached(Small):
+    def losses(self, model, batch):
+        return super().losses(model, batch).detach()
+
+
+class IntegerLoss(Small):
+    def losses(self, model, batch):
+        return super().losses(model, batch).long()
+
+
+class Shares(Small):
+    """Train and test overlap."""
+
+    def __init__(self) -> None:
+        self.both = gaussian(60, self.shape, self.classes, 1)
+
+    def train_dataset(self):
+        return Subset(self.both, range(45))
+
+    def test_dataset(self):
+        return Subset(self.both, range(40, 60))
+
+
+class SameObject(Small):
+    def __init__(self) -> None:
+        self.both = gaussian(45, self.shape, self.classes, 1)
+
+    def train_dataset(self):
+        return self.both
+
+    def test_dataset(self):
+        return self.both
+
+
+class FewLabels(Small):
+    def labels(self, dataset):
+        return [0, 1, 2]
+
+
+class NegativeLabels(Small):
+    def labels(self, dataset):
+        return [-1] * len(dataset)
+
+
+class NamedLabels(Small):
+    def labels(self, dataset):
+        return ["cat"] * len(dataset)
+
+
+class LabelsRaise(Small):
+    def labels(self, dataset):
+        raise KeyError("targets")
+
+
+class CollateRaises(Small):
+    def collate(self, items):
+        raise ValueError("ragged")
+
+
+class MaxNorm(Small):
+    def model(self):
+        return nn.Sequential(nn.Embedding(6, 3, max_norm=1.0), nn.Flatten(), nn.Linear(18, 3))
+
+
+class Synced(Small):
+    def model(self):
+        return nn.Sequential(nn.Linear(6, 5), nn.SyncBatchNorm(5), nn.Linear(5, 3))
+
+
+class Lazy(Small):
+    def model(self):
+        return nn.Sequential(nn.LazyLinear(3))
+
+
+class Frozen(Small):
+    def model(self):
+        return super().model().requires_grad_(False)
+
+
+class NoModel(Small):
+    def model(self):
+        return None
+
+
+class ModelRaises(Small):
+    def model(self):
+        raise RuntimeError("no such layer")
+
+
+class Unused(Small):
+    """A parameter that no forward pass uses."""
+
+    def model(self):
+        model = super().model()
+        model.register_parameter("spare", nn.Parameter(torch.zeros(2)))
+        return model
+
+
+class NoEpochs(Small):
+    epochs = 0
+
+
+class HalfBatch(Small):
+    batch_size = 2.5
+
+
+class BadInterval(Small):
+    scheduler_interval = "batch"
+
+
+class SchedulerRaises(Small):
+    def scheduler(self, optimizer):
+        raise ValueError("total_steps is missing")
+
+
+class SchedulerIsNone(Small):
+    def scheduler(self, optimizer):
+        return 3
+
+
+class ConstructorRaises(Small):
+    def __init__(self, width: int = 3) -> None:
+        raise ValueError(f"width {width} is odd")
+
+
+class Unpicklable(Small):
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+class NanLoss(Small):
+    """Fine until a NaN input comes up."""
+
+    def train_dataset(self):
+        dataset = super().train_dataset()
+        dataset.tensors[0][17] = float("nan")
+        return dataset
+
+
+class OtherTestShape(Small):
+    def test_dataset(self):
+        return gaussian(12, (7,), self.classes, 2)
+
+
+class ValidationRaises(Small):
+    def validation_dataset(self):
+        raise ValueError("no split")
+
+
+class BadName(Small):
+    NAME = "../escape"

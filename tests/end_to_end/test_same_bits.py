@@ -1,0 +1,92 @@
+"""The same bits whatever the executor, the number of shards and the number of workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hydra_pipe.pipeline.drive import run
+from hydra_pipe.pipeline.spec import RunSpec
+
+from tests.end_to_end.support import assert_same_bits, numbers, serial
+from tests.recipes import BatchNormed, Images, Long, Small
+
+TEST = "1:11"
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: Any) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("right") / "run"
+    serial(out, Images(), shards=3, test=TEST)
+    return numbers(out, shard=False)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 8, 45])
+def test_any_number_of_shards(shards, right, tmp_path):
+    finished = serial(tmp_path / "run", Images(), shards=shards, test=TEST)
+    # Whole chunks are dealt, so that at most as many shards as asked come out.
+    assert 1 <= finished.info["layout"]["shards"] <= shards
+    assert (shards == 1) == (finished.info["layout"]["shards"] == 1)
+    assert_same_bits(numbers(tmp_path / "run", shard=False), right)
+
+
+@pytest.mark.parametrize("kind", [Small, Long, BatchNormed], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_shards_change_no_bit_of_other_models(kind, dtype, tmp_path):
+    found = []
+    for shards in (1, 3, 8):
+        out = tmp_path / str(shards)
+        serial(out, kind(), shards=shards, dtype=dtype)
+        found.append(numbers(out, shard=False))
+    assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
+
+
+def test_a_run_repeated_has_the_same_bits(right, tmp_path):
+    serial(tmp_path / "run", Images(), shards=3, test=TEST)
+    assert_same_bits(numbers(tmp_path / "run", shard=False), right)
+
+
+def test_a_subset_of_samples_has_the_bits_it_has_among_all(right, tmp_path):
+    chosen = [0, 7, 8, 20, 44]
+    serial(tmp_path / "run", Images(), track=chosen, test=TEST, shards=2)
+    found = numbers(tmp_path / "run")
+    assert (found["hypergradients"] == right["hypergradients"][chosen]).all()
+    assert (found["digest"] == right["digest"]).all()
+
+
+def test_small_reduce_tiles_hardly_change_a_number_and_never_with_shards(right, tmp_path):
+    """Tiles are part of the spec: other tiles are another run, the same tiles the same bits."""
+    found = []
+    least = 8 * 4 * right["hypergradients"].shape[1]  # eight rows, below which it is refused
+    for shards in (1, 5):
+        out = tmp_path / str(shards)
+        finished = serial(out, Images(), shards=shards, test=TEST, reduce_memory=least)
+        assert finished.info["stages"]["hydra/reduce"]["units"] > 2
+        found.append(numbers(out, shard=False))
+    assert_same_bits(found[0], found[1])
+    assert found[0]["contributions.contribution"] == pytest.approx(
+        right["contributions.contribution"], rel=1e-4, abs=1e-7
+    )
+    assert found[0]["samples.contribution"] == pytest.approx(
+        right["samples.contribution"], rel=1e-4, abs=1e-7
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("workers", "shards"), [(1, 3), (2, 8)])
+def test_ray_and_this_process_agree(workers, shards, ray_cluster, right, tmp_path):
+    spec = RunSpec(
+        recipe=Images(),
+        out=str(tmp_path / "run"),
+        executor="ray",
+        address=ray_cluster,
+        workers=workers,
+        shards=shards,
+        test=TEST,
+        device="cpu",
+    )
+    finished = run(spec)
+    # 45 rows in chunks of ceil(45 / (4 shards)) rows.
+    assert finished.info["layout"]["shards"] == shards
+    assert_same_bits(numbers(tmp_path / "run", shard=False), right)

@@ -12,21 +12,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from ..storage.errors import InputError, SpecError, SpecMismatch
+from ..storage.errors import SpecError, SpecMismatch
 from ..storage.rundir import RunDirectory
 from ..workers.determinism import restored_process
 from ..workers.estimators import ESTIMATORS, make
 from ..workers.estimators.base import TARGETS, Estimator
 from ..workers.recipe import Recipe
-from ..workers.recipes import BUILT_IN
 from ..workers.training import Compute
+from .admission import place, refuse_unsupported, stored_run
 from .attribute_tasks import ATTRIBUTE, PREPARE, AttributeTasks, by_test, prepared
-from .drive import INDEX, _Driver, _place, _refuse_unsupported, _stored, _units
+from .drive import _Driver
 from .events import Note, Observer, RunFinished, RunStarted, null
 from .executors import make_executor
 from .handle import Run, open_run
-from .plan import EXACT_TARGETS, Plan, spans, cut
+from .plan import EXACT_TARGETS, Plan, cut, spans
 from .spec import RunSpec
+from .spec_stored import PLACEMENT, spec_of
+from .stages import INDEX, units_of
 from .survey import Survey, survey
 from .tasks import RECORD, REDUCE, TEST_GRADIENTS, Tasks
 from .units import Executor
@@ -40,17 +42,7 @@ VECTOR_SHARE = 0.25
 PREPARE_ROWS = 512
 """Tracked samples prepared in a unit, at most."""
 
-PLACEMENT = (
-    "executor",
-    "address",
-    "workers",
-    "gpus_per_actor",
-    "cpus_per_actor",
-    "memory",
-    "max_attempts",
-    "start_timeout",
-)
-"""Fields of ``RunSpec`` that say where the work is done and not what comes out."""
+__all__ = ["PLACEMENT", "attribute"]
 
 assert EXACT_TARGETS % TARGETS == 0, "blocks must be whole tiles of test samples"
 
@@ -102,10 +94,10 @@ def _attribute(
 ) -> Run:
     found = open_run(uri)
     spec = spec_of(found, recipe, placement)
-    _refuse_unsupported(spec)
+    refuse_unsupported(spec)
     looked = survey(spec, trial=False)
-    _place(spec, looked)
-    stored = _stored(found.directory, spec, looked)
+    place(spec, looked)
+    stored = stored_run(found.directory, spec, looked)
     assert stored is not None  # the run is there, and what differs has been refused
     for name, estimator in chosen.items():
         _check_options(found.directory, stored, name, estimator, overwrite, observer)
@@ -122,45 +114,6 @@ def _attribute(
     finished = open_run(found.uri)
     observer(RunFinished(summary=finished.summary(list(chosen)[-1])))
     return finished
-
-
-def spec_of(run: Run, recipe: Recipe | str | None, placement: Mapping[str, Any]) -> RunSpec:
-    """Return the specification of a stored run, to go on with it.
-
-    What decides its numbers comes from ``run.json``; where the work is done does not, since a run
-    that came from elsewhere must not choose the machines that get our code.
-
-    Raises:
-        InputError: The recipe is not built in and has to be named.
-        SpecMismatch: Another recipe than the run's is named.
-    """
-    identity = dict(run.info.get("identity", {}))
-    reference = str(identity.get("recipe", ""))
-    if recipe is None:
-        if reference not in BUILT_IN:
-            raise InputError(
-                f"the recipe {reference!r} of {run.uri} is not imported unasked, since it is code that a "
-                f"stored run names; name it yourself: hydra-pipe attribute {run.uri} {reference or 'RECIPE'}"
-            )
-        recipe = reference
-    names = {field.name for field in fields(RunSpec)}
-    values = {name: value for name, value in identity.items() if name in names}
-    if not isinstance(recipe, str):
-        del values["recipe_args"]
-    unknown = [name for name in placement if name not in PLACEMENT]
-    if unknown:
-        raise SpecError(f"{unknown[0]} is the run's own and cannot be chosen; {', '.join(PLACEMENT)} can")
-    spoken = run.info.get("spec", {})
-    values |= {k: spoken[k] for k in ("executor", "cpus_per_actor") if spoken.get(k) is not None}
-    values |= {name: value for name, value in placement.items() if value is not None}
-    spec = RunSpec(**{**values, "recipe": recipe, "out": run.uri})
-    differing = spec.differences(identity)
-    if differing:
-        raise SpecMismatch(
-            f"{run.uri} was made with another specification ({'; '.join(differing)}); "
-            "name the recipe it was made from"
-        )
-    return spec
 
 
 def _check_options(
@@ -232,7 +185,7 @@ class _Attribution(_Driver):
         self.estimator = estimator
         shaped = replace(spec, mode="adjoint", hessian="exact", exact_rank=0)
         super().__init__(shaped, looked, plan, directory, executor, observer, stored)
-        self.method = estimator.NAME
+        self.method = self.base = estimator.NAME
         self.options = estimator.options()
         self.prepare_stage = f"{self.method}/{PREPARE}"
         self.collect_stage = f"{self.method}/{ATTRIBUTE}"
@@ -270,7 +223,7 @@ class _Attribution(_Driver):
         )
         if not self._valid(self.prepare_stage, INDEX):
             self._commit_index(self.prepare_stage, base, store)
-        units = _units(self.prepare_stage, spans(plan.n_tracked, rows, "rows"))
+        units = units_of(self.prepare_stage, spans(plan.n_tracked, rows, "rows"))
         if self._stage(self.prepare_stage, units, plan.n_tracked, "row", extra=1):
             # Blocks made with other lengths than these are void.
             for stage in (self.reduce_stage, self.collect_stage):
@@ -291,7 +244,7 @@ class _Attribution(_Driver):
         )
         if not self._valid(self.collect_stage, INDEX):
             self._commit_index(self.collect_stage, base, store)
-        units = _units(self.collect_stage, plan.shards)
+        units = units_of(self.collect_stage, plan.shards)
         self._stage(self.collect_stage, units, plan.n_tested, "row", extra=1)
 
     def _tasks(self, stage: str) -> Tasks:

@@ -1,0 +1,104 @@
+"""What ``run.json`` says of a run: what it was asked for, how it was cut, how close the plan was."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import metadata
+from typing import Any
+
+from ..storage.rundir import RunDirectory
+from ..storage.trajectory import open_trajectory
+from .admission import chosen, method_options
+from .plan import Plan
+from .spec import RunSpec
+from .survey import Survey
+from .tasks import RECORD
+
+
+def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``run.json`` of a run that begins or goes on.
+
+    Args:
+        spec: What was asked for.
+        looked: What the recipe came to.
+        plan: How the work is cut.
+        stored: ``run.json`` so far; empty for a new run.
+    """
+    methods = {**stored.get("methods", {})}
+    for method in {spec.base_method, spec.method}:
+        methods.setdefault(method, {"state": "partial"})
+        methods[method].update(mode=spec.mode, options=method_options(spec))
+    return {
+        "format": 1,
+        "spec": _spec_dict(spec),
+        "identity": stored.get("identity") or spec.identity(),
+        "recipe": {
+            "name": looked.recipe.name,
+            "class": f"{type(looked.recipe).__module__}:{type(looked.recipe).__qualname__}",
+            "arguments": dict(spec.recipe_args) or dict(looked.recipe.arguments()),
+            "epochs": looked.recipe.epochs,
+            "batch_size": looked.recipe.batch_size,
+            "seed": looked.recipe.seed,
+        },
+        "n_train": plan.n_train,
+        "n_test": plan.n_test,
+        "n_tracked": plan.n_tracked,
+        "n_test_tracked": plan.n_tested,
+        "dimension": plan.dimension,
+        "steps": plan.steps,
+        "method": spec.method,
+        "chosen": chosen(looked),
+        "conservation": looked.conservation,
+        "strategies": looked.strategies,
+        "versions": _versions(),
+        "layout": {
+            "shards": len(plan.shards),
+            "chunk_rows": plan.chunk_rows,
+            "test_chunk_rows": plan.test_chunk_rows,
+        },
+        "plan": plan.as_dict(),
+        "methods": methods,
+        "stages": {k: dict(v) for k, v in stored.get("stages", {}).items()},
+        "summary": dict(stored.get("summary", {})),
+    }
+
+
+def closing_notes(directory: RunDirectory, plan: Plan, info: dict[str, Any]) -> None:
+    """Add to ``info`` what the stages came to: losses, sizes, seconds, memory beside the plan's."""
+    manifests = [m for stage in directory.stages() for m in directory.manifests(stage)]
+    record = directory.manifest(RECORD, "trajectory")
+    closing = dict(record.values) if record else {}
+    predicted = plan.memory
+    info["summary"] = {
+        **{k: v for k, v in closing.items() if k.endswith(("_accuracy", "_loss"))},
+        "peak_bytes": max((m.values.get("peak_bytes", 0) for m in manifests), default=0),
+        "predicted_bytes": max(
+            predicted["replay worker"],
+            predicted["test-gradients worker"],
+            predicted["reduce worker"],
+        ),
+        "disk_bytes": sum(e.bytes for m in manifests for e in m.files),
+        "predicted_disk_bytes": plan.disk["total"],
+        "seconds": sum(v.get("seconds", 0.0) for v in info["stages"].values()),
+        "predicted_seconds": plan.seconds.get("total"),
+    }
+    if record is not None:
+        trajectory = open_trajectory(directory.path("trajectory.zarr"))
+        info["environment"] = trajectory.attrs.get("environment", {})
+
+
+def _spec_dict(spec: RunSpec) -> dict[str, Any]:
+    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    values["recipe"] = spec.recipe_reference
+    values["recipe_args"] = dict(spec.recipe_args)
+    for name in ("track", "test"):
+        if not isinstance(values[name], str):
+            values[name] = [int(v) for v in values[name]]
+    return values
+
+
+def _versions() -> dict[str, str]:
+    names = ("hydra-pipe", "torch", "ray", "zarr", "numcodecs", "pyarrow", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}

@@ -16,7 +16,7 @@ import click
 
 from .. import __version__
 from ..storage.errors import HydraError
-from . import inspect, running
+from . import attributing, inspect, judging, running
 from .options import debug_option, debug_wanted
 from .output import ReaderGone, plain
 
@@ -92,9 +92,12 @@ for _command in (
     running.record,
     running.replay,
     running.reduce,
+    attributing.attribute,
     inspect.status,
     inspect.top,
     inspect.verify,
     inspect.export,
+    judging.compare,
+    judging.evaluate,
 ):
     main.add_command(_command)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .attributing import Methods, estimator_options, read_methods
 from .options import debug_option, format_option, quiet_option
 from .output import Table, emit_csv, emit_json, emit_tables
 from .progress import watching
@@ -14,12 +15,17 @@ from .spec_options import build_spec, spec_options
 from .views import plan_rows, plan_tables, summary_tables
 
 
-def _run(ctx: click.Context, stages: Sequence[str] | None) -> None:
+def _run(ctx: click.Context, stages: Sequence[str] | None, methods: Methods | None = None) -> None:
     spec = build_spec(ctx)
     from ..pipeline.drive import run as drive
 
     with watching(ctx.params["quiet"]) as observer:
         finished = drive(spec, observer=observer, stages=stages)
+        if methods:
+            from ..pipeline.attribute import PLACEMENT, attribute
+
+            placement = {name: getattr(spec, name) for name in PLACEMENT}
+            finished = attribute(finished.uri, methods, spec.recipe, observer=observer, **placement)
     found = finished.summary()
     if ctx.params["output_format"] == "json":
         emit_json(found)
@@ -29,11 +35,14 @@ def _run(ctx: click.Context, stages: Sequence[str] | None) -> None:
 
 @click.command()
 @spec_options
+@estimator_options
 @format_option("table", "json")
 @quiet_option
 @debug_option
 @click.pass_context
-def run(ctx: click.Context, /, **_: Any) -> None:
+def run(
+    ctx: click.Context, /, estimators: tuple[str, ...], estimator_options: tuple[str, ...], **_: Any
+) -> None:
     """Do everything: record, replay, reduce, and show a summary.
 
     RECIPE is a built-in name, module:Class or path/to/file.py:Class  [default: digits]. It is
@@ -41,7 +50,7 @@ def run(ctx: click.Context, /, **_: Any) -> None:
 
     Example: hydra-pipe run digits --shards 8 --out runs/digits
     """
-    _run(ctx, None)
+    _run(ctx, None, read_methods(estimators, estimator_options))
 
 
 @click.command()

@@ -58,7 +58,8 @@ def _section(title: str, command: click.Command, context: click.Context) -> str:
     if examples:
         lines += ["```bash", *examples, "```", ""]
     rows = list(_rows(command, context))
-    if "recipe" in {parameter.name for parameter in command.params} and title != "hydra-pipe run":
+    shared = {*_rows(group.commands["run"], context)} - {*_rows(group.commands["status"], context)}
+    if title != "hydra-pipe run" and len(shared & {*rows}) > len(shared) / 2:
         shared = set(_rows(group.commands["run"], context))
         own = [row for row in rows if row not in shared]
         lines += ["Takes the argument and the options of [`hydra-pipe run`](#hydra-pipe-run).", ""]

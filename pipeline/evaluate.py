@@ -168,11 +168,11 @@ class _Evaluation:
         try:
             # First and alone: it stops a wrong recipe before hundreds of retrainings, and some
             # rankings are made of what it measures.
-            self._retrain(executor, [unchanged()], close=False)
+            self._retrain(executor, [unchanged()])
             evidence = Evidence(self.run, self.tracked, self.tested, unchanged().unit)
             trials = self._trials(evidence)
             changes = {trial.change.unit: trial.change for trial in trials}
-            self._retrain(executor, [unchanged(), *changes.values()], close=True)
+            self._retrain(executor, [unchanged(), *changes.values()])
         finally:
             executor.close()
         evidence.load(trials)
@@ -195,7 +195,7 @@ class _Evaluation:
         trials += removals(evidence, self.methods, asked.remove, asked.seed, way)
         return trials + perturbations(tracked, self.n_train, asked.perturb, asked.seed)
 
-    def _retrain(self, executor: Executor, changes: Sequence[Change], *, close: bool) -> None:
+    def _retrain(self, executor: Executor, changes: Sequence[Change]) -> None:
         """Do the retrainings that are not committed yet."""
         begun = time.monotonic()
         directory, observer = self.run.directory, self.observer
@@ -223,18 +223,18 @@ class _Evaluation:
                 tracked=self.tracked,
                 tested=self.tested,
             )
+            self._note(len(todo), 0.0)
             executor.run(RETRAIN, todo, tasks, observer)
+            self._note(0, time.monotonic() - begun)
         seconds = time.monotonic() - begun
-        if todo or close:
-            self._note(seconds if todo else 0.0)
         observer(StageFinished(stage=RETRAIN, seconds=seconds))
 
-    def _note(self, seconds: float) -> None:
-        """Write into ``run.json`` how many retrainings there are and what they took."""
+    def _note(self, coming: int, seconds: float) -> None:
+        """Write into ``run.json`` how many retrainings there are, with those to come, and their time."""
         directory = self.run.directory
         info = directory.read()  # read anew: a run may have added a method meanwhile
         entry = info.setdefault("stages", {}).setdefault(RETRAIN, {})
-        entry["units"] = len(directory.manifests(RETRAIN)) + 1
+        entry["units"] = len(directory.manifests(RETRAIN)) + coming + 1
         entry["seconds"] = float(entry.get("seconds", 0.0)) + seconds
         directory.write(info)
 

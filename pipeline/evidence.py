@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.dataset as pa_dataset
 
-from ..storage.errors import HydraError, InputError
+from ..storage.errors import InputError
 from .analysis.panels import tested
 from .analysis.scores import predict
 from .retrainings import Trial, read_part
@@ -42,8 +41,6 @@ class Evidence:
         final_loss: Each tracked sample's loss at w_T, (n,).
         mean_loss: Its loss averaged over its visits during training, (n,).
         wrong: Whether its label is wrong on purpose, (n,); None where the run does not know.
-        train_label: (n,), -1: none.
-        test_label: (M,), -1: none.
     """
 
     def __init__(self, run: Run, tracked: Integers, tests: Integers, baseline: str) -> None:
@@ -56,8 +53,6 @@ class Evidence:
         self.mean_loss: Floats = own["mean_loss"].to_numpy()
         noisy = run.noisy()
         self.wrong = None if noisy is None else np.isin(tracked, noisy[0])
-        self.train_label: Integers = run.samples()["label"].to_numpy().astype(np.int64)
-        self.test_label = _test_labels(run, int(tracked[0]), tests)
         self.trials: list[Trial] = []
         self.loss: Floats = np.empty((0, len(tests)))
         self.accuracy: Floats = np.empty(0)
@@ -107,13 +102,9 @@ class Evidence:
         return self._predicted(method)[list(rows)]
 
     def _taken(self) -> Floats:
-        taken = np.zeros((len(self.trials), len(self.tracked)))
         n_train = int(self.run.info["n_train"])
-        for u, trial in enumerate(self.trials):
-            changed, others = trial.change.taken(n_train)
-            taken[u] = others
-            taken[u, np.searchsorted(self.tracked, trial.change.index)] = changed
-        return taken
+        rows = [1 - trial.change.weights(n_train)[self.tracked] for trial in self.trials]
+        return np.array(rows).reshape(len(rows), len(self.tracked))
 
 
 def tracked_samples(run: Run, methods: Sequence[str]) -> tuple[Integers, Integers]:
@@ -135,15 +126,3 @@ def tracked_samples(run: Run, methods: Sequence[str]) -> tuple[Integers, Integer
 def _accuracy(correct: npt.NDArray[np.int8]) -> float:
     known = correct[correct >= 0]
     return float(known.mean()) if len(known) else float("nan")
-
-
-def _test_labels(run: Run, sample: int, tests: Integers) -> Integers:
-    try:
-        return run.test_gradients().column("label").astype(np.int64)
-    except HydraError:  # an estimator without test gradients: its table has the labels too
-        names = ["test_index", "test_label"]
-        table = run.contributions().to_table(names, filter=pa_dataset.field("train_index") == sample)
-        order = np.argsort(table["test_index"].to_numpy())
-        labels: Integers = table["test_label"].to_numpy()[order].astype(np.int64)
-        assert len(labels) == len(tests)
-        return labels

@@ -59,7 +59,7 @@ WEIGHTS = pa.schema(
         pa.field("weight", pa.float64(), nullable=False),
     ]
 )
-"""The training samples whose weight a retraining changed; 0: removed."""
+"""The training samples whose weight a retraining changed, before any scaling; 0: removed."""
 
 TRAINING_LOSS = pa.schema(
     [
@@ -79,7 +79,7 @@ class Change:
     Attributes:
         way: How it trains; see ``workers.retrain``.
         index: Train indices whose weight changes, ascending.
-        weight: Their new weights; 0 removes.
+        weight: Their new weights, before `weights` scales all; 0 removes.
     """
 
     way: Way
@@ -93,15 +93,15 @@ class Change:
         digest.update(self.weight.astype("<f8").tobytes())
         return f"{self.way}-{digest.hexdigest()[:20]}"
 
-    def taken(self, n_train: int) -> tuple[Floats, float]:
-        """Return what it takes away, 1 - weight to first order: of the changed samples, of the others.
+    def weights(self, n_train: int) -> Floats:
+        """Return the weight of every training sample, (N,).
 
-        Where a loss is averaged over what is left, the samples that stay gain what the others lose.
+        Except where the way is ``weighted`` they are scaled to a mean of 1: a loss that is averaged
+        over what is left counts that more. For ``subset`` this is what the average comes to.
         """
-        if self.way == "weighted":
-            return 1 - self.weight, 0.0
-        gain = n_train / (n_train - float((1 - self.weight).sum()))
-        return 1 - gain * self.weight, 1 - gain
+        weights = np.ones(n_train)
+        weights[self.index] = self.weight
+        return weights if self.way == "weighted" else weights * (n_train / weights.sum())
 
     def as_unit(self) -> Unit:
         """Return the unit of work."""
@@ -159,7 +159,9 @@ def subsets(tracked: Integers, fraction: float, count: int, seed: int, way: Way)
 def leave_one_out(tracked: Integers, count: int, seed: int) -> list[Trial]:
     """Return the removals of ``count`` random samples, one at a time, as C(i, j) defines them."""
     chosen = np.sort(draw(seed, 2).permutation(tracked)[:count])
-    return [Trial(kind="one", labels={"train_index": int(i)}, change=removal([i], "weighted")) for i in chosen]
+    return [
+        Trial(kind="one", labels={"train_index": int(i)}, change=removal([i], "weighted")) for i in chosen
+    ]
 
 
 def perturbations(
@@ -228,11 +230,8 @@ class RetrainTasks:
         if change.way == "subset":
             kept = np.setdiff1d(np.arange(self.n_train), change.index)
             return retrain_subset(self.recipe, self.compute, kept, report)
-        weights = np.ones(self.n_train)
-        weights[change.index] = change.weight
         trajectory = open_trajectory(run.path("trajectory.zarr"))
-        rescale = change.way == "rescaled"
-        return retrain_weighted(self.recipe, self.compute, trajectory, weights, report, rescale=rescale)
+        return retrain_weighted(self.recipe, self.compute, trajectory, change.weights(self.n_train), report)
 
     def _losses(self, found: SampleLosses) -> dict[str, npt.NDArray[Any]]:
         return {"test_index": self.tested, "loss": found.loss, "correct": found.correct}

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from .analysis.compare import REFERENCE, seconds
 from .analysis.ranking import sign_errors, spearman
-from .analysis.scores import Lds, agreement, detection, lds, own_class, recommendation
+from .analysis.scores import Lds, agreement, detection, harm, lds, recommendation
 from .evidence import Evidence
 from .retrainings import RETRAIN
 
@@ -89,7 +89,10 @@ def summarize(evidence: Evidence, methods: Sequence[str], asked: Mapping[str, An
         "leave_one_out": _leave_one_out(evidence, methods),
         "removal": _removal(evidence, methods),
         "mislabelled": _mislabelled(evidence, methods),
-        "sentences": [*_foretold(smoothness, methods), *recommendation(scored, cost)],
+        "sentences": [
+            *_foretold(smoothness, methods, str(asked["retraining"])),
+            *recommendation(scored, cost),
+        ],
     }
 
 
@@ -145,15 +148,15 @@ def _smoothness(evidence: Evidence, methods: Sequence[str]) -> list[dict[str, An
     return found
 
 
-def _foretold(smoothness: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[str]:
-    """Say how far the derivative reaches."""
+def _foretold(smoothness: Sequence[Mapping[str, Any]], methods: Sequence[str], way: str) -> list[str]:
+    """Say how far the derivative reaches, and what it means where it does not."""
     method = REFERENCE if REFERENCE in methods else methods[0]
-    known = [row for row in smoothness if row["method"] == method and row["what"] == "removal"] or [
-        row for row in smoothness if row["method"] == method
-    ]
+    own = [row for row in smoothness if row["method"] == method]
+    removed = [row for row in own if row["what"] == "removal"]
+    gentle = [row for row in own if row["what"] != "removal"]
     what = "the derivative" if method == REFERENCE else method
     lines = []
-    for row in known:
+    for row in removed or gentle:
         share = f"{100 * row['removed']:.3g}%"
         if row["explained"] > 0:
             lines.append(f"{what} predicts {row['explained']:.0%} of the change at removal of {share}")
@@ -161,10 +164,18 @@ def _foretold(smoothness: Sequence[Mapping[str, Any]], methods: Sequence[str]) -
             lines.append(
                 f"{what} misses the size of the change at removal of {share} (slope {row['slope']:.2g})"
             )
-    if known and known[0]["explained"] < TRUSTED and method == REFERENCE:
+    if method != REFERENCE or not own:
+        return lines
+    # The smallest change of weights asks about smoothness alone: the batches are the recorded ones.
+    if (gentle or removed)[0]["explained"] < TRUSTED:
         lines.append(
             "training is not smooth here: even small changes lead it elsewhere, so that no derivative "
-            "can be trusted far; prefer the method with the best LDS at the size you care about"
+            "can be trusted far; go by the LDS at the size you care about"
+        )
+    elif way == "subset" and removed and removed[0]["explained"] < TRUSTED:
+        lines.append(
+            "the change after a small removal is mostly that of the new batch order, which no method can "
+            "know; --retraining rescaled measures the samples' own effect"
         )
     return lines
 
@@ -217,16 +228,14 @@ def _removal(evidence: Evidence, methods: Sequence[str]) -> list[dict[str, Any]]
 
 def _mislabelled(evidence: Evidence, methods: Sequence[str]) -> list[dict[str, Any]]:
     """Return how well each score finds the labels known to be wrong; empty where none are."""
-    wrong = evidence.wrong
+    run, wrong = evidence.run, evidence.wrong
     if wrong is None or not 0 < wrong.sum() < len(wrong):
         return []
     scores = {}
     for method in methods:
-        scores[f"{method}: harm, -C(i)"] = -evidence.contribution(method)
+        scores[f"{method}: -C(i)"] = -evidence.contribution(method)
         scores[f"{method}: spread of C(i, j)"] = evidence.spread(method)
-        own = own_class(evidence.run, method, evidence.train_label, evidence.test_label)
-        if not np.isnan(own).any():
-            scores[f"{method}: harm to its own class"] = -own
+        scores[f"{method}: harm alone, C(i, j) < 0"] = harm(run, method)
     scores["training loss at the end"] = evidence.final_loss
     scores["training loss, mean over visits"] = evidence.mean_loss
     scores["chance"] = np.random.Generator(np.random.PCG64(0)).random(len(wrong))

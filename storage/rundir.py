@@ -31,6 +31,7 @@ RESULTS = (
     "contributions",
     "samples",
     "interclass",
+    "evaluate",
 )
 """Top-level names that hold results; `RunDirectory.delete_results` removes them."""
 

@@ -6,6 +6,7 @@ Letters as in `hydra_pipe.storage.trajectory`.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
@@ -23,6 +24,7 @@ from .uri import check_name, check_uri, is_local
 
 _CHUNK_BYTES = 16 << 20
 _CHECKPOINT_CHUNK_BYTES = 64 << 20
+_REMOVAL_ATTEMPTS, _REMOVAL_PAUSE_SECONDS = 5, 0.05
 
 
 class TrajectoryWriter:
@@ -189,9 +191,16 @@ class TrajectoryWriter:
         self._give_name()
 
     def abort(self) -> None:
-        """Remove what was written; after `finish` nothing happens."""
-        if not self._finished:
-            files.remove(self._place, recursive=True)
+        """Remove what was written; after `finish` nothing happens. Never raises over what it is called for."""
+        # After an interrupt a thread of zarr's may still be writing there: try again, and at worst leave
+        # litter, which the next start removes.
+        for _ in range(0 if self._finished else _REMOVAL_ATTEMPTS):
+            try:
+                files.remove(self._place, recursive=True)
+            except OSError:
+                time.sleep(_REMOVAL_PAUSE_SECONDS)
+            else:
+                return
 
     def _checkpoint_array(self, name: str, width: int, dtype: str) -> StoredArray:
         # One row a chunk, split where a row is very wide: checkpoints are written and read one by one.

@@ -29,6 +29,8 @@ DRAWS = 400
 BOOTSTRAP_TESTS = 512
 """Test samples a resample looks at; more would not narrow the interval by anything that shows."""
 LEVEL = 0.95
+MARGIN = 0.03
+"""Most that a method may be behind in LDS to count as equally good."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +42,7 @@ class Lds:
         low: Lower end of the 95% interval, over resampled retrainings and test samples.
         high: Upper end.
         by_test: (M,) the correlations.
-        draws: (DRAWS,) the score of each resample; draw d of every method is the same resample.
+        draws: (DRAWS,) scores of resamples, around ``score``; draw d of every method is the same resample.
     """
 
     score: float
@@ -82,10 +84,11 @@ def lds(real_UM: Floats, predicted: Mapping[str, Floats], *, seed: int = 0) -> d
     found = {}
     for name, values in predicted.items():
         by_test = spearman(values, real_UM)
-        low, high = interval(np.array(draws[name]))
-        found[name] = Lds(
-            score=float(by_test.mean()), low=low, high=high, by_test=by_test, draws=np.array(draws[name])
-        )
+        score = float(by_test.mean())
+        # A resample holds retrainings twice, whose ties shift its score: only its spread is taken.
+        centred = np.array(draws[name]) - np.mean(draws[name]) + score
+        low, high = interval(np.clip(centred, -1, 1))
+        found[name] = Lds(score=score, low=low, high=high, by_test=by_test, draws=centred)
     return found
 
 
@@ -144,47 +147,47 @@ def detection(scores: Mapping[str, Floats], wrong: npt.NDArray[np.bool_]) -> lis
     return rows
 
 
-def own_class(run: Run, method: str, train_label: npt.NDArray[Any], test_label: npt.NDArray[Any]) -> Floats:
-    """Return each training sample's mean contribution to the test samples of its own label, (n,).
+def harm(run: Run, method: str) -> Floats:
+    """Return how much each training sample harms, over the test samples it harms, (n,).
 
-    A sample with a wrong label tends to harm the very class it claims to belong to. NaN where a
-    label does not occur among the test samples.
+    The mean over all test samples of max(0, -C(i, j)). In the mean of C(i, j) itself, the harm that a
+    sample with a wrong label does is hidden by the help it gives elsewhere.
     """
-    total, count = np.zeros(len(train_label)), np.zeros(len(train_label))
-    for span, block in panels(run, method):
-        same = train_label[:, None] == test_label[span][None, :]
-        total += np.where(same, block, 0.0).sum(1)
-        count += same.sum(1)
-    mean: Floats = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
-    return mean
+    total, tests = 0.0, 0
+    for _, block in panels(run, method):
+        total = total + np.maximum(-block, 0.0).sum(1)
+        tests += block.shape[1]
+    found: Floats = np.asarray(total) / tests
+    return found
 
 
 def recommendation(
     by_fraction: Mapping[float, Mapping[str, Lds]], cost: Mapping[str, float | None]
 ) -> list[str]:
-    """Say, per share of samples kept, which method to trust: the best, and the cheapest as good.
+    """Say, per share of samples removed, which method to trust.
 
-    Two methods count as equally good where the 95% interval of the difference of their scores (the
-    same resamples for both) holds 0.
+    It is the one with the best score, unless a cheaper one is as good: the 95% interval of the
+    difference of their scores (the same resamples for both) ends below `MARGIN`. Where that interval
+    merely holds 0, more retrainings would have to tell.
     """
     lines = []
     for fraction, found in sorted(by_fraction.items()):
         best = max(found, key=lambda name: found[name].score)
         top = found[best]
-        share = f"{100 * (1 - fraction):g}% removed"
-        text = f"{share}: {best} has LDS {top.score:.3f} ({top.low:.3f} to {top.high:.3f})"
+        text = f"{100 * (1 - fraction):g}% removed: {best} has LDS {top.score:.3f} ({top.low:.3f} to {top.high:.3f})"
         if top.low <= 0:
             lines.append(f"{text}; no method is told from chance here: trust none at this size")
             continue
-        equal = [name for name in found if name != best and interval(top.draws - found[name].draws)[0] <= 0]
-        cheaper = _cheapest(equal, cost, cost.get(best))
+        gap = {n: interval(top.draws - s.draws) for n, s in found.items() if n != best}
+        as_good = [name for name, (_, high) in gap.items() if high <= MARGIN]
+        cheaper = _cheapest(as_good, cost, cost.get(best))
         if cheaper is not None:
-            text += (
-                f"; {cheaper} ({found[cheaper].score:.3f}) is not told from it and costs less: use {cheaper}"
-            )
+            text += f"; {cheaper} ({found[cheaper].score:.3f}) is as good and costs less: trust {cheaper}"
         else:
-            others = f", not told from it: {', '.join(equal)}" if equal else ""
-            text += f": trust {best}{others}"
+            text += f": trust {best}"
+        unclear = [name for name, (low, _) in gap.items() if low <= 0 and name not in as_good]
+        if unclear:
+            text += f" (more --subsets would tell it from {', '.join(unclear)})"
         lines.append(text)
     return lines
 

@@ -22,9 +22,10 @@ RECORD = "record"
 TEST_GRADIENTS = "test-gradients"
 ATTRIBUTE = "attribute"
 """Last part of the stage of an estimator beside HyDRA, and ``mode`` of its method in ``run.json``."""
+RETRAIN = "evaluate/retrain"
 INDEX, LAST_UNIT = "index", "interclass"
 CLOSING_UNITS = (INDEX, LAST_UNIT)
-SINGLE = ("/curvature", "/directions")
+SINGLE = ("/curvature", "/directions", "evaluate/scores")
 """Stages of one unit."""
 """Units that the driver commits itself: a store's metadata and columns, a method's last table.
 
@@ -71,7 +72,7 @@ def stage_state(directory: RunDirectory, info: Mapping[str, Any], stage: str) ->
     units = _units(info, stage, noted.get("units"))
     rows = _total(work, "rows")
     single = stage == RECORD or stage.endswith(SINGLE)
-    needed = None if single else LAST_UNIT if stage.endswith("/reduce") else INDEX
+    needed = None if single or stage == RETRAIN else LAST_UNIT if stage.endswith("/reduce") else INDEX
     closed = needed is None or any(m.unit == needed for m in manifests)
     expected = _expected_rows(info, stage)
     whole = rows == expected if expected is not None else units is not None and len(work) >= units
@@ -131,7 +132,8 @@ def status(run: Run) -> dict[str, Any]:
         missing; None when nothing is).
     """
     states = stage_states(run.directory, run.info)
-    complete = all(state.state == "complete" for state in states)
+    # An evaluation is no part of the run: it never makes one incomplete.
+    complete = all(s.state == "complete" for s in states if not s.stage.startswith("evaluate/"))
     methods = {name: _method_state(states, name) for name in method_names(run.info)}
     return {
         "run": run.uri,
@@ -224,7 +226,7 @@ def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None
 
 def _expected_rows(info: Mapping[str, Any], stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
-    if stage == RECORD or stage.endswith((*SINGLE, "/correction")):
+    if stage in (RECORD, RETRAIN) or stage.endswith((*SINGLE, "/correction")):
         return None
     by_test = stage == TEST_GRADIENTS or stage.endswith(("/adjoint", f"/{ATTRIBUTE}"))
     value = info.get("n_test_tracked" if by_test else "n_tracked")

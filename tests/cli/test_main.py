@@ -16,7 +16,8 @@ from hydra_pipe.cli.main import HydraGroup
 from hydra_pipe.cli.options import debug_option
 from hydra_pipe.storage.errors import StorageFull
 
-COMMANDS = ["run", "plan", "record", "replay", "reduce", "status", "top", "verify", "export"]
+COMMANDS = ["run", "plan", "record", "replay", "reduce", "attribute", "status", "top", "verify", "export"]
+COMMANDS += ["compare", "evaluate"]
 
 
 def outcome(error: BaseException, *words: str) -> Result:

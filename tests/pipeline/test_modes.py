@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hydra_pipe import RunSpec, run
 from hydra_pipe.storage.errors import IncompleteStage, SpecMismatch
 
+from hydra_pipe import RunSpec, run
 from tests import oracle
 from tests.recipes import BatchNormed, Images, Small
 

@@ -145,7 +145,9 @@ def test_threads_follow_the_cpus_of_a_worker() -> None:
 
 
 def test_methods() -> None:
-    assert RunSpec(hessian="ekfac", exact_rank=8).method == "hydra-ekfac"
+    assert RunSpec(hessian="ekfac").method == "hydra-ekfac"
+    ranked = RunSpec(hessian="ekfac", exact_rank=8)
+    assert (ranked.method, ranked.base_method) == ("hydra-ekfac-rank8", "hydra-ekfac")
     assert RunSpec(hessian="exact", mode="adjoint").method == "hydra-exact"
 
 

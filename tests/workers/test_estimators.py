@@ -332,11 +332,9 @@ def test_mirrored_influence(convex):
     assert worst(convex.find("mirrored-influence", rate=1e-6).values, dot) < 1e-3
     some = convex.find("mirrored-influence", steps=3, rate=0.1).values
     right = convex.influence()
-    print(
-        "MIRROR",
-        [np.corrcoef(a.ravel(), right.ravel())[0, 1] for a in (some, dot)],
-        [spearmanr(a.ravel(), right.ravel())[0] for a in (some, dot)],
-    )
+    # Without a Hessian it ranks as gradients do; on this problem that is some of the way.
+    assert np.corrcoef(some.ravel(), right.ravel())[0, 1] > 0.5
+    assert spearmanr(some.ravel(), right.ravel())[0] > 0.35
 
 
 @pytest.mark.parametrize("central", [False, True])

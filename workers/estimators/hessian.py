@@ -26,7 +26,8 @@ from .fixed import FixedWeights
 KEPT_BYTES = 256 << 20
 """Training data that is kept on the device between products; beyond it is fetched again."""
 
-LEAST_BATCH = 32
+BATCH_BYTES, MOST_SAMPLES = 1 << 20, 1024
+"""Input of a mini-batch of products: small samples go together in more than the recipe's batches."""
 
 
 class LossHessian:
@@ -39,7 +40,9 @@ class LossHessian:
 
     def __init__(self, fixed: FixedWeights, damping: float) -> None:
         self.fixed, self.damping = fixed, damping
-        self.size = max(LEAST_BATCH, fixed.training.recipe.batch_size)
+        one = _bytes(fixed.fetch(fixed.training.dataset, np.arange(1)))
+        together = min(MOST_SAMPLES, BATCH_BYTES // max(1, one))
+        self.size = max(together, fixed.training.recipe.batch_size)
         self._kept: dict[int, Batch] = {}
         self._room = KEPT_BYTES
         self.calls = 0
@@ -70,11 +73,7 @@ class LossHessian:
             batch = self._kept.get(start)
             if batch is None:
                 batch = self.fixed.fetch(training.dataset, np.arange(start, stop))
-                held = sum(
-                    leaf.numel() * leaf.element_size()
-                    for leaf in tree_flatten(batch)[0]
-                    if isinstance(leaf, Tensor)
-                )
+                held = _bytes(batch)
                 if held <= self._room:
                     self._kept[start] = batch
                     self._room -= held
@@ -104,3 +103,8 @@ class LossHessian:
                     if product is not None:
                         span = slice(starts[i], starts[i] + layout.size(i))
                         out[span] += weight * product.reshape(-1).double()
+
+
+def _bytes(batch: Batch) -> int:
+    leaves = tree_flatten(batch)[0]
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))

@@ -1,0 +1,74 @@
+"""``python -m benchmarks [NAME …] [--quick] [--size KEY=VALUE …]``: run, print tables, write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .report import RESULTS, save, show
+
+WIDE = 170
+"""Columns of the tables where there is no terminal that says otherwise."""
+
+NAMES = ("replay", "reduce", "memory", "startup", "storage", "fidelity")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: does it run at all?")
+    parser.add_argument(
+        "--size",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a size of SIZES in the benchmark's file, as a Python literal: --size samples=1600",
+    )
+    parser.add_argument(
+        "--results", type=Path, help=f"where <name>.json goes (default: {RESULTS.name}/; --quick: nowhere)"
+    )
+    parser.add_argument("--scratch", type=Path, help="where data are written meanwhile (default: temporary)")
+    found = parser.parse_args(arguments)
+    unknown = [name for name in found.names if name not in NAMES]
+    if unknown:
+        parser.error(f"unknown benchmark {unknown[0]}; choose from {', '.join(NAMES)}")
+    return found
+
+
+def sizes_of(module: Any, chosen: argparse.Namespace) -> Mapping[str, Any]:
+    """Return a benchmark's sizes with those of the command line put in."""
+    sizes = dict(module.QUICK if chosen.quick else module.SIZES)
+    for text in chosen.size:
+        key, _, value = text.partition("=")
+        if key in sizes:
+            sizes[key] = ast.literal_eval(value)
+    return sizes
+
+
+def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> None:
+    """Run the chosen benchmarks one after the other."""
+    chosen = parse(arguments)
+    console = console or Console(width=None if sys.stdout.isatty() else WIDE)
+    for name in chosen.names or NAMES:
+        module = importlib.import_module(f".{name}", __package__)
+        before = os.getloadavg()[0]
+        with tempfile.TemporaryDirectory(prefix="hydra-pipe-bench-", dir=chosen.scratch) as folder:
+            result = module.run(sizes_of(module, chosen), Path(folder))
+        # The quick sizes measure nothing worth keeping in the place of the full ones.
+        if folder_for := chosen.results or (None if chosen.quick else RESULTS):
+            save(result, (before, os.getloadavg()[0]), folder_for)
+        show(result, console)
+
+
+if __name__ == "__main__":
+    main()

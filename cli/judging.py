@@ -1,0 +1,207 @@
+"""The commands that judge a run's methods: compare (with each other), evaluate (with retraining)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from .judging_views import COMPARED, LDS, comparison_tables, evaluation_rows, evaluation_tables
+from .options import debug_option, format_option, quiet_option
+from .output import emit_csv, emit_json, emit_tables
+from .progress import reading, watching
+from .spec_options import SPEC_OPTIONS, parse_pairs
+
+PLACEMENT = ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers", "threads", "device")
+"""Options of ``run`` that say where the work is done; the others are those of the record."""
+
+OF_THE_RUN = ("executor", "cpus_per_actor", "threads", "device")
+"""Those of them that the run's own values stand for."""
+
+_run_argument = click.argument("run")
+_figures = click.option(
+    "--figures", type=click.Path(file_okay=False), metavar="DIR", help="Also draw pictures (PNG) into DIR."
+)
+
+
+def _names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
+
+
+_methods = click.option(
+    "--methods",
+    callback=_names,
+    metavar="A,B,...",
+    help="Methods to look at.  [default: all that are complete]",
+)
+
+
+@click.command(short_help="Compare the methods of RUN with each other.")
+@_run_argument
+@click.option("--reference", metavar="METHOD", help="What to compare with.  [default: hydra-exact]")
+@_methods
+@click.option("-k", default=10, show_default=True, metavar="K", help="Samples in the overlaps.")
+@_figures
+@format_option("table", "json", "csv")
+@quiet_option
+@debug_option
+def compare(
+    run: str,
+    reference: str | None,
+    methods: list[str] | None,
+    k: int,
+    figures: str | None,
+    output_format: str,
+    quiet: bool,
+) -> None:
+    """Compare the methods of RUN with a reference: signs, ranks, sizes, extremes, cost.
+
+    Memory stays bounded however many contributions there are. CSV has one row a method.
+
+    Example: hydra-pipe compare runs/digits --reference hydra
+    """
+    from ..pipeline.analysis.compare import compare as look
+    from ..pipeline.analysis.figures import check_figures, comparison_figures
+    from ..pipeline.handle import open_run
+
+    if figures is not None:
+        check_figures(figures)
+    opened = open_run(run)
+    with reading("comparing", quiet, unit="test samples") as move:
+        found = look(opened, reference=reference, methods=methods, k=k, progress=move)
+    files = comparison_figures(opened, found, figures) if figures is not None else []
+    if output_format == "json":
+        emit_json({**found, "figures": files})
+    elif output_format == "csv":
+        emit_csv(COMPARED, found["methods"])
+    else:
+        emit_tables(*comparison_tables(found), *(f"wrote {name}" for name in files))
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    if value.strip().lower() == "none":
+        return ()
+    try:
+        return tuple(dict.fromkeys(float(word) for word in value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: write numbers with commas between, or none") from None
+
+
+def _placement(function: Any) -> Any:
+    """Add the options of ``run`` that say where the work is done, and ``--set``."""
+    for option in reversed(SPEC_OPTIONS):
+
+        def probe() -> None: ...
+
+        name = option(probe).__click_params__[-1].name
+        if name in (*PLACEMENT, "recipe_args"):
+            function = option(function)
+            added = function.__click_params__[-1]
+            if name in OF_THE_RUN:
+                added.help = re.sub(r"\[default: .*\]$", "[default: the run's]", added.help)
+    return function
+
+
+@click.command(short_help="Retrain to measure which method of RUN to trust.")
+@_run_argument
+@click.argument("recipe", required=False, metavar="[RECIPE]")
+@_methods
+@click.option(
+    "--subsets", default=120, show_default=True, metavar="N", help="Random subsets a fraction; 0: none."
+)
+@click.option(
+    "--fractions",
+    default="0.5,0.9,0.99",
+    show_default=True,
+    callback=_numbers,
+    metavar="F,...",
+    help="Shares of the tracked samples that subsets keep.",
+)
+@click.option("--subset-seed", default=0, show_default=True, metavar="N", help="Of every random choice here.")
+@click.option(
+    "--retraining",
+    type=click.Choice(["rescaled", "weighted", "subset"]),
+    default="rescaled",
+    show_default=True,
+    help="rescaled: the recorded steps, removed samples count 0 and the others N / (N - removed). "
+    "weighted: the others count 1. subset: trained from scratch on what is left, in new batches.",
+)
+@click.option(
+    "--leave-one-out", default=0, show_default=True, metavar="N", help="Remove N single samples, too."
+)
+@click.option(
+    "--remove",
+    default="0.02,0.1,0.3",
+    show_default=True,
+    callback=_numbers,
+    metavar="F,...|none",
+    help="Removal curves: shares of the most helpful and of the most harmful samples to remove.",
+)
+@click.option(
+    "--perturb",
+    default="0.03,0.1,0.3",
+    show_default=True,
+    callback=_numbers,
+    metavar="S,...|none",
+    help="Sizes of random changes of all sample weights; S is as large as removing a share of S*S.",
+)
+@_figures
+@_placement
+@format_option("table", "json", "csv")
+@quiet_option
+@debug_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    /,
+    run: str,
+    recipe: str | None,
+    methods: list[str] | None,
+    figures: str | None,
+    output_format: str,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Train again without random subsets of samples, and score every method of RUN by what happens.
+
+    RECIPE is what RUN was made from; it can be left out for a built-in one. It is your code and is
+    never imported because a stored run names it. The retrainings are kept in RUN: the same
+    command continues, and methods added later are scored by them. CSV has one row a
+    (fraction, method) with the linear datamodelling score.
+
+    Example: hydra-pipe evaluate runs/digits --subsets 40 --leave-one-out 20 --executor serial
+    """
+    from ..pipeline.analysis.figures import check_figures, evaluation_figures
+    from ..pipeline.evaluate import Questions
+    from ..pipeline.evaluate import evaluate as measure
+
+    if figures is not None:
+        check_figures(figures)
+    questions = Questions(
+        methods=methods,
+        subsets=options["subsets"],
+        fractions=options["fractions"],
+        seed=options["subset_seed"],
+        retraining=options["retraining"],
+        leave_one_out=options["leave_one_out"],
+        remove=options["remove"],
+        perturb=options["perturb"],
+    )
+    given = {
+        name: options[name]
+        for name in PLACEMENT
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    if options["recipe_args"]:
+        given["recipe_args"] = parse_pairs(options["recipe_args"])
+    with watching(quiet) as observer:
+        found = measure(run, recipe, questions=questions, observer=observer, **given)
+    files = evaluation_figures(found, figures) if figures is not None else []
+    if output_format == "json":
+        emit_json({**found, "figures": files})
+    elif output_format == "csv":
+        emit_csv(LDS, evaluation_rows(found))
+    else:
+        emit_tables(*evaluation_tables(found), *(f"wrote {name}" for name in files))

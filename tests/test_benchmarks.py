@@ -1,0 +1,109 @@
+"""The benchmarks run at tiny sizes, and the dense form they compare with computes the same numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from hydra_pipe.workers.replay import Replay
+from hydra_pipe.workers.training import Compute
+from rich.console import Console
+
+from benchmarks import memory, reduce, replay, startup, storage
+from benchmarks.__main__ import main, parse
+from benchmarks.cases import Clothes, Prefetched, record
+from benchmarks.dense import DenseAlgorithm
+from benchmarks.report import Result
+from benchmarks.timing import ratio, take_turns
+from tests.oracle import DENSE_FLOAT32, relative_error
+
+
+def test_the_dense_form_gives_the_hypergradients_of_replay(tmp_path):
+    recipe = Clothes(train_size=40, test_size=4, epochs=2, batch_size=16)
+    compute = Compute(threads=1, device="cpu")
+    batches, trajectory = record(recipe, compute, tmp_path)
+    dense = DenseAlgorithm(Prefetched(recipe, compute, batches))
+    for step, batch in enumerate(batches):
+        dense.step(step, batch)
+    dense.close()
+    follow = Replay(Prefetched(recipe, compute, batches), trajectory, np.arange(40))
+    rows = follow.run().numpy(0, 40)
+    assert relative_error(rows, dense.rows()) < DENSE_FLOAT32
+
+
+def test_turns_alternate_and_the_warm_up_is_dropped():
+    calls = []
+    taken = take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    assert calls == ["a", "b"] * 3
+    assert [len(v) for v in taken.values()] == [2, 2]
+    assert ratio([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+
+
+def test_a_goal_is_judged_by_the_median():
+    result = Result(name="x", sizes={})
+    result.add("fine", [1.0, 2.0, 9.0], "x", at_most=2)
+    result.add("missed", [59.0], "%", at_least=60)
+    result.add("free", [1.0], "s")
+    assert [line.met for line in result.lines] == [True, False, None]
+
+
+TINY = {
+    "replay": (
+        replay,
+        {
+            **replay.QUICK,
+            "samples": 192,
+            "threads": 1,
+            "growth": (192,),
+            "dense_steps": 1,
+            "epochs": 2,
+            "epochs_samples": 96,
+            "shards": 2,
+            "forms": 1,
+        },
+    ),
+    "reduce": (reduce, {**reduce.QUICK, "shapes": ((64, 20, 100),), "threads": 1, "rounds": 1}),
+    "storage": (storage, {"rows": 16, "columns": 100, "tile": (20, 10), "rounds": 1}),
+    "startup": (startup, {**startup.QUICK, "rounds": 1}),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_it_runs(name, tmp_path):
+    module, sizes = TINY[name]
+    result = module.run(sizes, tmp_path)
+    assert result.name == name
+    assert result.lines
+    assert all(line.value > 0 for line in result.lines)
+
+
+def test_memory_asks_three_processes(tmp_path, monkeypatch):
+    asked = []
+
+    def answer(what, given):
+        asked.append(what)
+        return {"predicted": 100e6, "buffers": 10e6, "tracked": 5, "peak": 110e6}
+
+    monkeypatch.setattr(memory, "_worker", answer)
+    result = memory.run(memory.QUICK, tmp_path)
+    assert asked == ["plan", "record", "replay"]
+    assert result.lines[-1].value == pytest.approx(1.1)
+    assert result.lines[-1].met
+
+
+def test_the_command_writes_json_and_shows_a_table(tmp_path):
+    out = io.StringIO()
+    sizes = ["--size", "rows=8", "--size", "columns=50", "--size", "tile=(8, 4)", "--size", "rounds=1"]
+    main(["storage", *sizes, "--results", str(tmp_path)], Console(file=out, width=150))
+    written = json.loads((tmp_path / "storage.json").read_text())
+    assert written["sizes"]["rows"] == 8
+    assert set(written["machine"]) >= {"processor", "cores", "torch"}
+    assert {"date", "lines", "load_before_and_after"} <= set(written)
+    assert "GB/s" in out.getvalue()
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(SystemExit):
+        parse(["speed"])

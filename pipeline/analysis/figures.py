@@ -15,6 +15,9 @@ from .compare import scatter
 if TYPE_CHECKING:
     from ..handle import Run
 
+COLOURS = [f"C{k}" for k in range(10) if k != 7]
+"""Of curves; without grey, which is what comes about by chance."""
+
 
 def check_figures(folder: str) -> Path:
     """Return the directory for pictures, made, after checking that they can be drawn at all.
@@ -92,45 +95,57 @@ def _scores(axis: Any, found: Mapping[str, Any]) -> None:
     axis.axhline(0, color="0.5", linewidth=0.8)
     axis.set_xticks(range(len(fractions)), [f"{100 * f:g}% kept" for f in fractions])
     axis.set(ylabel="linear datamodelling score")
-    axis.legend(frameon=False)
+    _legend(axis)
 
 
 def _curves(axes: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    rankings = list(dict.fromkeys(row["ranking"] for row in rows))
     for axis, direction in zip(axes, ("helpful", "harmful"), strict=True):
-        for ranking in dict.fromkeys(row["ranking"] for row in rows):
+        for number, ranking in enumerate(rankings):
             chosen = [r for r in rows if r["ranking"] == ranking and r["direction"] in (direction, "any")]
             if not chosen:
                 continue
             share = [100 * row["share"] for row in chosen]
-            style = {"color": "0.5", "linestyle": "--"} if chosen[0]["direction"] == "any" else {}
+            by_chance = chosen[0]["direction"] == "any"
+            style = (
+                {"color": "0.5", "linestyle": "--"}
+                if by_chance
+                else {"color": COLOURS[number % len(COLOURS)]}
+            )
             axis.plot(share, [r["loss_change"] for r in chosen], marker="o", label=ranking, **style)
         axis.axhline(0, color="0.7", linewidth=0.5, zorder=0)
         axis.set(
             title=f"most {direction} removed", xlabel="removed, %", ylabel="change of the mean test loss"
         )
-        axis.legend(frameon=False, fontsize="small")
+    _legend(axes[-1])
 
 
 def _reach(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    for (method, what), style in zip(
-        dict.fromkeys((row["method"], row["what"]) for row in rows), "os^vDPX*<>" * 10, strict=False
-    ):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for method, what in dict.fromkeys((row["method"], row["what"]) for row in rows):
         chosen = [row for row in rows if (row["method"], row["what"]) == (method, what)]
         axis.plot(
             [100 * row["removed"] for row in chosen],
             [row["correlation"] for row in chosen],
-            marker=style,
+            marker="o" if what == "removal" else ".",
             linestyle="-" if what == "removal" else ":",
+            color=COLOURS[methods.index(method) % len(COLOURS)],
             label=f"{method}, {what}",
         )
     axis.set(xscale="log", xlabel="removed (or as large a change), %", ylabel="correlation with the change")
-    axis.legend(frameon=False, fontsize="small")
+    axis.xaxis.set_major_formatter("{x:g}")
+    _legend(axis)
+
+
+def _legend(axis: Any) -> None:
+    """Put the legend beside the axis, where it hides nothing."""
+    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _draw(path: Path, panels: int, draw: Callable[[Sequence[Any]], None]) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * panels, 4), layout="constrained")
+    figure = Figure(figsize=(5.2 * panels + 1.5, 4), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     draw(list(axes))
     with staged(str(path.resolve()), sync=True) as partial:

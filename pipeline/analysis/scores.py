@@ -30,7 +30,7 @@ BOOTSTRAP_TESTS = 512
 """Test samples a resample looks at; more would not narrow the interval by anything that shows."""
 LEVEL = 0.95
 MARGIN = 0.03
-"""Most that a method may be behind in LDS to count as equally good."""
+"""Most that a method may be behind in LDS to count as nearly as good."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,8 +166,8 @@ def recommendation(
 ) -> list[str]:
     """Say, per share of samples removed, which method to trust.
 
-    It is the one with the best score, unless a cheaper one is as good: the 95% interval of the
-    difference of their scores (the same resamples for both) ends below `MARGIN`. Where that interval
+    It is the one with the best score, unless one at half its cost or less is nearly as good: the 95%
+    interval of the difference of their scores (the same resamples for both) ends below `MARGIN`. Where that interval
     merely holds 0, more retrainings would have to tell.
     """
     lines = []
@@ -182,7 +182,7 @@ def recommendation(
         as_good = [name for name, (_, high) in gap.items() if high <= MARGIN]
         cheaper = _cheapest(as_good, cost, cost.get(best))
         if cheaper is not None:
-            text += f"; {cheaper} ({found[cheaper].score:.3f}) is as good and costs less: trust {cheaper}"
+            text += f"; {cheaper} ({found[cheaper].score:.3f}) is nearly as good at half the cost or less: trust {cheaper}"
         else:
             text += f": trust {best}"
         unclear = [name for name, (low, _) in gap.items() if low <= 0 and name not in as_good]
@@ -197,4 +197,4 @@ def _cheapest(names: Sequence[str], cost: Mapping[str, float | None], limit: flo
     if limit is None or not known:
         return None
     cheapest = min(known, key=lambda name: known[name])
-    return cheapest if known[cheapest] < limit else None
+    return cheapest if known[cheapest] <= limit / 2 else None

@@ -164,7 +164,7 @@ def test_the_cheaper_of_two_equals_is_recommended():
     real = draw.normal(size=(40, 7))
     near = {"dear": real, "cheap": real + 0.01 * draw.normal(size=real.shape)}
     (line,) = recommendation({0.9: lds(real, near)}, {"dear": 9.0, "cheap": 1.0})
-    assert line.endswith("is as good and costs less: trust cheap")
+    assert line.endswith("is nearly as good at half the cost or less: trust cheap")
     (line,) = recommendation({0.9: lds(real, near)}, {"dear": 1.0, "cheap": 9.0})
     assert line.endswith("trust dear")
     noisy = {name: real[:5] + draw.normal(size=(5, 7)) for name in ("one", "other")}

@@ -19,6 +19,9 @@ from rich.table import Table
 from .timing import median, middle_half
 
 RESULTS = Path(__file__).parent / "results"
+TOO_WIDE = 0.3
+"""A goal is not judged where the middle half of the measurements is wider than this share of the median."""
+
 PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "pyarrow", "ray")
 
 
@@ -33,7 +36,7 @@ class Line:
         low: Lower quartile, None for a figure measured once.
         high: Upper quartile.
         goal: Limit that was set beforehand, as text, or empty.
-        met: Whether the median is within it; None where there is none.
+        met: Whether the median is within it; None where there is none, or too much noise to say.
         note: What a reader should know.
     """
 
@@ -82,6 +85,8 @@ class Result:
             (limit, sign, test) for limit, sign, test in goals if limit is not None
         ]
         met = all(test(value, limit) for limit, _, test in chosen) if chosen else None
+        if met is not None and low is not None and high is not None and high - low > TOO_WIDE * value:
+            met, note = None, f"too noisy to judge; {note}".removesuffix("; ")
         goal = ", ".join(f"{sign} {limit:g}" for limit, sign, _ in chosen)
         self.lines.append(
             Line(what=what, value=value, unit=unit, low=low, high=high, goal=goal, met=met, note=note)

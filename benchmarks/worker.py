@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+from unittest import mock
 
-import numpy as np
-from hydra_pipe.pipeline.drive import run
+import cloudpickle
+from hydra_pipe.pipeline import drive
 from hydra_pipe.pipeline.plan import Plan, cut
+from hydra_pipe.pipeline.serial import SerialExecutor
 from hydra_pipe.pipeline.spec import RunSpec
 from hydra_pipe.pipeline.survey import survey
-from hydra_pipe.pipeline.tasks import Tasks
-from hydra_pipe.pipeline.units import Unit
-from hydra_pipe.storage.rows import RowStore
+from hydra_pipe.pipeline.units import Handler, Unit
 from hydra_pipe.workers.memory import peak_bytes
 from hydra_pipe.workers.recipe import Recipe
 from hydra_pipe.workers.recipes.digits import Digits
-from hydra_pipe.workers.training import Compute
 
 from .cases import Clothes
 
@@ -53,43 +53,39 @@ def plan(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+class _Kept(Exception):
+    """The unit was kept instead of done."""
+
+
+class _Keeping(SerialExecutor):
+    """Writes handler and first unit of the replay to a file, as they would go to a worker."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def run(self, stage: str, units: Sequence[Unit], handler: Handler, *_others: Any, **_more: Any) -> Any:
+        """Keep the first unit; do none."""
+        with open(self.path, "wb") as file:
+            cloudpickle.dump((handler, units[0]), file)
+        raise _Kept
+
+
 def record(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Record, and leave for the replay what the driver would: the plan's cut and an empty store."""
+    """Record, and keep what the driver would send to the first replay worker."""
     spec = make_spec(given)
-    run(spec, stages=("record",))
-    looked = survey(spec, trial=False)
-    cutting = cut(spec, looked, {"slots": 1, "memory_per_worker": 0})
-    RowStore.create(
-        f"{given['out']}/hypergradients/method=hydra.zarr",
-        name="hypergradient",
-        rows=cutting.n_tracked,
-        columns=cutting.dimension,
-        dtype="float32",
-        chunk_rows=cutting.chunk_rows,
-        row_columns={"train_index": looked.tracked.astype(np.int32)},
-        attrs={},
-    )
-    with open(f"{given['out']}/cut.json", "w", encoding="utf-8") as file:
-        json.dump({"rows": cutting.n_tracked, "stop": cutting.shards[0].stop}, file)
+    drive.run(spec, stages=("record",))
+    keeping = _Keeping(f"{given['out']}/first-unit.pickle")
+    with mock.patch.object(drive, "make_executor", return_value=keeping), suppress(_Kept):
+        drive.run(spec, stages=("replay",))
     return {}
 
 
 def replay(given: Mapping[str, Any]) -> dict[str, Any]:
     """Replay the first shard as a worker does; return the process's largest resident set."""
-    with open(f"{given['out']}/cut.json", encoding="utf-8") as file:
-        cutting = json.load(file)
-    tasks = Tasks(
-        uri=given["out"],
-        recipe=make_recipe(given),
-        compute=Compute(device="cpu", threads=given["threads"]),
-        method="hydra",
-        tracked=np.arange(cutting["rows"]),
-        tested=np.arange(0),
-        checkpoint_every=None,
-        job=cast(Any, None),  # only reduce units look at it
-    )
-    unit = Unit(stage="hydra/replay", name="shard-00000", arguments={"start": 0, "stop": cutting["stop"]})
-    tasks(unit, lambda _done, _total: None)
+    with open(f"{given['out']}/first-unit.pickle", "rb") as file:
+        handler, unit = cloudpickle.load(file)
+    handler(unit, lambda _done, _total: None)
     return {"peak": peak_bytes()}
 
 

@@ -25,7 +25,8 @@ from .drive import _Driver
 from .events import Note, Observer, RunFinished, RunStarted, null
 from .executors import make_executor
 from .handle import Run, open_run
-from .plan import EXACT_TARGETS, Plan, cut, spans
+from .plan import Plan, cut
+from .sharding import EXACT_TARGETS, spans
 from .spec import RunSpec
 from .spec_stored import PLACEMENT, spec_of
 from .stages import INDEX, units_of

@@ -31,8 +31,9 @@ from .events import (
 from .executors import make_executor
 from .handle import Run, open_run
 from .notes import closing_notes, run_notes
-from .plan import EXACT_TARGETS, Plan, cut, spans
+from .plan import Plan, cut
 from .reduce import ReduceJob, interclass_table
+from .sharding import EXACT_TARGETS, spans
 from .spec import RunSpec
 from .stages import INDEX, Stages, units_of
 from .survey import Survey, compute_of, survey

@@ -13,38 +13,28 @@ from typing import Any
 
 from ..storage.errors import DoesNotFit
 from ..storage.rows import chunk_rows_for
-from ..workers.adjoint import SEGMENT_BYTES
 from ..workers.determinism import restored_process
 from ..workers.gradients import TEST_BATCH
 from ..workers.persample.engine import TILE
-from ..workers.projection import TARGET_TILE
 from ..workers.record import checkpoint_steps
+from .sharding import Shard, Sharding, spans
 from .spec import RunSpec
 from .survey import Survey, survey
 
 TEST_BLOCK_BYTES = 64 << 20
 """Test gradients of one unit."""
 
-EXACT_TARGETS = 8
-"""Targets of the exact adjoint in a chunk; shards are whole chunks."""
-
 TILE_VALUES = 16_000_000
 """Contributions in one Parquet file: about 64 MB."""
+
+WRITER_BYTES = 56 << 20
+"""What writing a Parquet file takes at a time, measured (``docs/benchmarks.md``)."""
 
 BYTES_PER_VALUE = 4.0
 """Parquet bytes of one contribution with its indices and labels, measured."""
 
 MATMUL_RATE = 40e9
 """Multiply-adds of float32 a second and thread assumed for the reduce stage's estimate."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """Rows ``start`` to ``stop`` of the tracked samples, a whole number of chunks."""
-
-    name: str
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,40 +130,23 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
     Raises:
         DoesNotFit: See ``make_plan``.
     """
-    itemsize = 8 if spec.dtype == "float64" else 4
     n, m, dimension = len(looked.tracked), len(looked.tested), looked.dimension
-    row = dimension * itemsize
-    numbers = {"none": looked.row_numbers, "ekfac": dimension, "exact": 2 * dimension}
-    held = numbers[spec.hessian] * itemsize
-    items = n
-    if spec.mode == "adjoint":  # shards are blocks of targets
-        held, items = 2 * row + 2 * n * itemsize, m
+    sharding = Sharding(spec, looked)
+    row, itemsize = sharding.row, sharding.itemsize
     slots = int(capacity.get("slots") or 1)
-    budget = spec.memory or int(capacity.get("memory_per_worker") or 0)
-    count = shards or _shard_count(spec, items, held, slots, budget, looked)
-    chunk_rows = chunk_rows_for(dimension, itemsize, n, count)
-    if spec.mode == "adjoint":
-        chunk_rows = EXACT_TARGETS if spec.hessian == "exact" else TARGET_TILE
-    parts = _cut_chunks(items, chunk_rows, count, "shard" if spec.mode == "forward" else "targets")
+    count = shards or sharding.count(capacity)
+    parts = sharding.parts(count)
     test_chunk_rows = chunk_rows_for(dimension, itemsize, m)
     per_block = max(1, TEST_BLOCK_BYTES // (row * test_chunk_rows)) * test_chunk_rows
     tiles = reduce_tiles(n, m, row, spec.reduce_memory)
     kept = checkpoint_steps(looked.steps, dimension, itemsize, spec.checkpoint_every)
-    widest = max(shard.stop - shard.start for shard in parts)
-    spare = 3 * chunk_rows * row
-    if spec.mode == "adjoint":
-        segment = SEGMENT_BYTES if spec.hessian == "exact" else 0
-        spare = min(segment, looked.steps * row) + widest * row
     memory = {
         "one process without buffers": looked.process_bytes,
-        "buffers of the largest shard": widest * held,
-        "replay worker": looked.process_bytes + widest * held + spare,
+        "buffers of the largest shard": sharding.widest(count) * sharding.held,
+        "replay worker": sharding.needed(count),
         "test-gradients worker": looked.process_bytes + (per_block + TEST_BATCH) * row,
-        "reduce worker": looked.process_bytes + tiles.bytes,
+        "reduce worker": looked.process_bytes + tiles.bytes + WRITER_BYTES,
     }
-    _refuse_what_does_not_fit(
-        count, items, held, spare, budget, memory["replay worker"], looked.process_bytes
-    )
     blocks = spans(m, per_block, "block")
     units = spans(n, tiles.unit_rows, "rows")
     disk = {
@@ -191,7 +164,7 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
         dimension=dimension,
         itemsize=itemsize,
         steps=looked.steps,
-        chunk_rows=chunk_rows,
+        chunk_rows=sharding.chunk_rows(count),
         shards=parts,
         test_chunk_rows=test_chunk_rows,
         test_blocks=blocks,
@@ -210,95 +183,36 @@ def spec_batch(looked: Survey) -> int:
     return int(looked.recipe.batch_size)
 
 
-def _shard_count(spec: RunSpec, n: int, held: int, slots: int, budget: int, looked: Survey) -> int:
-    """Shards asked for; with ``auto`` one a worker, or more where memory wants more."""
-    if spec.shards != "auto":
-        return min(int(spec.shards), n)
-    room = budget - looked.process_bytes
-    needed = math.ceil(1.2 * n * held / room) if room > 0 else 1
-    return min(n, max(slots, needed))
-
-
-def _refuse_what_does_not_fit(
-    count: int, n: int, held: int, spare: int, budget: int, needed: int, process: int
-) -> None:
-    """Raise DoesNotFit when a worker needs more than ``budget`` bytes (0: unknown).
-
-    Args:
-        count: Shards.
-        n: Tracked samples.
-        held: Bytes of buffers a tracked sample.
-        spare: Bytes for forming and writing rows.
-        budget: Bytes a worker may use.
-        needed: Bytes a worker of the largest shard will use.
-        process: Bytes of a worker without buffers.
-    """
-    if not budget or needed <= budget:
-        return
-    room = budget - process - spare
-    if room < held:
-        raise DoesNotFit(
-            f"one tracked sample needs {process + spare + held:,} bytes in a worker of {budget:,} bytes; "
-            "use workers with more memory (--memory, fewer --workers)"
-        )
-    fits = math.ceil(n / (room // held))
-    raise DoesNotFit(
-        f"{count} shards need {needed:,} bytes in a worker of {budget:,} bytes; "
-        f"use --shards {max(fits, count + 1)} or more, or track fewer samples"
-    )
-
-
-def _cut_chunks(n: int, chunk_rows: int, count: int, label: str) -> tuple[Shard, ...]:
-    """Deal whole chunks to ``count`` contiguous shards whose chunk counts differ by at most one."""
-    chunks = math.ceil(n / chunk_rows)
-    count = min(count, chunks)
-    each, extra = divmod(chunks, count)
-    shards, start = [], 0
-    for k in range(count):
-        stop = min(n, start + (each + (k < extra)) * chunk_rows)
-        shards.append(Shard(name=f"{label}-{k:05d}", start=start, stop=stop))
-        start = stop
-    return tuple(shards)
-
-
-def spans(total: int, rows: int, label: str) -> tuple[Shard, ...]:
-    """Cut ``range(total)`` into units of ``rows``, named ``label-00000`` and so on."""
-    return tuple(
-        Shard(name=f"{label}-{k:05d}", start=start, stop=min(total, start + rows))
-        for k, start in enumerate(range(0, total, rows))
-    )
-
-
 def reduce_tiles(n: int, m: int, row_bytes: int, budget: int) -> ReduceTiles:
-    """Cut the join so that one task stays within ``budget`` bytes.
+    """Cut the join so that the arrays of one task stay within ``budget`` bytes.
 
     Strips of hypergradients (20% each) meet panels of test gradients (15% each), both read one ahead;
-    the contributions of a unit's rows to all M tests (20%) are then written file by file.
+    the contributions of a unit's rows to all M tests (20%, and a third of that in passing) are then
+    written file by file. Writing itself takes ``WRITER_BYTES`` beside the budget.
 
     Raises:
         DoesNotFit: The budget does not hold one row of each.
     """
-    if budget < 8 * row_bytes:
+    least = max(8 * row_bytes, 40 * m)
+    if budget < least:
         raise DoesNotFit(
-            f"--reduce-memory {budget:,} bytes is less than 8 rows of {row_bytes:,} bytes; "
-            f"use at least {8 * row_bytes:,}"
+            f"--reduce-memory {budget:,} bytes does not hold rows of {row_bytes:,} bytes and their "
+            f"contributions to {m:,} test samples; use at least {least:,}"
         )
-    strip = max(1, min(n, int(0.2 * budget) // row_bytes, 4096))
-    strip = strip - strip % TILE if strip > TILE and strip < n else strip
-    panel = max(1, min(m, int(0.15 * budget) // row_bytes, 4096))
-    panel = panel - panel % TILE if panel > TILE and panel < m else panel
-    strips = max(1, int(0.2 * budget) // (m * 8 * strip))
-    unit = min(n, strip * strips)
+    share = int(0.2 * budget)
+    strip = _tiled(min(n, share // row_bytes, share // (8 * m), 4096), n)
+    panel = _tiled(min(m, int(0.15 * budget) // row_bytes, 4096), m)
+    unit = min(n, strip * max(1, share // (m * 8 * strip)))
     file_tests = max(1, min(m, TILE_VALUES // unit))
-    used = (
-        (1 + (unit > strip)) * strip * row_bytes
-        + (1 + (m > panel)) * panel * row_bytes
-        + unit * m * 8
-        + 48 * (1 << 20)
-    )
-    return ReduceTiles(
-        unit_rows=unit, strip_rows=strip, panel_rows=panel, file_tests=file_tests, bytes=int(used)
-    )
+    used = (1 + (unit > strip)) * strip * row_bytes + (1 + (m > panel)) * panel * row_bytes
+    used += int(1.3 * unit * m * 8)
+    return ReduceTiles(unit_rows=unit, strip_rows=strip, panel_rows=panel, file_tests=file_tests, bytes=used)
+
+
+def _tiled(rows: int, total: int) -> int:
+    """Return ``rows`` or a little less: whole tiles, where that leaves any and not all fit."""
+    rows = max(1, rows)
+    return rows - rows % TILE if TILE < rows < total else rows
 
 
 def _times(

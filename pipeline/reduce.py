@@ -160,7 +160,7 @@ def _write_tiles(
             test_index=test_index[first:last],
             train_label=labels,
             test_label=test_label[first:last],
-            contribution=block[:, first:last].astype(np.float32),
+            contribution=block[:, first:last].astype(np.float32, copy=False),
         )
         files.append(relative)
     return files
@@ -170,13 +170,18 @@ def _write_samples(
     run: RunDirectory, job: ReduceJob, name: str, block: Floats, index: Integers, start: int, stop: int
 ) -> str:
     relative = f"samples/method={job.method}/part-{name.split('-')[-1]}.parquet"
+    # A few rows at a time: float64 copies of the whole block would double its memory.
+    spread = [
+        (block[a:b].mean(1, dtype=np.float64), block[a:b].std(1, dtype=np.float64))
+        for a, b in bounds(len(block), 64)
+    ]
     table = pa.table(
         {
             "train_index": index,
             "label": job.train_labels[start:stop],
             "visits": job.visits[start:stop],
-            "contribution": block.mean(axis=1, dtype=np.float64),
-            "contribution_std": block.std(axis=1, dtype=np.float64),
+            "contribution": np.concatenate([mean for mean, _ in spread]),
+            "contribution_std": np.concatenate([deviation for _, deviation in spread]),
             "shard": job.shard_of[start:stop],
         }
     )

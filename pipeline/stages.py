@@ -11,7 +11,7 @@ from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..storage.uri import is_local
 from .events import Note, Observer, StageFinished, StageStarted, UnitSkipped
-from .plan import Shard
+from .sharding import Shard
 from .stores import rebuild
 from .tasks import RECORD, Tasks
 from .units import Executor, Unit

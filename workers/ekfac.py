@@ -33,7 +33,7 @@ class _Rows:
         self.sums = like.new_zeros(-(-rows // TILE) * TILE, like.shape[-1])
 
     def add(self, rows: Tensor, block: Tensor, scale: Tensor) -> None:
-        self.sums.index_add_(0, rows.to(self.sums.device), block * scale)
+        self.sums.index_add_(0, rows.to(self.sums.device), block.mul_(scale))
 
 
 class EkfacReplay(VerifiedReplay):

@@ -32,11 +32,11 @@ class Projections:
         self.sums = targets_KD.new_zeros(rows, self.count + missing)
 
     def add(self, rows: Tensor, block: Tensor, scale: Tensor) -> None:
-        """Add ``scale * block @ targets^T`` to the given rows; see ``HypergradientBuffers.add``."""
+        """Add ``scale * block @ targets^T`` to the given rows (``block`` is overwritten); see ``HypergradientBuffers.add``."""
         where = rows.to(self.sums.device)
-        scaled = block * scale.to(device=block.device, dtype=block.dtype)
+        block *= scale.to(device=block.device, dtype=block.dtype)
         for k, tile in enumerate(self.tiles):
-            self.sums[where, k * TARGET_TILE : (k + 1) * TARGET_TILE] += scaled @ tile.T
+            self.sums[where, k * TARGET_TILE : (k + 1) * TARGET_TILE] += block @ tile.T
 
     def contributions(self, n_train: int) -> npt.NDArray[np.floating]:
         """Return ``-sums^T / N`` without the padding, (K, rows)."""

@@ -1,0 +1,72 @@
+"""What keeping the Hessian costs: EKFAC against the fast replay, the exact adjoint against training.
+
+Fashion-MNIST on LeNet-5, batch 64, all samples tracked. The exact adjoint answers for all training
+samples; its cost counts the segment replay it needs. Objects are built before the clock starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra_pipe.workers.adjoint import Adjoint
+from hydra_pipe.workers.curvature import CurvatureEstimate
+from hydra_pipe.workers.ekfac import EkfacReplay
+from hydra_pipe.workers.replay import Replay
+from hydra_pipe.workers.training import Compute
+
+from .cases import Clothes, Prefetched, record
+from .report import Result
+from .timing import clock, ratio
+
+SIZES: Mapping[str, Any] = {"samples": 1280, "batch": 64, "threads": 2, "targets": (1, 8, 16), "rounds": 5}
+QUICK: Mapping[str, Any] = {"samples": 96, "batch": 32, "threads": 1, "targets": (1, 2), "rounds": 1}
+
+
+def run(sizes: Mapping[str, Any], folder: Path) -> Result:
+    """Measure, all candidates in turns."""
+    result = Result(name="hessian", sizes=sizes)
+    recipe = Clothes(train_size=sizes["samples"], test_size=8, epochs=1, batch_size=sizes["batch"])
+    compute = Compute(threads=sizes["threads"], device="cpu")
+    coupled = replace(compute, batch_norm="coupled")
+    batches, trajectory = record(recipe, compute, folder)
+    curvature = CurvatureEstimate(Prefetched(recipe, compute, batches), trajectory, checkpoints=1).run()
+    tracked = np.arange(sizes["samples"])
+    dimension = len(trajectory.checkpoint(0).weights)
+    targets = np.random.default_rng(0).standard_normal((max(sizes["targets"]), dimension)).astype(np.float32)
+
+    def plain() -> Callable[[], object]:
+        training = Prefetched(recipe, compute, batches)
+        return lambda: [training.step(step, batch) for step, batch in enumerate(batches)]
+
+    def fast() -> Callable[[], object]:
+        return Replay(Prefetched(recipe, compute, batches), trajectory, tracked).run
+
+    def ekfac() -> Callable[[], object]:
+        return EkfacReplay(Prefetched(recipe, compute, batches), trajectory, tracked, curvature).run
+
+    def adjoint(count: int) -> Callable[[], Callable[[], object]]:
+        def build() -> Callable[[], object]:
+            back = Adjoint(Prefetched(recipe, coupled, batches), trajectory, tracked)
+            return lambda: back.run(targets[:count])
+
+        return build
+
+    candidates = {"plain": plain, "fast": fast, "ekfac": ekfac}
+    candidates |= {f"adjoint {count}": adjoint(count) for count in sizes["targets"]}
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(1 + sizes["rounds"]):
+        for name, build in candidates.items():
+            seconds = clock(build())
+            if turn:
+                taken[name].append(seconds)
+    result.add("fast replay / plain training", ratio(taken["fast"], taken["plain"]), "x")
+    result.add("EKFAC replay / fast replay", ratio(taken["ekfac"], taken["fast"]), "x", at_most=1.5)
+    for count in sizes["targets"]:
+        each = [value / count for value in ratio(taken[f"adjoint {count}"], taken["plain"])]
+        goal = 4.0 if count == 1 else 1.7 if count >= 8 else None
+        result.add(f"exact adjoint, {count} targets: one target / plain training", each, "x", at_most=goal)
+    return result

@@ -17,6 +17,9 @@ from ..workers.projection import TARGET_TILE
 from .spec import RunSpec
 from .survey import Survey
 
+WRITE_CHUNKS = 4
+"""Chunks of hypergradients formed and written at a time: they are encoded in parallel."""
+
 EXACT_TARGETS = 8
 """Targets of the exact adjoint in a chunk; shards are whole chunks."""
 
@@ -94,7 +97,8 @@ class Sharding:
             segment = SEGMENT_BYTES if self.spec.hessian == "exact" else 0
             spare = min(segment, self.looked.steps * self.row) + widest * self.row
         else:
-            spare = 3 * self.chunk_rows(count) * self.row  # rows being formed, encoded and written
+            # Rows being formed, encoded and written.
+            spare = min(2 * widest, (2 * WRITE_CHUNKS + 1) * self.chunk_rows(count)) * self.row
         return self.looked.process_bytes + widest * self.held + spare
 
     def count(self, capacity: Mapping[str, Any]) -> int:

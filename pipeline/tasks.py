@@ -31,7 +31,8 @@ from ..workers.recipe import Recipe
 from ..workers.record import Recorder
 from ..workers.replay import Replay
 from ..workers.training import Compute, Training
-from .reduce import ReduceJob, reduce_rows
+from .reduce import ReduceJob, bounds, reduce_rows
+from .sharding import WRITE_CHUNKS
 from .units import Report, Unit
 
 Integers = npt.NDArray[np.int64]
@@ -138,8 +139,7 @@ class Tasks:
             replay = (ExactReplay if self.method == "hydra-exact" else Replay)(training, trajectory, tracked)
         buffers = replay.run(report)
         store = RowStore.open(run.path("hypergradients", f"method={self.method}.zarr"), "hypergradient")
-        for first in range(start, stop, store.chunk_rows):
-            last = min(stop, first + store.chunk_rows)
+        for first, last in bounds_of(start, stop, WRITE_CHUNKS * store.chunk_rows):
             store.write(first, buffers.numpy(first - start, last - start))
         replay.engine.close()
         base = f"hypergradients/method={self.method}.zarr"
@@ -224,6 +224,11 @@ class Tasks:
         device = resolve_device(self.compute.device)
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         return reduce_rows(run, self.job, unit.name, start, stop, device, report)
+
+
+def bounds_of(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """Cut ``start`` to ``stop`` into spans of ``size``."""
+    return [(start + first, start + last) for first, last in bounds(stop - start, size)]
 
 
 def files_under(uri: str) -> list[str]:

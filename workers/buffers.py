@@ -163,6 +163,11 @@ class _Factors:
             self.slot = 0
 
     def form(self, start: int, stop: int, out: Tensor) -> None:
+        if self.slots == 1 and self.sum is None:  # one visit in all: the product goes straight to its place
+            pair = zip((self.left, self.right), self.shape, strict=True)
+            left, right = (factor[start:stop, 0, :size].cpu() for factor, size in pair)
+            torch.mul(left.unsqueeze(2), right.unsqueeze(1), out=out)
+            return
         first = start - start % TILE
         for tile in range(first, stop, TILE):
             total = self._tile(tile)

@@ -46,7 +46,8 @@ def convolution(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Ten
         return
     left = d.reshape(x_R.shape[0] * module.groups, module.out_channels // module.groups, -1)
     product = products(left, _windows(module, x_R, d_R.shape[2:]))
-    out.copy_(product[:, :, : module.weight[0].numel()].reshape(out.shape))
+    target = out.flatten(2).unflatten(1, (module.groups, -1))
+    target.copy_(product[:, :, : target.shape[3]].unflatten(0, (-1, module.groups)))
 
 
 def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: torch.Size) -> Tensor:

@@ -139,13 +139,3 @@ Observer = Callable[[Event], None]
 
 def null(event: Event) -> None:
     """Listen to nothing."""
-
-
-def tee(*observers: Observer) -> Observer:
-    """Return an observer that passes each event to all ``observers``, in the order given."""
-
-    def passing(event: Event) -> None:
-        for observer in observers:
-            observer(event)
-
-    return passing

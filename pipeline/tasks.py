@@ -139,8 +139,8 @@ class Tasks:
             replay = (ExactReplay if self.method == "hydra-exact" else Replay)(training, trajectory, tracked)
         buffers = replay.run(report)
         store = RowStore.open(run.path("hypergradients", f"method={self.method}.zarr"), "hypergradient")
-        for first, last in bounds_of(start, stop, WRITE_CHUNKS * store.chunk_rows):
-            store.write(first, buffers.numpy(first - start, last - start))
+        for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
+            store.write(start + first, buffers.numpy(first, last))
         replay.engine.close()
         base = f"hypergradients/method={self.method}.zarr"
         files = [f"{base}/{name}" for name in store.files(start, stop)]
@@ -224,11 +224,6 @@ class Tasks:
         device = resolve_device(self.compute.device)
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         return reduce_rows(run, self.job, unit.name, start, stop, device, report)
-
-
-def bounds_of(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """Cut ``start`` to ``stop`` into spans of ``size``."""
-    return [(start + first, start + last) for first, last in bounds(stop - start, size)]
 
 
 def files_under(uri: str) -> list[str]:

@@ -59,13 +59,6 @@ class Layout:
         stop = self.entries[index + 1].start if index + 1 < len(self.entries) else self.dimension
         return stop - self.entries[index].start
 
-    def views(self, block: Tensor) -> list[Tensor]:
-        """Split a (R, D) block into views of shape (R, *parameter shape)."""
-        return [
-            block[:, entry.start : entry.start + self.size(i)].view(block.shape[0], *entry.shape)
-            for i, entry in enumerate(self.entries)
-        ]
-
     def column_groups(self) -> Tensor:
         """Return the optimiser group of every flat coordinate, shape (D,), int64."""
         out = torch.empty(self.dimension, dtype=torch.int64)

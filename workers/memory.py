@@ -7,15 +7,8 @@ import resource
 import sys
 from pathlib import Path
 
-import psutil
-
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-
-
-def resident_bytes() -> int:
-    """Return the resident set size of this process."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def reset_peak() -> None:
@@ -31,8 +24,3 @@ def peak_bytes() -> int:
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def available_bytes() -> int:
-    """Return what this machine could still give away."""
-    return int(psutil.virtual_memory().available)

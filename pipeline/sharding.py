@@ -13,6 +13,7 @@ from typing import Any
 from ..storage.errors import DoesNotFit
 from ..storage.rows import chunk_rows_for
 from ..workers.adjoint import SEGMENT_BYTES
+from ..workers.hessian_tiles import TILE, working_bytes
 from ..workers.projection import TARGET_TILE
 from .spec import RunSpec
 from .survey import Survey
@@ -20,8 +21,11 @@ from .survey import Survey
 WRITE_CHUNKS = 4
 """Chunks of hypergradients formed and written at a time: they are encoded in parallel."""
 
-EXACT_TARGETS = 8
-"""Targets of the exact adjoint in a chunk; shards are whole chunks."""
+EXACT_TARGETS = TILE
+"""Targets of the exact adjoint in a chunk, one tile; shards are whole chunks, so tiles are the same for any."""
+
+TILE_VECTORS = 6
+"""Vectors of D numbers that a row of a tile takes in passing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +103,8 @@ class Sharding:
         else:
             # Rows being formed, encoded and written.
             spare = min(2 * widest, (2 * WRITE_CHUNKS + 1) * self.chunk_rows(count)) * self.row
+        if self.spec.hessian == "exact":
+            spare += working_bytes(self.looked.activation_bytes) + TILE_VECTORS * TILE * self.row
         return self.looked.process_bytes + widest * self.held + spare
 
     def count(self, capacity: Mapping[str, Any]) -> int:

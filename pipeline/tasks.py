@@ -144,15 +144,18 @@ class Tasks:
         replay.engine.close()
         base = f"hypergradients/method={self.method}.zarr"
         files = [f"{base}/{name}" for name in store.files(start, stop)]
-        return files, {"rows": stop - start, "start": start, "steps": training.steps}
+        notes = {"products": replay.tiles.choice} if isinstance(replay, ExactReplay) else {}
+        return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
 
     def _adjoint(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         training = Training(self.recipe, self.compute)
         trajectory = open_trajectory(run.path("trajectory.zarr"))
         targets = RowStore.open(run.path("test_gradients.zarr"), "gradient").read(start, stop)
+        notes: dict[str, Any] = {}
         if self.method == "hydra-exact":
-            found = Adjoint(training, trajectory, self.tracked).run(targets, report)
+            back = Adjoint(training, trajectory, self.tracked)
+            found, notes = back.run(targets, report), {"products": back.tiles.choice}
         elif self.method == "hydra-ekfac":
             bent = EkfacReplay(training, trajectory, self.tracked, self._basis(run), targets)
             found = bent.run(report).contributions()
@@ -165,7 +168,7 @@ class Tasks:
         store = RowStore.open(run.path(*base.split("/")), "contribution")
         store.write(start, found)
         files = [f"{base}/{name}" for name in store.files(start, stop)]
-        return files, {"rows": stop - start, "start": start, "steps": training.steps}
+        return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
 
     def _curvature(self, run: RunDirectory, _unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         training = Training(self.recipe, self.compute)

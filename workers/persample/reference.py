@@ -8,7 +8,7 @@ samples do not see each other and nothing is random.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -47,13 +47,17 @@ def vjp(losses_B: Tensor, parameters: Sequence[nn.Parameter], positions: Tensor)
     ]
 
 
-class _LossModule(nn.Module):
+class LossModule(nn.Module):
+    """The recipe's losses as a module, so that ``functional_call`` can put other weights in."""
+
     def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        """Wrap the model, whose parameters are then called ``model.<name>``."""
         super().__init__()
         self.model = model
         self._recipe = recipe
 
     def forward(self, batch: Batch) -> Tensor:
+        """Return the losses, (B,)."""
         return self._recipe.losses(self.model, batch)
 
 
@@ -61,7 +65,7 @@ def func(
     recipe: Recipe, model: nn.Module, names: Sequence[str], batch: Batch, positions: Tensor
 ) -> list[Tensor]:
     """Return each sample's gradient by ``vmap(grad)``: tensors (R, *parameter shape)."""
-    module = _LossModule(recipe, model)
+    module = LossModule(recipe, model)
     parameters = dict(model.named_parameters())
     chosen = {f"model.{name}": parameters[name].detach() for name in names}
     rows = tree_map(lambda leaf: leaf.index_select(0, positions) if isinstance(leaf, Tensor) else leaf, batch)
@@ -98,9 +102,44 @@ def constant_statistics(model: nn.Module) -> Iterator[bool]:
             module.__dict__.pop("forward", None)
 
 
+def _coupled_forward(module: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, module.weight, module.bias, True, 0.0, module.eps)
+
+
+def _embedding_forward(module: Any, tokens: Tensor) -> Tensor:
+    rows = F.embedding(tokens, module.weight)
+    return torch.where((tokens == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
+
+
+def _as_backward_sees_it(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+    if uses_batch_statistics(module):
+        return _coupled_forward
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.max_norm is None:
+        return _embedding_forward
+    return None
+
+
+@contextmanager
+def differentiable_layers(model: nn.Module) -> Iterator[None]:
+    """Let layers compute what they do in training in a form whose forward-mode derivative is backward's.
+
+    BatchNorm does not note the batch in its buffers, which ``torch.func`` refuses; rows of an Embedding
+    at ``padding_idx`` count as constants, as they do in its backward pass.
+    """
+    found = [(module, _as_backward_sees_it(module)) for module in model.modules()]
+    changed = [(module, forward) for module, forward in found if forward is not None]
+    for module, forward in changed:
+        module.__dict__["forward"] = partial(forward, module)
+    try:
+        yield
+    finally:
+        for module, _ in changed:
+            module.__dict__.pop("forward", None)
+
+
 def couples_samples(model: nn.Module) -> bool:
     """Whether the model, in its present mode, has layers that couple the samples of a batch."""
     return any(uses_batch_statistics(module) for module in model.modules())
 
 
-__all__ = ["constant_statistics", "couples_samples", "func", "vjp"]
+__all__ = ["LossModule", "constant_statistics", "couples_samples", "differentiable_layers", "func", "vjp"]

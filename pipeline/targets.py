@@ -116,3 +116,19 @@ def stage_of(kind: str) -> str:
 def kind_of(info: Mapping[str, Any], method: str) -> str:
     """Return the kind of targets of a method of a run, from ``run.json``."""
     return str(info.get("methods", {}).get(method, {}).get("targets", SAMPLES))
+
+
+def target_of_each(target_K: npt.ArrayLike, label_M: npt.ArrayLike, start: int, stop: int) -> Integers:
+    """Return which of the targets ``start`` to ``stop`` each test sample belongs to, (M,); -1: none.
+
+    Args:
+        target_K: Labels of all targets, ascending; -1: the only one, the mean over all.
+        label_M: Labels of the test samples.
+        start: First target.
+        stop: One past the last.
+    """
+    known, labels = (np.asarray(values, dtype=np.int64) for values in (target_K, label_M))
+    if known[0] < 0:
+        return np.zeros(len(labels), dtype=np.int64)
+    place = np.searchsorted(known, labels) - start
+    return np.where((place >= 0) & (place < stop - start), place, -1)

@@ -34,7 +34,7 @@ from ..workers.targets import mean_gradients
 from ..workers.training import Compute, Training
 from .reduce import ReduceJob, bounds, reduce_rows
 from .sharding import WRITE_CHUNKS
-from .targets import CLASSES, MEAN, stage_of, store_of
+from .targets import CLASSES, MEAN, stage_of, store_of, target_of_each
 from .units import Report, Unit
 
 Integers = npt.NDArray[np.int64]
@@ -138,7 +138,7 @@ class Tasks:
     ) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         gradients, store = RowStore.open(run.path("test_gradients.zarr"), "gradient"), self._targets(run)
-        group = target_of_each(store, gradients.column("label"), start, stop)
+        group = target_of_each(store.column("label"), gradients.column("label"), start, stop)
         mean = mean_gradients(gradients.read, group, gradients.columns, stop - start, report)
         store.write(start, mean.astype(store.dtype))
         base = store_of(self.job.targets)
@@ -245,15 +245,6 @@ class Tasks:
         device = resolve_device(self.compute.device)
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         return reduce_rows(run, self.job, unit.name, start, stop, device, report)
-
-
-def target_of_each(store: RowStore, label_M: Integers, start: int, stop: int) -> Integers:
-    """Return which of the targets ``start`` to ``stop`` each test sample belongs to, (M,); -1: none."""
-    targets = store.column("label").astype(np.int64)
-    if len(targets) == 1 and targets[0] < 0:  # the mean over all
-        return np.zeros(len(label_M), dtype=np.int64)
-    place = np.searchsorted(targets, label_M.astype(np.int64)) - start
-    return np.where((place >= 0) & (place < stop - start), place, -1)
 
 
 def files_under(uri: str) -> list[str]:

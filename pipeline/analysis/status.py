@@ -121,13 +121,13 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
 def method_names(info: Mapping[str, Any]) -> list[str]:
     """Return the methods of a run: those in ``methods`` and the one being made.
 
-    ``hydra`` comes first, and those whose targets are no single test samples come last.
+    ``hydra`` comes first; those with classes for targets, then with the mean, come last.
     """
     names = [str(name) for name in info.get("methods", {})]
     current = info.get("method")
     if isinstance(current, str) and current not in names:
         names.append(current)
-    return sorted(names, key=lambda name: (kind_of(info, name) != SAMPLES, name != "hydra"))
+    return sorted(names, key=lambda name: (KINDS.index(kind_of(info, name)), name != "hydra"))
 
 
 def status(run: Run) -> dict[str, Any]:

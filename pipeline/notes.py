@@ -28,7 +28,7 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
         stored: ``run.json`` so far; empty for a new run.
     """
     methods = {**stored.get("methods", {})}
-    for method in {spec.base_method, spec.method}:
+    for method in dict.fromkeys((spec.base_method, spec.method)):  # in this order, which readers see
         methods.setdefault(method, {"state": "partial"})
         methods[method].update(mode=spec.mode, options=method_options(spec), **target_notes(spec, plan))
     return {

@@ -14,11 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from hydra_pipe.pipeline.analysis.panels import panels, targets
 from hydra_pipe.pipeline.analysis.verify import verify
+from hydra_pipe.pipeline.evaluate import Questions, evaluate
+from hydra_pipe.pipeline.events import Note
 from hydra_pipe.pipeline.plan import make_plan
+from hydra_pipe.pipeline.retrainings import read_part, subsets, unchanged
 from hydra_pipe.pipeline.targets import KINDS, coarsened, target_of_each, target_set
 from hydra_pipe.storage.errors import InputError, SpecError, SpecMismatch
 from hydra_pipe.storage.rows import RowStore
 from hydra_pipe.workers.targets import mean_gradients
+from scipy.stats import spearmanr
 
 from hydra_pipe import RunSpec, open_run, run
 from tests import oracle
@@ -451,3 +455,95 @@ def test_compare_without_test_samples_takes_the_exact_form_of_the_classes(tmp_pa
     assert alone.exit_code == 1
     assert "no other method of targets 'mean'" in alone.stderr
     assert open_run(str(tmp_path / "a")).methods()[-1] == "hydra-exact-mean"
+
+
+# ---------------------------------------------------------------------- the truth by retraining
+
+
+class Wrong(Small):
+    """Every fifth label moved on by one."""
+
+    def train_dataset(self):
+        dataset = super().train_dataset()
+        dataset.tensors[1][::5] = (dataset.tensors[1][::5] + 1) % self.classes
+        return dataset
+
+    def noisy_labels(self, dataset):
+        index = np.arange(0, 45, 5)
+        return index, (dataset.tensors[1].numpy()[index] - 1) % self.classes
+
+
+@pytest.fixture(scope="module")
+def retrained(tmp_path_factory):
+    """Exact contributions of ``Wrong`` to samples, classes and the mean, with retrainings."""
+    out = tmp_path_factory.mktemp("retrained") / "run"
+    for kind in KINDS:
+        go(Wrong(), out, hessian="exact", targets=kind, track="all")
+    return out
+
+
+FEW = {"subsets": 6, "fractions": (0.9,), "leave_one_out": 4, "remove": (0.1,), "perturb": (0.1,)}
+
+
+def score(out, methods, heard=None):
+    return evaluate(str(out), Wrong(), questions=Questions(methods=methods, **FEW), observer=heard)
+
+
+def test_evaluate_scores_classes_by_the_losses_of_classes(retrained):
+    found = score(retrained, ["hydra-exact-classes", "hydra-exact"])
+    assert (found["targets"], found["n_targets"], found["n_test"]) == ("classes", 3, 12)
+    rows = {row["method"]: row for row in found["lds"]}
+    opened = open_run(str(retrained))
+    label = opened.test_gradients().column("label")
+    C = by_test(opened, "hydra-exact-classes")
+    base = read_part(opened.directory, "retrain", unchanged().unit)["loss"].to_numpy()
+    real, said = [], []
+    for trial in subsets(np.arange(45), 0.9, 6, 0, "rescaled"):
+        change = read_part(opened.directory, "retrain", trial.change.unit)["loss"].to_numpy() - base
+        real.append([change[label == c].mean() for c in np.unique(label)])
+        said.append((1 - trial.change.weights(45)) @ C)
+    right = spearmanr(np.array(real), np.array(said)).statistic[:3, 3:].diagonal().mean()
+    for method in ("hydra-exact-classes", "hydra-exact"):
+        assert rows[method]["lds"] == pytest.approx(right, abs=1e-12)
+    table = pq.read_table(retrained / "evaluate/lds.parquet").to_pydict()
+    assert table["test_label"][:3] == [0, 1, 2]
+    assert set(table["test_index"]) == {-1}
+    # What is said of the mean test loss is the same from every kind of targets, whatever the classes' sizes.
+    whole, mean = score(retrained, ["hydra-exact"]), score(retrained, ["hydra-exact-mean"])
+
+    def removed(summary):
+        rows = [
+            {**row, "ranking": row["ranking"].split("-mean")[0].split("-classes")[0]}
+            for row in summary["removal"]
+        ]
+        return {(row["ranking"], row["direction"], row["removed"]): row for row in rows}
+
+    one, *others = (removed(summary) for summary in (whole, found, mean))
+    for other in others:
+        assert other.keys() == one.keys()
+        for key, row in one.items():
+            assert other[key]["loss_change"] == pytest.approx(row["loss_change"], rel=1e-9)
+            if row["predicted_change"] is not None:
+                assert other[key]["predicted_change"] == pytest.approx(row["predicted_change"], rel=1e-4)
+    single = [each["leave_one_out"][-1]["spearman_mean"] for each in (whole, found, mean)]
+    assert single == pytest.approx([single[0]] * 3)
+    scores = {row["score"] for row in found["mislabelled"]}
+    assert "hydra-exact-classes: spread of C(i, class)" in scores
+    assert not any("spread" in row["score"] for row in mean["mislabelled"])
+
+
+def test_evaluate_takes_the_finest_targets_and_says_what_it_left_out(retrained):
+    notes = []
+
+    def heard(event):
+        if isinstance(event, Note):
+            notes.append(event.message)
+
+    found = score(retrained, None, heard)
+    assert (found["methods"], found["targets"]) == (["hydra-exact"], "samples")
+    (note,) = notes
+    assert "not scored: hydra-exact-classes, hydra-exact-mean" in note
+    words = ("evaluate", retrained, "tests.pipeline.test_targets:Wrong", "--methods", "hydra-exact-classes")
+    words += ("--subsets", "6", "--fractions", "0.9", "--remove", "0.1", "--perturb", "none", "--quiet")
+    shown = cli(*words, "--executor", "serial")
+    assert "losses are those of 12 test samples in 3 classes" in shown.stdout, shown.stderr

@@ -101,7 +101,7 @@ class Run:
         """Return the store behind `hypergradients`, with its ``train_index`` column."""
         from ..storage.rows import RowStore
 
-        self.require(f"{method}/replay")
+        self._require(f"{method}/replay")
         return RowStore.open(self.directory.path("hypergradients", f"method={method}.zarr"), "hypergradient")
 
     def test_gradients(self) -> RowStore:
@@ -111,7 +111,7 @@ class Run:
         """
         from ..storage.rows import RowStore
 
-        self.require(TEST_GRADIENTS)
+        self._require(TEST_GRADIENTS)
         return RowStore.open(self.directory.path("test_gradients.zarr"), "gradient")
 
     def targets(self, method: str | None = None) -> pa.Table:
@@ -132,7 +132,7 @@ class Run:
         """Return the recorded training run."""
         from ..storage.trajectory import open_trajectory
 
-        self.require("record")
+        self._require("record")
         return open_trajectory(self.directory.path("trajectory.zarr"))
 
     def noisy(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -167,8 +167,7 @@ class Run:
     def _state(self, stage: str) -> str:
         return stage_state(self.directory, self.info, stage).state
 
-    def require(self, stage: str) -> None:
-        """Raise `IncompleteStage` unless every unit of a stage is committed."""
+    def _require(self, stage: str) -> None:
         if self._state(stage) != "complete":
             raise self._incomplete(stage)
 

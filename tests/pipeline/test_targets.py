@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hydra_pipe.pipeline import drive
 from hydra_pipe.pipeline.analysis.panels import panels, targets
 from hydra_pipe.pipeline.analysis.verify import verify
 from hydra_pipe.pipeline.evaluate import Questions, evaluate
@@ -28,6 +29,7 @@ from hydra_pipe import RunSpec, open_run, run
 from tests import oracle
 from tests.conftest import ROOT
 from tests.end_to_end.support import Heard, cli
+from tests.faults import FaultPlan, Faulty
 from tests.recipes import BatchNormed, Images, Small
 
 FORMS = {"none": "hydra", "ekfac": "hydra-ekfac", "exact": "hydra-exact"}
@@ -259,6 +261,21 @@ def test_a_killed_run_goes_on_with_the_same_bits(unit, action, tmp_path):
     assert found.samples(method).equals(right.samples(method))
     assert found.contributions(method).to_table().equals(right.contributions(method).to_table())
     assert verify(found).ok
+
+
+@pytest.mark.ray
+def test_a_killed_worker_on_ray_changes_no_bit(ray_cluster, tmp_path, monkeypatch):
+    right = go(Many(), tmp_path / "right", hessian="exact", targets="classes", shards=3)
+    (tmp_path / "faults").mkdir()
+    plan = FaultPlan(directory=str(tmp_path / "faults"), script={"targets-00001": ["kill@3"]})
+    tasks = drive._Driver._tasks
+    monkeypatch.setattr(
+        drive._Driver, "_tasks", lambda self, stage: Faulty(plan=plan, handler=tasks(self, stage))
+    )
+    fields = {"executor": "ray", "address": ray_cluster, "workers": 2}
+    found = go(Many(), tmp_path / "run", hessian="exact", targets="classes", shards=3, **fields)
+    assert plan.attempts("targets-00001") == 2
+    assert np.array_equal(by_test(found, "hydra-exact-classes"), by_test(right, "hydra-exact-classes"))
 
 
 def test_a_damaged_target_gradient_is_made_again(tmp_path):

@@ -17,6 +17,7 @@ from ..workers.hessian_tiles import TILE, working_bytes
 from ..workers.projection import TARGET_TILE
 from .spec import RunSpec
 from .survey import Survey
+from .targets import target_set
 
 WRITE_CHUNKS = 4
 """Chunks of hypergradients formed and written at a time: they are encoded in parallel."""
@@ -53,7 +54,8 @@ class Sharding:
         looked: The recipe's numbers.
 
     Attributes:
-        items: What is cut: n tracked samples, or M targets in adjoint mode.
+        targets: The targets of the spec.
+        items: What is cut: n tracked samples, or K targets in adjoint mode.
         row: Bytes of D numbers.
         held: Bytes a worker holds an item.
     """
@@ -64,8 +66,9 @@ class Sharding:
         self.row = looked.dimension * self.itemsize
         tracked = len(looked.tracked)
         self.adjoint = spec.mode == "adjoint"
+        self.targets = target_set(spec.targets, looked.tested, looked.test_labels[looked.tested])
         if self.adjoint:
-            self.items, self.held = len(looked.tested), 2 * self.row + 2 * tracked * self.itemsize
+            self.items, self.held = len(self.targets), 2 * self.row + 2 * tracked * self.itemsize
         else:
             numbers = {"none": looked.row_numbers, "ekfac": looked.dimension, "exact": 2 * looked.dimension}
             self.items, self.held = tracked, numbers[spec.hessian] * self.itemsize

@@ -67,6 +67,7 @@ def samples_table(title: str, rows: list[dict[str, Any]]) -> Table:
         Column(key="original_label", header="true label", right=True, kind="text"),
         Column(key="contribution", header="contribution", right=True, kind="signed"),
         Column(key="contribution_std", header="std over tests", right=True, kind="signed"),
+        Column(key="contribution_spread", header="std over seeds", right=True, kind="signed"),
         Column(key="visits", header="visits", right=True),
     ]
     filled = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
@@ -102,6 +103,7 @@ def status_tables(found: Mapping[str, Any]) -> list[Table | str]:
         ),
         rows=rows,
     )
+    facts["other seeds"] = ", ".join(f"{r['seed']} ({r['state']})" for r in found["seeds"]) or None
     parts: list[Table | str] = [_facts(None, facts), "", stages]
     if found["resume"]:
         parts += ["", "to do what is missing:", f"  {found['resume']}"]

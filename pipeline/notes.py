@@ -11,6 +11,7 @@ from typing import Any
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
 from .admission import chosen, method_options
+from .analysis.status import SEEDS
 from .plan import Plan
 from .spec import RunSpec
 from .survey import Survey
@@ -30,6 +31,10 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
     for method in {spec.base_method, spec.method}:
         methods.setdefault(method, {"state": "partial"})
         methods[method].update(mode=spec.mode, options=method_options(spec))
+    if spec.seeds > 1:
+        entry = methods.setdefault(spec.averaged, {"state": "partial"})
+        seeds = [looked.recipe.seed + k for k in range(spec.seeds)]
+        entry.update(mode=SEEDS, source=spec.method, seeds=seeds)
     return {
         "format": 1,
         "spec": _spec_dict(spec),
@@ -62,6 +67,7 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
         "methods": methods,
         "stages": {k: dict(v) for k, v in stored.get("stages", {}).items()},
         "summary": dict(stored.get("summary", {})),
+        **({"seeds": dict(stored["seeds"])} if "seeds" in stored else {}),
     }
 
 

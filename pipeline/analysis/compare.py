@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ...storage.errors import InputError
 from .panels import panel_width, panels, tested
 from .ranking import overlap, ranks, sign_errors, spearman
+from .status import RECORD, TEST_GRADIENTS
 
 if TYPE_CHECKING:
     from ..handle import Run
@@ -193,12 +194,26 @@ def _means(run: Run, method: str) -> tuple[npt.NDArray[np.int64], Floats]:
 def seconds(run: Run, method: str) -> float | None:
     """Return the seconds that workers spent on the stages of ``method`` alone, None where unknown.
 
-    The record and the test gradients, which all methods of a run share, are not among them.
+    The record and the test gradients, which all methods of a run share, are not among them. An
+    average over seeds needs more records, and all work of its members is its own.
     """
+    seeds = run.averages(method)
+    if seeds:
+        members, source = run.members(), str(run.info["methods"][method]["source"])
+        total = _spent(run, (method, source)) or 0.0
+        for seed in seeds[1:]:
+            if seed in members:
+                total += _spent(members[seed], (RECORD, TEST_GRADIENTS, source)) or 0.0
+        return total
+    return _spent(run, (method,))
+
+
+def _spent(run: Run, owners: Sequence[str]) -> float | None:
+    """Return the seconds of the stages of the given methods (or shared stages), None where unknown."""
     spent = [
         float(manifest.values["seconds"])
         for stage in run.directory.stages()
-        if stage.split("/")[0] == method
+        if stage.split("/")[0] in owners
         for manifest in run.directory.manifests(stage)
         if "seconds" in manifest.values
     ]

@@ -44,7 +44,7 @@ def panels(run: Run, method: str, *, panel: int | None = None) -> Iterator[tuple
     width = panel or panel_width(len(tracked))
     for start in range(0, len(tests), width):
         chosen = tests[start : start + width]
-        yield slice(start, start + len(chosen)), _block(run, method, tracked, chosen)
+        yield slice(start, start + len(chosen)), read_block(run, method, tracked, chosen)
 
 
 def panel_width(rows: int) -> int:
@@ -63,13 +63,36 @@ def tested(run: Run, method: str) -> Integers:
         )
 
 
-def _block(run: Run, method: str, tracked: Integers, tests: Integers) -> Floats:
-    column = pa_dataset.field("test_index")
-    wanted = (column >= int(tests[0])) & (column <= int(tests[-1]))
+def read_block(
+    run: Run,
+    method: str,
+    tracked: Integers,
+    tests: Integers,
+    dataset: pa_dataset.Dataset | None = None,
+) -> Floats:
+    """Return the contributions of the training samples ``tracked`` to the ``tests``, both ascending.
+
+    Args:
+        run: The run.
+        method: Whose contributions.
+        tracked: Train indices, (n,).
+        tests: Test indices, (p,).
+        dataset: ``run.contributions(method)``, where it is at hand: opening it reads all manifests.
+
+    Returns:
+        (n, p) float64.
+
+    Raises:
+        CorruptStore: A pair is missing or is there twice.
+    """
+    train, test = pa_dataset.field("train_index"), pa_dataset.field("test_index")
+    wanted = (test >= int(tests[0])) & (test <= int(tests[-1]))
+    wanted = wanted & (train >= int(tracked[0])) & (train <= int(tracked[-1]))
     names = ["train_index", "test_index", "contribution"]
     block = np.full((len(tracked), len(tests)), np.nan)
+    dataset = run.contributions(method) if dataset is None else dataset
     rows = 0
-    for batch in run.contributions(method).to_batches(columns=names, filter=wanted, batch_readahead=2):
+    for batch in dataset.to_batches(columns=names, filter=wanted, batch_readahead=2):
         at, to, values = (_column(batch, name) for name in names)
         row, col = np.searchsorted(tracked, at), np.searchsorted(tests, to)
         inside = (row < len(tracked)) & (col < len(tests))

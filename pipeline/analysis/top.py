@@ -30,7 +30,8 @@ def top(
     Returns:
         A table sorted by contribution, ties by ``train_index``: ``rank`` (from 1),
         ``train_index``, ``label`` (-1: none), ``contribution``; without ``test`` also
-        ``contribution_std`` and ``visits``, with it also ``test_index`` and ``test_label``.
+        ``contribution_std`` and ``visits``, with it also ``test_index`` and ``test_label``. For an
+        average over seeds also ``contribution_spread``, the standard deviation over them.
 
     Raises:
         InputError: ``k`` is below 1, or the run does not hold that test sample.
@@ -46,6 +47,9 @@ def top(
         chosen = chosen.select(names)
     else:
         chosen = _one_test_sample(run, k=k, test=test, harmful=harmful, method=method)
+    method = run.method(method)
+    if run.averages(method):
+        chosen = chosen.append_column("contribution_spread", _spread(run, method, chosen, test))
     return chosen.add_column(0, "rank", pa.array(np.arange(1, len(chosen) + 1, dtype=np.int32)))
 
 
@@ -76,6 +80,19 @@ def _one_test_sample(run: Run, *, k: int, test: int, harmful: bool, method: str 
             "test_label": best["test_label"],
         }
     )
+
+
+def _spread(run: Run, method: str, chosen: pa.Table, test: int | None) -> pa.Array:
+    """Return the spread over the seeds of the chosen samples, in their order."""
+    index, column = chosen["train_index"].to_numpy(), "contribution_spread"
+    if test is None:
+        table = run.samples_spread(method)
+    else:
+        wanted = pa_dataset.field("train_index").isin(index) & (pa_dataset.field("test_index") == test)
+        table = run.spread(method).to_table(columns=["train_index", column], filter=wanted)
+        table = table.sort_by("train_index")
+    at = np.searchsorted(table["train_index"].to_numpy(), index)
+    return pa.array(table[column].to_numpy()[at].astype(np.float64))
 
 
 def _order(train_index: np.ndarray, contribution: np.ndarray, harmful: bool) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import metadata
 from typing import Any
@@ -32,9 +32,9 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
         methods.setdefault(method, {"state": "partial"})
         methods[method].update(mode=spec.mode, options=method_options(spec))
     if spec.seeds > 1:
-        entry = methods.setdefault(spec.averaged, {"state": "partial"})
         seeds = [looked.recipe.seed + k for k in range(spec.seeds)]
-        entry.update(mode=SEEDS, source=spec.method, seeds=seeds)
+        entry = methods.setdefault(spec.averaged, {"state": "partial"})
+        entry.update(average_entry(spec.method, seeds))
     return {
         "format": 1,
         "spec": _spec_dict(spec),
@@ -69,6 +69,11 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
         "summary": dict(stored.get("summary", {})),
         **({"seeds": dict(stored["seeds"])} if "seeds" in stored else {}),
     }
+
+
+def average_entry(source: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return what ``methods`` says of the average of ``source`` over ``seeds``."""
+    return {"mode": SEEDS, "source": source, "seeds": list(seeds)}
 
 
 def closing_notes(directory: RunDirectory, plan: Plan, info: dict[str, Any]) -> None:

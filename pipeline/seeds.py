@@ -18,15 +18,16 @@ from ..storage.errors import HydraError, SpecMismatch
 from ..storage.rundir import RunDirectory
 from ..workers.samedata import check_same_data, data_digests, with_seed
 from .admission import place, stored_run
-from .analysis.status import SEEDS
 from .averaging import AverageTasks, content
 from .drive import _Driver, make_driver
 from .events import Note, Observer, StageFinished, StageStarted
 from .handle import open_run
+from .notes import average_entry
 from .plan import cut
 from .spec import RunSpec, averaged
+from .stages import INDEX
 from .survey import Survey
-from .tasks import RECORD, REDUCE, Tasks
+from .tasks import RECORD, REDUCE, TEST_GRADIENTS, Tasks
 from .units import Executor, Report, Unit
 
 
@@ -98,10 +99,12 @@ def drive_members(
     }
     directory.write(info)
     members = [_member(spec, looked, directory, seed) for seed in _others(spec, looked)]
-    drivers = {m.seed: make_driver(m.spec, m.looked, executor, observer) for m in members}
+    todo = [m for m in members if REDUCE in stages or not _has(directory.of_seed(m.seed), stages)]
+    drivers = {m.seed: make_driver(m.spec, m.looked, executor, observer) for m in todo}
     if RECORD in stages:
         _record_ahead(drivers, executor, observer)
-    for count, (seed, driver) in enumerate(drivers.items(), start=2):
+    for seed, driver in drivers.items():
+        count = seed - looked.recipe.seed + 1
         observer(Note(message=f"seed {seed}, {count} of {spec.seeds}: {driver.directory.uri}"))
         with naming(seed):
             driver.drive(stages)
@@ -122,8 +125,21 @@ def average(
         IncompleteStage: One of them does not.
     """
     shaped = replace(spec, mode="adjoint", hessian="none", exact_rank=0, seeds=1, memory=None)
-    seeds = [looked.recipe.seed, *_others(spec, looked)]
-    _Average(shaped, looked, directory, executor, observer, source, seeds).drive()
+    _Average(shaped, looked, directory, executor, observer, source, seeds_of(spec, looked)).drive()
+
+
+def announce(directory: RunDirectory, source: str, seeds: Sequence[int]) -> None:
+    """Note in ``run.json`` that a method is to be averaged, so that ``status`` knows what is missing."""
+    info = directory.read()
+    info["methods"].setdefault(averaged(source, len(seeds)), {"state": "partial"}).update(
+        average_entry(source, seeds)
+    )
+    directory.write(info)
+
+
+def seeds_of(spec: RunSpec, looked: Survey) -> list[int]:
+    """Return all seeds of a run, the first its own."""
+    return [looked.recipe.seed, *_others(spec, looked)]
 
 
 @contextmanager
@@ -139,14 +155,18 @@ def _others(spec: RunSpec, looked: Survey) -> range:
     return range(looked.recipe.seed + 1, looked.recipe.seed + spec.seeds)
 
 
+def _has(directory: RunDirectory, stages: Sequence[str]) -> bool:
+    """Whether record and test gradients, as far as they are asked for, are committed."""
+    needed = {RECORD: "trajectory", TEST_GRADIENTS: INDEX}
+    return all(stage in needed and directory.manifest(stage, needed[stage]) for stage in stages)
+
+
 def _member(spec: RunSpec, looked: Survey, directory: RunDirectory, seed: int) -> Member:
     # A share is drawn with the run's seed; the other seeds look at the same samples.
-    chosen = {
-        name: tuple(indices.tolist())
-        for name, indices in (("track", looked.tracked), ("test", looked.tested))
-        if str(getattr(spec, name)).endswith("%")
-    }
-    own = replace(spec, seeds=1, seed=seed, out=directory.of_seed(seed).uri, **chosen)
+    track = tuple(looked.tracked.tolist()) if str(spec.track).endswith("%") else spec.track
+    test = tuple(looked.tested.tolist()) if str(spec.test).endswith("%") else spec.test
+    out = directory.of_seed(seed).uri
+    own = replace(spec, seeds=1, seed=seed, out=out, track=track, test=test)
     # All that the survey found but the recipe itself is the same with every seed: `check_data`.
     return Member(seed=seed, spec=own, looked=replace(looked, recipe=with_seed(looked.recipe, seed)))
 
@@ -228,6 +248,6 @@ class _Average(_Driver):
         info = {**stored, "methods": {k: dict(v) for k, v in stored.get("methods", {}).items()}}
         info["stages"] = {k: dict(v) for k, v in stored.get("stages", {}).items()}
         entry = info["methods"].setdefault(self.name, {"state": "partial"})
-        entry.update(mode=SEEDS, source=self.source, seeds=self.seeds)
+        entry.update(average_entry(self.source, self.seeds))
         info["method"] = self.name
         return info

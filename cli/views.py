@@ -71,6 +71,8 @@ def samples_table(title: str, rows: list[dict[str, Any]]) -> Table:
         Column(key="visits", header="visits", right=True),
     ]
     filled = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
+    if any(column.key == "contribution_spread" for column in filled):  # no room for both
+        filled = [column for column in filled if column.key != "visits"]
     # -1 is how files say that there is no label; people are told with a dash.
     rows = [{**row, "label": None if row.get("label") == -1 else row.get("label")} for row in rows]
     return Table(title=title, columns=filled, rows=rows)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..storage.errors import InputError
+from ..storage.rundir import RunDirectory
 from .analysis.panels import tested
 from .analysis.scores import predict
 from .retrainings import Trial, read_part
@@ -32,6 +33,7 @@ class Evidence:
         tracked: Train indices, (n,).
         tests: Test indices, (M,).
         baseline: Unit of the retraining that changed nothing.
+        places: Runs with different seeds whose retrainings are averaged, ``run`` itself first.
 
     Attributes:
         loss: Test losses after each trial, (U, M); set by `load`.
@@ -43,14 +45,14 @@ class Evidence:
         wrong: Whether its label is wrong on purpose, (n,); None where the run does not know.
     """
 
-    def __init__(self, run: Run, tracked: Integers, tests: Integers, baseline: str) -> None:
-        self.run, self.tracked, self.tests = run, tracked, tests
-        table = read_part(run.directory, "retrain", baseline)
-        self.base_loss: Floats = table["loss"].to_numpy()
-        self.base_accuracy = _accuracy(table["correct"].to_numpy())
-        own = read_part(run.directory, "training_loss", baseline)
-        self.final_loss: Floats = own["final_loss"].to_numpy()
-        self.mean_loss: Floats = own["mean_loss"].to_numpy()
+    def __init__(
+        self, run: Run, tracked: Integers, tests: Integers, baseline: str, places: Sequence[RunDirectory]
+    ) -> None:
+        self.run, self.tracked, self.tests, self.places = run, tracked, tests, list(places)
+        self.base_loss, self.base_accuracy = self._outcome(baseline)
+        own = [read_part(place, "training_loss", baseline) for place in self.places]
+        self.final_loss: Floats = np.mean([table["final_loss"].to_numpy() for table in own], axis=0)
+        self.mean_loss: Floats = np.mean([table["mean_loss"].to_numpy() for table in own], axis=0)
         noisy = run.noisy()
         self.wrong = None if noisy is None else np.isin(tracked, noisy[0])
         self.trials: list[Trial] = []
@@ -65,8 +67,7 @@ class Evidence:
         self.trials = list(trials)
         found: dict[str, tuple[Floats, float]] = {}
         for unit in {trial.change.unit for trial in trials}:
-            table = read_part(self.run.directory, "retrain", unit)
-            found[unit] = (table["loss"].to_numpy(), _accuracy(table["correct"].to_numpy()))
+            found[unit] = self._outcome(unit)
         rows = [found[trial.change.unit] for trial in trials]
         self.loss = np.array([loss for loss, _ in rows]).reshape(len(rows), len(self.tests))
         self.accuracy = np.array([accuracy for _, accuracy in rows])
@@ -100,6 +101,12 @@ class Evidence:
     def predicted(self, method: str, rows: Sequence[int]) -> Floats:
         """Return how a method says they changed, (rows, M)."""
         return self._predicted(method)[list(rows)]
+
+    def _outcome(self, unit: str) -> tuple[Floats, float]:
+        """Return test losses (M,) and accuracy after a retraining, means over the seeds."""
+        tables = [read_part(place, "retrain", unit) for place in self.places]
+        losses = np.mean([table["loss"].to_numpy() for table in tables], axis=0)
+        return losses, float(np.mean([_accuracy(table["correct"].to_numpy()) for table in tables]))
 
     def _taken(self) -> Floats:
         n_train = int(self.run.info["n_train"])

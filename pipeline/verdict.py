@@ -60,7 +60,7 @@ def summarize(evidence: Evidence, methods: Sequence[str], asked: Mapping[str, An
         fraction: _lds(evidence, methods, fraction) for fraction in evidence.values("subset", "fraction")
     }
     smoothness = _smoothness(evidence, methods)
-    manifests = run.directory.manifests(RETRAIN)
+    manifests = [manifest for place in evidence.places for manifest in place.manifests(RETRAIN)]
     return {
         "run": run.uri,
         "recipe": run.recipe,
@@ -70,7 +70,7 @@ def summarize(evidence: Evidence, methods: Sequence[str], asked: Mapping[str, An
         "n_test": len(evidence.tests),
         "baseline": {"loss": float(evidence.base_loss.mean()), "accuracy": evidence.base_accuracy},
         "retrainings": {
-            "asked": len({trial.change.unit for trial in evidence.trials}) + 1,
+            "asked": (len({trial.change.unit for trial in evidence.trials}) + 1) * len(evidence.places),
             "stored": len(manifests),
             "seconds": sum(float(m.values.get("seconds", 0.0)) for m in manifests),
         },

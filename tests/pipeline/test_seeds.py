@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -502,6 +504,34 @@ def test_compare_and_evaluate_know_averages(place):
     scored = evaluate(str(place), Small(), questions=asked)
     assert {r["method"] for r in scored["lds"]} == {"hydra", "hydra-seeds3"}
     assert ("hydra-seeds3", "harmful") in {(r["ranking"], r["direction"]) for r in scored["removal"]}
+
+
+def test_evaluate_averages_the_truth_too(place):
+    asked = Questions(subsets=3, fractions=(0.5,), remove=(), perturb=(), retraining="subset", seeds=2)
+    heard = Heard()
+    scored = evaluate(str(place), Small(), questions=asked, observer=heard.append)
+    assert len(heard.done()) == 2 * 4
+    assert scored["retrainings"] == {"asked": 8, "stored": 8, "seconds": scored["retrainings"]["seconds"]}
+    assert scored["questions"]["seeds"] == 2
+    both = [
+        pq.read_table(p / "evaluate" / "retrain").to_pandas() for p in (place, place / "seeds" / "seed=4")
+    ]
+    assert set(both[0].unit) == set(both[1].unit)
+    loss = [table.groupby("unit")["loss"].mean() for table in both]
+    assert (loss[0] != loss[1]).all()
+    assert scored["baseline"]["loss"] == pytest.approx(
+        np.mean([table[table.unit.str.startswith("weighted")]["loss"].mean() for table in both])
+    )
+    evaluate(str(place), Small(), questions=asked, observer=(again := Heard()).append)
+    assert again.done() == []
+    stored = pq.read_table(place / "evaluate" / "trials.parquet").to_pandas().set_index("unit")["loss"]
+    wanted = ((loss[0] + loss[1]) / 2)[stored.index]
+    assert np.allclose(stored, wanted, rtol=1e-12)
+    with pytest.raises(InputError, match=r"no run with seed 6 to retrain, only 3, 4, 5; make it with"):
+        evaluate(str(place), Small(), questions=replace(asked, seeds=4))
+    with pytest.raises(SpecError, match="seeds 0: must be at least 1"):
+        Questions(seeds=0)
+    assert verify(open_run(place)).ok
 
 
 # ---------------------------------------------------------------- estimators

@@ -170,12 +170,14 @@ def _foretold(smoothness: Sequence[Mapping[str, Any]], methods: Sequence[str], w
     if (gentle or removed)[0]["explained"] < TRUSTED:
         lines.append(
             "training is not smooth here: even small changes lead it elsewhere, so that no derivative "
-            "can be trusted far; go by the LDS at the size you care about"
+            "can be trusted far; go by the LDS at the size you care about, and see whether an average over "
+            "seeds (run --seeds K) does better"
         )
     elif way == "subset" and removed and removed[0]["explained"] < TRUSTED:
         lines.append(
             "the change after a small removal is mostly that of the new batch order, which no method can "
-            "know; --retraining rescaled measures the samples' own effect"
+            "know; --retraining rescaled measures the samples' own effect, and run --seeds K with "
+            "evaluate --seeds K that in the expected training"
         )
     return lines
 

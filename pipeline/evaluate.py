@@ -20,7 +20,6 @@ from ..storage.uri import is_local
 from ..workers.determinism import preserved_generators, restored_process
 from ..workers.recipe import Recipe
 from ..workers.recipes import BUILT_IN
-from ..workers.samedata import with_seed
 from .events import Note, Observer, StageFinished, StageStarted, UnitSkipped, null
 from .evidence import Evidence, tracked_samples
 from .executors import make_executor
@@ -37,7 +36,7 @@ from .retrainings import (
     subsets,
     unchanged,
 )
-from .seeds import naming
+from .seeds import naming, recorded
 from .spec import RunSpec
 from .survey import compute_of, resolve_recipe
 from .units import Executor
@@ -167,22 +166,7 @@ class _Evaluation:
         with preserved_generators():
             self.recipe = resolve_recipe(self.spec)
         self.n_train = int(run.info["n_train"])
-        self.places = [(run.directory, self.recipe), *self._others()]
-
-    def _others(self) -> list[tuple[RunDirectory, Recipe]]:
-        """Return the runs with other seeds that are retrained too, and the recipe with their seed."""
-        there, first = self.run.members(), self.recipe.seed
-        found = []
-        for seed in range(first + 1, first + self.questions.seeds):
-            if seed not in there:
-                raise InputError(
-                    f"{self.run.uri} has no run with seed {seed} to retrain, only {first}"
-                    f"{''.join(f', {s}' for s in sorted(there))}; make it with "
-                    f"hydra-pipe run ... --seeds {self.questions.seeds}, or ask for fewer --seeds"
-                )
-            there[seed].trajectory()  # or IncompleteStage
-            found.append((there[seed].directory, with_seed(self.recipe, seed)))
-        return found
+        self.places = [(run.directory, self.recipe), *recorded(run, self.recipe, questions.seeds)]
 
     def evaluate(self) -> dict[str, Any]:
         executor = make_executor(self.spec)

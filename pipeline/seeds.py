@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..storage.errors import HydraError, SpecMismatch
+from ..storage.errors import HydraError, InputError, SpecMismatch
 from ..storage.rundir import RunDirectory
+from ..workers.recipe import Recipe
 from ..workers.samedata import check_same_data, data_digests, with_seed
 from .admission import place, stored_run
 from .averaging import AverageTasks, content
 from .drive import _Driver, make_driver
 from .events import Note, Observer, StageFinished, StageStarted
-from .handle import open_run
+from .handle import Run, open_run
 from .notes import average_entry
 from .plan import cut
 from .spec import RunSpec, averaged
@@ -100,7 +101,10 @@ def drive_members(
     directory.write(info)
     members = [_member(spec, looked, directory, seed) for seed in _others(spec, looked)]
     todo = [m for m in members if REDUCE in stages or not _has(directory.of_seed(m.seed), stages)]
-    drivers = {m.seed: make_driver(m.spec, m.looked, executor, observer) for m in todo}
+    drivers = {}
+    for m in todo:
+        with naming(m.seed):
+            drivers[m.seed] = make_driver(m.spec, m.looked, executor, observer)
     if RECORD in stages:
         _record_ahead(drivers, executor, observer)
     for seed, driver in drivers.items():
@@ -140,6 +144,31 @@ def announce(directory: RunDirectory, source: str, seeds: Sequence[int]) -> None
 def seeds_of(spec: RunSpec, looked: Survey) -> list[int]:
     """Return all seeds of a run, the first its own."""
     return [looked.recipe.seed, *_others(spec, looked)]
+
+
+def recorded(run: Run, recipe: Recipe, seeds: int) -> list[tuple[RunDirectory, Recipe]]:
+    """Return the runs of all seeds but the first, with their recipes, for training them again.
+
+    Args:
+        run: The first seed's run.
+        recipe: Its recipe.
+        seeds: How many seeds, the first included.
+
+    Raises:
+        InputError: The run has not as many.
+        IncompleteStage: One of them was not recorded.
+    """
+    there, found = run.members(), []
+    for seed in range(recipe.seed + 1, recipe.seed + seeds):
+        if seed not in there:
+            raise InputError(
+                f"{run.uri} has no run with seed {seed}, only {', '.join(map(str, [recipe.seed, *sorted(there)]))}; "
+                f"make it with hydra-pipe run ... --seeds {seeds}, or ask for fewer --seeds"
+            )
+        with naming(seed):
+            there[seed].trajectory()
+        found.append((there[seed].directory, with_seed(recipe, seed)))
+    return found
 
 
 @contextmanager

@@ -527,7 +527,7 @@ def test_evaluate_averages_the_truth_too(place):
     stored = pq.read_table(place / "evaluate" / "trials.parquet").to_pandas().set_index("unit")["loss"]
     wanted = ((loss[0] + loss[1]) / 2)[stored.index]
     assert np.allclose(stored, wanted, rtol=1e-12)
-    with pytest.raises(InputError, match=r"no run with seed 6 to retrain, only 3, 4, 5; make it with"):
+    with pytest.raises(InputError, match=r"no run with seed 6, only 3, 4, 5; make it with"):
         evaluate(str(place), Small(), questions=replace(asked, seeds=4))
     with pytest.raises(SpecError, match="seeds 0: must be at least 1"):
         Questions(seeds=0)

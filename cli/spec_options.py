@@ -88,6 +88,13 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     _option("--epochs", "the recipe's", "Passes over the training samples.", type=_POSITIVE, metavar="N"),
     _option("--batch-size", "the recipe's", "Samples a step.", type=_POSITIVE, metavar="B"),
     _option("--seed", "the recipe's", "Of initial weights, batch order and dropout.", type=int, metavar="N"),
+    _option(
+        "--seeds",
+        "1",
+        "Train with K seeds, from --seed on, and average the contributions: METHOD-seedsK, with their spread.",
+        type=_POSITIVE,
+        metavar="K",
+    ),
     click.option(
         "--set",
         "recipe_args",

@@ -80,26 +80,40 @@ def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str
 def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
     refuse_unsupported(spec)
     looked = survey(spec)
+    executor = make_executor(spec)
+    try:
+        if spec.seeds > 1:
+            from .seeds import run_seeds
+
+            run_seeds(spec, looked, executor, observer, stages)
+        else:
+            make_driver(spec, looked, executor, observer).drive(stages)
+    finally:
+        executor.close()
+    finished = open_run(place(spec, looked))
+    observer(RunFinished(summary=finished.summary()))
+    return finished
+
+
+def make_driver(spec: RunSpec, looked: Survey, executor: Executor, observer: Observer) -> _Driver:
+    """Return what drives one run, after all that speaks against starting it was found.
+
+    Raises:
+        SpecMismatch: See `run`.
+        DoesNotFit: See ``make_plan``.
+    """
     directory = RunDirectory(place(spec, looked))
     stored = stored_run(directory, spec, looked)
     replaced = stored is None and directory.exists()
-    executor = make_executor(spec)
-    try:
-        # A resumed run keeps the cut it began with, whatever `auto` would choose today.
-        before = stored.get("methods", {}).get(spec.base_method, {}) if stored else {}
-        fixed = before.get("shards")
-        plan = cut(spec, looked, executor.capacity(start=False), shards=fixed)
-        if replaced:  # only now: what cannot be done must not cost the run that is there
-            directory.delete_results()
-            observer(Note(message=f"replaced the run at {directory.uri}"))
-        observer(RunStarted(uri=directory.uri, recipe=looked.recipe.name, resumed=stored is not None))
-        driver = _Driver(spec, looked, plan, directory, executor, observer, stored or {})
-        driver.drive(stages)
-    finally:
-        executor.close()
-    finished = open_run(directory.uri)
-    observer(RunFinished(summary=finished.summary()))
-    return finished
+    # A resumed run keeps the cut it began with, whatever `auto` would choose today.
+    before = stored.get("methods", {}).get(spec.base_method, {}) if stored else {}
+    fixed = before.get("shards")
+    plan = cut(replace(spec, seeds=1), looked, executor.capacity(start=False), shards=fixed)
+    if replaced:  # only now: what cannot be done must not cost the run that is there
+        directory.delete_results()
+        observer(Note(message=f"replaced the run at {directory.uri}"))
+    observer(RunStarted(uri=directory.uri, recipe=looked.recipe.name, resumed=stored is not None))
+    return _Driver(spec, looked, plan, directory, executor, observer, stored or {})
 
 
 class _Driver(Stages):

@@ -24,6 +24,8 @@ TEST_GRADIENTS = "test-gradients"
 TARGET_GRADIENTS = tuple(stage_of(kind) for kind in KINDS if kind != SAMPLES)
 ATTRIBUTE = "attribute"
 """Last part of the stage of an estimator beside HyDRA, and ``mode`` of its method in ``run.json``."""
+SEEDS = "seeds"
+"""``mode`` of an average over seeds in ``run.json``; its only stage is ``reduce``."""
 RETRAIN = "evaluate/retrain"
 INDEX, LAST_UNIT = "index", "interclass"
 CLOSING_UNITS = (INDEX, LAST_UNIT)
@@ -102,7 +104,10 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
         # Estimators that need no replay commit none: list what their run or run.json mentions.
         replay, reduce = f"{method}/replay", f"{method}/reduce"
         adjoint = f"{method}/adjoint"
-        if info.get("methods", {}).get(method, {}).get("mode") == ATTRIBUTE:
+        mode = info.get("methods", {}).get(method, {}).get("mode")
+        if mode == SEEDS:
+            pass
+        elif mode == ATTRIBUTE:
             names += [f"{method}/prepare"] if f"{method}/prepare" in known else []
             names.append(f"{method}/{ATTRIBUTE}")
         elif adjoint in known or adjoint in info.get("stages", {}):
@@ -136,8 +141,9 @@ def status(run: Run) -> dict[str, Any]:
     Returns:
         ``run``, ``recipe``, ``state`` (``complete`` or ``partial``), ``n_train``, ``n_test``,
         ``n_tracked``, ``n_test_tracked``, ``dimension``, ``methods`` (name to state), ``stages``
-        (one mapping a stage, see `StageState`) and ``resume`` (the command that does what is
-        missing; None when nothing is).
+        (one mapping a stage, see `StageState`), ``seeds`` (one mapping a run with another seed:
+        ``seed``, ``state``) and ``resume`` (the command that does what is missing; None when
+        nothing is).
     """
     states = stage_states(run.directory, run.info)
     # An evaluation is no part of the run: it never makes one incomplete.
@@ -153,17 +159,28 @@ def status(run: Run) -> dict[str, Any]:
         },
         "methods": methods,
         "stages": [asdict(state) for state in states],
+        "seeds": _seeds(run),
         "resume": None if complete else _resume(run, states),
     }
+
+
+def _seeds(run: Run) -> list[dict[str, Any]]:
+    there = run.members()
+    return [
+        {"seed": seed, "state": status(there[seed])["state"] if seed in there else "missing"}
+        for seed in run.info.get("seeds", {}).get("others", [])
+    ]
 
 
 def _resume(run: Run, states: Sequence[StageState]) -> str:
     """Return the command that does what is missing; estimators are added once the rest is there."""
     methods, spec = run.info.get("methods", {}), run.info.get("spec", {})
     missing = {state.stage.split("/")[0] for state in states if state.state != "complete"}
-    added = [name for name in missing if methods.get(name, {}).get("mode") == ATTRIBUTE]
-    if not added or len(added) < len(missing):
-        return command_line(spec, uri=run.uri)
+    seeds = max((len(run.averages(name)) for name in missing), default=0)
+    sources = {methods.get(name, {}).get("source", name) for name in missing}
+    added = [name for name in sources if methods.get(name, {}).get("mode") == ATTRIBUTE]
+    if not added or len(added) < len(sources):
+        return command_line({**spec, "seeds": seeds} if seeds else spec, uri=run.uri)
     name = min(added)
     words = ["hydra-pipe", "attribute", run.uri]
     if spec.get("recipe", "digits") != "digits":
@@ -171,6 +188,8 @@ def _resume(run: Run, states: Sequence[StageState]) -> str:
     words += ["--method", name]
     for key, value in methods[name].get("options", {}).items():
         words += ["--option", f"{key}={_scalar(value)}"]
+    if seeds:
+        words += ["--seeds", str(seeds)]
     return shlex.join(words)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...storage.errors import HydraError
-from ...storage.rundir import RESULTS
+from ...storage.rundir import RESULTS, SEEDS
 from ..targets import MEAN, SAMPLES, kind_of
 from .status import command_line, stage_states
 
@@ -58,6 +58,14 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
         sizes = disk.setdefault(_part(entry.path), [0, 0])
         sizes[0] += entry.bytes
         sizes[1] += 1
+    for seed, member in run.members().items():
+        inside = {
+            entry.path: entry.bytes
+            for stage in member.directory.stages()
+            for manifest in member.directory.manifests(stage)
+            for entry in manifest.files
+        }
+        disk[f"{SEEDS}/seed={seed}"] = [sum(inside.values()), len(inside)]
     helpful, harmful = (_extremes(run, method, harmful) for harmful in (False, True))
     return {
         "run": run.uri,

@@ -23,7 +23,7 @@ from ..workers import tolerances
 from ..workers.adjoint import Adjoint
 from ..workers.determinism import derived_seed, restored_process
 from ..workers.recipe import Recipe
-from ..workers.reference_dense import DenseReference, dense_test_gradients
+from ..workers.reference_dense import DenseReference, DenseTangents, dense_test_gradients
 from ..workers.tolerances import Form
 from ..workers.training import Training
 from .analysis.panels import tested
@@ -164,7 +164,7 @@ class _Deep:
             )
         self.found.rows("all", "test gradients", self.gradients, right, tolerances.GRADIENT, self.found.test)
 
-    def _reference(self, forms: Sequence[Form]) -> DenseReference:
+    def _reference(self, forms: Sequence[Form]) -> DenseTangents:
         curvature = None
         if "ekfac" in forms:
             curvature = read_curvature(self.run.directory.path("curvature", "method=hydra-ekfac.zarr"))

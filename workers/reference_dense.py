@@ -31,6 +31,7 @@ from ..storage.trajectory import Trajectory
 from .data import fetch, to_device
 from .determinism import derived_seed, seed_everything
 from .recipe import Batch
+from .reference_ekfac import DenseCurvature, step_settings
 from .tolerances import Form
 from .training import Training
 from .verified import Report, Rows, VerifiedReplay
@@ -48,10 +49,6 @@ class DenseReference(VerifiedReplay):
         samples: Train indices.
         forms: Which forms of the Hessian to carry.
         curvature: For ``ekfac``: the stored bases and eigenvalues.
-
-    Attributes:
-        loss: (T,) batch losses at the recorded weights, in float64.
-        products: Hessian products taken.
     """
 
     def __init__(
@@ -63,31 +60,72 @@ class DenseReference(VerifiedReplay):
         curvature: Curvature | None = None,
     ) -> None:
         super().__init__(training, trajectory, samples)
-        self.forms = tuple(forms)
-        self.twin, self.parameters = _twin(training)
-        self.frozen: tuple[nn.Module, list[nn.Parameter]] | None = None
-        if training.compute.batch_norm == "constant" and any(map(_normalizes, training.model.modules())):
-            self.frozen = _twin(training)
-            for module in self.frozen[0].modules():
-                if _normalizes(module):
-                    module.register_forward_pre_hook(_freeze_statistics)
-        self.bend = None if curvature is None else _Bend(trajectory, curvature, training.device)
-        self.tangents = {form: [_Tangent(self.parameters) for _ in samples] for form in forms}
-        self.loss = np.zeros(training.steps)
-        self.products = 0
+        self.dense = DenseTangents(training, trajectory, len(samples), forms, curvature)
 
-    def run(self, report: Report | None = None) -> DenseReference:
-        """Go through the whole record; raises as ``VerifiedReplay.replay``."""
+    def run(self, report: Report | None = None) -> DenseTangents:
+        """Go through the whole record and return the tangents; raises as ``VerifiedReplay.replay``."""
         self.replay(report)
-        return self
-
-    def hypergradients(self, form: Form) -> Floats:
-        """Return the hypergradients of the samples, (n, D)."""
-        return np.stack([tangent.flat().cpu().numpy() for tangent in self.tangents[form]])
+        return self.dense
 
     def step(self, step: int, batch: Batch, rows: Rows) -> None:
         """Move every tangent by the linearised step at the recorded weights, then train."""
-        wide = to_device(batch, self.training.device, torch.float64)
+        self.dense.step(step, batch, rows)
+        self.training.step(step, batch)
+
+
+class DenseTangents:
+    """The two tangents of n samples in each form, moved step by step beside a training.
+
+    Args:
+        training: Gives the weights of every step; it is not changed.
+        trajectory: The record, for the optimiser's settings.
+        samples: n.
+        forms: Which forms of the Hessian.
+        curvature: For ``ekfac``.
+        dtype: Of everything here but the training's own weights.
+
+    Attributes:
+        tangents: By form, n of them.
+        loss: (T,) batch losses at the recorded weights, in ``dtype``.
+        products: Hessian products taken.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        trajectory: Trajectory,
+        samples: int,
+        forms: Sequence[Form],
+        curvature: Curvature | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.training, self.trajectory, self.dtype = training, trajectory, dtype
+        self.forms = tuple(forms)
+        self.twin, self.parameters = _twin(training, dtype)
+        self.frozen: tuple[nn.Module, list[nn.Parameter]] | None = None
+        if training.compute.batch_norm == "constant" and any(map(_normalizes, training.model.modules())):
+            self.frozen = _twin(training, dtype)
+            for module in self.frozen[0].modules():
+                if _normalizes(module):
+                    module.register_forward_pre_hook(_freeze_statistics)
+        self.bend = None if curvature is None else DenseCurvature(trajectory, curvature, training.device)
+        self.tangents = {form: [Tangent(self.parameters) for _ in range(samples)] for form in forms}
+        self.loss = np.zeros(training.steps)
+        self.products = 0
+
+    def hypergradients(self, form: Form) -> Floats:
+        """Return du of the samples, (n, D)."""
+        return np.stack([tangent.flat().cpu().numpy() for tangent in self.tangents[form]])
+
+    def step(self, step: int, batch: Batch, rows: Rows) -> None:
+        """Move every tangent by one linearised step, at the weights the training has now.
+
+        Args:
+            step: Which.
+            batch: Its batch.
+            rows: (B,) which sample each member of the batch is, -1: none of them.
+        """
+        wide = to_device(batch, self.training.device, self.dtype)
         _copy_state(self.training, self.twin, self.parameters)
         # Fused attention has no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if "exact" in self.forms else nullcontext():
@@ -95,7 +133,7 @@ class DenseReference(VerifiedReplay):
             self.loss[step] = float(losses.detach().mean())
             moved = "exact" in self.forms and any(t.moved for t in self.tangents["exact"])
             slope = _gradient(losses.mean(), self.parameters, graph=True) if moved else []
-            own = self._own(losses, rows)
+            own = self._own(losses, rows, self.parameters)
             fixed = own
             if self.frozen is not None and own and self.forms != ("exact",):
                 model, parameters = self.frozen
@@ -107,25 +145,20 @@ class DenseReference(VerifiedReplay):
                 for row, tangent in enumerate(self.tangents[form]):
                     bent = self._bent(form, step, slope, tangent)
                     self._move(step, tangent, bent, source.get(row), share)
-        del losses, slope
-        self.training.step(step, batch)
 
     def _losses(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         seed_everything(derived_seed(self.training.recipe.seed, "step", step))
         return self.training.recipe.losses(model, batch)
 
-    def _own(
-        self, losses: Tensor, rows: Rows, parameters: list[nn.Parameter] | None = None
-    ) -> dict[int, list[Tensor]]:
+    def _own(self, losses: Tensor, rows: Rows, parameters: Sequence[nn.Parameter]) -> dict[int, list[Tensor]]:
         """Return the gradient of each member's own loss, by row, one backward pass each."""
-        parameters = self.parameters if parameters is None else parameters
         return {
             int(row): [g.detach() for g in _gradient(losses[position], parameters)]
             for position, row in enumerate(rows)
             if row >= 0
         }
 
-    def _bent(self, form: Form, step: int, slope: list[Tensor], tangent: _Tangent) -> list[Tensor] | None:
+    def _bent(self, form: Form, step: int, slope: list[Tensor], tangent: Tangent) -> list[Tensor] | None:
         """Return H du, or what the form puts in its place; None for nothing."""
         if form == "none" or not tangent.moved:
             return None
@@ -141,21 +174,21 @@ class DenseReference(VerifiedReplay):
     def _move(
         self,
         step: int,
-        tangent: _Tangent,
+        tangent: Tangent,
         bent: list[Tensor] | None,
         own: list[Tensor] | None,
         share: float,
     ) -> None:
+        tangent.moved = tangent.moved or own is not None
         for k, entry in enumerate(self.trajectory.parameters):
             if entry.group < 0:
                 continue
-            h, p, decay, damp, nesterov = (float(self._settings[n][step, entry.group]) for n in _ORDER)
+            h, p, decay, damp, nesterov = step_settings(self.trajectory, step, entry.group)
             source = decay * tangent.du[k]
             if bent is not None:
                 source = source + bent[k]
             if own is not None:
                 source = source + share * own[k]
-                tangent.moved = True
             direction = source
             if p != 0:
                 before = tangent.dm[k]
@@ -165,10 +198,7 @@ class DenseReference(VerifiedReplay):
             tangent.du[k] = tangent.du[k] - h * direction
 
 
-_ORDER = ("learning_rate", "momentum", "weight_decay", "dampening", "nesterov")
-
-
-class _Tangent:
+class Tangent:
     """du and dm of one sample, a tensor a parameter; dm is None until momentum is first used."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -177,61 +207,15 @@ class _Tangent:
         self.moved = False
 
     def flat(self) -> Tensor:
+        """Return du as one vector, (D,)."""
         return torch.cat([u.reshape(-1) for u in self.du])
-
-
-class _Bend:
-    """The curvature of ``--hessian ekfac`` as a matrix product: ``left ((left^T M right) * values) right^T``."""
-
-    def __init__(self, trajectory: Trajectory, curvature: Curvature, device: torch.device) -> None:
-        self.blocks, self.steps = curvature.blocks, curvature.steps
-        self.matrices = [
-            [None if m is None else torch.from_numpy(m).to(device) for m in (block.left, block.right)]
-            for block in self.blocks
-        ]
-        self.values: list[Tensor] = []
-        start = 0
-        for block in self.blocks:
-            stop = start + block.rows * block.columns
-            group = trajectory.parameters[block.entries[0]].group
-            limit = largest_stable_curvature(trajectory, group) if group >= 0 else 0.0
-            values = np.clip(curvature.eigenvalues[:, start:stop], 0.0, max(limit, 0.0))
-            self.values.append(torch.from_numpy(values).view(-1, block.rows, block.columns).to(device))
-            start = stop
-
-    def apply(self, step: int, du: list[Tensor]) -> list[Tensor]:
-        nearest = int(np.abs(self.steps - step).argmin())
-        out = [torch.zeros_like(u) for u in du]
-        for block, (left, right), values in zip(self.blocks, self.matrices, self.values, strict=True):
-            parts = [du[i].reshape(block.rows, -1) for i in block.entries]
-            matrix = torch.cat(parts, 1)
-            matrix = matrix if left is None else left.T @ matrix
-            matrix = matrix if right is None else matrix @ right
-            matrix = matrix * values[nearest]
-            matrix = matrix if left is None else left @ matrix
-            matrix = matrix if right is None else matrix @ right.T
-            widths = [part.shape[1] for part in parts]
-            for i, part in zip(block.entries, matrix.split(widths, 1), strict=True):
-                out[i] = part.reshape(du[i].shape)
-        return out
-
-
-def largest_stable_curvature(trajectory: Trajectory, group: int) -> float:
-    """Return what eigenvalues are cut at: 0.999 of where the step of any t would begin to grow."""
-    limits = []
-    for t in range(len(trajectory.learning_rate)):
-        h, p, decay, damp, nesterov = (float(getattr(trajectory, n)[t, group]) for n in _ORDER)
-        scale = h * (1 - damp if p != 0 else 1.0)
-        bound = 2 * (1 + p) / max(scale, 1e-300)
-        limits.append(0.999 * (bound / (1 + 2 * p) if nesterov else bound) - decay)
-    return min(limits)
 
 
 def dense_test_gradients(training: Training, trajectory: Trajectory, indices: Sequence[int]) -> Floats:
     """Return d loss_j / d w at w_T in eval mode, each test sample alone, by autograd in float64, (K, D)."""
     last = trajectory.checkpoint(-1)
     training.load_weights(last.weights, last.buffers)
-    model, parameters = _twin(training)
+    model, parameters = _twin(training, torch.float64)
     model.eval()
     seed_everything(training.recipe.seed)
     dataset = training.recipe.test_dataset()
@@ -244,9 +228,9 @@ def dense_test_gradients(training: Training, trajectory: Trajectory, indices: Se
     return np.stack(rows)
 
 
-def _twin(training: Training) -> tuple[nn.Module, list[nn.Parameter]]:
-    """Return a float64 copy of the model with its own parameters, in the order of the flat vector."""
-    twin = copy.deepcopy(training.model).double()
+def _twin(training: Training, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Return a copy of the model with its own parameters, in the order of the flat vector."""
+    twin = copy.deepcopy(training.model).to(dtype)
     named: Mapping[str, nn.Parameter] = dict(twin.named_parameters())
     return twin, [named[entry.name] for entry in training.layout.entries]
 

@@ -25,7 +25,7 @@ ATTRIBUTE = "attribute"
 RETRAIN = "evaluate/retrain"
 INDEX, LAST_UNIT = "index", "interclass"
 CLOSING_UNITS = (INDEX, LAST_UNIT)
-SINGLE = ("/curvature", "/directions", "evaluate/scores")
+SINGLE = ("/curvature", "/directions", "/preflight", "evaluate/scores")
 """Stages of one unit."""
 """Units that the driver commits itself: a store's metadata and columns, a method's last table.
 
@@ -99,6 +99,7 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
         # Estimators that need no replay commit none: list what their run or run.json mentions.
         replay, reduce = f"{method}/replay", f"{method}/reduce"
         adjoint = f"{method}/adjoint"
+        names += [f"{method}/{part}" for part in ("curvature", "preflight") if f"{method}/{part}" in known]
         if info.get("methods", {}).get(method, {}).get("mode") == ATTRIBUTE:
             names += [f"{method}/prepare"] if f"{method}/prepare" in known else []
             names.append(f"{method}/{ATTRIBUTE}")
@@ -127,7 +128,8 @@ def status(run: Run) -> dict[str, Any]:
 
     Returns:
         ``run``, ``recipe``, ``state`` (``complete`` or ``partial``), ``n_train``, ``n_test``,
-        ``n_tracked``, ``n_test_tracked``, ``dimension``, ``methods`` (name to state), ``stages``
+        ``n_tracked``, ``n_test_tracked``, ``dimension``, ``methods`` (name to state), ``warnings`` (of
+        the preflight, one line each), ``stages``
         (one mapping a stage, see `StageState`) and ``resume`` (the command that does what is
         missing; None when nothing is).
     """
@@ -144,9 +146,19 @@ def status(run: Run) -> dict[str, Any]:
             for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")
         },
         "methods": methods,
+        "warnings": warnings_of(run.info),
         "stages": [asdict(state) for state in states],
         "resume": None if complete else _resume(run, states),
     }
+
+
+def warnings_of(info: Mapping[str, Any]) -> list[str]:
+    """Return what the preflight of each method warned of, one line each."""
+    found = []
+    for name in method_names(info):
+        entry = info.get("methods", {}).get(name, {}).get("preflight", {})
+        found += [f"{name}: {text}" for text in entry.get("warnings", ())]
+    return found
 
 
 def _resume(run: Run, states: Sequence[StageState]) -> str:

@@ -11,11 +11,8 @@ from hydra_pipe.workers.eigencoefficients import stability_limit
 from hydra_pipe.workers.ekfac import EkfacReplay
 from hydra_pipe.workers.exact import recorded_settings
 from hydra_pipe.workers.record import Recorder
-from hydra_pipe.workers.reference_dense import (
-    DenseReference,
-    dense_test_gradients,
-    largest_stable_curvature,
-)
+from hydra_pipe.workers.reference_dense import DenseReference, dense_test_gradients
+from hydra_pipe.workers.reference_ekfac import largest_stable_curvature
 from hydra_pipe.workers.training import Compute, Training
 
 from tests import oracle
@@ -145,10 +142,10 @@ def test_the_reference_uses_none_of_the_engines():
     import ast
     from pathlib import Path
 
-    import hydra_pipe.workers.reference_dense as module
+    from hydra_pipe.workers import reference_dense, reference_ekfac
 
-    tree = ast.parse(Path(module.__file__).read_text())
-    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    trees = [ast.parse(Path(module.__file__).read_text()) for module in (reference_dense, reference_ekfac)]
+    names = {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     fast = {"coefficients", "columns", "buffers", "eigencoefficients", "eigenbasis", "eigengradients"}
     fast |= {"second_order", "exact", "adjoint", "ekfac", "replay", "projection"}
     assert not names & fast

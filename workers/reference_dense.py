@@ -32,6 +32,7 @@ from .data import fetch, to_device
 from .determinism import derived_seed, seed_everything
 from .recipe import Batch
 from .reference_ekfac import DenseCurvature, step_settings
+from .reference_noise import SameNoise
 from .tolerances import Form
 from .training import Training
 from .verified import Report, Rows, VerifiedReplay
@@ -148,7 +149,8 @@ class DenseTangents:
 
     def _losses(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         seed_everything(derived_seed(self.training.recipe.seed, "step", step))
-        return self.training.recipe.losses(model, batch)
+        with SameNoise(self.training.dtype, self.dtype):
+            return self.training.recipe.losses(model, batch)
 
     def _own(self, losses: Tensor, rows: Rows, parameters: Sequence[nn.Parameter]) -> dict[int, list[Tensor]]:
         """Return the gradient of each member's own loss, by row, one backward pass each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hydra_pipe.storage.errors import ReplayDiverged
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.curvature import CurvatureEstimate
@@ -13,6 +14,7 @@ from hydra_pipe.workers.exact import recorded_settings
 from hydra_pipe.workers.record import Recorder
 from hydra_pipe.workers.reference_dense import DenseReference, dense_test_gradients
 from hydra_pipe.workers.reference_ekfac import largest_stable_curvature
+from hydra_pipe.workers.replay import Replay
 from hydra_pipe.workers.training import Compute, Training
 
 from tests import oracle
@@ -129,6 +131,48 @@ def test_float32_runs_are_followed_at_their_own_weights(kind, tmp_path):
     reference = DenseReference(Training(recipe, single), trajectory, TRACKED, ("none", "exact")).run()
     assert reference.hypergradients("none").dtype == np.float64
     assert 0 < np.abs(reference.loss - trajectory.loss).max() < 1e-5 * trajectory.loss.max()
+
+
+class Shaken(Small):
+    """Noise of the model's own, in place and not; its bits depend on the dtype it is drawn in."""
+
+    def model(self):
+        return _Shaken()
+
+
+class _Shaken(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(6, 5), torch.nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.first(x + 0.5 * torch.randn_like(x))
+        x = x * torch.empty_like(x).uniform_(0.5, 1.5) + torch.rand(5, dtype=x.dtype)
+        return self.last(torch.native_dropout(torch.tanh(x), 0.3, True)[0])
+
+
+def test_noise_of_the_model_is_that_of_the_run(tmp_path):
+    single = Compute(dtype="float32", device="cpu")
+    trajectory = recorded(Shaken(), tmp_path, single)
+    training = Training(Shaken(), single)
+    reference = DenseReference(training, trajectory, TRACKED, ("none", "exact")).run()
+    assert np.abs(reference.loss - trajectory.loss).max() < 1e-5 * trajectory.loss.max()
+    fast = Replay(Training(Shaken(), single), trajectory, TRACKED).run().numpy(0, 4)
+    assert oracle.relative_error(fast, reference.hypergradients("none")) < oracle.DENSE_FLOAT32
+    plain = DenseReference(training := Training(Shaken(), single), trajectory, TRACKED, ("none",))
+    plain.dense.training = _Elsewhere(training)  # drawn in float64
+    assert np.abs(plain.run().loss - trajectory.loss).max() > 1e-2 * trajectory.loss.max()
+
+
+class _Elsewhere:
+    """A training that says it draws in float64."""
+
+    def __init__(self, training):
+        self.training = training
+        self.dtype = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(self.training, name)
 
 
 def test_another_training_is_noticed(tmp_path):

@@ -92,17 +92,21 @@ def top(run: str, test: int | None, k: int, harmful: bool, method: str | None, o
     show_default=True,
     type=click.IntRange(min=1),
     metavar="N",
-    help="Of --deep: samples.",
+    help="With --deep: how many training samples, from different shards.",
 )
-@click.option("--rows-seed", default=0, show_default=True, metavar="N", help="Of --deep: which samples.")
+@click.option("--rows-seed", default=0, show_default=True, metavar="N", help="With --deep: which samples.")
 @click.option(
     "--set",
     "recipe_args",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Of --deep: keyword argument of the recipe's constructor, beside the run's; repeatable.",
+    help="With --deep: keyword argument of the recipe's constructor, beside the run's; repeatable.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Of --deep.  [default: the run's]")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="With --deep: where to compute.  [default: the run's]",
+)
 @format_option("table", "json", "csv")
 @quiet_option
 @debug_option

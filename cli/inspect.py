@@ -82,7 +82,7 @@ def top(run: str, test: int | None, k: int, harmful: bool, method: str | None, o
         emit_tables(samples_table(title, rows))
 
 
-@click.command(short_help="Check every file of RUN against its manifest; with --deep its numbers, too.")
+@click.command(short_help="Check every file of RUN; with --deep also its numbers.")
 @_run_argument
 @click.argument("recipe", required=False, metavar="[RECIPE]")
 @click.option("--deep", is_flag=True, help="Also compute a few rows again with a slow, plain reference.")

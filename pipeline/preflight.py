@@ -26,7 +26,7 @@ from .stages import Stages
 from .tasks import PREFLIGHT
 from .units import Unit
 
-ENOUGH = 64
+ENOUGH = 128
 """Vectors (tracked samples, targets or directions) of an exact stage from which on it is asked first."""
 
 

@@ -89,9 +89,9 @@ def test_it_is_a_unit_that_resumes_and_comes_first(tmp_path, always, monkeypatch
 def test_it_is_left_out_where_little_follows(tmp_path):
     done = run(spec(Small(), tmp_path / "r", hessian="exact"))
     entry = done.info["methods"]["hydra-exact"]["preflight"]
-    assert "fewer than 64 vectors follow" in entry["skipped"]
+    assert "fewer than 128 vectors follow" in entry["skipped"]
     assert "hydra-exact/preflight" not in done.directory.stages()
-    assert preflight.ENOUGH == 64
+    assert preflight.ENOUGH == 128
 
 
 def test_it_is_not_done_after_the_stage(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def summary_tables(found: Mapping[str, Any]) -> list[Table | str]:
         else show_bytes(peak)
         + ("" if predicted is None else f", planned were {show_bytes(predicted)} (largest worker)"),
     }
-    parts: list[Table | str] = [_facts(None, facts), ""]
+    parts: list[Table | str] = [*_warnings(found), _facts(None, facts), ""]
     stages = Table(
         title=None,
         columns=(
@@ -114,7 +114,7 @@ def status_tables(found: Mapping[str, Any]) -> list[Table | str]:
         rows=rows,
     )
     facts["other seeds"] = ", ".join(f"{r['seed']} ({r['state']})" for r in found["seeds"]) or None
-    parts: list[Table | str] = [_facts(None, facts), "", stages]
+    parts: list[Table | str] = [*_warnings(found), _facts(None, facts), "", stages]
     if found["resume"]:
         parts += ["", "to do what is missing:", f"  {found['resume']}"]
     return parts
@@ -202,6 +202,11 @@ def words(key: str) -> str:
 def _facts(title: str | None, facts: Mapping[str, Any]) -> Table:
     rows = [{"key": key, "value": value} for key, value in facts.items() if value is not None]
     return Table(title=title, columns=_KEY_VALUE, rows=rows, header=False)
+
+
+def _warnings(found: Mapping[str, Any]) -> list[Table | str]:
+    lines: list[Table | str] = [f"warning: {plain(text)}" for text in found.get("warnings", ())]
+    return [*lines, ""] if lines else []
 
 
 def _of(tracked: int | None, total: int | None, what: str) -> str | None:

@@ -29,7 +29,7 @@ from .plan import Plan, cut
 from .seeds import announce, average, check_data, drive_members, naming, seeds_of
 from .sharding import EXACT_TARGETS, spans
 from .spec import RunSpec, averaged
-from .spec_stored import PLACEMENT, spec_of
+from .spec_stored import PLACEMENT, stored_spec
 from .stages import INDEX, units_of
 from .survey import Survey, survey
 from .tasks import RECORD, REDUCE, TEST_GRADIENTS, Tasks
@@ -99,7 +99,7 @@ def _attribute(
     placement: Mapping[str, Any],
 ) -> Run:
     found = open_run(uri)
-    spec = replace(spec_of(found, recipe, placement), seeds=seeds)
+    spec = replace(stored_spec(found, recipe, placement, command="attribute"), seeds=seeds)
     # The mode of HyDRA's own fast method, so that going on beside it is no other specification.
     mode = found.info.get("methods", {}).get(spec.base_method, {}).get("mode", spec.mode)
     spec = replace(spec, mode=mode)

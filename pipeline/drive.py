@@ -32,10 +32,11 @@ from .executors import make_executor
 from .handle import Run, open_run
 from .notes import closing_notes, run_notes
 from .plan import Plan, cut
+from .preflight import PreflightStages
 from .reduce import ReduceJob, interclass_table
 from .sharding import EXACT_TARGETS, spans
 from .spec import RunSpec
-from .stages import INDEX, Stages, units_of
+from .stages import INDEX, units_of
 from .survey import Survey, compute_of, survey
 from .targets import SAMPLES, stage_of, store_of
 from .tasks import (
@@ -116,7 +117,7 @@ def make_driver(spec: RunSpec, looked: Survey, executor: Executor, observer: Obs
     return _Driver(spec, looked, plan, directory, executor, observer, stored or {})
 
 
-class _Driver(Stages):
+class _Driver(PreflightStages):
     """One pass over the stages of one run."""
 
     def __init__(
@@ -268,6 +269,9 @@ class _Driver(Stages):
         entry = self.info["methods"][self.base]
         entry["shards"] = len(units)
         entry.setdefault("asked_shards", self.spec.shards)
+        vectors = sum(shard.stop - shard.start for shard in self.plan.shards)
+        exact = self.form == "hydra-exact"
+        self._preflight(self.base, self.collect_stage, [unit.name for unit in units], vectors, exact)
         self._stage(self.collect_stage, units, self.plan.steps * len(units), "step", extra=1)
         if self.spec.exact_rank:
             self._correct()
@@ -296,6 +300,7 @@ class _Driver(Stages):
         if not self._valid(stage, INDEX):
             self._commit_index(stage, base, store)
         units = units_of(stage, spans(found.rows, EXACT_TARGETS, "directions"))
+        self._preflight(self.method, stage, [unit.name for unit in units], found.rows, exact=True)
         self._stage(stage, units, self.plan.steps * len(units), "step", extra=1)
 
     def _reduce(self) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from ..storage import contributions as parquet
-from ..storage.errors import CorruptStore
+from ..storage.errors import CorruptStore, NonFiniteTangents
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..workers.join import Panels, contributions
@@ -79,6 +79,7 @@ def reduce_rows(
 
     Raises:
         CorruptStore: A contribution is not finite.
+        NonFiniteTangents: A contribution is beyond float32.
     """
     gradients = RowStore.open(run.path(*store_of(job.targets).split("/")), "gradient")
     if job.mode == "adjoint":
@@ -100,6 +101,12 @@ def write_rows(
         raise CorruptStore(
             f"the contribution of tracked row {start + row} to target {column} is not finite; "
             "run hydra-pipe verify, then replay again"
+        )
+    largest, most = float(max(block.max(), -block.min())), float(np.finfo(np.float32).max)
+    if largest > most:
+        raise NonFiniteTangents(
+            f"a contribution of size {largest:.1e} is beyond float32, in which contributions are stored "
+            f"({most:.1e} at most); use a lower learning rate or fewer epochs"
         )
     index = job.tracked[start:stop]
     labels = job.train_labels[start:stop]

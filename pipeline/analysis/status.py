@@ -29,7 +29,7 @@ SEEDS = "seeds"
 RETRAIN = "evaluate/retrain"
 INDEX, LAST_UNIT = "index", "interclass"
 CLOSING_UNITS = (INDEX, LAST_UNIT)
-SINGLE = ("/curvature", "/directions", "evaluate/scores")
+SINGLE = ("/curvature", "/directions", "/preflight", "evaluate/scores")
 """Stages of one unit."""
 """Units that the driver commits itself: a store's metadata and columns, a method's last table.
 
@@ -104,6 +104,7 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
         # Estimators that need no replay commit none: list what their run or run.json mentions.
         replay, reduce = f"{method}/replay", f"{method}/reduce"
         adjoint = f"{method}/adjoint"
+        names += [f"{method}/{part}" for part in ("curvature", "preflight") if f"{method}/{part}" in known]
         mode = info.get("methods", {}).get(method, {}).get("mode")
         if mode == SEEDS:
             pass
@@ -140,10 +141,10 @@ def status(run: Run) -> dict[str, Any]:
 
     Returns:
         ``run``, ``recipe``, ``state`` (``complete`` or ``partial``), ``n_train``, ``n_test``,
-        ``n_tracked``, ``n_test_tracked``, ``dimension``, ``methods`` (name to state), ``stages``
-        (one mapping a stage, see `StageState`), ``seeds`` (one mapping a run with another seed:
-        ``seed``, ``state``) and ``resume`` (the command that does what is missing; None when
-        nothing is).
+        ``n_tracked``, ``n_test_tracked``, ``dimension``, ``methods`` (name to state), ``warnings`` (of
+        the preflight, one line each), ``stages`` (one mapping a stage, see `StageState`), ``seeds``
+        (one mapping a run with another seed: ``seed``, ``state``) and ``resume`` (the command that does
+        what is missing; None when nothing is).
     """
     states = stage_states(run.directory, run.info)
     # An evaluation is no part of the run: it never makes one incomplete.
@@ -158,6 +159,7 @@ def status(run: Run) -> dict[str, Any]:
             for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")
         },
         "methods": methods,
+        "warnings": warnings_of(run.info),
         "stages": [asdict(state) for state in states],
         "seeds": _seeds(run),
         "resume": None if complete else _resume(run, states),
@@ -170,6 +172,15 @@ def _seeds(run: Run) -> list[dict[str, Any]]:
         {"seed": seed, "state": status(there[seed])["state"] if seed in there else "missing"}
         for seed in run.info.get("seeds", {}).get("others", [])
     ]
+
+
+def warnings_of(info: Mapping[str, Any]) -> list[str]:
+    """Return what the preflight of each method warned of, one line each."""
+    found = []
+    for name in method_names(info):
+        entry = info.get("methods", {}).get(name, {}).get("preflight", {})
+        found += [f"{name}: {text}" for text in entry.get("warnings", ())]
+    return found
 
 
 def _resume(run: Run, states: Sequence[StageState]) -> str:

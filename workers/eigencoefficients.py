@@ -75,6 +75,14 @@ class EigenCoefficients:
             self._segment = (first, kept)
         return self._segment[1][step - first]
 
+    def eigenvalues_at(self, step: int) -> Tensor:
+        """Return the eigenvalues that a step uses, (D,) float64."""
+        return self.eigenvalues[self._nearest[step]]
+
+    def by_direction(self, per_group: npt.NDArray[np.float64]) -> Tensor:
+        """Return one value per group, (G,), for every direction, (D,) float64."""
+        return self._spread(per_group).expand(len(self.groups))
+
     def _end(self) -> tuple[Tensor, Tensor]:
         ones = torch.ones(len(self.groups), dtype=torch.float64, device=self.device)
         return ones, torch.zeros_like(ones)

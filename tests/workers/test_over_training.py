@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -209,7 +211,7 @@ def test_segments_in_a_row_are_the_closed_form(kind, tmp_path):
     segments = Segments(settings, torch.from_numpy)
     steps = len(right)
     borders = [0, 1, 5, steps // 2, steps]
-    parts = [segments.between(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    parts = [segments.between(a, b) for a, b in itertools.pairwise(borders)]
     onto = torch.eye(2, dtype=torch.float64)[:, :, None].expand(2, 2, right.shape[1])[0]
     for part in reversed(parts):
         found = (onto[:, None] * part.on).sum(0)

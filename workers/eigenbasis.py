@@ -6,6 +6,7 @@ D coordinates, block after block (see ``storage.curvature``); n rows. A block's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from ..storage.curvature import BlockBasis
 from .layout import Layout
+from .persample.rules import aligned
+
+TURN_NUMBERS = 1 << 16
+"""Numbers of rows that are rotated at a time: they stay in a core's cache."""
 
 
 class Eigenbasis:
@@ -32,11 +37,9 @@ class Eigenbasis:
     ) -> None:
         self.blocks, self.layout = tuple(blocks), layout
 
-        def put(matrix: npt.NDArray[np.float64] | None) -> Tensor | None:
-            return None if matrix is None else torch.from_numpy(matrix).to(device=device, dtype=dtype)
-
-        self.left = [put(block.left) for block in self.blocks]
-        self.right = [put(block.right) for block in self.blocks]
+        self._turns = [_Turn(block, dtype, device) for block in self.blocks]
+        self.left = [turn.left for turn in self._turns]
+        self.right = [turn.right for turn in self._turns]
         self.starts: list[int] = []
         start = 0
         for block in self.blocks:
@@ -55,61 +58,100 @@ class Eigenbasis:
             out[self.span(k)] = self.layout.entries[block.entries[0]].group
         return out
 
-    def matrix(self, k: int, rows_nD: Tensor) -> Tensor:
-        """Return block ``k`` of rows in parameter order, (n, O, K)."""
-        block, parts = self.blocks[k], []
-        for i in block.entries:
-            start = self.layout.entries[i].start
-            parts.append(
-                rows_nD[:, start : start + self.layout.size(i)].reshape(len(rows_nD), block.rows, -1)
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    def turn(self, k: int, parts: Sequence[Tensor], out_nOK: Tensor) -> None:
+        """Rotate block ``k`` into the eigenbasis.
 
-    def turn(self, k: int, matrix_nOK: Tensor) -> Tensor:
-        """Rotate block ``k`` into the eigenbasis, (n, O, K)."""
-        return _between(self.left[k], matrix_nOK, self.right[k], back=False)
+        Args:
+            k: Which block.
+            parts: Its parameters' rows, each (n, O, width), which side by side are (n, O, K).
+            out_nOK: Where the result goes.
+        """
+        self._turns[k].there(parts, out_nOK)
 
     def to_eigen(self, rows_nD: Tensor) -> Tensor:
         """Rotate rows from parameters into the eigenbasis."""
         out = torch.empty_like(rows_nD)
-        for k in range(len(self.blocks)):
-            out[:, self.span(k)] = self.turn(k, self.matrix(k, rows_nD)).flatten(1)
+        for k, block in enumerate(self.blocks):
+            parts = []
+            for i in block.entries:
+                start = self.layout.entries[i].start
+                part = rows_nD[:, start : start + self.layout.size(i)]
+                parts.append(part.unflatten(1, (block.rows, -1)))
+            self.turn(k, parts, out[:, self.span(k)].unflatten(1, (block.rows, block.columns)))
         return out
 
     def to_parameters(self, rows_nD: Tensor) -> Tensor:
         """Rotate rows from the eigenbasis back to parameters."""
         out = torch.empty_like(rows_nD)
         for k, block in enumerate(self.blocks):
-            value = rows_nD[:, self.span(k)].reshape(-1, block.rows, block.columns)
-            value = _between(self.left[k], value, self.right[k], back=True)
-            first = 0
+            parts = []
             for i in block.entries:
-                size = self.layout.size(i)
-                width = size // block.rows
                 start = self.layout.entries[i].start
-                out[:, start : start + size] = value[:, :, first : first + width].flatten(1)
-                first += width
+                part = out[:, start : start + self.layout.size(i)]
+                parts.append(part.unflatten(1, (block.rows, -1)))
+            self._turns[k].back(rows_nD[:, self.span(k)].unflatten(1, (block.rows, block.columns)), parts)
         return out
 
 
-def _between(left: Tensor | None, matrix_nOK: Tensor, right: Tensor | None, *, back: bool) -> Tensor:
-    """Return ``left^T M right`` (``back``: ``left M right^T``) of every row, (n, O, K).
+class _Turn:
+    """Rotates the rows of one block, a few at a time, in buffers that stay in cache.
 
-    On a CPU each row is multiplied alone, copied to memory that begins on a cache line: then its
-    bits depend neither on its place among the rows nor on their number.
+    Everything is padded to whole cache lines, so that each row is the same product wherever it lies
+    among the others and however many there are: then its bits are, too.
     """
-    if left is None and right is None:
-        return matrix_nOK
-    a = None if left is None else (left if back else left.T)
-    b = None if right is None else (right.T if back else right)
-    if matrix_nOK.device.type != "cpu":
-        out = matrix_nOK if b is None else torch.matmul(matrix_nOK, b)
-        return out if a is None else torch.matmul(a, out)
-    out = torch.empty(matrix_nOK.shape, dtype=matrix_nOK.dtype)
-    row = torch.empty(matrix_nOK.shape[1:], dtype=matrix_nOK.dtype)
-    half, whole = torch.empty_like(row), torch.empty_like(row)
-    for r in range(len(matrix_nOK)):
-        row.copy_(matrix_nOK[r])
-        turned = row if b is None else torch.mm(row, b, out=half)
-        out[r] = turned if a is None else torch.mm(a, turned, out=whole)
+
+    def __init__(self, block: BlockBasis, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.columns = block.rows, block.columns
+        self._buffer: Tensor | None
+
+        def put(matrix: npt.NDArray[np.float64] | None) -> Tensor | None:
+            return None if matrix is None else torch.from_numpy(matrix).to(device=device, dtype=dtype)
+
+        self.left, self.right = put(block.left), put(block.right)
+        self._left = None if self.left is None else _padded(self.left)
+        self._right = None if self.right is None else _padded(self.right)
+        if self.left is None and self.right is None:
+            self._buffer = None
+            return
+        like = torch.empty(0, dtype=dtype, device=device)
+        per_row = math.prod(aligned(like, 1, self.rows, self.columns).shape)
+        self._buffer = aligned(like, max(1, TURN_NUMBERS // per_row), self.rows, self.columns)
+
+    def there(self, parts: Sequence[Tensor], out: Tensor) -> None:
+        """Write ``left^T M right`` of every row; M is the parts side by side."""
+        left = None if self._left is None else self._left.T
+        for span in self._spans(len(out)):
+            out[span] = self._product(left, [part[span] for part in parts], self._right)
+
+    def back(self, matrix: Tensor, parts: Sequence[Tensor]) -> None:
+        """Write ``left M right^T`` of every row into the parts."""
+        right = None if self._right is None else self._right.T
+        for span in self._spans(len(matrix)):
+            found = self._product(self._left, [matrix[span]], right)
+            for part, columns in zip(parts, found.split([part.shape[2] for part in parts], 2), strict=True):
+                part[span] = columns
+
+    def _spans(self, count: int) -> list[slice]:
+        step = max(1, count) if self._buffer is None else len(self._buffer)
+        return [slice(start, min(count, start + step)) for start in range(0, count, step)]
+
+    def _product(self, left: Tensor | None, parts: Sequence[Tensor], right: Tensor | None) -> Tensor:
+        if self._buffer is None:
+            return parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)
+        count = len(parts[0])
+        value, start = self._buffer[:count], 0
+        for part in parts:
+            value[:, : self.rows, start : start + part.shape[2]] = part
+            start += part.shape[2]
+        if right is not None:
+            value = torch.bmm(value, right.expand(count, -1, -1))
+        if left is not None:
+            value = torch.bmm(left.expand(count, -1, -1), value)
+        return value[:, : self.rows, : self.columns]
+
+
+def _padded(matrix: Tensor) -> Tensor:
+    """Return a square matrix with zeros up to whole cache lines."""
+    out = aligned(matrix, 1, *matrix.shape)[0]
+    out[: len(matrix), : len(matrix)] = matrix
     return out

@@ -45,10 +45,12 @@ class EigenCoefficients:
         dtype: torch.dtype,
     ) -> None:
         self.device, self.dtype = device, dtype
-        self.settings, self.groups = settings, groups.to(device)
-        self._single = int(groups[0]) if bool((groups == groups[0]).all()) else None
+        self.settings, self.count = settings, len(groups)
+        self._spans = _spans(groups)
         self._form = linear_form(settings)
-        limit = self._spread(stability_limit(settings)).clamp_min(0)
+        limit = torch.zeros(self.count, dtype=torch.float64, device=device)
+        for span, group in self._spans:
+            limit[span] = max(0.0, float(stability_limit(settings)[group]))
         values = torch.from_numpy(eigenvalues).to(device).clamp_min(0)
         clipped = int((values > limit).any(0).sum())
         if clipped:
@@ -70,7 +72,7 @@ class EigenCoefficients:
         first = step - step % self.length
         if self._segment is None or self._segment[0] != first:
             stop = min(first + self.length, self.settings.learning_rate.shape[0])
-            kept = torch.empty(stop - first, len(self.groups), dtype=self.dtype, device=self.device)
+            kept = torch.zeros(stop - first, self.count, dtype=self.dtype, device=self.device)
             self._run_back(first, stop, *self._borders[stop], keep=kept)
             self._segment = (first, kept)
         return self._segment[1][step - first]
@@ -84,30 +86,45 @@ class EigenCoefficients:
         return self._spread(per_group).expand(len(self.groups))
 
     def _end(self) -> tuple[Tensor, Tensor]:
-        ones = torch.ones(len(self.groups), dtype=torch.float64, device=self.device)
+        ones = torch.ones(self.count, dtype=torch.float64, device=self.device)
         return ones, torch.zeros_like(ones)
 
     def _run_back(
         self, first: int, stop: int, on_weight: Tensor, on_momentum: Tensor, keep: Tensor | None
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        carry, gain, along, direct = self._form
-        rate, decay = self.settings.learning_rate, self.settings.weight_decay
+        carry, gain, along, direct = (values.tolist() for values in self._form)
+        rate, decay = self.settings.learning_rate.tolist(), self.settings.weight_decay.tolist()
+        on_weight, on_momentum = on_weight.clone(), on_momentum.clone()
         borders = {stop: (on_weight.clone(), on_momentum.clone())}
+        scratch = torch.empty_like(on_weight)
         for t in range(stop - 1, first - 1, -1):
-            spread = self._spread
-            on_momentum = on_momentum - spread(rate[t] * along[t]) * on_weight
-            c = spread(gain[t]) * on_momentum - spread(rate[t] * direct[t]) * on_weight
-            if keep is not None:
-                keep[t - first] = c
-            on_weight = on_weight + (self.eigenvalues[self._nearest[t]] + spread(decay[t])) * c
-            on_momentum = spread(carry[t]) * on_momentum
+            curvature = self.eigenvalues[self._nearest[t]]
+            for span, g in self._spans:  # a span shares its settings: every factor is one number
+                u, m, c = on_weight[span], on_momentum[span], scratch[span]
+                m.sub_(u, alpha=rate[t][g] * along[t][g])
+                torch.mul(m, gain[t][g], out=c)
+                if direct[t][g]:
+                    c.sub_(u, alpha=rate[t][g] * direct[t][g])
+                if keep is not None:
+                    keep[t - first, span] = c
+                u.addcmul_(curvature[span], c)
+                if decay[t][g]:
+                    u.add_(c, alpha=decay[t][g])
+                m.mul_(carry[t][g])
             if t % self.length == 0:
                 borders[t] = (on_weight.clone(), on_momentum.clone())
         return borders
 
-    def _spread(self, per_group: npt.NDArray[np.float64]) -> Tensor:
-        table = torch.from_numpy(np.append(per_group, 0.0)).to(self.device)
-        return table[self._single] if self._single is not None else table[self.groups]
+
+def _spans(groups: Tensor) -> list[tuple[slice, int]]:
+    """Return the runs of neighbouring directions in one optimiser group; those in none are left out."""
+    values, counts = torch.unique_consecutive(groups, return_counts=True)
+    spans, start = [], 0
+    for group, count in zip(values.tolist(), counts.tolist(), strict=True):
+        if group >= 0:
+            spans.append((slice(start, start + count), group))
+        start += count
+    return spans
 
 
 def stability_limit(settings: Settings) -> npt.NDArray[np.float64]:

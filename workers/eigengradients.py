@@ -88,6 +88,6 @@ class EigenGradients(PerSampleGradients):
             if block.entries[0] in self.factored:  # its layer was not called in this step
                 target.zero_()
                 continue
-            parts = [self.views[i].reshape(self.tile, block.rows, -1) for i in block.entries]
-            target.copy_(self.basis.turn(k, parts[0] if len(parts) == 1 else torch.cat(parts, 2)))
+            parts = [self.views[i][:count].reshape(count, block.rows, -1) for i in block.entries]
+            self.basis.turn(k, parts, target[:count])
         return self._rotated[:count]

@@ -33,7 +33,11 @@ class _Rows:
         self.sums = like.new_zeros(-(-rows // TILE) * TILE, like.shape[-1])
 
     def add(self, rows: Tensor, block: Tensor, scale: Tensor) -> None:
-        self.sums.index_add_(0, rows.to(self.sums.device), block.mul_(scale))
+        if self.sums.device.type != "cpu":
+            self.sums.index_add_(0, rows.to(self.sums.device), block.mul_(scale))
+            return
+        for row, gradient in zip(rows.tolist(), block, strict=True):  # one pass through memory, not two
+            self.sums[row].addcmul_(gradient, scale)
 
 
 class EkfacReplay(VerifiedReplay):

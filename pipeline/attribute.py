@@ -28,7 +28,7 @@ from .handle import Run, open_run
 from .plan import Plan, cut
 from .sharding import EXACT_TARGETS, spans
 from .spec import RunSpec
-from .spec_stored import PLACEMENT, spec_of
+from .spec_stored import PLACEMENT, stored_spec
 from .stages import INDEX, units_of
 from .survey import Survey, survey
 from .tasks import RECORD, REDUCE, TEST_GRADIENTS, Tasks
@@ -94,7 +94,7 @@ def _attribute(
     placement: Mapping[str, Any],
 ) -> Run:
     found = open_run(uri)
-    spec = spec_of(found, recipe, placement)
+    spec = stored_spec(found, recipe, placement, command="attribute")
     refuse_unsupported(spec)
     looked = survey(spec, trial=False)
     place(spec, looked)

@@ -13,12 +13,11 @@ from typing import Any, get_args
 
 from ..storage.contributions import write_table
 from ..storage.documents import dump, load
-from ..storage.errors import IncompleteStage, InputError, SpecError
+from ..storage.errors import IncompleteStage, SpecError
 from ..storage.files import read_bytes, write_bytes
 from ..storage.uri import is_local
 from ..workers.determinism import preserved_generators, restored_process
 from ..workers.recipe import Recipe
-from ..workers.recipes import BUILT_IN
 from .events import Note, Observer, StageFinished, StageStarted, UnitSkipped, null
 from .evidence import Evidence, tracked_samples
 from .executors import make_executor
@@ -35,7 +34,7 @@ from .retrainings import (
     subsets,
     unchanged,
 )
-from .spec import RunSpec
+from .spec_stored import REPEATED, stored_spec
 from .survey import compute_of, resolve_recipe
 from .units import Executor
 from .verdict import summarize, tables
@@ -115,31 +114,6 @@ def evaluate(
         return _Evaluation(found, recipe, questions or Questions(), observer or null, overrides).evaluate()
 
 
-def stored_spec(run: Run, recipe: Recipe | str | None, overrides: Mapping[str, Any]) -> RunSpec:
-    """Return the specification of a run's training, from ``run.json`` and a recipe the caller names.
-
-    Where the work was placed (cluster address, workers) is not taken from the file: a run that came
-    from elsewhere must not choose the machines that get our code.
-    """
-    stored = run.info.get("spec", {})
-    names = {field.name for field in fields(RunSpec)}
-    kept = ("dtype", "epochs", "batch_size", "seed", "threads", "cpus_per_actor", "device", "batch_norm")
-    values = {name: stored[name] for name in (*kept, "executor") if stored.get(name) is not None}
-    if recipe is None:
-        recipe = str(stored.get("recipe", ""))
-        if recipe not in BUILT_IN:
-            raise InputError(
-                f"the recipe {recipe!r} of {run.uri} is not imported unasked, since it is code that a stored "
-                f"run names; name it yourself: hydra-pipe evaluate {run.uri} {recipe or 'RECIPE'}"
-            )
-    if isinstance(recipe, str):
-        values["recipe_args"] = dict(stored.get("recipe_args", {}))
-    given = {name: value for name, value in overrides.items() if name in names and value is not None}
-    if "recipe_args" in given and isinstance(recipe, str):
-        given["recipe_args"] = {**values.get("recipe_args", {}), **given["recipe_args"]}
-    return RunSpec(**{**values, **given, "recipe": recipe, "out": run.uri})
-
-
 class _Evaluation:
     """One evaluation of one run."""
 
@@ -158,7 +132,7 @@ class _Evaluation:
         self.methods = list(dict.fromkeys(run.method(m) for m in questions.methods or complete))
         self.trajectory = run.trajectory()
         self.tracked, self.tested = tracked_samples(run, self.methods)
-        self.spec = stored_spec(run, recipe, overrides)
+        self.spec = stored_spec(run, recipe, overrides, command="evaluate", free=REPEATED)
         with preserved_generators():
             self.recipe = resolve_recipe(self.spec)
         self.n_train = int(run.info["n_train"])
@@ -271,4 +245,4 @@ def read_summary(run: Run) -> dict[str, Any]:
     return load(read_bytes(address), address)
 
 
-__all__ = ["SCORES", "SUMMARY", "Questions", "evaluate", "read_summary", "stored_spec"]
+__all__ = ["SCORES", "SUMMARY", "Questions", "evaluate", "read_summary"]

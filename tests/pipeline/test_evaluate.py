@@ -17,9 +17,10 @@ from hydra_pipe.pipeline import events
 from hydra_pipe.pipeline.analysis.scores import agreement, detection, lds, recommendation
 from hydra_pipe.pipeline.analysis.status import status
 from hydra_pipe.pipeline.analysis.verify import verify
-from hydra_pipe.pipeline.evaluate import Questions, evaluate, read_summary, stored_spec
+from hydra_pipe.pipeline.evaluate import Questions, evaluate, read_summary
 from hydra_pipe.pipeline.handle import open_run
 from hydra_pipe.pipeline.retrainings import removal, subsets, unchanged
+from hydra_pipe.pipeline.spec_stored import REPEATED, stored_spec
 from hydra_pipe.storage.errors import IncompleteStage, InputError, ReplayDiverged, SpecError
 from hydra_pipe.workers.retrain import only, retrain_subset, retrain_weighted, test_losses
 from hydra_pipe.workers.training import Compute
@@ -277,9 +278,14 @@ def test_a_stored_recipe_is_not_imported_unasked(evaluated, tmp_path):
     with pytest.raises(InputError, match=f"name it yourself: hydra-pipe evaluate {place} tests"):
         evaluate(str(place), questions=FEW)
     opened = open_run(place)
-    opened.info["spec"] = {**opened.info["spec"], "recipe": "digits", "address": "evil:1", "workers": 9}
-    found = stored_spec(opened, None, {"executor": "serial", "workers": None})
+    opened.info["spec"] = {**opened.info["spec"], "address": "evil:1", "workers": 9}
+    opened.info["identity"] = {**opened.info["identity"], "recipe": "digits", "recipe_args": {"lr": 0.5}}
+    given = {"executor": "serial", "workers": None, "recipe_args": {"momentum": 0.0}}
+    found = stored_spec(opened, None, given, command="evaluate", free=REPEATED)
     assert (found.recipe, found.address, found.workers, found.dtype) == ("digits", None, None, "float64")
+    assert found.recipe_args == {"lr": 0.5, "momentum": 0.0}
+    with pytest.raises(SpecError, match="epochs is the run's own"):
+        stored_spec(opened, None, {"epochs": 9}, command="evaluate", free=REPEATED)
 
 
 @pytest.mark.parametrize(

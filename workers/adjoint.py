@@ -7,8 +7,8 @@ From w_T back to w_0, for each target j with a_u = d loss_j / d w_T and a_m = 0 
     C(i, j) = -sum over the steps whose batch holds i of  <g_{t-1,i}, s> / B_t
     a_u <- a_u + L s + H s;   a_m <- p b_m
 
-Both products come out of one backward pass (see ``second_order``). The weights of each step are
-had by replaying segments between the record's checkpoints, halved until one fits in memory.
+Both products come out of one pass for a tile of targets (see ``second_order``). The weights of each
+step are had by replaying segments between the record's checkpoints, halved until one fits in memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor
 from ..storage.trajectory import Trajectory
 from .columns import Columns, LinearSteps
 from .exact import recorded_settings
+from .hessian_tiles import TILE, HessianTiles
 from .layout import load_flat
 from .recipe import Batch
-from .second_order import SecondOrder
 from .training import Training, load_buffers, pack_buffers
 from .verified import Report, Rows, VerifiedReplay
 
@@ -60,6 +60,7 @@ class Adjoint(VerifiedReplay):
         self._linear = LinearSteps(
             recorded_settings(trajectory), Columns(training.layout, training.dtype, training.device)
         )
+        self.tiles = HessianTiles(training)
         row = training.layout.dimension * training.dtype.itemsize
         self.held_steps = max(1, SEGMENT_BYTES // row)
 
@@ -69,7 +70,8 @@ class Adjoint(VerifiedReplay):
         """Return the contributions of the tracked samples to each target, (K, n).
 
         Args:
-            targets_KD: Gradients of the targets at w_T; left as they are.
+            targets_KD: Gradients of the targets at w_T; left as they are. They are worked on ``TILE`` at a
+                time from the first; the bits of a target are those of its tile.
             report: Told of (steps done, T).
 
         Raises:
@@ -94,14 +96,15 @@ class Adjoint(VerifiedReplay):
         carry, gain, along, direct, decay = self._linear.at(step)
         # Members that are not tracked (-1) fall into the last, discarded column.
         columns = torch.from_numpy(self.rows(step)).to(out.device)
-        second = SecondOrder(self.training, step, batch)
-        product = torch.empty_like(on_weight[0])
+        second = self.tiles.at(step, batch)
         share = 1.0 / self.training.batch_size(step)
-        for k in range(len(on_weight)):
-            a_u, a_m = on_weight[k], on_momentum[k]
+        for start in range(0, len(on_weight), TILE):
+            tile = slice(start, start + TILE)
+            a_u, a_m, sums = on_weight[tile], on_momentum[tile], out[tile]
             a_m.sub_(along * a_u)
             s = gain * a_m - direct * a_u
-            out[k, columns] -= second.apply(s, product) * share
+            product = torch.empty_like(s)
+            sums[:, columns] -= second.tile(s, product) * share
             a_u.add_(product).add_(decay * s)
             a_m.mul_(carry)
 

@@ -3,8 +3,8 @@
     dm_t = p dm_{t-1} + k (H du_{t-1} + L du_{t-1} + 1[i in batch t] (N / B_t) g_{t-1,i})
     du_t = du_{t-1} - h (a dm_t + b (...))
 
-One Hessian-vector product a tracked sample and step: the gold standard, at its price. Each row is
-worked on alone, so its bits do not depend on the others.
+One Hessian-vector product a tracked sample and step: the gold standard, at its price. Rows are worked
+on in padded tiles (see ``hessian_tiles``), and a row's bits do not depend on the others.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from ..storage.trajectory import Trajectory
 from .coefficients import Settings
 from .columns import Columns, LinearSteps
+from .hessian_tiles import TILE, HessianTiles
 from .persample.engine import PerSampleGradients
 from .recipe import Batch
 from .replay import probe_training
-from .second_order import SecondOrder
 from .training import SETTINGS, Training
 from .verified import Report, Rows, VerifiedReplay
 
@@ -36,7 +36,6 @@ class Tangents:
     def __init__(self, rows: int, dimension: int, dtype: torch.dtype, device: torch.device) -> None:
         self.weights = torch.zeros(rows, dimension, dtype=dtype, device=device)
         self.momentum = torch.zeros(rows, dimension, dtype=dtype, device=device)
-        self.product = torch.empty(dimension, dtype=dtype, device=device)
 
     def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
         """Return hypergradient rows on the host."""
@@ -60,6 +59,7 @@ class ExactReplay(VerifiedReplay):
         )
         self.engine = PerSampleGradients(training.recipe, training.model, layout, probe_training(training))
         self.buffers = Tangents(len(tracked), layout.dimension, training.dtype, training.device)
+        self.tiles = HessianTiles(training, alone=True)
         self._touched = np.zeros(len(tracked), dtype=bool)
 
     def run(self, report: Report | None = None) -> Tangents:
@@ -73,13 +73,16 @@ class ExactReplay(VerifiedReplay):
         carry, gain, along, direct, decay = self._linear.at(step)
         moving = np.flatnonzero(self._touched)
         if len(moving):
-            second = SecondOrder(training, step, batch)
-            for i in moving.tolist():
-                du, dm = tangents.weights[i], tangents.momentum[i]
-                second.apply(du, tangents.product)
-                source = tangents.product.add_(decay * du)
+            second = self.tiles.at(step, batch)
+            for start in range(0, len(moving), TILE):
+                chosen = torch.from_numpy(moving[start : start + TILE]).to(training.device)
+                du, dm = tangents.weights[chosen], tangents.momentum[chosen]
+                source = torch.empty_like(du)
+                second.tile(du, source)
+                source.add_(decay * du)
                 dm.mul_(carry).add_(gain * source)
-                du.sub_(along * dm + direct * source)
+                tangents.momentum[chosen] = dm
+                tangents.weights[chosen] = du - (along * dm + direct * source)
             del second  # the graph must be gone before the optimiser moves the weights
         positions = np.flatnonzero(rows >= 0)
         members = torch.from_numpy(rows[positions]).to(training.device)

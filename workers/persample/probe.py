@@ -47,7 +47,7 @@ def choose_strategies(
     device = next(model.parameters()).device
     with preserved_generators():
         for dtype in (torch.float64, torch.float32):
-            trial = _copy(model).to(dtype)
+            trial = copied(model).to(dtype)
             try:
                 found = _try(recipe, trial, layout, to_device(batch, device, dtype), constant, dtype)
             except RuntimeError as error:
@@ -60,7 +60,12 @@ def choose_strategies(
     raise AssertionError("unreachable")
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model.
+
+    Raises:
+        RecipeError: It cannot be copied.
+    """
     try:
         return copy.deepcopy(model)
     except Exception as error:

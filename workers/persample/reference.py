@@ -47,13 +47,17 @@ def vjp(losses_B: Tensor, parameters: Sequence[nn.Parameter], positions: Tensor)
     ]
 
 
-class _LossModule(nn.Module):
+class LossModule(nn.Module):
+    """The recipe's losses as a module, so that ``functional_call`` can put other weights in."""
+
     def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        """Wrap the model, whose parameters are then called ``model.<name>``."""
         super().__init__()
         self.model = model
         self._recipe = recipe
 
     def forward(self, batch: Batch) -> Tensor:
+        """Return the losses, (B,)."""
         return self._recipe.losses(self.model, batch)
 
 
@@ -61,7 +65,7 @@ def func(
     recipe: Recipe, model: nn.Module, names: Sequence[str], batch: Batch, positions: Tensor
 ) -> list[Tensor]:
     """Return each sample's gradient by ``vmap(grad)``: tensors (R, *parameter shape)."""
-    module = _LossModule(recipe, model)
+    module = LossModule(recipe, model)
     parameters = dict(model.named_parameters())
     chosen = {f"model.{name}": parameters[name].detach() for name in names}
     rows = tree_map(lambda leaf: leaf.index_select(0, positions) if isinstance(leaf, Tensor) else leaf, batch)
@@ -98,9 +102,26 @@ def constant_statistics(model: nn.Module) -> Iterator[bool]:
             module.__dict__.pop("forward", None)
 
 
+def _coupled_forward(module: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, module.weight, module.bias, True, 0.0, module.eps)
+
+
+@contextmanager
+def unrecorded_statistics(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers normalise as in training, without noting the batch in their buffers."""
+    coupled = [module for module in model.modules() if uses_batch_statistics(module)]
+    for module in coupled:
+        module.__dict__["forward"] = partial(_coupled_forward, module)
+    try:
+        yield
+    finally:
+        for module in coupled:
+            module.__dict__.pop("forward", None)
+
+
 def couples_samples(model: nn.Module) -> bool:
     """Whether the model, in its present mode, has layers that couple the samples of a batch."""
     return any(uses_batch_statistics(module) for module in model.modules())
 
 
-__all__ = ["constant_statistics", "couples_samples", "func", "vjp"]
+__all__ = ["LossModule", "constant_statistics", "couples_samples", "func", "unrecorded_statistics", "vjp"]

@@ -1,0 +1,128 @@
+"""Hessian products for tiles of directions: the way that is chosen once, and its tiles of fixed width.
+
+See ``hessian_probe`` for what is tried before ``TangentTile`` is believed.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..storage.errors import RecipeError
+from .determinism import preserved_generators
+from .hessian_probe import dependence, disagreement, first_samples, one_line
+from .recipe import Batch
+from .second_order import SecondOrder, TangentTile, unchanged_buffers
+from .training import Training
+
+logger = logging.getLogger(__name__)
+
+TILE = 8
+"""Directions of a tile."""
+
+TANGENT_BYTES = 1 << 30
+"""Room for the tangents of a tile; models with larger activations take narrower tiles."""
+
+TANGENTS = 3
+"""What a direction of a tile holds at its peak, in activations of the batch (``docs/benchmarks.md``)."""
+
+
+class HessianTiles:
+    """Gives each step of a replay its products; what is chosen here holds for all of them.
+
+    Args:
+        training: At its first weights, ``batch_norm`` coupled.
+        alone: Whether a row's bits may depend neither on its place in a tile nor on the others. Tiles are then
+            padded, and the fast way must show on the real batch that this is enough.
+
+    Attributes:
+        refusal: Why the fast way is not taken; None where it is.
+        width: Directions worked on at a time.
+    """
+
+    def __init__(self, training: Training, *, alone: bool = False) -> None:
+        self.training, self.alone = training, alone
+        with preserved_generators():
+            self.width = tile_width(activation_bytes(training))
+            self.refusal = disagreement(training)
+            if alone and self.refusal is None:
+                self.refusal = dependence(training, self.width)
+        if self.refusal is None:
+            logger.info("Hessian products: %d directions at a time", self.width)
+        else:
+            logger.info("Hessian products: one direction at a time, because %s", self.refusal)
+
+    def at(self, step: int, batch: Batch) -> StepTiles:
+        """Return the products of one step, at the model's present weights."""
+        return StepTiles(self, step, batch)
+
+
+class StepTiles:
+    """Products with any number of directions at one step."""
+
+    def __init__(self, tiles: HessianTiles, step: int, batch: Batch) -> None:
+        self.tiles, self.step = tiles, step
+        kind = TangentTile if tiles.refusal is None else SecondOrder
+        self.way: TangentTile | SecondOrder = kind(tiles.training, step, batch)
+
+    def tile(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
+        """Write H v for each direction into ``out_KD`` and return the <g_i, v>, (K, B).
+
+        Raises:
+            RecipeError: The fast way agreed when the replay began and does not exist for this step.
+        """
+        if isinstance(self.way, SecondOrder):
+            return self.way.tile(directions_KD, out_KD)
+        width, values = self.tiles.width, []
+        for start in range(0, len(directions_KD), width):
+            part, out = directions_KD[start : start + width], out_KD[start : start + width]
+            values.append(self._padded(part, out) if self.tiles.alone else self._fast(part, out))
+        return torch.cat(values)
+
+    def _padded(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
+        count, missing = len(directions_KD), self.tiles.width - len(directions_KD)
+        if not missing:
+            return self._fast(directions_KD, out_KD)
+        whole = torch.cat([directions_KD, directions_KD.new_zeros(missing, directions_KD.shape[1])])
+        out = torch.empty_like(whole)
+        values = self._fast(whole, out)
+        out_KD.copy_(out[:count])
+        return values[:count]
+
+    def _fast(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
+        try:
+            return self.way.tile(directions_KD, out_KD)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RecipeError(
+                f"Hessian products of several directions worked when the replay began and fail at step {self.step} "
+                f"({one_line(error)}); let losses() do the same operations at every step"
+            ) from error
+
+
+def activation_bytes(training: Training) -> int:
+    """Return the bytes that one forward pass of the first batch keeps for its backward pass."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in training.model.parameters()}
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    size = training.batch_size(0)
+    batch = first_samples(training, 0, size)
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with preserved_generators(), unchanged_buffers(training.model), sdpa_kernel(SDPBackend.MATH), hooks:
+        kept = training.losses(batch, size)  # noqa: F841 - the graph holds what was noted until all is
+    return sum(held.values())
+
+
+def tile_width(activations: int) -> int:
+    """Return how many directions are worked on at a time; ``activations`` in bytes."""
+    return max(1, min(TILE, TANGENT_BYTES // max(1, TANGENTS * activations)))

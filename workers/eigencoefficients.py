@@ -81,10 +81,6 @@ class EigenCoefficients:
         """Return the eigenvalues that a step uses, (D,) float64."""
         return self.eigenvalues[self._nearest[step]]
 
-    def by_direction(self, per_group: npt.NDArray[np.float64]) -> Tensor:
-        """Return one value per group, (G,), for every direction, (D,) float64."""
-        return self._spread(per_group).expand(len(self.groups))
-
     def _end(self) -> tuple[Tensor, Tensor]:
         ones = torch.ones(self.count, dtype=torch.float64, device=self.device)
         return ones, torch.zeros_like(ones)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -146,10 +147,16 @@ class EkfacSegmentReplay(SegmentReplay):
         layout, device, dtype = training.layout, training.device, training.dtype
         settings = recorded_settings(trajectory)
         self.basis = Eigenbasis(curvature.blocks, layout, dtype, device)
-        kept = EigenCoefficients(
-            settings, self.basis.groups(), curvature.eigenvalues, curvature.steps, device, dtype
-        )
-        segments = Segments(settings, kept.by_direction, kept.eigenvalues_at, dtype)
+        groups = self.basis.groups().to(device)
+        values = EigenCoefficients(
+            settings, groups, curvature.eigenvalues, curvature.steps, device, dtype
+        ).eigenvalues_at
+
+        def spread(per_group: npt.NDArray[np.float64]) -> Tensor:
+            table = torch.from_numpy(np.append(per_group, 0.0)).to(device)
+            return table[groups]  # -1, not optimised, picks the appended zero
+
+        segments = Segments(settings, spread, values, dtype)
         like = torch.empty(0, layout.dimension, dtype=dtype, device=device)
         self.sums = [SegmentSums(len(tracked), like, segments, lambda on: on.to(dtype))]
         self.engine = EigenGradients(

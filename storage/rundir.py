@@ -32,6 +32,7 @@ RESULTS = (
     "samples",
     "interclass",
     "evaluate",
+    "over_training",
 )
 """Top-level names that hold results; `RunDirectory.delete_results` removes them."""
 

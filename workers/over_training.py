@@ -40,9 +40,9 @@ RAW = "-raw-decay"
 def pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     """Return (reference, method) of what is compared: all with the exact form, raw with raw as well."""
     found = [(EXACT, method) for method in methods if method != EXACT]
-    if EXACT + RAW in methods:
-        found += [(EXACT + RAW, method) for method in methods if method not in (EXACT, EXACT + RAW, EKFAC)]
-        found.remove((EXACT + RAW, FAST))  # two changes at once say nothing
+    if EXACT + RAW in methods:  # not the forms with the true decay: two changes at once say nothing
+        left = (EXACT, EXACT + RAW, FAST, EKFAC)
+        found += [(EXACT + RAW, method) for method in methods if method not in left]
     return found
 
 

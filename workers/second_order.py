@@ -99,8 +99,7 @@ class TangentTile:
         self._losses = LossModule(training.recipe, training.model)
         self._names = [f"model.{entry.name}" for entry in training.layout.entries]
         self._weights = {
-            name: parameter.detach()
-            for name, parameter in zip(self._names, training.parameters, strict=True)
+            name: parameter.detach() for name, parameter in zip(self._names, training.parameters, strict=True)
         }
 
     def tile(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from .spec_options import SPEC_OPTIONS
 
 PLACEMENT = ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers", "memory")
 """Options of ``run`` that say where the work is done."""
+
+OF_THE_RUN = ("executor", "cpus_per_actor")
+"""Those of them that the run's own values stand for."""
 
 OWN = ("recipe", "influence_from", "estimator_options", "influence_by_test", "decay_as_published", *PLACEMENT)
 """Parameters that mean nothing without ``--every``."""
@@ -38,7 +42,10 @@ def over_training_options(function: Callable[..., Any]) -> Callable[..., Any]:
         if name in PLACEMENT:
             function = option(function)
             added = function.__click_params__[-1]  # type: ignore[attr-defined]
-            added.help = f"With --every: {added.help[0].lower()}{added.help[1:]}"
+            text = added.help if added.help[1].isupper() else added.help[0].lower() + added.help[1:]
+            if name in OF_THE_RUN:
+                text = re.sub(r"\[default: .*\]$", "[default: the run's]", text)
+            added.help = f"With --every: {text}"
     for option in (
         click.option(
             "--decay-as-published",

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from .judging_views import COMPARED, LDS, comparison_tables, evaluation_rows, evaluation_tables
 from .options import debug_option, format_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables
+from .over_training import OWN, compare_over_training, over_training_options
 from .progress import reading, watching
 from .spec_options import SPEC_OPTIONS, parse_pairs
 
@@ -19,6 +20,9 @@ PLACEMENT = ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers
 
 OF_THE_RUN = ("executor", "cpus_per_actor", "threads", "device")
 """Those of them that the run's own values stand for."""
+
+SPOKEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+"""Where a value comes from that the user gave."""
 
 _run_argument = click.argument("run")
 _figures = click.option(
@@ -44,10 +48,14 @@ _methods = click.option(
 @_methods
 @click.option("-k", default=10, show_default=True, metavar="K", help="Samples in the overlaps.")
 @_figures
+@over_training_options
 @format_option("table", "json", "csv")
 @quiet_option
 @debug_option
+@click.pass_context
 def compare(
+    ctx: click.Context,
+    /,
     run: str,
     reference: str | None,
     methods: list[str] | None,
@@ -55,13 +63,36 @@ def compare(
     figures: str | None,
     output_format: str,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Compare the methods of RUN with a reference: signs, ranks, sizes, extremes, cost.
 
     Memory stays bounded however many contributions there are. CSV has one row a method.
 
+    With --every E the tracked samples are followed through training instead, and every E epochs the
+    forms are held against the exact one as if training had ended there: error of the hypergradients,
+    signs, ranks. That replays the training, RUN needs its record alone, and RECIPE is what RUN was made
+    from (it can be left out for a built-in one). CSV has one row a (epoch, reference, method).
+
     Example: hydra-pipe compare runs/digits --reference hydra
     """
+    spoken = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") in SPOKEN]
+    for parameter in spoken:
+        flag = parameter.opts[-1] if parameter.opts[-1].startswith("-") else "RECIPE"
+        if given["every"] is None and parameter.name in OWN:
+            raise click.UsageError(f"{flag}: only with --every")
+        if given["every"] is not None and parameter.name in ("reference", "k"):
+            raise click.UsageError(f"{flag}: not with --every, which compares with the exact form")
+    if given["every"] is not None:
+        compare_over_training(
+            run,
+            methods=methods,
+            figures=figures,
+            output_format=output_format,
+            quiet=quiet,
+            given=given,
+        )
+        return
     from ..pipeline.analysis.compare import compare as look
     from ..pipeline.analysis.figures import check_figures, comparison_figures
     from ..pipeline.handle import open_run

@@ -13,8 +13,8 @@ from ..storage.uri import is_local
 from .events import Note, Observer, StageFinished, StageStarted, UnitSkipped
 from .sharding import Shard
 from .stores import rebuild
-from .tasks import RECORD, Tasks
-from .units import Executor, Unit
+from .tasks import RECORD
+from .units import Executor, Handler, Unit
 
 INDEX = "index"
 """Unit that commits a store's metadata and per-row columns."""
@@ -93,7 +93,7 @@ class Stages:
     def _commit_index(self, stage: str, base: str, store: RowStore) -> None:
         self.directory.commit(stage, INDEX, [f"{base}/{name}" for name in store.metadata_files()], {})
 
-    def _tasks(self, stage: str) -> Tasks:
+    def _tasks(self, stage: str) -> Handler:
         """Return the handler of a stage."""
         raise AssertionError("each driver has its own")
 

@@ -37,6 +37,7 @@ RESULTS = (
     "contributions_spread",
     "samples_spread",
     "evaluate",
+    "over_training",
     SEEDS,
 )
 """Top-level names that hold results; `RunDirectory.delete_results` removes them."""

@@ -11,7 +11,7 @@ from hydra_pipe.workers.replay import Replay
 from hydra_pipe.workers.training import Compute
 from rich.console import Console
 
-from benchmarks import hessian, memory, reduce, replay, speedup, startup, storage
+from benchmarks import approximation, hessian, memory, reduce, replay, speedup, startup, storage
 from benchmarks.__main__ import main, parse
 from benchmarks.cases import Clothes, Prefetched, record
 from benchmarks.dense import DenseAlgorithm
@@ -123,6 +123,20 @@ def test_memory_asks_three_processes(tmp_path, monkeypatch):
     assert asked == ["plan", "record", "replay"]
     assert result.lines[-1].value == pytest.approx(1.1)
     assert result.lines[-1].met
+
+
+def test_the_figures_of_the_paper(tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = {**approximation.QUICK, "ekfac": False, "tests": 4, "figures": str(tmp_path / "pictures")}
+    result = approximation.run(sizes, tmp_path)
+    measured = {line.what: line.value for line in result.lines}
+    assert measured["hydra against hydra-exact: error of the hypergradients"] > 0
+    assert measured["hydra against hydra-exact: Spearman of C(i)"] <= 1
+    assert "influence-lissa against hydra-exact-raw-decay: wrong signs of C(i)" in measured
+    assert {path.suffix for path in (tmp_path / "pictures").iterdir()} == {".png"}
+    recipe = approximation.Shortened(train_size=100)
+    assert len(recipe.validation_dataset()) == 20
+    assert recipe.scheduler(recipe.optimizer(recipe.model())).factor == 0.5
 
 
 def test_the_command_writes_json_and_shows_a_table(tmp_path):

@@ -67,6 +67,10 @@ class EigenCoefficients:
             self._segment = (first, kept)
         return self._segment[1][step - first]
 
+    def eigenvalues_at(self, step: int) -> Tensor:
+        """Return the eigenvalues that a step uses, (D,) float64."""
+        return self.eigenvalues[self._nearest[step]]
+
     def _end(self) -> tuple[Tensor, Tensor]:
         ones = torch.ones(self.count, dtype=torch.float64, device=self.device)
         return ones, torch.zeros_like(ones)

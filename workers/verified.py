@@ -35,6 +35,7 @@ class VerifiedReplay:
         self._digests = dict(zip(trajectory.digest_step.tolist(), trajectory.digest.tolist(), strict=True))
         self._row_of = np.full(training.n_train, -1, dtype=np.int64)
         self._row_of[tracked] = np.arange(len(tracked))
+        self.done = 0
         if not np.array_equal(training.batches, trajectory.batches):
             raise ReplayDiverged(self._message("the batch order differs from the record", 0))
         self.verify(0)
@@ -47,17 +48,34 @@ class VerifiedReplay:
                 differs between the two environments.
             NonFiniteLoss: A batch loss is NaN or infinite.
         """
+        self.advance(self.training.steps, report)
+
+    def advance(self, stop: int, report: Report | None = None) -> None:
+        """Replay from where this stands until ``stop`` steps are done; raises as ``replay``."""
         training = self.training
-        for step, batch in enumerate(training.loader()):
+        for step, batch in enumerate(training.loader(self.done, stop), start=self.done):
             training.apply_settings(self._settings, step)
             self.step(step, batch, self.rows(step))
-            if step + 1 in self._digests:
-                self.verify(step + 1)
-            if (step + 1) % training.steps_per_epoch == 0:
+            self.done = step + 1
+            if self.done in self._digests:
+                self.verify(self.done)
+            if self.done % training.steps_per_epoch == 0:
                 self.end_epoch()
             if report:
-                report(step + 1, training.steps)
-        self._verify_end()
+                report(self.done, training.steps)
+        if self.done == training.steps:
+            self.verify_epoch(training.recipe.epochs)
+
+    def start_at(self, k: int) -> None:
+        """Stand at checkpoint ``k`` of the record instead of at the initial weights."""
+        kept = self.trajectory.checkpoint(k)
+        self.training.load_weights(kept.weights, kept.buffers)
+        self.training.load_momentum(kept.momentum, kept.has_momentum.tolist())
+        self.done = kept.step
+
+    def train_as(self, trajectory: Trajectory) -> None:
+        """Train with another record's settings; what is collected keeps those this was made with."""
+        self._settings = {name: getattr(trajectory, name) for name in SETTINGS}
 
     def rows(self, step: int) -> Rows:
         """Return the row of every member of a step's batch, -1 where it is not tracked, (B_t,)."""
@@ -83,14 +101,16 @@ class VerifiedReplay:
                 )
             )
 
-    def _verify_end(self) -> None:
-        expected = self.trajectory.epoch_digest[-1]
+    def verify_epoch(self, epoch: int) -> None:
+        """Compare weights and buffers with the digest recorded after ``epoch`` epochs."""
+        expected = self.trajectory.epoch_digest[epoch - 1]
         found = self.training.state_digest()
         if found != expected:
             raise ReplayDiverged(
                 self._message(
-                    f"weights and buffers at the end have sha256 {found[:16]}…, recorded {expected[:16]}…",
-                    self.training.steps,
+                    f"weights and buffers after epoch {epoch} have sha256 {found[:16]}…, "
+                    f"recorded {expected[:16]}…",
+                    epoch * self.training.steps_per_epoch,
                 )
             )
 

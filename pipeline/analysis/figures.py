@@ -65,8 +65,8 @@ def comparison_figures(run: Run, found: Mapping[str, Any], folder: str) -> list[
         axes[0].legend(loc="upper left", frameon=False)
 
     return [
-        _draw(place / "contributions.png", len(points), dots),
-        _draw(place / "spearman.png", 1, bars),
+        draw_panels(place / "contributions.png", len(points), dots),
+        draw_panels(place / "spearman.png", 1, bars),
     ]
 
 
@@ -74,11 +74,13 @@ def evaluation_figures(found: Mapping[str, Any], folder: str) -> list[str]:
     """Draw the scores with their intervals, the removal curves and the reach; return the files."""
     place, files = check_figures(folder), []
     if found["lds"]:
-        files.append(_draw(place / "lds.png", 1, lambda axes: _scores(axes[0], found)))
+        files.append(draw_panels(place / "lds.png", 1, lambda axes: _scores(axes[0], found)))
     if found["removal"]:
-        files.append(_draw(place / "removal.png", 2, lambda axes: _curves(axes, found["removal"])))
+        files.append(draw_panels(place / "removal.png", 2, lambda axes: _curves(axes, found["removal"])))
     if found["smoothness"]:
-        files.append(_draw(place / "smoothness.png", 1, lambda axes: _reach(axes[0], found["smoothness"])))
+        files.append(
+            draw_panels(place / "smoothness.png", 1, lambda axes: _reach(axes[0], found["smoothness"]))
+        )
     return files
 
 
@@ -143,7 +145,8 @@ def _legend(axis: Any) -> None:
     axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _draw(path: Path, panels: int, draw: Callable[[Sequence[Any]], None]) -> str:
+def draw_panels(path: Path, panels: int, draw: Callable[[Sequence[Any]], None]) -> str:
+    """Write a picture of some axes side by side, which ``draw`` fills; return its path."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * panels + 1.5, 4), layout="constrained")

@@ -29,12 +29,14 @@ SEEDS = "seeds"
 RETRAIN = "evaluate/retrain"
 INDEX, LAST_UNIT = "index", "interclass"
 CLOSING_UNITS = (INDEX, LAST_UNIT)
-SINGLE = ("/curvature", "/directions", "/preflight", "evaluate/scores")
-"""Stages of one unit."""
 """Units that the driver commits itself: a store's metadata and columns, a method's last table.
 
 ``run.json`` counts the one that a stage has among its units; people are shown the others.
 """
+OVER_TRAINING = "over-training/"
+"""Beginning of the stages of a comparison over training."""
+SINGLE = ("/curvature", "/directions", "/preflight", "evaluate/scores", "over-training/scores")
+"""Stages of one unit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,8 @@ def stage_state(directory: RunDirectory, info: Mapping[str, Any], stage: str) ->
     units = _units(info, stage, noted.get("units"))
     rows = _total(work, "rows")
     single = stage == RECORD or stage.endswith(SINGLE)
-    needed = None if single or stage == RETRAIN else LAST_UNIT if stage.endswith("/reduce") else INDEX
+    free = stage == RETRAIN or stage.startswith(OVER_TRAINING)
+    needed = None if single or free else LAST_UNIT if stage.endswith("/reduce") else INDEX
     closed = needed is None or any(m.unit == needed for m in manifests)
     expected = _expected_rows(info, stage)
     whole = rows == expected if expected is not None else units is not None and len(work) >= units
@@ -147,8 +150,9 @@ def status(run: Run) -> dict[str, Any]:
         what is missing; None when nothing is).
     """
     states = stage_states(run.directory, run.info)
-    # An evaluation is no part of the run: it never makes one incomplete.
-    complete = all(s.state == "complete" for s in states if not s.stage.startswith("evaluate/"))
+    # What judges a run is no part of it: it never makes one incomplete.
+    judging = ("evaluate/", OVER_TRAINING)
+    complete = all(s.state == "complete" for s in states if not s.stage.startswith(judging))
     methods = {name: _method_state(states, name) for name in method_names(run.info)}
     return {
         "run": run.uri,
@@ -265,6 +269,8 @@ def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None
 def _expected_rows(info: Mapping[str, Any], stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
     if stage in (RECORD, RETRAIN, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, "/correction")):
+        return None
+    if stage.startswith(OVER_TRAINING):
         return None
     if stage.endswith(("/adjoint", f"/{ATTRIBUTE}")):
         return target_count(info, stage.rsplit("/", 1)[0])

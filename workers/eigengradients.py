@@ -90,4 +90,6 @@ class EigenGradients(PerSampleGradients):
                 continue
             parts = [self.views[i].reshape(self.tile, block.rows, -1) for i in block.entries]
             target.copy_(self.basis.turn(k, parts[0] if len(parts) == 1 else torch.cat(parts, 2)))
+        if self.basis.core is not None:
+            self.basis.core.turn(self._rotated[:count])
         return self._rotated[:count]

@@ -46,6 +46,9 @@ CHECKPOINTS = 5
 CORE = 256
 """Leading coordinates that keep their full curvature, at most."""
 
+DRAWS = 4
+"""How often a sample's targets are drawn for the core, at most: fewer samples leave more noise."""
+
 
 def chosen_checkpoints(trajectory: Trajectory, count: int) -> list[int]:
     """Return which of the K checkpoints to use: those nearest the middles of ``count`` equal parts."""
@@ -65,7 +68,8 @@ class CurvatureEstimate:
         training: A fresh ``Training`` of the recipe.
         trajectory: The record.
         checkpoints: How many checkpoints.
-        samples: At most how many training samples.
+        samples: At most how many training samples. Where there are fewer, those for the core are taken
+            several times with targets drawn anew, as often as fits into this number (`DRAWS` at most).
         core: At most how many leading coordinates are decoupled; 0: none.
     """
 
@@ -77,7 +81,7 @@ class CurvatureEstimate:
         samples: int = SAMPLES,
         core: int = CORE,
     ) -> None:
-        self.training, self.trajectory, self.core = training, trajectory, core
+        self.training, self.trajectory, self.core, self.most = training, trajectory, core, samples
         self.kept = chosen_checkpoints(trajectory, checkpoints)
         count = min(samples, training.n_train)
         generator = np.random.default_rng(derived_seed(training.recipe.seed, "curvature"))
@@ -106,7 +110,7 @@ class CurvatureEstimate:
         eigen = EigenGradients(training.recipe, training.model, training.layout, self.strategies, basis)
         rows = []
         for done, k in enumerate(self.kept, start=count + 1):
-            rows.append(self._mean(eigen, k, lambda block: block.square().sum(0)))
+            rows.append(self._mean(eigen, k, lambda block: block.double().square().sum(0)))
             if report:
                 report(done, total)
         eigenvalues, core = np.stack(rows), None
@@ -115,8 +119,10 @@ class CurvatureEstimate:
             chosen = leading(eigenvalues, groups, self.core)
             index = torch.from_numpy(chosen).to(training.device)
             moments = []
+            draws = max(1, min(DRAWS, self.most // len(self.samples))) if self.sampled else 1
             for done, k in enumerate(self.kept, start=2 * count + 1):
-                moments.append(self._mean(eigen, k, lambda block: _moments(block.index_select(1, index))))
+                found = [self._mean(eigen, k, lambda block: _moments(block, index), d) for d in range(draws)]
+                moments.append(np.mean(found, axis=0))
                 if report:
                     report(done, total)
             vectors, eigenvalues[:, chosen] = decoupled(np.stack(moments), groups[chosen])
@@ -136,35 +142,37 @@ class CurvatureEstimate:
         )
 
     def _mean(
-        self, eigen: EigenGradients, k: int, of: Callable[[Tensor], Tensor]
+        self, eigen: EigenGradients, k: int, of: Callable[[Tensor], Tensor], draw: int = 0
     ) -> npt.NDArray[np.float64]:
         """Return the mean over the samples at checkpoint ``k``; ``of`` sums over a block of rotated rows."""
         sums: list[Tensor] = []
 
         def add(_start: int, block: Tensor) -> None:
-            found = of(block.double())
+            found = of(block)
             if sums:
                 sums[0].add_(found)
             else:
                 sums.append(found)
 
-        for batch, _calls, size in self._passes(eigen, k, keep=True):
+        for batch, _calls, size in self._passes(eigen, k, draw, keep=True):
             eigen.after_backward(batch, torch.arange(size, device=self.training.device), size, add)
         values: npt.NDArray[np.float64] = (sums[0] / len(self.samples)).cpu().numpy()
         return values
 
     def _passes(
-        self, engine: PerSampleGradients, k: int, keep: bool = False
+        self, engine: PerSampleGradients, k: int, draw: int = 0, keep: bool = False
     ) -> Iterator[tuple[Batch, list[Call], int]]:
         """Run the samples forward and backward at checkpoint ``k``, targets drawn from the model."""
+        name = f"curvature/{k}/{draw}" if draw else f"curvature/{k}"
         training = self.training
         kept = self.trajectory.checkpoint(k)
         training.load_weights(kept.weights, kept.buffers)
         with evaluating(training.model), constant_statistics(training.model):
             for start in range(0, len(self.samples), TEST_BATCH):
                 chosen = self.samples[start : start + TEST_BATCH]
-                seed_everything(derived_seed(training.recipe.seed, f"curvature/{k}", start))
-                batch = self._drawn(self._fetch(chosen))
+                batch = self._fetch(chosen)
+                seed_everything(derived_seed(training.recipe.seed, name, start))  # fetching has its own seed
+                batch = self._drawn(batch)
                 with engine.capture.listen():
                     losses_B = training.losses(batch, len(chosen))
                     engine.before_backward(losses_B, torch.arange(len(chosen), device=training.device))
@@ -270,5 +278,6 @@ def _axes(matrix: Tensor) -> npt.NDArray[np.float64]:
     return axes(matrix.cpu().numpy())
 
 
-def _moments(block: Tensor) -> Tensor:
-    return block.T @ block
+def _moments(block: Tensor, index: Tensor) -> Tensor:
+    chosen = block.index_select(1, index).double()
+    return chosen.T @ chosen

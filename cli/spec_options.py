@@ -179,6 +179,13 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="N",
     ),
     _option(
+        "--curvature-core",
+        "256",
+        "With ekfac: leading coordinates that keep their full curvature, across layers too; 0: none.",
+        type=click.IntRange(min=0),
+        metavar="C",
+    ),
+    _option(
         "--max-attempts",
         "3",
         "How often a shard is tried when its worker dies.",

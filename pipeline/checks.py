@@ -225,6 +225,7 @@ CHECKS: dict[str, Check] = {
     "checkpoint_every": _whole(1, optional=True),
     "curvature_checkpoints": _whole(1),
     "curvature_samples": _whole(1),
+    "curvature_core": _whole(0),
     "max_attempts": _whole(1),
     "start_timeout": _number(0.1),
 }

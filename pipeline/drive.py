@@ -18,6 +18,7 @@ from ..storage.errors import SpecError
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
+from ..workers.curvature import passes
 from ..workers.determinism import restored_process
 from ..workers.training import Compute
 from .admission import method_options, place, refuse_unsupported, stored_run
@@ -260,7 +261,9 @@ class _Driver(PreflightStages):
         if self.form == "hydra-ekfac":
             stage = f"{self.form}/{CURVATURE}"
             unit = Unit(stage=stage, name=CURVATURE, arguments={})
-            if self._stage(stage, [unit], 2 * self.spec.curvature_checkpoints, "pass"):
+            if self._stage(
+                stage, [unit], passes(self.spec.curvature_core) * self.spec.curvature_checkpoints, "pass"
+            ):
                 for later in (self.collect_stage, self.reduce_stage):
                     self.directory.drop(later)  # made with another basis
         if not self._valid(self.collect_stage, INDEX):

@@ -58,6 +58,7 @@ class RunSpec:
         checkpoint_every: Steps between checkpoints of the record; None: chosen by the plan.
         curvature_checkpoints: With ``ekfac``: checkpoints of the record the curvature is taken at.
         curvature_samples: With ``ekfac``: at most how many training samples it is averaged over.
+        curvature_core: With ``ekfac``: leading coordinates that keep their full curvature; 0: none.
         max_attempts: How often a unit is tried when its workers die.
         start_timeout: Seconds to wait for the first worker.
 
@@ -94,6 +95,7 @@ class RunSpec:
     checkpoint_every: int | None = None
     curvature_checkpoints: int = 5
     curvature_samples: int = 4096
+    curvature_core: int = 256
     max_attempts: int = 3
     start_timeout: float = 120.0
 

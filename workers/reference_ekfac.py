@@ -18,7 +18,11 @@ def step_settings(trajectory: Trajectory, step: int, group: int) -> tuple[float,
 
 
 class DenseCurvature:
-    """The curvature of ``--hessian ekfac`` as a matrix product: ``left ((left^T M right) * values) right^T``."""
+    """The curvature of ``--hessian ekfac`` as matrix products, in the order of ``storage.curvature``.
+
+    Each block M of a direction becomes ``left^T M right``, the core's coordinates x among them
+    ``x vectors``; then all are multiplied with their eigenvalues, and go the same way back.
+    """
 
     def __init__(self, trajectory: Trajectory, curvature: Curvature, device: torch.device) -> None:
         self.blocks, self.steps = curvature.blocks, curvature.steps
@@ -26,31 +30,46 @@ class DenseCurvature:
             [None if m is None else torch.from_numpy(m).to(device) for m in (block.left, block.right)]
             for block in self.blocks
         ]
-        self.values: list[Tensor] = []
-        start = 0
+        self.core = None
+        if curvature.core is not None:
+            parts = (curvature.core.coordinates, curvature.core.vectors)
+            self.core = tuple(torch.from_numpy(part).to(device) for part in parts)
+        cut, start = [], 0
         for block in self.blocks:
             stop = start + block.rows * block.columns
             group = trajectory.parameters[block.entries[0]].group
             limit = largest_stable_curvature(trajectory, group) if group >= 0 else 0.0
-            values = np.clip(curvature.eigenvalues[:, start:stop], 0.0, max(limit, 0.0))
-            self.values.append(torch.from_numpy(values).view(-1, block.rows, block.columns).to(device))
+            cut.append(np.clip(curvature.eigenvalues[:, start:stop], 0.0, max(limit, 0.0)))
             start = stop
+        self.values = torch.from_numpy(np.concatenate(cut, 1)).to(device)
 
     def apply(self, step: int, du: list[Tensor]) -> list[Tensor]:
         """Return the curvature of a step times a direction, a tensor a parameter."""
-        nearest = int(np.abs(self.steps - step).argmin())
-        out = [torch.zeros_like(u) for u in du]
-        for block, (left, right), values in zip(self.blocks, self.matrices, self.values, strict=True):
-            parts = [du[i].reshape(block.rows, -1) for i in block.entries]
-            matrix = torch.cat(parts, 1)
+        coordinates = []
+        for block, (left, right) in zip(self.blocks, self.matrices, strict=True):
+            matrix = torch.cat([du[i].reshape(block.rows, -1) for i in block.entries], 1)
             matrix = matrix if left is None else left.T @ matrix
             matrix = matrix if right is None else matrix @ right
-            matrix = matrix * values[nearest]
+            coordinates.append(matrix.reshape(-1))
+        values = self.values[int(np.abs(self.steps - step).argmin())]
+        bent = self._turned(self._turned(torch.cat(coordinates)) * values, back=True)
+        out = [torch.zeros_like(u) for u in du]
+        sizes = [block.rows * block.columns for block in self.blocks]
+        for block, (left, right), part in zip(self.blocks, self.matrices, bent.split(sizes), strict=True):
+            matrix = part.view(block.rows, block.columns)
             matrix = matrix if left is None else left @ matrix
             matrix = matrix if right is None else matrix @ right.T
-            widths = [part.shape[1] for part in parts]
-            for i, part in zip(block.entries, matrix.split(widths, 1), strict=True):
-                out[i] = part.reshape(du[i].shape)
+            widths = [du[i].numel() // block.rows for i in block.entries]
+            for i, columns in zip(block.entries, matrix.split(widths, 1), strict=True):
+                out[i] = columns.reshape(du[i].shape)
+        return out
+
+    def _turned(self, coordinates: Tensor, *, back: bool = False) -> Tensor:
+        if self.core is None:
+            return coordinates
+        index, vectors = self.core
+        out = coordinates.clone()
+        out[index] = coordinates[index] @ (vectors.T if back else vectors)
         return out
 
 

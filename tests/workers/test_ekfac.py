@@ -83,9 +83,7 @@ def test_rotations_are_orthogonal_and_stored_exactly(kind, tmp_path):
     trajectory = recorded(recipe, tmp_path)
     curvature = estimated(recipe, trajectory)
     training = Training(recipe, DOUBLE)
-    basis = Eigenbasis(
-        curvature.blocks, training.layout, torch.float64, torch.device("cpu"), curvature.core
-    )
+    basis = Eigenbasis(curvature.blocks, training.layout, torch.float64, torch.device("cpu"), curvature.core)
     rows = torch.randn(5, training.layout.dimension, dtype=torch.float64)
     kept = rows.clone()
     turned = basis.to_eigen(rows)

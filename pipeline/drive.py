@@ -261,9 +261,8 @@ class _Driver(PreflightStages):
         if self.form == "hydra-ekfac":
             stage = f"{self.form}/{CURVATURE}"
             unit = Unit(stage=stage, name=CURVATURE, arguments={})
-            if self._stage(
-                stage, [unit], passes(self.spec.curvature_core) * self.spec.curvature_checkpoints, "pass"
-            ):
+            total = passes(self.spec.curvature_core) * self.spec.curvature_checkpoints
+            if self._stage(stage, [unit], total, "pass"):
                 for later in (self.collect_stage, self.reduce_stage):
                     self.directory.drop(later)  # made with another basis
         if not self._valid(self.collect_stage, INDEX):

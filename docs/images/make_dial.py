@@ -73,7 +73,7 @@ def draw(result: dict[str, Any], output: Path) -> Points:
     axis.set_xscale("symlog", linthresh=5, linscale=0.6)
     ticks = sorted({row[0] for rows in found.values() for row in rows})
     names = {0: "0\nekfac", max(ticks): f"{max(ticks)}\nexact"}
-    axis.set_xticks(ticks, [names.get(t, str(t)) for t in ticks])
+    axis.set_xticks(ticks, [names.get(t, f"{t}\n") for t in ticks])
     axis.minorticks_off()
     axis.set_xlabel("exact adjoint passes (--exact-rank R)", fontsize=9)
     axis.set_ylabel("LDS: rank correlation with real retraining", fontsize=9)

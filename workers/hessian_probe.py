@@ -31,7 +31,7 @@ SMALL = 1e-4
 """Share of the largest entry of H v below which a parameter's own scale is not used."""
 
 
-def disagreement(training: Training) -> str | None:
+def disagreement(training: Training, kind: type[TangentTile]) -> str | None:
     """Return why the fast way is not to be believed for this recipe, or None.
 
     A copy of the model is tried on a few samples, in float64 where it can be.
@@ -50,7 +50,7 @@ def disagreement(training: Training) -> str | None:
             logger.debug("probe in float64 failed, trying float32: %s", error)
             continue
         try:
-            tried = _both(TangentTile(trial, 0, batch), trial)
+            tried = _both(kind(trial, 0, batch), trial)
         except Exception as error:  # noqa: BLE001 - whatever torch.func cannot do, SecondOrder can
             return f"torch.func fails: {one_line(error)}"
         return _difference(trial, tried, right, TOLERANCE[dtype])
@@ -98,7 +98,7 @@ def _difference(
     return None
 
 
-def dependence(training: Training, width: int) -> set[int]:
+def dependence(training: Training, kind: type[TangentTile], width: int) -> set[int]:
     """Return the batch sizes for which the rows of a padded tile are not alone.
 
     One direction in every row must give the same bits everywhere, and in its row among others too. Which
@@ -110,16 +110,17 @@ def dependence(training: Training, width: int) -> set[int]:
         size = training.batch_size(step)
         batch = first_samples(training, step, size)
         one, others = (_random((width, training.layout.dimension), training, seed) for seed in (0, 1))
-        same = _row_bits(training, step, batch, one[:1].repeat(width, 1))
-        mixed = _row_bits(training, step, batch, torch.cat([one[:1], 100 * others[1:]]))
+        way = kind(training, step, batch)
+        same = _row_bits(way, one[:1].repeat(width, 1))
+        mixed = _row_bits(way, torch.cat([one[:1], 100 * others[1:]]))
         if any(not torch.equal(row, same[0]) for row in [*same, mixed[0]]):
             found.add(size)
     return found
 
 
-def _row_bits(training: Training, step: int, batch: Batch, directions_KD: Tensor) -> Tensor:
+def _row_bits(way: TangentTile, directions_KD: Tensor) -> Tensor:
     out = torch.empty_like(directions_KD)
-    values = TangentTile(training, step, batch).tile(directions_KD, out)
+    values = way.tile(directions_KD, out)
     return torch.cat([out, values], 1)
 
 

@@ -15,7 +15,7 @@ from ..storage.errors import DoesNotFit, RecipeError
 from .determinism import preserved_generators
 from .hessian_probe import dependence, disagreement, first_samples, one_line
 from .recipe import Batch
-from .second_order import SecondOrder, TangentTile, unchanged_buffers
+from .second_order import GraphedTangentTile, SecondOrder, TangentTile, unchanged_buffers
 from .training import Training
 
 logger = logging.getLogger(__name__)
@@ -53,10 +53,10 @@ class HessianTiles:
         with preserved_generators():
             activations = activation_bytes(training)
             self.width = tile_width(activations)
-            self.refusal = _too_large(activations) if self.width == 1 else disagreement(training)
+            self.kind, self.refusal = _chosen(training, activations)
             self.slow_sizes: set[int] = set()
             if alone and self.refusal is None:
-                self.slow_sizes = dependence(training, self.width)
+                self.slow_sizes = dependence(training, self.kind, self.width)
         logger.info("Hessian products: %s", self.choice)
 
     @property
@@ -82,7 +82,7 @@ class StepTiles:
         self.tiles, self.step = tiles, step
         training = tiles.training
         slow = tiles.refusal is not None or training.batch_size(step) in tiles.slow_sizes
-        kind = SecondOrder if slow else TangentTile
+        kind = SecondOrder if slow else tiles.kind
         self.way: TangentTile | SecondOrder = kind(training, step, batch)
 
     def tile(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
@@ -155,8 +155,14 @@ def working_bytes(activations: int) -> int:
     return HELD * activations * tile_width(activations)
 
 
-def _too_large(activations: int) -> str:
-    return (
-        f"{WORTH} directions at a time need {WORTH * HELD * activations / 1e6:,.0f} MB for a batch, "
-        f"more than {TANGENT_BYTES / 1e6:,.0f} MB"
-    )
+def _chosen(training: Training, activations: int) -> tuple[type[TangentTile], str | None]:
+    """Return the first of the fast ways that is right, or why none is."""
+    if tile_width(activations) == 1:
+        return TangentTile, (
+            f"{WORTH} directions at a time need {WORTH * HELD * activations / 1e6:,.0f} MB for a batch, "
+            f"more than {TANGENT_BYTES / 1e6:,.0f} MB"
+        )
+    refusal = disagreement(training, TangentTile)
+    if refusal is None:
+        return TangentTile, None
+    return GraphedTangentTile, disagreement(training, GraphedTangentTile)

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .determinism import derived_seed, seed_everything
@@ -94,6 +94,9 @@ class TangentTile:
     A direction's bits may depend on the number K of directions it is computed with.
     """
 
+    graph = False
+    """Whether the backward pass is recorded, though only forward mode goes on from it."""
+
     def __init__(self, training: Training, step: int, batch: Batch) -> None:
         self.training, self.step, self.batch = training, step, batch
         self._losses = LossModule(training.recipe, training.model)
@@ -140,12 +143,24 @@ class TangentTile:
     def _gradient(self, weights: Named) -> tuple[Named, Tensor]:
         """Return the batch gradient and the losses (B,)."""
 
-        def mean(weights: Named) -> tuple[Tensor, Tensor]:
-            losses_B: Tensor = functional_call(self._losses, weights, (self.batch,))
-            return losses_B.mean(), losses_B
+        def losses(weights: Named) -> Tensor:
+            found: Tensor = functional_call(self._losses, weights, (self.batch,))
+            return found
 
-        found: tuple[Named, Tensor] = grad(mean, has_aux=True)(weights)
-        return found
+        losses_B, pull, *_ = vjp(losses, weights)
+        share = torch.full_like(losses_B, 1.0 / self.training.batch_size(self.step))
+        with torch.set_grad_enabled(self.graph):
+            (gradient,) = pull(share, retain_graph=self.graph, create_graph=self.graph)
+        return gradient, losses_B
+
+
+class GraphedTangentTile(TangentTile):
+    """The same for models with GroupNorm and the like: a little slower, and more memory.
+
+    Their backward pass has a forward-mode derivative only in the form it takes when it is recorded.
+    """
+
+    graph = True
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from hydra_pipe.workers.exact import ExactReplay
 from hydra_pipe.workers.hessian_tiles import TILE, HessianTiles, activation_bytes, tile_width
 from hydra_pipe.workers.recipes.lenet import LeNet5
 from hydra_pipe.workers.record import Recorder
-from hydra_pipe.workers.second_order import SecondOrder, TangentTile
+from hydra_pipe.workers.second_order import GraphedTangentTile, SecondOrder, TangentTile
 from hydra_pipe.workers.training import Compute, Training
 from torch import nn
 
@@ -124,13 +124,16 @@ def counted(monkeypatch, kind, method):
 @pytest.mark.parametrize("kind", [*TRACEABLE, Digits], ids=lambda k: k.__name__)
 def test_both_ways_give_the_same_numbers(kind, count):
     training = training_of(kind())
-    assert HessianTiles(training).refusal is None
+    tiles = HessianTiles(training)
+    assert tiles.refusal is None
+    # The backward pass of GroupNorm must be recorded to have a derivative in forward mode.
+    assert tiles.kind is (GraphedTangentTile if kind is Images else TangentTile)
     before = copy.deepcopy(training.model.state_dict())
     step = training.steps - 1
     (batch,) = list(training.loader(step, step + 1))
     vectors = torch.randn(count, training.layout.dimension, dtype=torch.float64)
     fast, slow = torch.empty_like(vectors), torch.empty_like(vectors)
-    values = TangentTile(training, step, batch).tile(vectors, fast)
+    values = tiles.kind(training, step, batch).tile(vectors, fast)
     right = SecondOrder(training, step, batch).tile(vectors, slow)
     assert (fast - slow).abs().max() <= 1e-11 * slow.abs().max()
     assert (values - right).abs().max() <= 1e-11 * right.abs().max()
@@ -182,7 +185,7 @@ def test_operations_without_right_rules_fall_back_and_are_right(kind, reason, tm
 def test_batch_sizes_whose_rows_are_not_alone_go_one_by_one(monkeypatch):
     """Here the last batch of 5: products of odd sizes start at another alignment in every row."""
     training = training_of(TwoGroups(), SINGLE)
-    monkeypatch.setattr(hessian_tiles, "dependence", lambda _training, _width: {5})
+    monkeypatch.setattr(hessian_tiles, "dependence", lambda _training, _kind, _width: {5})
     tiles = HessianTiles(training, alone=True)
     assert tiles.refusal is None
     assert "one in batches of 5" in tiles.choice

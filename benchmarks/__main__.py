@@ -19,7 +19,10 @@ from .report import RESULTS, save, show
 WIDE = 170
 """Columns of the tables where there is no terminal that says otherwise."""
 
-NAMES = ("replay", "reduce", "hessian", "memory", "startup", "storage", "fidelity", "approximation")
+NAMES = (
+    *("replay", "reduce", "hessian", "speedup", "memory", "startup", "storage"),
+    *("fidelity", "approximation"),
+)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -10,6 +10,7 @@ import numpy as np
 from hydra_pipe.storage.errors import RecipeError
 from hydra_pipe.storage.trajectory import Trajectory, open_trajectory
 from hydra_pipe.workers.recipe import Batch, Recipe
+from hydra_pipe.workers.recipes.cifar10 import Cifar10
 from hydra_pipe.workers.recipes.data_images import LabelledImages
 from hydra_pipe.workers.recipes.image import Part
 from hydra_pipe.workers.recipes.mnist import FashionMnist
@@ -33,18 +34,41 @@ class Clothes(FashionMnist):
         try:
             return super()._part(part)
         except RecipeError:
-            draw = np.random.default_rng(0)
-            return LabelledImages(
-                images=draw.integers(0, 255, (MADE_UP, 1, 28, 28), dtype=np.uint8),
-                labels=draw.integers(0, self.CLASSES, MADE_UP),
-                source_index=np.arange(MADE_UP),
-            )
+            return made_up((1, 28, 28), self.CLASSES, MADE_UP)
 
     def scheduler(self, optimizer: Any) -> None:
         """Return no schedule."""
 
     def validation_dataset(self) -> None:
         """Return no validation samples."""
+
+
+class Photographs(Cifar10):
+    """CIFAR-10 on DenseNet-40, likewise with a constant learning rate and random images in their place."""
+
+    NAME = "photographs"
+
+    def _part(self, part: Part) -> LabelledImages:
+        try:
+            return super()._part(part)
+        except RecipeError:
+            return made_up((3, 32, 32), self.CLASSES, MADE_UP // 10)
+
+    def scheduler(self, optimizer: Any) -> None:
+        """Return no schedule."""
+
+    def validation_dataset(self) -> None:
+        """Return no validation samples."""
+
+
+def made_up(shape: tuple[int, int, int], classes: int, count: int) -> LabelledImages:
+    """Return images of random pixels and labels."""
+    draw = np.random.default_rng(0)
+    return LabelledImages(
+        images=draw.integers(0, 255, (count, *shape), dtype=np.uint8),
+        labels=draw.integers(0, classes, count),
+        source_index=np.arange(count),
+    )
 
 
 class Prefetched(Training):

@@ -46,12 +46,27 @@ def status(run: str, output_format: str) -> None:
     metavar="J",
     help="Test sample (its test_index) to explain.  [default: the mean over the test samples]",
 )
+@click.option(
+    "--class",
+    "label",
+    type=int,
+    metavar="C",
+    help="Class to explain: the mean over the test samples of that label.",
+)
 @click.option("-k", default=10, show_default=True, metavar="K", help="How many training samples.")
 @click.option("--harmful", is_flag=True, help="Most harmful first instead of most helpful first.")
 @method_option
 @format_option("table", "json", "csv")
 @debug_option
-def top(run: str, test: int | None, k: int, harmful: bool, method: str | None, output_format: str) -> None:
+def top(
+    run: str,
+    test: int | None,
+    label: int | None,
+    k: int,
+    harmful: bool,
+    method: str | None,
+    output_format: str,
+) -> None:
     """Show the most helpful or most harmful training samples of RUN.
 
     A contribution is positive where leaving the training sample out would raise the loss of the
@@ -60,24 +75,27 @@ def top(run: str, test: int | None, k: int, harmful: bool, method: str | None, o
     Example: hydra-pipe top runs/digits --test 17 --harmful
     """
     from ..pipeline.handle import open_run
+    from ..pipeline.targets import kind_of
 
     opened = open_run(run)
     method = opened.method(method)
-    table = opened.top(k, test=test, harmful=harmful, method=method)
+    table = opened.top(k, test=test, label=label, harmful=harmful, method=method)
     rows: list[dict[str, Any]] = table.to_pylist()
     if output_format == "csv":
         emit_csv(table.column_names, rows)
     elif output_format == "json":
-        document = {"run": opened.uri, "method": method, "test_index": test, "harmful": harmful, "rows": rows}
-        emit_json(document)
+        what = {"test_index": test, "test_label": label}
+        emit_json({"run": opened.uri, "method": method, **what, "harmful": harmful, "rows": rows})
     else:
         for_what = "the mean over the test samples"
         if test is not None:
-            label = rows[0]["test_label"]
-            for_what = f"test sample {test}" + ("" if label == -1 else f", label {label}")
+            own = rows[0]["test_label"]
+            for_what = f"test sample {test}" + ("" if own == -1 else f", label {own}")
+        elif label is not None:
+            for_what = f"test samples of class {label}"
         kind = "harmful" if harmful else "helpful"
         title = f"{len(rows)} most {kind} training samples for {for_what} ({method})"
-        emit_tables(samples_table(title, rows))
+        emit_tables(samples_table(title, rows, kind_of(opened.info, method)))
 
 
 @click.command(short_help="Check every file of RUN against its manifest.")
@@ -141,7 +159,7 @@ def export(run: str, to: str, overwrite: bool, method: str | None, output_format
     from ..pipeline.handle import open_run
 
     opened = open_run(run)
-    total = expected_rows(opened) or 0
+    total = expected_rows(opened, opened.method(method)) or 0
     with reading("exporting", quiet, unit="rows") as move:
         found = write(
             opened, to, method=method, overwrite=overwrite, progress=lambda rows: move(rows, max(rows, total))

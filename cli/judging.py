@@ -100,7 +100,7 @@ def compare(
     if figures is not None:
         check_figures(figures)
     opened = open_run(run)
-    with reading("comparing", quiet, unit="test samples") as move:
+    with reading("comparing", quiet, unit="targets") as move:
         found = look(opened, reference=reference, methods=methods, k=k, progress=move)
     files = comparison_figures(opened, found, figures) if figures is not None else []
     if output_format == "json":

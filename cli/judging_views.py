@@ -63,10 +63,15 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table | str]:
         ("mean_extremes", top),
     )
     against = f"against {found['reference']}"
+    over = {
+        "samples": ("C(i, j)", ", mean over the test samples"),
+        "classes": ("C(i, class)", ", mean over the classes"),
+        "mean": ("C(i, mean)", ""),
+    }[found["targets"]]
     return [
-        f"{found['n_tracked']:,} training samples, {found['n_test']:,} test samples",
+        f"{found['n_tracked']:,} training samples, {_targets(found)}",
         "",
-        _table(f"C(i, j) {against}, mean over the test samples", pairs, rows),
+        _table(f"{over[0]} {against}{over[1]}", pairs, rows),
         "",
         _table(f"C(i) {against}", means, rows),
         "",
@@ -74,6 +79,15 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table | str]:
         "reference's norm; size: norm over the reference's; time: of the method alone;",
         f"{top}: share of the reference's most helpful / most harmful samples that is found",
     ]
+
+
+def _targets(found: Mapping[str, Any]) -> str:
+    tests = f"{found['n_test']:,} test samples"
+    return {
+        "samples": tests,
+        "classes": f"{tests} in {found['n_targets']:,} classes",
+        "mean": f"the mean over {tests}",
+    }[found["targets"]]
 
 
 def evaluation_tables(found: Mapping[str, Any]) -> list[Table | str]:
@@ -84,6 +98,8 @@ def evaluation_tables(found: Mapping[str, Any]) -> list[Table | str]:
         f"test loss {_number(base['loss'], 4)}, accuracy {_percent(base['accuracy'])}",
         "",
     ]
+    if found["targets"] != "samples":
+        parts += [f"losses are those of {_targets(found)}", ""]
     if found["lds"]:
         parts += [*_scores(found), ""]
     parts += [*_reach(found["smoothness"]), *_single(found["leave_one_out"])]
@@ -139,7 +155,7 @@ def _reach(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:
         }
         for row in rows
     ]
-    return [_table("how far the prediction reaches, all test samples", columns, shown), ""] if rows else []
+    return [_table("how far the prediction reaches, all targets", columns, shown), ""] if rows else []
 
 
 def _single(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:

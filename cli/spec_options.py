@@ -66,6 +66,13 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=click.Choice(["none", "ekfac", "exact"]),
     ),
     _option(
+        "--targets",
+        "samples",
+        "With --mode adjoint: one vector a test sample, one a class (the mean over its test samples), "
+        "or one for the mean over all test samples.",
+        type=click.Choice(["samples", "classes", "mean"]),
+    ),
+    _option(
         "--exact-rank",
         "0",
         "With --hessian ekfac: correct exactly along R directions of the test gradients.",

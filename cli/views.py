@@ -53,20 +53,28 @@ def summary_tables(found: Mapping[str, Any]) -> list[Table | str]:
     )
     parts += [stages, "", disk, ""]
     if found["helpful"]:
-        parts += [samples_table("most helpful training samples, C(i)", found["helpful"]), ""]
-        parts += [samples_table("most harmful training samples, C(i)", found["harmful"]), ""]
+        for kind in ("helpful", "harmful"):
+            title = f"most {kind} training samples, C(i)"
+            parts += [samples_table(title, found[kind], found.get("targets")), ""]
     return [*parts, "next:", *(f"  {command}" for command in found["next"])]
 
 
-def samples_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Return training samples with their contributions; columns nobody filled are left out."""
+def samples_table(title: str, rows: list[dict[str, Any]], targets: str | None = None) -> Table:
+    """Return training samples with their contributions; columns nobody filled are left out.
+
+    Args:
+        title: Above the table.
+        rows: One a sample.
+        targets: What the spread is over: test samples, unless ``classes``; ``mean`` has none.
+    """
+    over = "std over classes" if targets == "classes" else "std over tests"
     columns = [
         Column(key="rank", header="rank", right=True),
         Column(key="train_index", header="train_index", right=True, kind="text"),
         Column(key="label", header="label", right=True, kind="text"),
         Column(key="original_label", header="true label", right=True, kind="text"),
         Column(key="contribution", header="contribution", right=True, kind="signed"),
-        Column(key="contribution_std", header="std over tests", right=True, kind="signed"),
+        *([Column(key="contribution_std", header=over, right=True, kind="signed")] * (targets != "mean")),
         Column(key="visits", header="visits", right=True),
     ]
     filled = [c for c in columns if any(row.get(c.key) is not None for row in rows)]

@@ -13,6 +13,7 @@ from ..workers.determinism import resolve_device
 from .raysetup import inside_ray_job
 from .spec import RunSpec
 from .survey import Survey
+from .targets import KINDS
 
 
 def refuse_unsupported(spec: RunSpec) -> None:
@@ -44,17 +45,27 @@ def place(spec: RunSpec, looked: Survey) -> str:
     return out
 
 
-def method_differences(spec: RunSpec, stored: Mapping[str, Any]) -> list[str]:
-    """Compare what belongs to one method of a run, not to the run, as ``RunSpec.differences`` does."""
+def method_differences(spec: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Compare what belongs to one method of a run, not to the run, as ``RunSpec.differences`` does.
+
+    Methods of one form share its curvature, so their options must be the same.
+    """
     lines = []
+    stored = methods.get(spec.base_method, {})
     if stored.get("mode", spec.mode) != spec.mode:
         lines.append(f"mode: stored {stored['mode']!r}, asked {spec.mode!r}")
-    if stored.get("options", method_options(spec)) != method_options(spec):
-        lines.append(f"options: stored {stored['options']}, asked {method_options(spec)}")
+    sharing = [e for name, e in methods.items() if name in _of_the_form(spec) and e.get("options")]
+    before = next((e["options"] for e in (stored, *sharing) if e.get("options")), method_options(spec))
+    if before != method_options(spec):
+        lines.append(f"options: stored {before}, asked {method_options(spec)}")
     shards = stored.get("shards")
     if shards and spec.shards not in ("auto", shards, stored.get("asked_shards")):
         lines.append(f"shards: stored {shards}, asked {spec.shards}")
     return [f"{line} (method {spec.base_method})" for line in lines]
+
+
+def _of_the_form(spec: RunSpec) -> list[str]:
+    return [spec.form, *(f"{spec.form}-{kind}" for kind in KINDS)]
 
 
 def method_options(spec: RunSpec) -> dict[str, Any]:
@@ -89,7 +100,7 @@ def stored_run(directory: RunDirectory, spec: RunSpec, looked: Survey) -> dict[s
         for name, value in chosen(looked).items()
         if name in before and before[name] != value
     ]
-    differing += method_differences(spec, stored.get("methods", {}).get(spec.base_method, {}))
+    differing += method_differences(spec, stored.get("methods", {}))
     if not differing:
         return stored
     if not spec.overwrite:

@@ -186,7 +186,7 @@ class _Attribution(_Driver):
         self.estimator = estimator
         shaped = replace(spec, mode="adjoint", hessian="exact", exact_rank=0)
         super().__init__(shaped, looked, plan, directory, executor, observer, stored)
-        self.method = self.base = estimator.NAME
+        self.method = self.base = self.form = estimator.NAME
         self.options = estimator.options()
         self.prepare_stage = f"{self.method}/{PREPARE}"
         self.collect_stage = f"{self.method}/{ATTRIBUTE}"

@@ -204,6 +204,7 @@ CHECKS: dict[str, Check] = {
     "test": _samples,
     "mode": _one_of("forward", "adjoint"),
     "hessian": _one_of("none", "ekfac", "exact"),
+    "targets": _one_of("samples", "classes", "mean"),
     "exact_rank": _whole(0),
     "dtype": _one_of("float32", "float64"),
     "epochs": _whole(1, optional=True),

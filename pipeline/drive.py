@@ -37,6 +37,7 @@ from .sharding import EXACT_TARGETS, spans
 from .spec import RunSpec
 from .stages import INDEX, Stages, units_of
 from .survey import Survey, compute_of, survey
+from .targets import SAMPLES, stage_of, store_of
 from .tasks import (
     ADJOINT,
     CORRECTION,
@@ -118,6 +119,7 @@ class _Driver(Stages):
         self.method: str = spec.method
         adjoint = spec.mode == "adjoint"
         self.base: str = spec.base_method
+        self.form: str = spec.form
         self.collect_stage = f"{self.base}/{ADJOINT if adjoint else REPLAY}"
         self.reduce_stage = f"{self.method}/{REDUCE}"
         self.options = method_options(spec)
@@ -196,27 +198,52 @@ class _Driver(Stages):
         )
         self._collect(base, store)
 
+    def _target_gradients(self) -> None:
+        """Make the gradients of classes or of the mean, once for all forms of the Hessian."""
+        plan, kind = self.plan, self.plan.targets.kind
+        store = self._make_store(
+            stage_of(kind),
+            store_of(kind),
+            name="gradient",
+            rows=len(plan.targets),
+            columns=plan.dimension,
+            dtype=self.spec.dtype,
+            chunk_rows=plan.target_chunk_rows,
+            row_columns=plan.targets.columns(),
+            attrs={"targets": kind, "n_test": plan.n_tested},
+        )
+        if not self._valid(stage_of(kind), INDEX):
+            self._commit_index(stage_of(kind), store_of(kind), store)
+        units = units_of(stage_of(kind), plan.target_blocks)
+        self._stage(stage_of(kind), units, plan.n_tested * len(units), "row", extra=1)
+
     def _adjoint(self) -> None:
         self._needs(TEST_GRADIENTS, INDEX, "replay")
+        if self.spec.targets != SAMPLES:
+            self._target_gradients()
         plan = self.plan
         base = f"by_test/method={self.base}.zarr"
         store = self._make_store(
             self.collect_stage,
             base,
             name="contribution",
-            rows=plan.n_tested,
+            rows=len(plan.targets),
             columns=plan.n_tracked,
             dtype=self.spec.dtype,
             chunk_rows=plan.chunk_rows,
-            row_columns={"test_index": self.looked.tested.astype(np.int32)},
+            row_columns=self._by_test_columns(),
             attrs={"n_train": plan.n_train, "method": self.base},
         )
         self._collect(base, store)
 
+    def _by_test_columns(self) -> dict[str, np.ndarray]:
+        columns = self.plan.targets.columns()
+        return columns if self.spec.targets != SAMPLES else {"test_index": columns["test_index"]}
+
     def _collect(self, base: str, store: RowStore) -> None:
         """Fill a store shard by shard: hypergradients, or in adjoint mode contributions by target."""
-        if self.base == "hydra-ekfac":
-            stage = f"{self.base}/{CURVATURE}"
+        if self.form == "hydra-ekfac":
+            stage = f"{self.form}/{CURVATURE}"
             unit = Unit(stage=stage, name=CURVATURE, arguments={})
             if self._stage(stage, [unit], 2 * self.spec.curvature_checkpoints, "pass"):
                 for later in (self.collect_stage, self.reduce_stage):
@@ -260,6 +287,8 @@ class _Driver(Stages):
     def _reduce(self) -> None:
         self._needs(RECORD, "trajectory", "record")
         self._needs(TEST_GRADIENTS, INDEX, "replay")
+        if self.spec.targets != SAMPLES:
+            self._needs(stage_of(self.spec.targets), INDEX, "replay")
         for shard in self.plan.shards:
             self._needs(self.collect_stage, shard.name, "replay")
         for method in dict.fromkeys((self.base, self.method)):
@@ -297,6 +326,7 @@ class _Driver(Stages):
             recipe=looked.recipe,
             compute=self._compute(stage),
             method=self.base,
+            form=self.form,
             final=self.method,
             tracked=looked.tracked,
             tested=looked.tested,
@@ -312,13 +342,14 @@ class _Driver(Stages):
                 train_labels=looked.train_labels[looked.tracked],
                 visits=visits,
                 shard_of=shard_of,
+                targets=plan.targets.kind,
             ),
         )
 
     def _compute(self, stage: str) -> Compute:
         """The exact form differentiates through batch statistics; nothing else changes by stage."""
         compute = compute_of(self.spec)
-        exact = self.base == "hydra-exact" and stage == self.collect_stage
+        exact = self.form == "hydra-exact" and stage == self.collect_stage
         return replace(compute, batch_norm="coupled") if exact else compute
 
     def _info(self, stored: Mapping[str, Any]) -> dict[str, Any]:

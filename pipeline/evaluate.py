@@ -36,6 +36,7 @@ from .retrainings import (
 )
 from .spec_stored import REPEATED, stored_spec
 from .survey import compute_of, resolve_recipe
+from .targets import kind_of
 from .units import Executor
 from .verdict import summarize, tables
 
@@ -48,7 +49,8 @@ class Questions:
     """What an evaluation asks.
 
     Attributes:
-        methods: Which estimators; None: all that are complete.
+        methods: Which estimators; None: all that are complete and have the finest targets there are.
+            Those named are scored over the coarsest targets among them.
         subsets: Random subsets a fraction, for the linear datamodelling score.
         fractions: Shares of the tracked samples that subsets keep.
         seed: Of every random choice.
@@ -129,7 +131,14 @@ class _Evaluation:
         complete = run.methods()
         if not complete:
             raise IncompleteStage(f"{run.uri} has no complete method to evaluate; finish the run first")
-        self.methods = list(dict.fromkeys(run.method(m) for m in questions.methods or complete))
+        kind = kind_of(run.info, complete[0])  # the finest come first
+        alike = [name for name in complete if kind_of(run.info, name) == kind]
+        self.methods = list(dict.fromkeys(run.method(m) for m in questions.methods or alike))
+        if not questions.methods and len(alike) < len(complete):
+            coarser = ", ".join(name for name in complete if name not in alike)
+            self.observer(
+                Note(message=f"not scored: {coarser} (no targets {kind!r}); name them with --methods")
+            )
         self.trajectory = run.trajectory()
         self.tracked, self.tested = tracked_samples(run, self.methods)
         self.spec = stored_spec(run, recipe, overrides, command="evaluate", free=REPEATED)
@@ -143,7 +152,7 @@ class _Evaluation:
             # First and alone: it stops a wrong recipe before hundreds of retrainings, and some
             # rankings are made of what it measures.
             self._retrain(executor, [unchanged()])
-            evidence = Evidence(self.run, self.tracked, self.tested, unchanged().unit)
+            evidence = Evidence(self.run, self.tracked, self.tested, unchanged().unit, self.methods)
             trials = self._trials(evidence)
             changes = {trial.change.unit: trial.change for trial in trials}
             self._retrain(executor, [unchanged(), *changes.values()])

@@ -1,6 +1,7 @@
 """What an evaluation has in hand: samples and labels of the run, and what retrainings gave.
 
-Letters: U retrainings, n tracked training samples, M test samples.
+Letters: U retrainings, n tracked training samples, M test samples, K targets: those test samples, or
+their classes or their mean where a method has no finer ones.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..storage.errors import InputError
-from .analysis.panels import tested
+from .analysis.panels import targets, tested
 from .analysis.scores import predict
 from .retrainings import Trial, read_part
+from .targets import KINDS, SAMPLES, coarsened, kind_of, target_set
 
 if TYPE_CHECKING:
     from .handle import Run
@@ -32,8 +34,10 @@ class Evidence:
         tracked: Train indices, (n,).
         tests: Test indices, (M,).
         baseline: Unit of the retraining that changed nothing.
+        methods: Whose coarsest targets are those that changes and predictions are given for.
 
     Attributes:
+        targets: Those targets.
         loss: Test losses after each trial, (U, M); set by `load`.
         accuracy: Share of right predictions after each trial, (U,), NaN where unknown.
         base_loss: Test losses of the record, (M,).
@@ -43,8 +47,13 @@ class Evidence:
         wrong: Whether its label is wrong on purpose, (n,); None where the run does not know.
     """
 
-    def __init__(self, run: Run, tracked: Integers, tests: Integers, baseline: str) -> None:
+    def __init__(
+        self, run: Run, tracked: Integers, tests: Integers, baseline: str, methods: Sequence[str]
+    ) -> None:
         self.run, self.tracked, self.tests = run, tracked, tests
+        kind = max((kind_of(run.info, method) for method in methods), key=KINDS.index)
+        labels = np.full(len(tests), -1) if kind == SAMPLES else run.test_gradients().column("label")
+        self.targets, self._of_tests = coarsened(target_set(SAMPLES, tests, labels), kind)
         table = read_part(run.directory, "retrain", baseline)
         self.base_loss: Floats = table["loss"].to_numpy()
         self.base_accuracy = _accuracy(table["correct"].to_numpy())
@@ -57,7 +66,7 @@ class Evidence:
         self.loss: Floats = np.empty((0, len(tests)))
         self.accuracy: Floats = np.empty(0)
         # Contributions are read once a method, for all trials together.
-        self._predicted: Callable[[str], Floats] = cache(lambda m: predict(run, m, self._taken()))
+        self._predicted: Callable[[str], Floats] = cache(self._predict)
         self._samples = cache(run.samples)
 
     def load(self, trials: Sequence[Trial]) -> None:
@@ -77,7 +86,7 @@ class Evidence:
         return values
 
     def spread(self, method: str) -> Floats:
-        """Return the standard deviation of C(i, j) over the test samples, (n,)."""
+        """Return the standard deviation of C(i, j) over the method's own targets, (n,)."""
         values: Floats = self._samples(method)["contribution_std"].to_numpy()
         return values
 
@@ -94,12 +103,22 @@ class Evidence:
         return sorted({t.labels[label] for t in self.trials if t.kind == kind})
 
     def change(self, rows: Sequence[int]) -> Floats:
-        """Return how the test losses really changed in the given trials, (rows, M)."""
-        return self.loss[list(rows)] - self.base_loss
+        """Return how the targets' losses really changed in the given trials, (rows, K)."""
+        change = self.loss[list(rows)] - self.base_loss
+        return change if self._of_tests is None else change @ self._of_tests
 
     def predicted(self, method: str, rows: Sequence[int]) -> Floats:
-        """Return how a method says they changed, (rows, M)."""
+        """Return how a method says they changed, (rows, K)."""
         return self._predicted(method)[list(rows)]
+
+    def mean(self, change_RK: Floats) -> Floats:
+        """Return the mean over the test samples of changes of the targets' losses, (R,)."""
+        return change_RK.mean(1) if self._of_tests is None else change_RK @ self.targets.weight
+
+    def _predict(self, method: str) -> Floats:
+        found = predict(self.run, method, self._taken())
+        _, weight = coarsened(targets(self.run, method), self.targets.kind)
+        return found if weight is None else found @ weight
 
     def _taken(self) -> Floats:
         n_train = int(self.run.info["n_train"])

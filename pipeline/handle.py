@@ -85,7 +85,7 @@ class Run:
         """Return one row a training sample, sorted by ``train_index``.
 
         Columns: ``train_index``, ``label``, ``visits``, ``contribution`` (Eq. 7: the mean over the
-        test samples), ``contribution_std``, ``shard``.
+        test samples), ``contribution_std`` (over the targets), ``shard``.
         """
         return _sorted(self._dataset("samples", method), "train_index")
 
@@ -114,6 +114,20 @@ class Run:
         self._require(TEST_GRADIENTS)
         return RowStore.open(self.directory.path("test_gradients.zarr"), "gradient")
 
+    def targets(self, method: str | None = None) -> pa.Table:
+        """Return what the columns of a method's contributions are: one row a target.
+
+        Columns: ``test_index`` (-1: no single test sample), ``test_label`` (-1: none) and
+        ``test_samples``: over how many test samples it is the mean. Sorted as the contributions are.
+        """
+        import pyarrow as pa
+
+        from .analysis.panels import targets
+
+        found = targets(self, self.method(method))
+        columns = (found.test_index.astype("int32"), found.label.astype("int16"), found.count.astype("int32"))
+        return pa.table(dict(zip(("test_index", "test_label", "test_samples"), columns, strict=True)))
+
     def trajectory(self) -> Trajectory:
         """Return the recorded training run."""
         from ..storage.trajectory import open_trajectory
@@ -126,12 +140,18 @@ class Run:
         return self.trajectory().noisy
 
     def top(
-        self, k: int = 10, test: int | None = None, harmful: bool = False, method: str | None = None
+        self,
+        k: int = 10,
+        test: int | None = None,
+        harmful: bool = False,
+        method: str | None = None,
+        *,
+        label: int | None = None,
     ) -> pa.Table:
         """Return the ``k`` most helpful (or most harmful) training samples; see `analysis.top.top`."""
         from .analysis.top import top
 
-        return top(self, k=k, test=test, harmful=harmful, method=method)
+        return top(self, k=k, test=test, label=label, harmful=harmful, method=method)
 
     def summary(self, method: str | None = None) -> dict[str, Any]:
         """Return the closing summary as JSON-able values; see `analysis.summary.summary`."""

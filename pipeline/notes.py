@@ -14,6 +14,7 @@ from .admission import chosen, method_options
 from .plan import Plan
 from .spec import RunSpec
 from .survey import Survey
+from .targets import SAMPLES
 from .tasks import RECORD
 
 
@@ -27,9 +28,9 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
         stored: ``run.json`` so far; empty for a new run.
     """
     methods = {**stored.get("methods", {})}
-    for method in {spec.base_method, spec.method}:
+    for method in dict.fromkeys((spec.base_method, spec.method)):  # in this order, which readers see
         methods.setdefault(method, {"state": "partial"})
-        methods[method].update(mode=spec.mode, options=method_options(spec))
+        methods[method].update(mode=spec.mode, options=method_options(spec), **target_notes(spec, plan))
     return {
         "format": 1,
         "spec": _spec_dict(spec),
@@ -65,6 +66,11 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
     }
 
 
+def target_notes(spec: RunSpec, plan: Plan) -> dict[str, Any]:
+    """Return what a method's entry says of its targets; nothing where they are the test samples."""
+    return {} if spec.targets == SAMPLES else {"targets": spec.targets, "n_targets": len(plan.targets)}
+
+
 def closing_notes(directory: RunDirectory, plan: Plan, info: dict[str, Any]) -> None:
     """Add to ``info`` what the stages came to: losses, sizes, seconds, memory beside the plan's."""
     manifests = [m for stage in directory.stages() for m in directory.manifests(stage)]
@@ -74,11 +80,7 @@ def closing_notes(directory: RunDirectory, plan: Plan, info: dict[str, Any]) -> 
     info["summary"] = {
         **{k: v for k, v in closing.items() if k.endswith(("_accuracy", "_loss"))},
         "peak_bytes": max((m.values.get("peak_bytes", 0) for m in manifests), default=0),
-        "predicted_bytes": max(
-            predicted["replay worker"],
-            predicted["test-gradients worker"],
-            predicted["reduce worker"],
-        ),
+        "predicted_bytes": max(size for name, size in predicted.items() if name.endswith(" worker")),
         "disk_bytes": sum(e.bytes for m in manifests for e in m.files),
         "predicted_disk_bytes": plan.disk["total"],
         "seconds": sum(v.get("seconds", 0.0) for v in info["stages"].values()),

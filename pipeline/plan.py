@@ -17,9 +17,11 @@ from ..workers.determinism import restored_process
 from ..workers.gradients import TEST_BATCH
 from ..workers.persample.engine import TILE
 from ..workers.record import checkpoint_steps
+from ..workers.targets import PANEL_BYTES
 from .sharding import Shard, Sharding, spans
 from .spec import RunSpec
 from .survey import Survey, survey
+from .targets import SAMPLES, TargetSet
 
 TEST_BLOCK_BYTES = 64 << 20
 """Test gradients of one unit."""
@@ -67,6 +69,9 @@ class Plan:
     shards: tuple[Shard, ...]
     test_chunk_rows: int
     test_blocks: tuple[Shard, ...]
+    targets: TargetSet
+    target_chunk_rows: int
+    target_blocks: tuple[Shard, ...]
     reduce: ReduceTiles
     reduce_blocks: tuple[Shard, ...]
     checkpoints: int
@@ -86,7 +91,9 @@ class Plan:
                 "parameters": self.dimension,
                 "steps": self.steps,
                 "checkpoints": self.checkpoints,
-                "contributions": self.n_tracked * self.n_tested,
+                "targets": self.targets.kind,
+                "target vectors": len(self.targets),
+                "contributions": self.n_tracked * len(self.targets),
                 "workers at a time": self.capacity.get("slots"),
             },
             "shards": [
@@ -132,13 +139,17 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
     """
     n, m, dimension = len(looked.tracked), len(looked.tested), looked.dimension
     sharding = Sharding(spec, looked)
+    targets, k = sharding.targets, len(sharding.targets)
     row, itemsize = sharding.row, sharding.itemsize
     slots = int(capacity.get("slots") or 1)
     count = shards or sharding.count(capacity)
     parts = sharding.parts(count)
     test_chunk_rows = chunk_rows_for(dimension, itemsize, m)
     per_block = max(1, TEST_BLOCK_BYTES // (row * test_chunk_rows)) * test_chunk_rows
-    tiles = reduce_tiles(n, m, row, spec.reduce_memory)
+    tiles = reduce_tiles(n, k, row, spec.reduce_memory)
+    # A mean is added up in float64, and every unit reads all test gradients: as few units as fit.
+    target_chunk_rows = chunk_rows_for(dimension, itemsize, k)
+    per_unit = max(1, spec.reduce_memory // 2 // (8 * dimension * target_chunk_rows)) * target_chunk_rows
     kept = checkpoint_steps(looked.steps, dimension, itemsize, spec.checkpoint_every)
     memory = {
         "one process without buffers": looked.process_bytes,
@@ -151,10 +162,14 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
     units = spans(n, tiles.unit_rows, "rows")
     disk = {
         "trajectory": len(kept) * dimension * 2 * itemsize + looked.steps * (spec_batch(looked) * 4 + 60),
-        **({"hypergradients": n * row} if spec.mode == "forward" else {"by_test": n * m * itemsize}),
+        **({"hypergradients": n * row} if spec.mode == "forward" else {"by_test": n * k * itemsize}),
         "test_gradients": m * row,
-        "contributions": int(n * m * BYTES_PER_VALUE),
+        "contributions": int(n * k * BYTES_PER_VALUE),
     }
+    if targets.kind != SAMPLES:
+        held = min(k, per_unit) * 8 * dimension
+        memory["target-gradients worker"] = looked.process_bytes + held + 2 * PANEL_BYTES
+        disk["target_gradients"] = k * row
     disk["total"] = sum(disk.values())
     return Plan(
         n_train=looked.n_train,
@@ -168,6 +183,9 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
         shards=parts,
         test_chunk_rows=test_chunk_rows,
         test_blocks=blocks,
+        targets=targets,
+        target_chunk_rows=target_chunk_rows,
+        target_blocks=spans(k, per_unit, "block"),
         reduce=tiles,
         reduce_blocks=units,
         checkpoints=len(kept),

@@ -21,6 +21,7 @@ from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..workers.join import Panels, contributions
 from .plan import ReduceTiles
+from .targets import SAMPLES, store_of
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
@@ -41,6 +42,7 @@ class ReduceJob:
         train_labels: Label per tracked sample, (n,), -1: none.
         visits: How often each tracked sample was trained on, (n,).
         shard_of: Shard of each tracked sample, (n,).
+        targets: Kind of the targets; the table has a column of contributions for each.
     """
 
     method: str
@@ -52,6 +54,7 @@ class ReduceJob:
     train_labels: Integers
     visits: Integers
     shard_of: Integers
+    targets: str = SAMPLES
 
 
 def bounds(total: int, size: int) -> list[tuple[int, int]]:
@@ -77,7 +80,7 @@ def reduce_rows(
     Raises:
         CorruptStore: A contribution is not finite.
     """
-    gradients = RowStore.open(run.path("test_gradients.zarr"), "gradient")
+    gradients = RowStore.open(run.path(*store_of(job.targets).split("/")), "gradient")
     if job.mode == "adjoint":
         block = _turned(run, job, start, stop, report)
     else:
@@ -87,15 +90,17 @@ def reduce_rows(
     if not np.isfinite(block).all():
         row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))
         raise CorruptStore(
-            f"the contribution of tracked row {start + row} to test row {column} is not finite; "
+            f"the contribution of tracked row {start + row} to target {column} is not finite; "
             "run hydra-pipe verify, then replay again"
         )
     index = job.tracked[start:stop]
     labels = job.train_labels[start:stop]
     test_index, test_label = gradients.column("test_index"), gradients.column("label")
+    # How many test samples each column is the mean of; None: each is one test sample.
+    count = None if job.targets == SAMPLES else gradients.column("count").astype(np.int64)
     files = _write_tiles(run, job, name, block, index, labels, test_index, test_label)
-    files.append(_write_samples(run, job, name, block, index, start, stop))
-    return files, {"rows": stop - start, "interclass": class_sums(block, labels, test_label)}
+    files.append(_write_samples(run, job, name, block, count, index, start, stop))
+    return files, {"rows": stop - start, "interclass": class_sums(block, labels, test_label, count)}
 
 
 def _joined(
@@ -167,14 +172,18 @@ def _write_tiles(
 
 
 def _write_samples(
-    run: RunDirectory, job: ReduceJob, name: str, block: Floats, index: Integers, start: int, stop: int
+    run: RunDirectory,
+    job: ReduceJob,
+    name: str,
+    block: Floats,
+    count: Integers | None,
+    index: Integers,
+    start: int,
+    stop: int,
 ) -> str:
     relative = f"samples/method={job.method}/part-{name.split('-')[-1]}.parquet"
     # A few rows at a time: float64 copies of the whole block would double its memory.
-    spread = [
-        (block[a:b].mean(1, dtype=np.float64), block[a:b].std(1, dtype=np.float64))
-        for a, b in bounds(len(block), 64)
-    ]
+    spread = [_spread(block[a:b], count) for a, b in bounds(len(block), 64)]
     table = pa.table(
         {
             "train_index": index,
@@ -189,12 +198,37 @@ def _write_samples(
     return relative
 
 
-def class_sums(block: Floats, train_label: Integers, test_label: Integers) -> list[list[float]]:
-    """Return [train class, test class, sum of contributions, pairs] for each pair of classes."""
+def _spread(block: Floats, count: Integers | None) -> tuple[Floats, Floats]:
+    """Return mean over the test samples and standard deviation over the targets, of each row.
+
+    A target that is a mean over test samples weighs as many of them: then the mean is that over the
+    test samples themselves.
+    """
+    if count is None:
+        return block.mean(1, dtype=np.float64), block.std(1, dtype=np.float64)
+    wide, weight = block.astype(np.float64), count / count.sum()
+    mean = (wide * weight).sum(1)
+    return mean, np.sqrt(((wide - mean[:, None]) ** 2 * weight).sum(1))
+
+
+def class_sums(
+    block: Floats, train_label: Integers, test_label: Integers, count: Integers | None = None
+) -> list[list[float]]:
+    """Return [train class, test class, sum of contributions, pairs] for each pair of classes.
+
+    Args:
+        block: Contributions, (rows, K).
+        train_label: Label a row.
+        test_label: Label a column.
+        count: Test samples that a column is the mean of; None: 1.
+    """
     rows = []
     for test_class in np.unique(test_label):
-        total = block[:, test_label == test_class].sum(axis=1, dtype=np.float64)
-        width = int((test_label == test_class).sum())
+        mine = test_label == test_class
+        if count is None:
+            total, width = block[:, mine].sum(axis=1, dtype=np.float64), int(mine.sum())
+        else:
+            total, width = (block[:, mine].astype(np.float64) * count[mine]).sum(1), int(count[mine].sum())
         for train_class in np.unique(train_label):
             chosen = train_label == train_class
             rows.append(

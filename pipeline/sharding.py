@@ -13,15 +13,20 @@ from typing import Any
 from ..storage.errors import DoesNotFit
 from ..storage.rows import chunk_rows_for
 from ..workers.adjoint import SEGMENT_BYTES
+from ..workers.hessian_tiles import TILE, working_bytes
 from ..workers.projection import TARGET_TILE
 from .spec import RunSpec
 from .survey import Survey
+from .targets import target_set
 
 WRITE_CHUNKS = 4
 """Chunks of hypergradients formed and written at a time: they are encoded in parallel."""
 
-EXACT_TARGETS = 8
-"""Targets of the exact adjoint in a chunk; shards are whole chunks."""
+EXACT_TARGETS = TILE
+"""Targets of the exact adjoint in a chunk, one tile; shards are whole chunks, so tiles are the same for any."""
+
+TILE_VECTORS = 6
+"""Vectors of D numbers that a row of a tile takes in passing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +54,8 @@ class Sharding:
         looked: The recipe's numbers.
 
     Attributes:
-        items: What is cut: n tracked samples, or M targets in adjoint mode.
+        targets: The targets of the spec.
+        items: What is cut: n tracked samples, or K targets in adjoint mode.
         row: Bytes of D numbers.
         held: Bytes a worker holds an item.
     """
@@ -60,8 +66,9 @@ class Sharding:
         self.row = looked.dimension * self.itemsize
         tracked = len(looked.tracked)
         self.adjoint = spec.mode == "adjoint"
+        self.targets = target_set(spec.targets, looked.tested, looked.test_labels[looked.tested])
         if self.adjoint:
-            self.items, self.held = len(looked.tested), 2 * self.row + 2 * tracked * self.itemsize
+            self.items, self.held = len(self.targets), 2 * self.row + 2 * tracked * self.itemsize
         else:
             numbers = {"none": looked.row_numbers, "ekfac": looked.dimension, "exact": 2 * looked.dimension}
             self.items, self.held = tracked, numbers[spec.hessian] * self.itemsize
@@ -99,6 +106,8 @@ class Sharding:
         else:
             # Rows being formed, encoded and written.
             spare = min(2 * widest, (2 * WRITE_CHUNKS + 1) * self.chunk_rows(count)) * self.row
+        if self.spec.hessian == "exact":
+            spare += working_bytes(self.looked.activation_bytes) + TILE_VECTORS * TILE * self.row
         return self.looked.process_bytes + widest * self.held + spare
 
     def count(self, capacity: Mapping[str, Any]) -> int:

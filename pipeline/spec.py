@@ -13,9 +13,10 @@ from typing import Any, Literal
 from ..storage.errors import SpecError
 from . import checks
 
-Method = Literal["hydra", "hydra-ekfac", "hydra-exact"]
+Form = Literal["hydra", "hydra-ekfac", "hydra-exact"]
+Targets = Literal["samples", "classes", "mean"]
 
-_METHODS: dict[str, Method] = {"none": "hydra", "ekfac": "hydra-ekfac", "exact": "hydra-exact"}
+_FORMS: dict[str, Form] = {"none": "hydra", "ekfac": "hydra-ekfac", "exact": "hydra-exact"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,8 @@ class RunSpec:
         test: Which test samples, likewise.
         mode: ``forward`` or ``adjoint``.
         hessian: ``none``, ``ekfac`` or ``exact``.
+        targets: In adjoint mode, what is carried backwards: ``samples``, one vector a test sample;
+            ``classes``, the mean over those of each label; ``mean``, the mean over all of them.
         exact_rank: With ``ekfac``: directions along which contributions are corrected exactly.
         dtype: ``float32`` or ``float64``, of training and hypergradients.
         epochs: Passes over the training dataset; None: the recipe's.
@@ -69,6 +72,7 @@ class RunSpec:
     test: str | int | Sequence[int] = "all"
     mode: Literal["forward", "adjoint"] = "forward"
     hessian: Literal["none", "ekfac", "exact"] = "none"
+    targets: Targets = "samples"
     exact_rank: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     epochs: int | None = None
@@ -105,11 +109,21 @@ class RunSpec:
                 f"exact_rank {self.exact_rank}: only hessian='ekfac' is corrected, not {self.hessian!r}; "
                 "use hessian='ekfac' or exact_rank=0"
             )
+        if self.targets != "samples" and self.mode != "adjoint":
+            raise SpecError(
+                f"targets {self.targets!r}: only mode='adjoint' carries targets, {self.mode!r} has every test "
+                "sample at the same price; use mode='adjoint', or targets='samples' and the table interclass"
+            )
 
     @property
-    def base_method(self) -> Method:
-        """Name of the stores of this Hessian's form, before any correction by ``exact_rank``."""
-        return _METHODS[self.hessian]
+    def form(self) -> Form:
+        """Name of this Hessian's form, and of the curvature that its methods share."""
+        return _FORMS[self.hessian]
+
+    @property
+    def base_method(self) -> str:
+        """Name of the stores of this form and these targets, before any correction by ``exact_rank``."""
+        return self.form if self.targets == "samples" else f"{self.form}-{self.targets}"
 
     @property
     def method(self) -> str:
@@ -133,7 +147,7 @@ class RunSpec:
         """Return the fields that decide the numbers of a run, JSON-able, by name.
 
         Where the work is done, how often it is retried, and the methods computed from one record
-        (``mode``, ``hessian``, ``exact_rank``) are not among them.
+        (``mode``, ``hessian``, ``targets``, ``exact_rank``) are not among them.
         """
         arguments = self.recipe_args
         if not isinstance(self.recipe, str):

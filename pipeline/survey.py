@@ -18,6 +18,7 @@ import torch
 from ..storage.errors import HydraError, RecipeError
 from ..workers.buffers import row_numbers
 from ..workers.determinism import preserved_generators, seed_everything
+from ..workers.hessian_tiles import activation_bytes
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.persample.engine import PerSampleGradients
 from ..workers.persample.reference import couples_samples
@@ -57,6 +58,8 @@ class Survey:
         step_seconds: (plain, tracked) seconds of a step, tried here; None when not tried.
         row_numbers: Numbers that the replay's buffers hold per tracked sample (see ``buffers``).
         process_bytes: Peak resident set of a process that trains this recipe, without buffers.
+        activation_bytes: What the batch's forward pass keeps for its backward pass; 0 where only
+            products with the Hessian would need to know.
     """
 
     recipe: Recipe
@@ -73,6 +76,7 @@ class Survey:
     step_seconds: tuple[float, float] | None
     row_numbers: int
     process_bytes: int
+    activation_bytes: int = 0
 
 
 def resolve_recipe(spec: RunSpec) -> Recipe:
@@ -178,6 +182,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
             recipe.epochs,
         ),
         process_bytes=peak_bytes(),
+        activation_bytes=activation_bytes(training) if spec.hessian == "exact" else 0,
     )
 
 

@@ -30,9 +30,11 @@ from ..workers.projection import ProjectedReplay
 from ..workers.recipe import Recipe
 from ..workers.record import Recorder
 from ..workers.replay import Replay
+from ..workers.targets import mean_gradients
 from ..workers.training import Compute, Training
 from .reduce import ReduceJob, bounds, reduce_rows
 from .sharding import WRITE_CHUNKS
+from .targets import CLASSES, MEAN, stage_of, store_of, target_of_each
 from .units import Report, Unit
 
 Integers = npt.NDArray[np.int64]
@@ -57,6 +59,7 @@ class Tasks:
         recipe: The user's recipe, overrides applied.
         compute: How every process computes.
         method: Name of the stores that replay and adjoint fill.
+        form: Name of the Hessian's form, which decides how they are filled.
         final: Name of the results: ``method``, or with ``exact_rank`` its corrected form.
         tracked: Train indices asked for, (n,).
         tested: Test indices asked for, (M,).
@@ -69,6 +72,7 @@ class Tasks:
     recipe: Recipe
     compute: Compute
     method: str
+    form: str
     final: str
     tracked: Integers
     tested: Integers
@@ -84,6 +88,8 @@ class Tasks:
         work = {
             RECORD: self._record,
             TEST_GRADIENTS: self._test_gradients,
+            stage_of(CLASSES): self._target_gradients,
+            stage_of(MEAN): self._target_gradients,
             REPLAY: self._replay,
             ADJOINT: self._adjoint,
             CURVATURE: self._curvature,
@@ -127,16 +133,28 @@ class Tasks:
             "prediction": rows.prediction.tolist(),
         }
 
+    def _target_gradients(
+        self, run: RunDirectory, unit: Unit, report: Report
+    ) -> tuple[list[str], dict[str, Any]]:
+        start, stop = unit.arguments["start"], unit.arguments["stop"]
+        gradients, store = RowStore.open(run.path("test_gradients.zarr"), "gradient"), self._targets(run)
+        group = target_of_each(store.column("label"), gradients.column("label"), start, stop)
+        mean = mean_gradients(gradients.read, group, gradients.columns, stop - start, report)
+        store.write(start, mean.astype(store.dtype))
+        base = store_of(self.job.targets)
+        files = [f"{base}/{name}" for name in store.files(start, stop)]
+        return files, {"rows": stop - start, "start": start}
+
     def _replay(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         training = Training(self.recipe, self.compute)
         trajectory = open_trajectory(run.path("trajectory.zarr"))
         tracked = self.tracked[start:stop]
         replay: Replay | ExactReplay | EkfacReplay
-        if self.method == "hydra-ekfac":
+        if self.form == "hydra-ekfac":
             replay = EkfacReplay(training, trajectory, tracked, self._basis(run))
         else:
-            replay = (ExactReplay if self.method == "hydra-exact" else Replay)(training, trajectory, tracked)
+            replay = (ExactReplay if self.form == "hydra-exact" else Replay)(training, trajectory, tracked)
         buffers = replay.run(report)
         store = RowStore.open(run.path("hypergradients", f"method={self.method}.zarr"), "hypergradient")
         for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
@@ -144,16 +162,19 @@ class Tasks:
         replay.engine.close()
         base = f"hypergradients/method={self.method}.zarr"
         files = [f"{base}/{name}" for name in store.files(start, stop)]
-        return files, {"rows": stop - start, "start": start, "steps": training.steps}
+        notes = {"products": replay.tiles.choice} if isinstance(replay, ExactReplay) else {}
+        return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
 
     def _adjoint(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         training = Training(self.recipe, self.compute)
         trajectory = open_trajectory(run.path("trajectory.zarr"))
-        targets = RowStore.open(run.path("test_gradients.zarr"), "gradient").read(start, stop)
-        if self.method == "hydra-exact":
-            found = Adjoint(training, trajectory, self.tracked).run(targets, report)
-        elif self.method == "hydra-ekfac":
+        targets = self._targets(run).read(start, stop)
+        notes: dict[str, Any] = {}
+        if self.form == "hydra-exact":
+            back = Adjoint(training, trajectory, self.tracked)
+            found, notes = back.run(targets, report), {"products": back.tiles.choice}
+        elif self.form == "hydra-ekfac":
             bent = EkfacReplay(training, trajectory, self.tracked, self._basis(run), targets)
             found = bent.run(report).contributions()
             bent.engine.close()
@@ -165,19 +186,19 @@ class Tasks:
         store = RowStore.open(run.path(*base.split("/")), "contribution")
         store.write(start, found)
         files = [f"{base}/{name}" for name in store.files(start, stop)]
-        return files, {"rows": stop - start, "start": start, "steps": training.steps}
+        return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
 
     def _curvature(self, run: RunDirectory, _unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         training = Training(self.recipe, self.compute)
         trajectory = open_trajectory(run.path("trajectory.zarr"))
         estimate = CurvatureEstimate(training, trajectory, **dict(self.options))
         curvature = estimate.run(report)
-        base = f"curvature/method={self.method}.zarr"
+        base = f"curvature/method={self.form}.zarr"
         files = [f"{base}/{name}" for name in write_curvature(run.path(*base.split("/")), curvature)]
         return files, {"steps": curvature.steps.tolist(), **curvature.attrs}
 
     def _directions(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
-        gradients = RowStore.open(run.path("test_gradients.zarr"), "gradient")
+        gradients = self._targets(run)
         found, coordinates, share = spanning_directions(
             gradients.read, gradients.rows, unit.arguments["rank"]
         )
@@ -217,7 +238,10 @@ class Tasks:
         return files, {"rows": stop - start, "start": start}
 
     def _basis(self, run: RunDirectory) -> Curvature:
-        return read_curvature(run.path("curvature", f"method={self.method}.zarr"))
+        return read_curvature(run.path("curvature", f"method={self.form}.zarr"))
+
+    def _targets(self, run: RunDirectory) -> RowStore:
+        return RowStore.open(run.path(*store_of(self.job.targets).split("/")), "gradient")
 
     def _reduce(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         prepare_process(self.compute.threads)

@@ -13,16 +13,18 @@ from .analysis.ranking import sign_errors, spearman
 from .analysis.scores import Lds, agreement, detection, harm, lds, recommendation
 from .evidence import Evidence
 from .retrainings import RETRAIN
+from .targets import MEAN, SAMPLES, kind_of
 
 LDS = pa.schema(
     [
         pa.field("fraction", pa.float64(), nullable=False),
         pa.field("method", pa.string(), nullable=False),
         pa.field("test_index", pa.int32(), nullable=False),
+        pa.field("test_label", pa.int16(), nullable=False),
         pa.field("lds", pa.float64(), nullable=False),
     ]
 )
-"""One row a (share kept, method, test sample)."""
+"""One row a (share kept, method, target); test_index -1 where that is no single test sample."""
 
 TRIALS = pa.schema(
     [
@@ -50,7 +52,7 @@ def summarize(evidence: Evidence, methods: Sequence[str], asked: Mapping[str, An
 
     Returns:
         ``run``, ``methods``, ``questions``, ``baseline`` (test loss and accuracy of the record),
-        ``retrainings`` (how many, seconds), ``cost`` (seconds a method), ``lds``, ``smoothness``,
+        ``targets`` (their kind), ``n_targets``, ``retrainings`` (how many, seconds), ``cost`` (seconds a method), ``lds``, ``smoothness``,
         ``leave_one_out``, ``removal``, ``mislabelled`` (lists of rows, empty where not asked) and
         ``sentences``.
     """
@@ -68,6 +70,8 @@ def summarize(evidence: Evidence, methods: Sequence[str], asked: Mapping[str, An
         "questions": dict(asked),
         "n_tracked": len(evidence.tracked),
         "n_test": len(evidence.tests),
+        "targets": evidence.targets.kind,
+        "n_targets": len(evidence.targets),
         "baseline": {"loss": float(evidence.base_loss.mean()), "accuracy": evidence.base_accuracy},
         "retrainings": {
             "asked": len({trial.change.unit for trial in evidence.trials}) + 1,
@@ -98,13 +102,14 @@ def summarize(evidence: Evidence, methods: Sequence[str], asked: Mapping[str, An
 
 def tables(summary: dict[str, Any], evidence: Evidence) -> dict[str, tuple[pa.Table, pa.Schema]]:
     """Return what is too large for the summary, as tables; takes ``lds_by_test`` out of it."""
-    tests = evidence.tests
+    targets = evidence.targets
     parts = [
         pa.table(
             {
-                "fraction": np.full(len(tests), row["fraction"]),
-                "method": pa.array([row["method"]] * len(tests), pa.string()),
-                "test_index": tests,
+                "fraction": np.full(len(targets), row["fraction"]),
+                "method": pa.array([row["method"]] * len(targets), pa.string()),
+                "test_index": targets.test_index,
+                "test_label": targets.label,
                 "lds": row["values"],
             }
         ).cast(LDS)
@@ -192,7 +197,7 @@ def _leave_one_out(evidence: Evidence, methods: Sequence[str]) -> list[dict[str,
                 "method": method,
                 "samples": len(rows),
                 "spearman_by_test": float(spearman(said, real).mean()),
-                "spearman_mean": float(spearman(said.mean(1), real.mean(1))[0]),
+                "spearman_mean": float(spearman(evidence.mean(said), evidence.mean(real))[0]),
                 "sign_error": float(sign_errors(said, real).mean()),
                 **agreement(real, said),
             }
@@ -208,8 +213,8 @@ def _removal(evidence: Evidence, methods: Sequence[str]) -> list[dict[str, Any]]
         groups.setdefault((labels["ranking"], labels["direction"], labels["removed"]), []).append(u)
     found = []
     for (ranking, direction, removed), rows in groups.items():
-        change = evidence.change(rows).mean(1)
-        said = evidence.predicted(ranking, rows).mean() if ranking in methods else None
+        change = evidence.mean(evidence.change(rows))
+        said = evidence.mean(evidence.predicted(ranking, rows)).mean() if ranking in methods else None
         found.append(
             {
                 "ranking": ranking,
@@ -234,8 +239,12 @@ def _mislabelled(evidence: Evidence, methods: Sequence[str]) -> list[dict[str, A
     scores = {}
     for method in methods:
         scores[f"{method}: -C(i)"] = -evidence.contribution(method)
-        scores[f"{method}: spread of C(i, j)"] = evidence.spread(method)
-        scores[f"{method}: harm alone, C(i, j) < 0"] = harm(run, method)
+        kind = kind_of(run.info, method)
+        if kind == MEAN:  # one number a sample has no spread
+            continue
+        each = "C(i, j)" if kind == SAMPLES else "C(i, class)"
+        scores[f"{method}: spread of {each}"] = evidence.spread(method)
+        scores[f"{method}: harm alone, {each} < 0"] = harm(run, method)
     scores["training loss at the end"] = evidence.final_loss
     scores["training loss, mean over visits"] = evidence.mean_loss
     scores["chance"] = np.random.Generator(np.random.PCG64(0)).random(len(wrong))

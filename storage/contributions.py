@@ -76,14 +76,14 @@ def write_tile(
 ) -> None:
     """Write the contributions of R training samples to P test samples as one Parquet file.
 
-    Rows are sorted by (test_index, train_index); row groups hold whole test samples, about
+    Rows are sorted by (test_index, test_label, train_index); row groups hold whole test samples, about
     `GROUP_ROWS` rows, so that the statistics let a reader skip all but one. Beside the tile itself
     about 40 MB are needed at a time.
 
     Args:
         uri: ``…/part-….parquet``.
         train_index: (R,), no index twice.
-        test_index: (P,), no index twice.
+        test_index: (P,), -1 where a column is no single test sample; no (index, label) twice.
         train_label: (R,), -1 for none.
         test_label: (P,), -1 for none.
         contribution: (R, P) float32.
@@ -110,7 +110,10 @@ def write_tile(
         raise StoreError(
             f"{uri}: {len(ids['train_label'])} and {len(ids['test_label'])} labels for {rows} x {columns} samples"
         )
-    order = {axis: _order(uri, ids[f"{axis}_index"], f"{axis}_index") for axis in ("train", "test")}
+    order = {
+        "train": _order(uri, "train_index", ids["train_index"]),
+        "test": _order(uri, "test_index", ids["test_index"], ids["test_label"]),
+    }
     train = [
         ids[name] if order["train"] is None else ids[name][order["train"]]
         for name in ("train_index", "train_label")
@@ -267,7 +270,8 @@ def _outside_of_dataset(uri: str) -> str:
 def _sorting(schema: pa.Schema) -> list[pq.SortingColumn] | None:
     if schema is not CONTRIBUTIONS:
         return None
-    return [pq.SortingColumn(schema.get_field_index(name)) for name in ("test_index", "train_index")]
+    keys = ("test_index", "test_label", "train_index")
+    return [pq.SortingColumn(schema.get_field_index(name)) for name in keys]
 
 
 def _integers(uri: str, values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
@@ -280,13 +284,20 @@ def _integers(uri: str, values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
     return converted
 
 
-def _order(uri: str, index: npt.NDArray[Any], name: str) -> npt.NDArray[Any] | None:
-    """Return how to sort ``index``, None where it is sorted already."""
-    steps = np.diff(index.astype(np.int64))
-    if np.all(steps > 0):
+def _order(
+    uri: str, name: str, index: npt.NDArray[Any], label: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any] | None:
+    """Return how to sort ``index``, None where it is sorted already.
+
+    The index -1 stands for no single sample and may be there with several labels.
+    """
+    key = index.astype(np.int64) << 32
+    if label is not None:
+        key += np.where(index < 0, label.astype(np.int64), 0)
+    if np.all(np.diff(key) > 0):
         return None
-    order = np.argsort(index, kind="stable")
-    twice = index[order][1:][np.diff(index[order].astype(np.int64)) == 0]
+    order = np.argsort(key, kind="stable")
+    twice = index[order][1:][np.diff(key[order]) == 0]
     if len(twice):
         raise StoreError(f"{uri}: {name} {int(twice[0])} is there twice; give each sample once")
     return order

@@ -28,6 +28,7 @@ RESULTS = (
     "curvature",
     "corrections",
     "test_gradients.zarr",
+    "target_gradients",
     "contributions",
     "samples",
     "interclass",

@@ -11,7 +11,7 @@ from hydra_pipe.workers.replay import Replay
 from hydra_pipe.workers.training import Compute
 from rich.console import Console
 
-from benchmarks import approximation, memory, reduce, replay, startup, storage
+from benchmarks import approximation, hessian, memory, reduce, replay, speedup, startup, storage
 from benchmarks.__main__ import main, parse
 from benchmarks.cases import Clothes, Prefetched, record
 from benchmarks.dense import DenseAlgorithm
@@ -66,6 +66,11 @@ TINY = {
             "forms": 1,
         },
     ),
+    "hessian": (hessian, {**hessian.QUICK, "samples": 16, "batch": 8}),
+    "speedup": (
+        speedup,
+        {**speedup.QUICK, "samples": 8, "batch": 4, "tracked": (2,), "targets": (1,)},
+    ),
     "reduce": (reduce, {**reduce.QUICK, "shapes": ((64, 20, 100),), "threads": 1, "rounds": 1}),
     "storage": (storage, {"rows": 16, "columns": 100, "tile": (20, 10), "rounds": 1}),
     "startup": (startup, {**startup.QUICK, "rounds": 1}),
@@ -78,7 +83,32 @@ def test_it_runs(name, tmp_path):
     result = module.run(sizes, tmp_path)
     assert result.name == name
     assert result.lines
-    assert all(line.value > 0 for line in result.lines)
+    # What is fitted to differences of times this short may come out as anything.
+    seen = [line for line in result.lines if name != "speedup" or line.what.startswith("measured")]
+    assert all(line.value > 0 for line in seen)
+
+
+def test_the_speedup_is_extrapolated_by_its_cost_model():
+    sizes = {**speedup.SIZES, "samples": 192, "tracked": (4, 8), "targets": (1, 4)}
+    plain, step, visit, product = 2.0, 5.0, 0.25, 6.0  # seconds; 3 steps
+    taken = {
+        "plain": [3 * plain],
+        "fast 4": [3 * step + 4 * visit],
+        "fast all": [3 * step + 192 * visit],
+        "exact last": [3 * plain + 8 * visit],
+        "exact 8": [3 * plain + 8 * (visit + 2 * product)],
+        "adjoint 4": [4 * 3 * 7.0],
+    }
+    result = Result(name="speedup", sizes=sizes)
+    speedup.extrapolate(result, sizes, taken, 3)
+    found = {line.what: line.value for line in result.lines}
+    fast = 625 * step + 20_000 * visit
+    exact = 625 * plain + 20_000 * (visit + 312 * product)
+    assert found["fitted: one product of the exact form / plain step"] == pytest.approx(product / plain)
+    assert found["extrapolated: fast"] == pytest.approx(fast / 3600)
+    assert found["extrapolated: exact forward"] == pytest.approx(exact / 3600)
+    assert found["extrapolated: exact forward / fast"] == pytest.approx(exact / fast)
+    assert found["extrapolated: adjoint, one target"] == pytest.approx(625 * 7 / 3600)
 
 
 def test_memory_asks_three_processes(tmp_path, monkeypatch):

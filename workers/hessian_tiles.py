@@ -26,8 +26,12 @@ TILE = 8
 TANGENT_BYTES = 1 << 30
 """Room for the tangents of a tile; models with larger activations take narrower tiles."""
 
-TANGENTS = 3
-"""What a direction of a tile holds at its peak, in activations of the batch (``docs/benchmarks.md``)."""
+HELD = 4
+"""Activations of the batch that a direction of a tile holds at its peak, and the graph of ``SecondOrder``;
+measured on LeNet-5 and DenseNet-40: 3 to 4."""
+
+WORTH = 4
+"""Directions that must fit: narrower tiles cost as much a direction as ``SecondOrder``."""
 
 
 class HessianTiles:
@@ -35,25 +39,36 @@ class HessianTiles:
 
     Args:
         training: At its first weights, ``batch_norm`` coupled.
-        alone: Whether a row's bits may depend neither on its place in a tile nor on the others. Tiles are then
-            padded, and the fast way must show on the real batch that this is enough.
+        alone: Whether a row's bits may depend neither on its place in a tile nor on the others. Tiles are
+            then padded, and batch sizes for which that is not enough go one direction at a time.
 
     Attributes:
         refusal: Why the fast way is not taken; None where it is.
+        slow_sizes: Batch sizes that do not take it all the same.
         width: Directions worked on at a time.
     """
 
     def __init__(self, training: Training, *, alone: bool = False) -> None:
         self.training, self.alone = training, alone
         with preserved_generators():
-            self.width = tile_width(activation_bytes(training))
-            self.refusal = disagreement(training)
+            activations = activation_bytes(training)
+            self.width = tile_width(activations)
+            self.refusal = _too_large(activations) if self.width == 1 else disagreement(training)
+            self.slow_sizes: set[int] = set()
             if alone and self.refusal is None:
-                self.refusal = dependence(training, self.width)
-        if self.refusal is None:
-            logger.info("Hessian products: %d directions at a time", self.width)
-        else:
-            logger.info("Hessian products: one direction at a time, because %s", self.refusal)
+                self.slow_sizes = dependence(training, self.width)
+        logger.info("Hessian products: %s", self.choice)
+
+    @property
+    def choice(self) -> str:
+        """What was chosen, in words."""
+        if self.refusal is not None:
+            return f"one direction at a time, because {self.refusal}"
+        text = f"{self.width} directions at a time"
+        if self.slow_sizes:
+            sizes = " and ".join(map(str, sorted(self.slow_sizes)))
+            text += f", one in batches of {sizes}, where the bits of a row depend on the others"
+        return text
 
     def at(self, step: int, batch: Batch) -> StepTiles:
         """Return the products of one step, at the model's present weights."""
@@ -65,8 +80,10 @@ class StepTiles:
 
     def __init__(self, tiles: HessianTiles, step: int, batch: Batch) -> None:
         self.tiles, self.step = tiles, step
-        kind = TangentTile if tiles.refusal is None else SecondOrder
-        self.way: TangentTile | SecondOrder = kind(tiles.training, step, batch)
+        training = tiles.training
+        slow = tiles.refusal is not None or training.batch_size(step) in tiles.slow_sizes
+        kind = SecondOrder if slow else TangentTile
+        self.way: TangentTile | SecondOrder = kind(training, step, batch)
 
     def tile(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
         """Write H v for each direction into ``out_KD`` and return the <g_i, v>, (K, B).
@@ -124,5 +141,18 @@ def activation_bytes(training: Training) -> int:
 
 
 def tile_width(activations: int) -> int:
-    """Return how many directions are worked on at a time; ``activations`` in bytes."""
-    return max(1, min(TILE, TANGENT_BYTES // max(1, TANGENTS * activations)))
+    """Return how many directions go together, for a batch of so many bytes of activations."""
+    fitting = TANGENT_BYTES // max(1, HELD * activations)
+    return min(TILE, fitting) if fitting >= WORTH else 1
+
+
+def working_bytes(activations: int) -> int:
+    """Return what products need beside the training and the directions themselves."""
+    return HELD * activations * tile_width(activations)
+
+
+def _too_large(activations: int) -> str:
+    return (
+        f"{WORTH} directions at a time need {WORTH * HELD * activations / 1e6:,.0f} MB for a batch, "
+        f"more than {TANGENT_BYTES / 1e6:,.0f} MB"
+    )

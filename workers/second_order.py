@@ -30,7 +30,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .determinism import derived_seed, seed_everything
-from .persample.reference import LossModule, unrecorded_statistics
+from .persample.reference import LossModule, differentiable_layers
 from .recipe import Batch
 from .training import Training
 
@@ -116,7 +116,7 @@ class TangentTile:
         seed_everything(derived_seed(training.recipe.seed, "step", self.step))
         with (
             unchanged_buffers(training.model),
-            unrecorded_statistics(training.model),
+            differentiable_layers(training.model),
             sdpa_kernel(SDPBackend.MATH),
         ):
             products, values_KB = self._tangents(tangents, count)

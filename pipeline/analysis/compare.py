@@ -2,8 +2,9 @@
 
 The reference is ``hydra-exact`` where the run has it: the derivative itself. The measures are those
 of Koh et al. (2019) that the HyDRA paper uses (sign errors and Spearman's rank correlation), the
-relative error, and the overlap of the most helpful and most harmful samples. Letters: n tracked
-training samples, M test samples.
+relative error, and the overlap of the most helpful and most harmful samples. Methods whose targets
+differ (test samples, classes, the mean) are compared over the coarsest of them, to which the others
+are averaged. Letters: n tracked training samples, K targets.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...storage.errors import InputError
-from .panels import panel_width, panels, tested
+from ..targets import KINDS, SAMPLES, coarsened, kind_of
+from .panels import panel_width, panels, targets
 from .ranking import overlap, ranks, sign_errors, spearman
 
 if TYPE_CHECKING:
@@ -41,22 +43,23 @@ def compare(
     Args:
         run: The run.
         reference: Method to compare with; None: ``hydra-exact``.
-        methods: Which others; None: all that are complete.
+        methods: Which others; None: all that are complete and have the reference's targets.
         k: Samples in the overlaps.
-        panel: Test samples read at a time; None: as many as fit a fixed budget.
-        progress: Called with (test samples done, M).
+        panel: Targets read at a time; None: as many as fit a fixed budget.
+        progress: Called with (targets done, K).
 
     Returns:
-        ``run``, ``reference``, ``n_tracked``, ``n_test``, ``k`` and ``methods``, a list of one
-        mapping a method, the reference first (its own errors are 0 and its correlations 1):
+        ``run``, ``reference``, ``n_tracked``, ``n_test``, ``targets`` (their kind), ``n_targets``,
+        ``k`` and ``methods``, a list of one mapping a method, the reference first (its own errors are
+        0 and its correlations 1):
 
         * ``method``, ``seconds`` (of all workers on the method's own stages, None where unknown);
         * over C(i, j), ``sign_error``, ``spearman``, ``spearman_std``, ``relative_error_by_test``,
-          ``overlap_helpful``, ``overlap_harmful``: means over the test samples (``_std``: standard
+          ``overlap_helpful``, ``overlap_harmful``: means over the targets (``_std``: standard
           deviation), ``relative_error`` = ||C - C_ref|| / ||C_ref|| (Frobenius) and
           ``scale`` = ||C|| / ||C_ref||;
         * over C(i), the mean over the test samples, the same measures with ``mean_`` before them;
-        * ``spearman_by_test``: one correlation a test sample, for histograms.
+        * ``spearman_by_test``: one correlation a target, for histograms.
 
     Raises:
         InputError: The reference has to be named, a method is unknown, or two methods have not the
@@ -75,10 +78,12 @@ def compare(
                 f"{name} has {len(means[name][0]):,} training samples, {reference} {len(index):,}, not the "
                 "same ones; compare methods with the same --track"
             )
-    total = len(tested(run, reference))
+    kind = max((kind_of(run.info, name) for name in names), key=KINDS.index)
+    own = targets(run, reference)
+    total, n_test = len(coarsened(own, kind)[0]), int(own.count.sum())
     width = panel or panel_width(len(index) * 3)
     tallies = {name: _Tally(k) for name in names}
-    readers = [panels(run, name, panel=width) for name in names]
+    readers = [panels(run, name, panel=width, kind=kind) for name in names]
     for blocks in zip(*readers, strict=True):
         base = blocks[0][1]
         base_ranks = ranks(base)
@@ -101,14 +106,16 @@ def compare(
         "run": run.uri,
         "reference": reference,
         "n_tracked": len(index),
-        "n_test": total,
+        "n_test": n_test,
+        "targets": kind,
+        "n_targets": total,
         "k": k,
         "methods": rows,
     }
 
 
 class _Tally:
-    """Adds up one method's measures over panels of test samples."""
+    """Adds up one method's measures over panels of targets."""
 
     def __init__(self, k: int) -> None:
         self.k = k
@@ -132,7 +139,7 @@ class _Tally:
             self._parts.setdefault(key, []).append(values)
 
     def result(self) -> dict[str, float]:
-        """Return the measures over all test samples seen."""
+        """Return the measures over all targets seen."""
         part = {key: np.concatenate(values) for key, values in self._parts.items()}
         rank = np.concatenate(self.spearman)
         by_test = np.sqrt(_ratio(part["error"], part["base"]))
@@ -168,19 +175,26 @@ def _ratio(above: Any, below: Any) -> Any:
 def _choose(run: Run, reference: str | None, methods: Sequence[str] | None) -> tuple[str, list[str]]:
     complete = run.methods()
     if reference is None:
-        if REFERENCE not in complete:
+        # With nothing but coarser targets, their exact form is the reference.
+        exact = [name for name in complete if name == REFERENCE or name.startswith(f"{REFERENCE}-")]
+        if not exact or (exact[0] != REFERENCE and kind_of(run.info, complete[0]) == SAMPLES):
             raise InputError(
                 f"{run.uri} has no method {REFERENCE} to compare with, only {', '.join(complete) or 'none'}; "
                 "name one with --reference, or add it: hydra-pipe run ... --hessian exact on the same --out"
             )
-        reference = REFERENCE
+        reference = exact[0]
     reference = run.method(reference)
-    chosen = [run.method(name) for name in (complete if methods is None else methods)]
+    kind = kind_of(run.info, reference)
+    alike = [name for name in complete if kind_of(run.info, name) == kind]
+    chosen = [run.method(name) for name in (alike if methods is None else methods)]
     chosen = [name for name in dict.fromkeys(chosen) if name != reference]
     if not chosen:
+        others = (
+            "" if len(alike) == len(complete) else f", or name others with --methods ({kind} become coarser)"
+        )
         raise InputError(
-            f"{run.uri} has {', '.join(complete)} and no other method to compare with {reference}; "
-            "add one: hydra-pipe run ... --hessian none|ekfac|exact on the same --out"
+            f"{run.uri} has {', '.join(complete)} and no other method of targets {kind!r} to compare with "
+            f"{reference}; add one: hydra-pipe run ... --hessian none|ekfac|exact on the same --out{others}"
         )
     return reference, chosen
 
@@ -193,12 +207,15 @@ def _means(run: Run, method: str) -> tuple[npt.NDArray[np.int64], Floats]:
 def seconds(run: Run, method: str) -> float | None:
     """Return the seconds that workers spent on the stages of ``method`` alone, None where unknown.
 
-    The record and the test gradients, which all methods of a run share, are not among them.
+    The record and the test gradients, which all methods of a run share, are not among them. The
+    curvature that other targets of EKFAC share with it is.
     """
+    shared = "hydra-ekfac/curvature"
+    borrows = method.startswith("hydra-ekfac-") and kind_of(run.info, method) != SAMPLES
     spent = [
         float(manifest.values["seconds"])
         for stage in run.directory.stages()
-        if stage.split("/")[0] == method
+        if stage.split("/")[0] == method or (borrows and stage == shared)
         for manifest in run.directory.manifests(stage)
         if "seconds" in manifest.values
     ]

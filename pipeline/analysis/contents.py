@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...storage.rows import RowStore
+from ...workers.targets import mean_gradients
+from ..targets import SAMPLES, kind_of, store_of, target_of_each
 from . import conservation as law
+from .panels import targets
+from .status import target_count
 
 if TYPE_CHECKING:
-    from ...storage.rows import RowStore
     from ..handle import Run
 
 MEAN_TOLERANCE = 1e-4
@@ -58,6 +62,27 @@ class Contents:
         self._index("test_gradients.zarr/test_index", store.column("test_index"), self.info.get("n_test"))
         self._stream("test_gradients.zarr", store)
 
+    def target_gradients(self, kind: str) -> None:
+        """Check that the gradients of classes, or of the mean, are the means of the test gradients."""
+        name, tests = store_of(kind), self.run.test_gradients()
+        store = RowStore.open(self.run.directory.path(*name.split("/")), "gradient")
+        self._shape(name, store, None)
+        step = law.block_rows(store.chunk_rows, store.columns, 8)
+        for start in range(0, store.rows, step):
+            stop = min(store.rows, start + step)
+            group = target_of_each(store.column("label"), tests.column("label"), start, stop)
+            mean = mean_gradients(tests.read, group, tests.columns, stop - start)
+            found = store.read(start, stop)
+            # Once more the same sums; only their rounding may differ, on another machine.
+            limit = 4 * np.finfo(found.dtype).eps * np.abs(mean).max(initial=0.0)
+            bad = ~(np.abs(found - mean).max(1) <= limit)
+            if bad.any():
+                self.problems.append(
+                    f"{name}: row {start + int(bad.argmax())} is not the mean of its test gradients"
+                )
+            self.advance(found.nbytes, name)
+        self.rows[name] = store.rows
+
     def hypergradients(self, method: str, *, lawful: bool = True) -> dict[str, Any]:
         """Read every row once; for the fast method the same pass feeds the conservation law.
 
@@ -87,7 +112,9 @@ class Contents:
     def contributions(self, method: str) -> None:
         """Check contributions, samples and interclass of a method, and that they agree."""
         name = f"contributions/method={method}"
-        tracked, tests = self.info.get("n_tracked"), self.info.get("n_test_tracked")
+        tracked, tests = self.info.get("n_tracked"), target_count(self.info, method)
+        # C(i) is the mean over the test samples: a class weighs as many as it has.
+        weights = None if kind_of(self.info, method) == SAMPLES else targets(self.run, method)
         samples = self.run.samples(method)
         train_index = samples["train_index"].to_numpy()
         self._index(f"samples/method={method}: train_index", train_index, self.info.get("n_train"))
@@ -98,10 +125,14 @@ class Contents:
         self._finite(f"interclass/method={method}: contribution", interclass)
         size = int(train_index.max(initial=-1)) + 1
         sums, counts, rows, outside = np.zeros(size), np.zeros(size, np.int64), 0, 0
-        for batch in self.run.contributions(method).to_batches(columns=["train_index", "contribution"]):
+        columns = ["train_index", "contribution", *([] if weights is None else ["test_label"])]
+        for batch in self.run.contributions(method).to_batches(columns=columns):
             index, values = (batch.column(c).to_numpy() for c in ("train_index", "contribution"))
             rows += len(index)
             self._finite(name, values)
+            if weights is not None:
+                at = np.searchsorted(weights.label, batch.column("test_label").to_numpy())
+                values = values * (weights.weight * len(weights))[np.minimum(at, len(weights) - 1)]
             inside = (index >= 0) & (index < size)
             outside += int(len(index) - inside.sum())
             index, values = index[inside], values[inside]
@@ -111,7 +142,8 @@ class Contents:
         self.rows[name] = rows
         self._count(name, rows, None if tracked is None or tests is None else tracked * tests)
         if outside or (tests is not None and (counts[train_index] != tests).any()):
-            self.problems.append(f"{name}: not every tracked sample has one row a test sample")
+            what = "test sample" if weights is None else "target"
+            self.problems.append(f"{name}: not every tracked sample has one row a {what}")
             return
         stored = samples["contribution"].to_numpy()
         mean = sums[train_index] / np.maximum(counts[train_index], 1)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ...storage.errors import CorruptStore, InputError, StoreError
 from ...storage.files import staged
+from .status import target_count
 
 if TYPE_CHECKING:
     from ..handle import Run
@@ -87,7 +88,7 @@ def export(
                         progress(rows)
             finally:
                 writer.close()
-            expected = expected_rows(run)
+            expected = expected_rows(run, method)
             if expected is not None and rows != expected:
                 raise CorruptStore(
                     f"{run.uri}: {rows:,} contributions of method {method}, run.json says {expected:,}; "
@@ -120,7 +121,7 @@ def _writer(path: Path, kind: str, schema: pa.Schema) -> _Writer:
     return parquet
 
 
-def expected_rows(run: Run) -> int | None:
+def expected_rows(run: Run, method: str) -> int | None:
     """Return how many contributions a complete method of the run has; None where it does not say."""
-    tracked, tests = run.info.get("n_tracked"), run.info.get("n_test_tracked")
-    return tracked * tests if isinstance(tracked, int) and isinstance(tests, int) else None
+    tracked, targets = run.info.get("n_tracked"), target_count(run.info, method)
+    return tracked * targets if isinstance(tracked, int) and targets is not None else None

@@ -60,7 +60,8 @@ def comparison_figures(run: Run, found: Mapping[str, Any], folder: str) -> list[
         edges = np.linspace(-1, 1, 41)
         for row in others:
             axes[0].hist(row["spearman_by_test"], edges, histtype="step", linewidth=1.5, label=row["method"])
-        axes[0].set(xlabel=f"Spearman with {found['reference']}", ylabel="test samples")
+        what = {"samples": "test samples", "classes": "classes", "mean": "means"}[found["targets"]]
+        axes[0].set(xlabel=f"Spearman with {found['reference']}", ylabel=what)
         axes[0].legend(loc="upper left", frameon=False)
 
     return [

@@ -1,8 +1,9 @@
-"""The contributions of a method as dense blocks, a panel of test samples at a time.
+"""The contributions of a method as dense blocks, a panel of targets at a time.
 
-Parquet files are sorted by (test_index, train_index), so a panel reads few row groups, and memory
-stays bounded whatever the number of test samples. Letters: n tracked training samples, M test
-samples, p of them in a panel.
+Targets are test samples, or classes, or the mean over the test samples (see ``pipeline.targets``).
+Parquet files are sorted by (test_index, test_label, train_index), so a panel reads few row groups,
+and memory stays bounded whatever the number of targets. Letters: n tracked training samples, M test
+samples, K targets, p of them in a panel.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as pa_dataset
 
 from ...storage.errors import CorruptStore, HydraError
+from ..targets import SAMPLES, TargetSet, coarsened, kind_of, store_of, target_set
 
 if TYPE_CHECKING:
     from ..handle import Run
@@ -30,25 +32,51 @@ _ROW_BYTES = 40
 """Of a contribution in flight: three columns, positions, and its place in the block."""
 
 
-def panels(run: Run, method: str, *, panel: int | None = None) -> Iterator[tuple[slice, Floats]]:
-    """Yield (positions among the test samples, block (n, p) float64), in order.
+def panels(
+    run: Run, method: str, *, panel: int | None = None, kind: str | None = None
+) -> Iterator[tuple[slice, Floats]]:
+    """Yield (positions among the targets, block (n, p) float64), in order.
 
-    Rows are those of ``run.samples(method)``, columns those of `tested`.
+    Rows are those of ``run.samples(method)``, columns those of `targets`.
+
+    Args:
+        run: The run.
+        method: The method.
+        panel: p; None: as many as fit a fixed budget.
+        kind: Kind of the columns, where it is coarser than the method's own targets; None: those.
 
     Raises:
         IncompleteStage: The method is not complete.
         CorruptStore: A pair is missing or is there twice.
     """
     tracked = run.samples(method)["train_index"].to_numpy().astype(np.int64)
-    tests = tested(run, method)
+    own = targets(run, method)
     width = panel or panel_width(len(tracked))
-    for start in range(0, len(tests), width):
-        chosen = tests[start : start + width]
-        yield slice(start, start + len(chosen)), _block(run, method, tracked, chosen)
+    coarse, weight = coarsened(own, kind or own.kind)
+    if weight is None:
+        yield from _panels(run, method, tracked, own, width)
+        return
+    for start in range(0, len(coarse), width):
+        span = slice(start, min(len(coarse), start + width))
+        total = np.zeros((len(tracked), span.stop - span.start))
+        for fine, block in _panels(run, method, tracked, own, panel_width(len(tracked))):
+            total += block @ weight[fine, span]
+        yield span, total
+
+
+def _panels(
+    run: Run, method: str, tracked: Integers, own: TargetSet, width: int
+) -> Iterator[tuple[slice, Floats]]:
+    """Yield panels of the method's own targets; rows are found by test sample, or else by label."""
+    column = "test_index" if own.kind == SAMPLES else "test_label"
+    ids = own.test_index if own.kind == SAMPLES else own.label
+    for start in range(0, len(ids), width):
+        chosen = ids[start : start + width]
+        yield slice(start, start + len(chosen)), _block(run, method, tracked, column, chosen)
 
 
 def panel_width(rows: int) -> int:
-    """Return how many test samples of ``rows`` contributions make a panel."""
+    """Return how many targets of ``rows`` contributions make a panel."""
     return max(1, PANEL_BYTES // (_ROW_BYTES * max(1, rows)))
 
 
@@ -63,10 +91,39 @@ def tested(run: Run, method: str) -> Integers:
         )
 
 
-def _block(run: Run, method: str, tracked: Integers, tests: Integers) -> Floats:
-    column = pa_dataset.field("test_index")
+def targets(run: Run, method: str) -> TargetSet:
+    """Return the targets of a complete method, in the order of `panels`.
+
+    Raises:
+        IncompleteStage: The store that says so is not there.
+    """
+    kind = kind_of(run.info, method)
+    if kind == SAMPLES:
+        index = tested(run, method)
+        return target_set(kind, index, _labels(run, method, index))
+    from ...storage.rows import RowStore
+
+    store = RowStore.open(run.directory.path(*store_of(kind).split("/")), "gradient")
+    index, label, count = (store.column(n).astype(np.int64) for n in ("test_index", "label", "count"))
+    return TargetSet(kind=kind, test_index=index, label=label, count=count)
+
+
+def _labels(run: Run, method: str, index: Integers) -> Integers:
+    """Return the labels of the test samples, (M,), from the test gradients or else from the table."""
+    try:
+        return run.test_gradients().column("label").astype(np.int64)
+    except HydraError:
+        found = np.full(len(index), -1, dtype=np.int64)
+        for batch in run.contributions(method).to_batches(columns=["test_index", "test_label"]):
+            at = np.searchsorted(index, batch["test_index"].to_numpy())
+            found[at] = batch["test_label"].to_numpy()
+        return found
+
+
+def _block(run: Run, method: str, tracked: Integers, key: str, tests: Integers) -> Floats:
+    column = pa_dataset.field(key)
     wanted = (column >= int(tests[0])) & (column <= int(tests[-1]))
-    names = ["train_index", "test_index", "contribution"]
+    names = ["train_index", key, "contribution"]
     block = np.full((len(tracked), len(tests)), np.nan)
     rows = 0
     for batch in run.contributions(method).to_batches(columns=names, filter=wanted, batch_readahead=2):
@@ -79,7 +136,7 @@ def _block(run: Run, method: str, tracked: Integers, tests: Integers) -> Floats:
         rows += int(inside.sum())
     if rows != block.size or np.isnan(block).any():
         raise CorruptStore(
-            f"{run.uri}: method {method} holds {rows:,} of {block.size:,} contributions to test samples "
+            f"{run.uri}: method {method} holds {rows:,} of {block.size:,} contributions to {key} "
             f"{tests[0]} to {tests[-1]}; see `hydra-pipe verify {run.uri}`"
         )
     return block

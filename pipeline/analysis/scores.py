@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .panels import panels
+from .panels import panels, targets
 from .ranking import auc, pearson, ranks, spearman
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Lds:
 
 
 def predict(run: Run, method: str, taken_Un: Floats) -> Floats:
-    """Return the predicted changes of the test losses, (U, M).
+    """Return the predicted changes of the losses of the method's targets, (U, K).
 
     Args:
         run: The run.
@@ -148,16 +148,16 @@ def detection(scores: Mapping[str, Floats], wrong: npt.NDArray[np.bool_]) -> lis
 
 
 def harm(run: Run, method: str) -> Floats:
-    """Return how much each training sample harms, over the test samples it harms, (n,).
+    """Return how much each training sample harms, over the targets it harms, (n,).
 
-    The mean over all test samples of max(0, -C(i, j)). In the mean of C(i, j) itself, the harm that a
+    The mean over all targets, each by its test samples, of max(0, -C(i, j)). In the mean of C(i, j) itself, the harm that a
     sample with a wrong label does is hidden by the help it gives elsewhere.
     """
-    total, tests = 0.0, 0
-    for _, block in panels(run, method):
-        total = total + np.maximum(-block, 0.0).sum(1)
-        tests += block.shape[1]
-    found: Floats = np.asarray(total) / tests
+    count = targets(run, method).count
+    total = 0.0
+    for span, block in panels(run, method):
+        total = total + (np.maximum(-block, 0.0) * count[span]).sum(1)
+    found: Floats = np.asarray(total) / int(count.sum())
     return found
 
 

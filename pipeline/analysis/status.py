@@ -14,12 +14,14 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ...storage.rundir import Manifest, RunDirectory
+from ..targets import KINDS, SAMPLES, kind_of, stage_of
 
 if TYPE_CHECKING:
     from ..handle import Run
 
 RECORD = "record"
 TEST_GRADIENTS = "test-gradients"
+TARGET_GRADIENTS = tuple(stage_of(kind) for kind in KINDS if kind != SAMPLES)
 ATTRIBUTE = "attribute"
 """Last part of the stage of an estimator beside HyDRA, and ``mode`` of its method in ``run.json``."""
 RETRAIN = "evaluate/retrain"
@@ -44,8 +46,8 @@ class StageState:
         state: ``complete``, ``partial`` or ``missing``.
         done: Units committed: shards, blocks of test samples, blocks of tracked samples.
         units: Units the stage has in all; None where the run does not say.
-        rows: Rows committed: test samples for ``test-gradients``, else tracked samples; None where
-            unknown.
+        rows: Rows committed: test samples for ``test-gradients``, targets where those are made and
+            in adjoint mode, else tracked samples; None where unknown.
         bytes: Bytes of the committed files.
         seconds: Wall time of the stage, or where that is unknown the sum over its units.
     """
@@ -98,6 +100,7 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
     """Return the state of every stage that the run has or is asked to have, in running order."""
     names = [RECORD, TEST_GRADIENTS]
     known = directory.stages()
+    names += [stage for stage in TARGET_GRADIENTS if stage in known or stage in info.get("stages", {})]
     for method in method_names(info):
         # Estimators that need no replay commit none: list what their run or run.json mentions.
         replay, reduce = f"{method}/replay", f"{method}/reduce"
@@ -109,6 +112,8 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
             names.append(adjoint)
         elif f"{method}/correction" in known or f"{method}/directions" in info.get("stages", {}):
             names += [f"{method}/directions", f"{method}/correction"]
+        elif kind_of(info, method) != SAMPLES:
+            names.append(adjoint)
         elif replay in known or replay in info.get("stages", {}) or reduce not in known:
             names.append(replay)
         names.append(reduce)
@@ -117,12 +122,15 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
 
 
 def method_names(info: Mapping[str, Any]) -> list[str]:
-    """Return the methods of a run: those in ``methods`` and the one being made, ``hydra`` first."""
+    """Return the methods of a run: those in ``methods`` and the one being made.
+
+    ``hydra`` comes first; those with classes for targets, then with the mean, come last.
+    """
     names = [str(name) for name in info.get("methods", {})]
     current = info.get("method")
     if isinstance(current, str) and current not in names:
         names.append(current)
-    return sorted(names, key=lambda name: name != "hydra")
+    return sorted(names, key=lambda name: (KINDS.index(kind_of(info, name)), name != "hydra"))
 
 
 def status(run: Run) -> dict[str, Any]:
@@ -230,12 +238,19 @@ def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None
 
 def _expected_rows(info: Mapping[str, Any], stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
-    if stage in (RECORD, RETRAIN) or stage.endswith((*SINGLE, "/correction")):
+    if stage in (RECORD, RETRAIN, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, "/correction")):
         return None
     if stage.startswith(OVER_TRAINING):
         return None
-    by_test = stage == TEST_GRADIENTS or stage.endswith(("/adjoint", f"/{ATTRIBUTE}"))
-    value = info.get("n_test_tracked" if by_test else "n_tracked")
+    if stage.endswith(("/adjoint", f"/{ATTRIBUTE}")):
+        return target_count(info, stage.rsplit("/", 1)[0])
+    value = info.get("n_test_tracked" if stage == TEST_GRADIENTS else "n_tracked")
+    return value if isinstance(value, int) else None
+
+
+def target_count(info: Mapping[str, Any], method: str) -> int | None:
+    """Return how many targets a method of a run has: its test samples, unless it notes another number."""
+    value = info.get("methods", {}).get(method, {}).get("n_targets", info.get("n_test_tracked"))
     return value if isinstance(value, int) else None
 
 

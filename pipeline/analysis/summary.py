@@ -17,6 +17,7 @@ import numpy as np
 
 from ...storage.errors import HydraError
 from ...storage.rundir import RESULTS
+from ..targets import MEAN, SAMPLES, kind_of
 from .status import command_line, stage_states
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
         method: The estimator whose samples are shown; None: the one made last by ``hydra-pipe run``.
 
     Returns:
-        ``run``, ``recipe``, ``method``, ``n_train``, ``n_test``, ``n_tracked``,
+        ``run``, ``recipe``, ``method``, ``targets``, ``n_train``, ``n_test``, ``n_tracked``,
         ``n_test_tracked``, ``dimension``; ``accuracy`` with ``train`` and ``test`` (0 to 1);
         ``memory`` with ``peak_bytes`` and ``predicted_bytes``; ``stages`` (``stage``, ``units``,
         ``rows``, ``bytes``, ``seconds``); ``disk`` (``path``, ``bytes``, ``files``); ``helpful``
@@ -62,6 +63,7 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
         "run": run.uri,
         "recipe": run.recipe,
         "method": method,
+        "targets": None if method is None else kind_of(info, method),
         **{key: info.get(key) for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")},
         "accuracy": {
             "train": _accuracy(run, noted, "train_accuracy"),
@@ -128,14 +130,14 @@ def _next(run: Run, method: str | None, methods: list[str]) -> list[str]:
     if method is None:
         return [command_line(run.info.get("spec", {}), uri=run.uri)]
     where = shlex.quote(run.uri)
-    tests = run.contributions(method).head(1, columns=["test_index"])["test_index"].to_pylist()
-    test = f" --test {tests[0]}" if tests else ""
+    first = run.contributions(method).head(1, columns=["test_index", "test_label"]).to_pylist()
+    kind = kind_of(run.info, method)
+    column, option = ("test_index", "--test") if kind == SAMPLES else ("test_label", "--class")
+    test = f" {option} {first[0][column]}" if first and kind != MEAN else ""
     chosen = "" if method == methods[0] else f" --method {method}"
     glob = run.directory.path("contributions", f"method={method}", "*.parquet").replace("'", "''")
-    query = (
-        f"SELECT train_index, avg(contribution) AS c FROM '{glob}' "
-        "WHERE train_label <> test_label GROUP BY 1 ORDER BY c LIMIT 10"
-    )
+    other = "" if kind == MEAN else "WHERE train_label <> test_label "
+    query = f"SELECT train_index, avg(contribution) AS c FROM '{glob}' {other}GROUP BY 1 ORDER BY c LIMIT 10"
     return [
         f"hydra-pipe top {where}{test} --harmful{chosen}",
         f"hydra-pipe verify {where}",

@@ -9,13 +9,21 @@ import pyarrow as pa
 import pyarrow.dataset as pa_dataset
 
 from ...storage.errors import HydraError, InputError
+from ..targets import CLASSES, MEAN, SAMPLES, kind_of
+from .panels import targets
 
 if TYPE_CHECKING:
     from ..handle import Run
 
 
 def top(
-    run: Run, *, k: int = 10, test: int | None = None, harmful: bool = False, method: str | None = None
+    run: Run,
+    *,
+    k: int = 10,
+    test: int | None = None,
+    label: int | None = None,
+    harmful: bool = False,
+    method: str | None = None,
 ) -> pa.Table:
     """Return the ``k`` training samples with the largest (or smallest) contributions.
 
@@ -24,21 +32,28 @@ def top(
         k: How many; all of them when there are fewer.
         test: A ``test_index`` for C(i, j) of that test sample; None for C(i), the mean over the
             test samples (Eq. 7).
+        label: A class, for the mean over the test samples of that label; not with ``test``.
         harmful: Smallest contributions first instead of largest first.
         method: The estimator; the run's default when None.
 
     Returns:
         A table sorted by contribution, ties by ``train_index``: ``rank`` (from 1),
-        ``train_index``, ``label`` (-1: none), ``contribution``; without ``test`` also
-        ``contribution_std`` and ``visits``, with it also ``test_index`` and ``test_label``.
+        ``train_index``, ``label`` (-1: none), ``contribution``; without ``test`` and ``label`` also
+        ``contribution_std`` and ``visits``, with one of them also ``test_index`` and ``test_label``.
 
     Raises:
-        InputError: ``k`` is below 1, or the run does not hold that test sample.
+        InputError: ``k`` is below 1, or the method does not hold that test sample or class.
         IncompleteStage: The method is not complete.
     """
     if k < 1:
         raise InputError(f"k is {k}; it must be at least 1")
-    if test is None:
+    if test is not None and label is not None:
+        raise InputError(
+            f"test sample {test} and class {label}: a test sample has one class; give one of them"
+        )
+    if label is not None:
+        chosen = _one_class(run, k=k, label=label, harmful=harmful, method=run.method(method))
+    elif test is None:
         table = run.samples(method)
         order = _order(table["train_index"].to_numpy(), table["contribution"].to_numpy(), harmful)
         chosen = table.take(pa.array(order[:k]))
@@ -51,7 +66,10 @@ def top(
 
 def _one_test_sample(run: Run, *, k: int, test: int, harmful: bool, method: str | None) -> pa.Table:
     """Stream the rows of one test sample, keeping the best ``k``; statistics prune the rest."""
-    dataset = run.contributions(method)
+    name = run.method(method)
+    if kind_of(run.info, name) != SAMPLES:
+        raise _no_such_target(run, name, f"test sample {test}", (SAMPLES,))
+    dataset = run.contributions(name)
     # An index outside int32 would overflow in the filter; it is not in the run either way.
     if not 0 <= test < 2**31:
         raise _unknown(run, test)
@@ -76,6 +94,48 @@ def _one_test_sample(run: Run, *, k: int, test: int, harmful: bool, method: str 
             "test_label": best["test_label"],
         }
     )
+
+
+def _one_class(run: Run, *, k: int, label: int, harmful: bool, method: str) -> pa.Table:
+    """Stream the rows of one class and average them by training sample."""
+    if kind_of(run.info, method) == MEAN:
+        raise _no_such_target(run, method, f"class {label}", (SAMPLES, CLASSES))
+    held = targets(run, method)
+    if label < 0 or label not in held.label:
+        known = ", ".join(str(c) for c in np.unique(held.label[held.label >= 0]).tolist())
+        raise InputError(
+            f"class {label}: method {method} of {run.uri} has test samples of "
+            + (f"classes {known}; choose one of them" if known else "no class; use --test")
+        )
+    table = run.samples(method)
+    tracked = table["train_index"].to_numpy()
+    total = np.zeros(len(tracked))
+    wanted = pa_dataset.field("test_label") == label
+    for batch in run.contributions(method).to_batches(columns=["train_index", "contribution"], filter=wanted):
+        at = np.searchsorted(tracked, batch["train_index"].to_numpy())
+        total += np.bincount(at, weights=batch["contribution"].to_numpy(), minlength=len(tracked))
+    value = total / int((held.label == label).sum())
+    order = _order(tracked, value, harmful)[:k]
+    return pa.table(
+        {
+            "train_index": pa.array(tracked[order]),
+            "label": table["label"].take(pa.array(order)),
+            "contribution": pa.array(value[order]),
+            "test_index": pa.array(np.full(len(order), -1, np.int32)),
+            "test_label": pa.array(np.full(len(order), label, np.int16)),
+        }
+    )
+
+
+def _no_such_target(run: Run, method: str, asked: str, kinds: tuple[str, ...]) -> InputError:
+    """Return the refusal of what only methods with targets of the given kinds can answer."""
+    own = kind_of(run.info, method)
+    held = {CLASSES: "a mean a class", MEAN: "the mean over all test samples"}[own]
+    able = [f"--method {name}" for name in run.methods() if kind_of(run.info, name) in kinds]
+    remedy = able[0] if able else "a method made with --targets " + " or ".join(kinds)
+    choice = "--class C, or " if own == CLASSES else ""
+    none = "no classes" if CLASSES in kinds else "no single test samples"
+    return InputError(f"{asked}: method {method} of {run.uri} holds {held} and {none}; use {choice}{remedy}")
 
 
 def _order(train_index: np.ndarray, contribution: np.ndarray, harmful: bool) -> np.ndarray:

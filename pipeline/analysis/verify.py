@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from ...storage.errors import CorruptStore, HydraError
 from ...storage.files import list_files
+from ..targets import KINDS, stage_of, store_of
 from . import conservation as law
 from .conservation import conservation
 from .contents import Contents
@@ -29,8 +30,8 @@ Progress = Callable[[int, int, str], None]
 T = TypeVar("T")
 
 _RESULTS = re.compile(
-    r"(?P<kind>trajectory\.zarr|test_gradients\.zarr|hypergradients|contributions|samples|interclass)/"
-    r"(?:method=(?P<method>[^/]+?)(?:\.zarr)?/)?"
+    r"(?P<kind>trajectory\.zarr|test_gradients\.zarr|hypergradients|target_gradients|"
+    r"contributions|samples|interclass)/(?:(?:method|targets)=(?P<method>[^/]+?)(?:\.zarr)?/)?"
 )
 GROUP_BYTES, GROUP_FILES = 256 << 20, 64
 """How much is hashed between two moves of the progress bar."""
@@ -107,6 +108,9 @@ class _Verifier:
             self._guard("trajectory.zarr", contents.trajectory)
         if self._readable(TEST_GRADIENTS, "test_gradients.zarr"):
             self._guard("test_gradients.zarr", contents.test_gradients)
+        for kind in KINDS[1:]:
+            if self._state(stage_of(kind)) != "missing" and self._readable(stage_of(kind), store_of(kind)):
+                self._guard(store_of(kind), partial(contents.target_gradients, kind))
         record = not any(path.startswith("trajectory.zarr/") for path in self.damaged)
         found: dict[str, Any] = {}
         for method in method_names(self.info):
@@ -159,7 +163,7 @@ class _Verifier:
 
     def _strays(self) -> None:
         """Report files in result directories that no manifest lists: readers' globs would find them."""
-        known = set(method_names(self.info))
+        known = {*method_names(self.info), *KINDS}
         waiting: dict[str, int] = {}
         litter = self.run.directory.litter()
         for path in list_files(self.run.uri):
@@ -218,6 +222,8 @@ def _stage_of(kind: str, method: str | None) -> str | None:
         return RECORD
     if kind == "test_gradients.zarr":
         return TEST_GRADIENTS
+    if kind == "target_gradients":
+        return method and stage_of(method)
     return method and f"{method}/{'replay' if kind == 'hypergradients' else 'reduce'}"
 
 

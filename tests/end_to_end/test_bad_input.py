@@ -91,6 +91,18 @@ RUNS = {
     "--checkpoint-every 0": wrong("--checkpoint-every", "0", says=("--checkpoint-every",), code=2),
     "unknown executor": wrong("--executor", "dask", says=("--executor", "dask"), code=2),
     "unknown mode": wrong("--mode", "sideways", says=("--mode", "sideways"), code=2),
+    "unknown targets": wrong("--targets", "each", says=("--targets", "each"), code=2),
+    "classes in forward mode": wrong(
+        "--targets", "classes", says=("targets 'classes'", "adjoint", "samples")
+    ),
+    "classes without labels": wrong(
+        "--mode",
+        "adjoint",
+        "--targets",
+        "classes",
+        recipe="tests.pipeline.test_targets:Unlabelled",
+        says=("targets 'classes'", "no label", "labels()"),
+    ),
     "exact rank without ekfac": wrong("--exact-rank", "3", says=("exact_rank 3", "ekfac")),
     "a bad address": wrong(
         "--executor", "ray", "--address", "ray://head:10001", says=("ray://head", "host:port")

@@ -8,11 +8,12 @@ from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers import adjoint
 from hydra_pipe.workers.adjoint import Adjoint
 from hydra_pipe.workers.exact import ExactReplay
+from hydra_pipe.workers.hessian_tiles import TILE
 from hydra_pipe.workers.record import Recorder
 from hydra_pipe.workers.training import Compute, Training
 
 from tests import oracle
-from tests.recipes import TRACEABLE, BatchNormed, Images, Long, Small, TwoGroups
+from tests.recipes import TRACEABLE, BatchNormed, Images, Long, Sequences, Small, TwoGroups
 
 EXACT = Compute(dtype="float64", device="cpu", batch_norm="coupled")
 SINGLE = Compute(dtype="float32", device="cpu", batch_norm="coupled")
@@ -68,14 +69,22 @@ def test_forward_equals_adjoint_in_float32(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Images, BatchNormed], ids=lambda k: k.__name__)
-def test_segments_and_subsets_change_no_bit(kind, tmp_path, monkeypatch):
+def test_segments_and_other_tracked_samples_change_no_bit_of_a_tile_of_targets(kind, tmp_path, monkeypatch):
     recipe = kind()
     trajectory = recorded(recipe, tmp_path, SINGLE, every=7)
-    vectors = directions(len(trajectory.checkpoint(0).weights), 5).astype(np.float32)
+    vectors = directions(len(trajectory.checkpoint(0).weights), TILE + 3).astype(np.float32)
     whole = Adjoint(Training(recipe, SINGLE), trajectory, np.arange(44)).run(vectors)
     monkeypatch.setattr(adjoint, "SEGMENT_BYTES", 1)  # one step at a time: segments halved to the end
-    halved = Adjoint(Training(recipe, SINGLE), trajectory, np.array([3, 9, 40])).run(vectors[1:3])
-    assert np.array_equal(halved, whole[1:3][:, [3, 9, 40]])
+    for tile in (slice(0, TILE), slice(TILE, None)):
+        halved = Adjoint(Training(recipe, SINGLE), trajectory, np.array([3, 9, 40])).run(vectors[tile])
+        assert np.array_equal(halved, whole[tile][:, [3, 9, 40]])
+
+
+@pytest.mark.parametrize("kind", [Images, BatchNormed, TwoGroups, Sequences], ids=lambda k: k.__name__)
+def test_other_tracked_samples_change_no_bit_of_a_row(kind, tmp_path):
+    recipe = kind()
+    trajectory = recorded(recipe, tmp_path, SINGLE)
     every = ExactReplay(Training(recipe, SINGLE), trajectory, np.arange(44)).run().numpy(0, 44)
-    part = ExactReplay(Training(recipe, SINGLE), trajectory, np.array([3, 9, 40])).run().numpy(0, 3)
-    assert np.array_equal(part, every[[3, 9, 40]])
+    for chosen in ([3, 9, 40], [40], list(range(1, 44, 2))):
+        part = ExactReplay(Training(recipe, SINGLE), trajectory, np.array(chosen)).run()
+        assert np.array_equal(part.numpy(0, len(chosen)), every[chosen])

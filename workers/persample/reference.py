@@ -8,7 +8,7 @@ samples do not see each other and nothing is random.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -106,16 +106,34 @@ def _coupled_forward(module: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, module.weight, module.bias, True, 0.0, module.eps)
 
 
+def _embedding_forward(module: Any, tokens: Tensor) -> Tensor:
+    rows = F.embedding(tokens, module.weight)
+    return torch.where((tokens == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
+
+
+def _as_backward_sees_it(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+    if uses_batch_statistics(module):
+        return _coupled_forward
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.max_norm is None:
+        return _embedding_forward
+    return None
+
+
 @contextmanager
-def unrecorded_statistics(model: nn.Module) -> Iterator[None]:
-    """Let BatchNorm layers normalise as in training, without noting the batch in their buffers."""
-    coupled = [module for module in model.modules() if uses_batch_statistics(module)]
-    for module in coupled:
-        module.__dict__["forward"] = partial(_coupled_forward, module)
+def differentiable_layers(model: nn.Module) -> Iterator[None]:
+    """Let layers compute what they do in training in a form whose forward-mode derivative is backward's.
+
+    BatchNorm does not note the batch in its buffers, which ``torch.func`` refuses; rows of an Embedding
+    at ``padding_idx`` count as constants, as they do in its backward pass.
+    """
+    found = [(module, _as_backward_sees_it(module)) for module in model.modules()]
+    changed = [(module, forward) for module, forward in found if forward is not None]
+    for module, forward in changed:
+        module.__dict__["forward"] = partial(forward, module)
     try:
         yield
     finally:
-        for module in coupled:
+        for module, _ in changed:
             module.__dict__.pop("forward", None)
 
 
@@ -124,4 +142,4 @@ def couples_samples(model: nn.Module) -> bool:
     return any(uses_batch_statistics(module) for module in model.modules())
 
 
-__all__ = ["LossModule", "constant_statistics", "couples_samples", "func", "unrecorded_statistics", "vjp"]
+__all__ = ["LossModule", "constant_statistics", "couples_samples", "differentiable_layers", "func", "vjp"]

@@ -33,6 +33,7 @@ SIZES: Mapping[str, Any] = {
     "epochs": 40,
     "every": 2,
     "influence_from": 20,
+    "methods": None,
     "ekfac": True,
     "damping": 3.0,
     "scale": 200.0,
@@ -90,7 +91,8 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     course = Course(
         every=sizes["every"],
         influence_from=sizes["influence_from"],
-        options={"influence-lissa": lissa},
+        methods=sizes["methods"],
+        options={"influence-lissa": lissa} if "influence-lissa" in (sizes["methods"] or ("influence-lissa",)) else {},
         raw_decay=True,
     )
     found = over_training(place, course, recipe, **given)

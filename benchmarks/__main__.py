@@ -20,8 +20,15 @@ WIDE = 170
 """Columns of the tables where there is no terminal that says otherwise."""
 
 NAMES = (
-    *("replay", "reduce", "hessian", "speedup", "memory", "startup", "storage"),
-    *("fidelity", "approximation"),
+    "replay",
+    "reduce",
+    "hessian",
+    "speedup",
+    "memory",
+    "startup",
+    "storage",
+    "fidelity",
+    "approximation",
 )
 
 

@@ -85,6 +85,14 @@ def _scalar(text: str) -> Any:
 @click.argument("recipe", required=False, metavar="[RECIPE]")
 @estimator_options
 @click.option("--overwrite", is_flag=True, help="Do a method again whose options differ from RUN's.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="Do so for K seeds and average: NAME-seedsK. Records that are missing are made.",
+)
 @click.option("--executor", type=click.Choice(["ray", "serial"]), help="Where blocks run.  [default: RUN's]")
 @click.option("--address", metavar="ADDRESS", help="Ray cluster to use, as for run.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Actors at a time.")
@@ -102,6 +110,7 @@ def attribute(
     estimators: tuple[str, ...],
     estimator_options: tuple[str, ...],
     overwrite: bool,
+    seeds: int,
     output_format: str,
     quiet: bool,
     **placement: Any,
@@ -117,10 +126,12 @@ def attribute(
         raise click.UsageError("name an estimator with --method, such as --method influence-cg")
     methods = read_methods(estimators, estimator_options)
     from ..pipeline.attribute import attribute as add
+    from ..pipeline.spec import averaged
 
     with watching(quiet) as observer:
-        finished = add(run, methods, recipe, observer=observer, overwrite=overwrite, **placement)
-    found = finished.summary(list(methods)[-1])
+        finished = add(run, methods, recipe, observer=observer, overwrite=overwrite, seeds=seeds, **placement)
+    last = list(methods)[-1]
+    found = finished.summary(averaged(last, seeds) if seeds > 1 else last)
     if output_format == "json":
         emit_json(found)
     else:

@@ -9,7 +9,9 @@ import click
 
 from .options import debug_option, format_option, method_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables
-from .progress import reading
+from .progress import reading, watching
+from .spec_options import parse_pairs
+from .verification_views import deep_tables
 from .views import samples_table, status_tables, verification_tables
 
 _run_argument = click.argument("run")
@@ -98,37 +100,96 @@ def top(
         emit_tables(samples_table(title, rows, kind_of(opened.info, method)))
 
 
-@click.command(short_help="Check every file of RUN against its manifest.")
+@click.command(short_help="Check every file of RUN; with --deep also its numbers.")
 @_run_argument
+@click.argument("recipe", required=False, metavar="[RECIPE]")
+@click.option("--deep", is_flag=True, help="Also compute a few rows again with a slow, plain reference.")
+@click.option(
+    "--rows",
+    default=3,
+    show_default=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --deep: how many training samples, from different shards.",
+)
+@click.option("--rows-seed", default=0, show_default=True, metavar="N", help="With --deep: which samples.")
+@click.option(
+    "--set",
+    "recipe_args",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="With --deep: keyword argument of the recipe's constructor, beside the run's; repeatable.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="With --deep: where to compute.  [default: the run's]",
+)
 @format_option("table", "json", "csv")
 @quiet_option
 @debug_option
 @click.pass_context
-def verify(ctx: click.Context, run: str, output_format: str, quiet: bool) -> None:
+def verify(
+    ctx: click.Context,
+    run: str,
+    recipe: str | None,
+    deep: bool,
+    rows: int,
+    rows_seed: int,
+    recipe_args: tuple[str, ...],
+    device: str | None,
+    output_format: str,
+    quiet: bool,
+) -> None:
     """Check every file of RUN against its manifest, and the contents against each other.
 
     Reads everything once or twice: sizes and sha256, stray files, row counts, finite values,
     digests of the checkpoints, and for fast hypergradients of all samples the conservation law.
     Exit code 1 when something is wrong. CSV has one row a finding.
 
+    With --deep a few rows of every method are computed again, densely and in float64, and the
+    largest deviations reported. That trains again in this process and takes a Hessian product a row
+    and step where the run has exact hypergradients. RECIPE is what RUN was made from; it can be left
+    out for a built-in one, and is never imported because a stored run names it.
+
     Example: hydra-pipe verify runs/digits
     """
+    given = recipe or recipe_args or device or rows != 3 or rows_seed != 0
+    if given and not deep:
+        raise click.UsageError("RECIPE, --rows, --rows-seed, --set and --device belong to --deep; add it")
     from ..pipeline.analysis.verify import verify as check
     from ..pipeline.handle import open_run
 
     opened = open_run(run)
     with reading("verifying", quiet) as move:
         found = check(opened, progress=lambda done, total, what: move(done, total))
-    document = {"ok": found.ok, **asdict(found)}
+    document: dict[str, Any] = {"ok": found.ok, **asdict(found)}
+    if deep and found.ok:  # numbers of damaged files need no second opinion
+        from ..pipeline.deep import verify_deep
+
+        overrides = {"device": device, "recipe_args": parse_pairs(recipe_args) or None}
+        with watching(quiet) as observer:
+            again = verify_deep(opened, recipe, rows=rows, seed=rows_seed, observer=observer, **overrides)
+        checks = [{**asdict(entry), "ok": entry.ok} for entry in again.checks]
+        document |= {
+            "ok": again.ok,
+            "problems": (*found.problems, *again.problems),
+            "notes": (*found.notes, *again.notes),
+            "deep": {"ok": again.ok, **asdict(again), "checks": checks},
+        }
+    elif deep:
+        document["notes"] = (*found.notes, "nothing was computed again: correct the problems first")
     if output_format == "json":
         emit_json(document)
     elif output_format == "csv":
-        findings = [{"kind": "problem", "text": text} for text in found.problems]
-        findings += [{"kind": "note", "text": text} for text in found.notes]
+        findings = [{"kind": "problem", "text": text} for text in document["problems"]]
+        findings += [{"kind": "note", "text": text} for text in document["notes"]]
         emit_csv(("kind", "text"), findings)
     else:
-        emit_tables(*verification_tables(document))
-    if not found.ok:
+        emit_tables(
+            *(deep_tables(document["deep"]) if "deep" in document else ()), *verification_tables(document)
+        )
+    if not document["ok"]:
         ctx.exit(1)
 
 

@@ -178,6 +178,13 @@ def _placement(function: Any) -> Any:
     metavar="S,...|none",
     help="Sizes of random changes of all sample weights; S is as large as removing a share of S*S.",
 )
+@click.option(
+    "--seeds",
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="Retrain with K seeds of a run made with --seeds, and score against their mean loss.",
+)
 @_figures
 @_placement
 @format_option("table", "json", "csv")
@@ -219,6 +226,7 @@ def evaluate(
         leave_one_out=options["leave_one_out"],
         remove=options["remove"],
         perturb=options["perturb"],
+        seeds=options["seeds"],
     )
     given = {
         name: options[name]

@@ -25,7 +25,9 @@ def _run(ctx: click.Context, stages: Sequence[str] | None, methods: Methods | No
             from ..pipeline.attribute import PLACEMENT, attribute
 
             placement = {name: getattr(spec, name) for name in PLACEMENT}
-            finished = attribute(finished.uri, methods, spec.recipe, observer=observer, **placement)
+            finished = attribute(
+                finished.uri, methods, spec.recipe, observer=observer, seeds=spec.seeds, **placement
+            )
     found = finished.summary()
     if ctx.params["output_format"] == "json":
         emit_json(found)

@@ -88,6 +88,13 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     _option("--epochs", "the recipe's", "Passes over the training samples.", type=_POSITIVE, metavar="N"),
     _option("--batch-size", "the recipe's", "Samples a step.", type=_POSITIVE, metavar="B"),
     _option("--seed", "the recipe's", "Of initial weights, batch order and dropout.", type=int, metavar="N"),
+    _option(
+        "--seeds",
+        "1",
+        "Train with K seeds, from --seed on, and average the contributions: METHOD-seedsK, with their spread.",
+        type=_POSITIVE,
+        metavar="K",
+    ),
     click.option(
         "--set",
         "recipe_args",
@@ -170,6 +177,13 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "With ekfac: at most how many training samples the curvature is averaged over.",
         type=_POSITIVE,
         metavar="N",
+    ),
+    _option(
+        "--curvature-core",
+        "256",
+        "With ekfac: leading coordinates that keep their full curvature, across layers too; 0: none.",
+        type=click.IntRange(min=0),
+        metavar="C",
     ),
     _option(
         "--max-attempts",

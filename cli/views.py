@@ -30,7 +30,7 @@ def summary_tables(found: Mapping[str, Any]) -> list[Table | str]:
         else show_bytes(peak)
         + ("" if predicted is None else f", planned were {show_bytes(predicted)} (largest worker)"),
     }
-    parts: list[Table | str] = [_facts(None, facts), ""]
+    parts: list[Table | str] = [*_warnings(found), _facts(None, facts), ""]
     stages = Table(
         title=None,
         columns=(
@@ -75,9 +75,12 @@ def samples_table(title: str, rows: list[dict[str, Any]], targets: str | None = 
         Column(key="original_label", header="true label", right=True, kind="text"),
         Column(key="contribution", header="contribution", right=True, kind="signed"),
         *([Column(key="contribution_std", header=over, right=True, kind="signed")] * (targets != "mean")),
+        Column(key="contribution_spread", header="std over seeds", right=True, kind="signed"),
         Column(key="visits", header="visits", right=True),
     ]
     filled = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
+    if any(column.key == "contribution_spread" for column in filled):  # no room for both
+        filled = [column for column in filled if column.key != "visits"]
     # -1 is how files say that there is no label; people are told with a dash.
     rows = [{**row, "label": None if row.get("label") == -1 else row.get("label")} for row in rows]
     return Table(title=title, columns=filled, rows=rows)
@@ -110,7 +113,8 @@ def status_tables(found: Mapping[str, Any]) -> list[Table | str]:
         ),
         rows=rows,
     )
-    parts: list[Table | str] = [_facts(None, facts), "", stages]
+    facts["other seeds"] = ", ".join(f"{r['seed']} ({r['state']})" for r in found["seeds"]) or None
+    parts: list[Table | str] = [*_warnings(found), _facts(None, facts), "", stages]
     if found["resume"]:
         parts += ["", "to do what is missing:", f"  {found['resume']}"]
     return parts
@@ -198,6 +202,11 @@ def words(key: str) -> str:
 def _facts(title: str | None, facts: Mapping[str, Any]) -> Table:
     rows = [{"key": key, "value": value} for key, value in facts.items() if value is not None]
     return Table(title=title, columns=_KEY_VALUE, rows=rows, header=False)
+
+
+def _warnings(found: Mapping[str, Any]) -> list[Table | str]:
+    lines: list[Table | str] = [f"warning: {plain(text)}" for text in found.get("warnings", ())]
+    return [*lines, ""] if lines else []
 
 
 def _of(tracked: int | None, total: int | None, what: str) -> str | None:

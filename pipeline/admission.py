@@ -72,7 +72,11 @@ def method_options(spec: RunSpec) -> dict[str, Any]:
     """Return what a method depends on beyond the run's identity."""
     if spec.hessian != "ekfac":
         return {}
-    return {"checkpoints": spec.curvature_checkpoints, "samples": spec.curvature_samples}
+    return {
+        "checkpoints": spec.curvature_checkpoints,
+        "samples": spec.curvature_samples,
+        "core": spec.curvature_core,
+    }
 
 
 def chosen(looked: Survey) -> dict[str, Any]:

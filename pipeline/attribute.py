@@ -26,8 +26,9 @@ from .events import Note, Observer, RunFinished, RunStarted, null
 from .executors import make_executor
 from .handle import Run, open_run
 from .plan import Plan, cut
+from .seeds import announce, average, check_data, drive_members, naming, seeds_of
 from .sharding import EXACT_TARGETS, spans
-from .spec import RunSpec
+from .spec import RunSpec, averaged
 from .spec_stored import PLACEMENT, stored_spec
 from .stages import INDEX, units_of
 from .survey import Survey, survey
@@ -55,6 +56,7 @@ def attribute(
     *,
     observer: Observer | None = None,
     overwrite: bool = False,
+    seeds: int = 1,
     **placement: Any,
 ) -> Run:
     """Add estimators' contributions to a run, or go on doing so.
@@ -66,6 +68,8 @@ def attribute(
             stored run names is never imported unasked.
         observer: Hears of everything that happens.
         overwrite: Do a method again whose options differ from what the run holds.
+        seeds: Do so for as many seeds and average: the ensemble ``NAME-seedsK``. Records that are
+            missing are made.
         placement: Fields of ``RunSpec`` named in ``PLACEMENT``; the rest is the run's.
 
     Returns:
@@ -82,7 +86,7 @@ def attribute(
         raise SpecError(f"no estimator is named; use one of {', '.join(ESTIMATORS)}")
     chosen = {name: make(name, options) for name, options in methods.items()}
     with restored_process():
-        return _attribute(uri, chosen, recipe, observer or null, overwrite, placement)
+        return _attribute(uri, chosen, recipe, observer or null, overwrite, seeds, placement)
 
 
 def _attribute(
@@ -91,30 +95,61 @@ def _attribute(
     recipe: Recipe | str | None,
     observer: Observer,
     overwrite: bool,
+    seeds: int,
     placement: Mapping[str, Any],
 ) -> Run:
     found = open_run(uri)
-    spec = stored_spec(found, recipe, placement, command="attribute")
+    spec = replace(stored_spec(found, recipe, placement, command="attribute"), seeds=seeds)
+    # The mode of HyDRA's own fast method, so that going on beside it is no other specification.
+    mode = found.info.get("methods", {}).get(spec.base_method, {}).get("mode", spec.mode)
+    spec = replace(spec, mode=mode)
     refuse_unsupported(spec)
     looked = survey(spec, trial=False)
     place(spec, looked)
     stored = stored_run(found.directory, spec, looked)
     assert stored is not None  # the run is there, and what differs has been refused
-    for name, estimator in chosen.items():
-        _check_options(found.directory, stored, name, estimator, overwrite, observer)
+    data = check_data(spec, looked, found.directory) if seeds > 1 else {}
     executor = make_executor(spec)
     try:
         observer(RunStarted(uri=found.uri, recipe=looked.recipe.name, resumed=True))
-        for estimator in chosen.values():
-            capacity = executor.capacity(start=False)
-            stored = found.directory.read()
-            plan = _plan(spec, looked, stored, estimator, capacity)
-            _Attribution(spec, looked, plan, found.directory, executor, observer, stored, estimator).drive()
+        _add(spec, looked, found.directory, chosen, executor, observer, overwrite)
+        if seeds > 1:
+            for name in chosen:
+                announce(found.directory, name, seeds_of(spec, looked))
+            needed = (RECORD, TEST_GRADIENTS)
+            members = drive_members(spec, looked, found.directory, data, executor, observer, needed)
+            for m in members:
+                with naming(m.seed):
+                    place_of = found.directory.of_seed(m.seed)
+                    _add(m.spec, m.looked, place_of, chosen, executor, observer, overwrite)
+            for name in chosen:
+                average(spec, looked, found.directory, name, executor, observer)
     finally:
         executor.close()
     finished = open_run(found.uri)
-    observer(RunFinished(summary=finished.summary(list(chosen)[-1])))
+    last = list(chosen)[-1]
+    observer(RunFinished(summary=finished.summary(averaged(last, seeds) if seeds > 1 else last)))
     return finished
+
+
+def _add(
+    spec: RunSpec,
+    looked: Survey,
+    directory: RunDirectory,
+    chosen: Mapping[str, Estimator],
+    executor: Executor,
+    observer: Observer,
+    overwrite: bool,
+) -> None:
+    """Do the estimators' stages in one run."""
+    stored = directory.read()
+    for name, estimator in chosen.items():
+        _check_options(directory, stored, name, estimator, overwrite, observer)
+    for estimator in chosen.values():
+        capacity = executor.capacity(start=False)
+        stored = directory.read()
+        plan = _plan(spec, looked, stored, estimator, capacity)
+        _Attribution(spec, looked, plan, directory, executor, observer, stored, estimator).drive()
 
 
 def _check_options(
@@ -165,7 +200,7 @@ def _plan(
         each = max(TARGETS, each)
         count = max(math.ceil(tested / each), min(slots, math.ceil(tested / TARGETS)))
     # Blocks of targets are the exact adjoint's shards; how many fit was decided here.
-    shaped = replace(spec, mode="adjoint", hessian="exact", exact_rank=0, memory=None)
+    shaped = replace(spec, mode="adjoint", hessian="exact", exact_rank=0, memory=None, seeds=1)
     return cut(shaped, looked, {**capacity, "memory_per_worker": 0}, shards=count)
 
 

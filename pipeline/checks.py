@@ -210,6 +210,7 @@ CHECKS: dict[str, Check] = {
     "epochs": _whole(1, optional=True),
     "batch_size": _whole(1, optional=True),
     "seed": _whole(0, 2**63 - 1, optional=True),
+    "seeds": _whole(1),
     "executor": _one_of("ray", "serial"),
     "address": _address,
     "gpus_per_actor": _number(0, optional=True, whole_above_one=True),
@@ -224,6 +225,7 @@ CHECKS: dict[str, Check] = {
     "checkpoint_every": _whole(1, optional=True),
     "curvature_checkpoints": _whole(1),
     "curvature_samples": _whole(1),
+    "curvature_core": _whole(0),
     "max_attempts": _whole(1),
     "start_timeout": _number(0.1),
 }

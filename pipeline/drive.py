@@ -18,6 +18,7 @@ from ..storage.errors import SpecError
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
+from ..workers.curvature import passes
 from ..workers.determinism import restored_process
 from ..workers.training import Compute
 from .admission import method_options, place, refuse_unsupported, stored_run
@@ -32,10 +33,11 @@ from .executors import make_executor
 from .handle import Run, open_run
 from .notes import closing_notes, run_notes
 from .plan import Plan, cut
+from .preflight import PreflightStages
 from .reduce import ReduceJob, interclass_table
 from .sharding import EXACT_TARGETS, spans
 from .spec import RunSpec
-from .stages import INDEX, Stages, units_of
+from .stages import INDEX, units_of
 from .survey import Survey, compute_of, survey
 from .targets import SAMPLES, stage_of, store_of
 from .tasks import (
@@ -80,29 +82,43 @@ def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str
 def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
     refuse_unsupported(spec)
     looked = survey(spec)
-    directory = RunDirectory(place(spec, looked))
-    stored = stored_run(directory, spec, looked)
-    replaced = stored is None and directory.exists()
     executor = make_executor(spec)
     try:
-        # A resumed run keeps the cut it began with, whatever `auto` would choose today.
-        before = stored.get("methods", {}).get(spec.base_method, {}) if stored else {}
-        fixed = before.get("shards")
-        plan = cut(spec, looked, executor.capacity(start=False), shards=fixed)
-        if replaced:  # only now: what cannot be done must not cost the run that is there
-            directory.delete_results()
-            observer(Note(message=f"replaced the run at {directory.uri}"))
-        observer(RunStarted(uri=directory.uri, recipe=looked.recipe.name, resumed=stored is not None))
-        driver = _Driver(spec, looked, plan, directory, executor, observer, stored or {})
-        driver.drive(stages)
+        if spec.seeds > 1:
+            from .seeds import run_seeds
+
+            run_seeds(spec, looked, executor, observer, stages)
+        else:
+            make_driver(spec, looked, executor, observer).drive(stages)
     finally:
         executor.close()
-    finished = open_run(directory.uri)
+    finished = open_run(place(spec, looked))
     observer(RunFinished(summary=finished.summary()))
     return finished
 
 
-class _Driver(Stages):
+def make_driver(spec: RunSpec, looked: Survey, executor: Executor, observer: Observer) -> _Driver:
+    """Return what drives one run, after all that speaks against starting it was found.
+
+    Raises:
+        SpecMismatch: See `run`.
+        DoesNotFit: See ``make_plan``.
+    """
+    directory = RunDirectory(place(spec, looked))
+    stored = stored_run(directory, spec, looked)
+    replaced = stored is None and directory.exists()
+    # A resumed run keeps the cut it began with, whatever `auto` would choose today.
+    before = stored.get("methods", {}).get(spec.base_method, {}) if stored else {}
+    fixed = before.get("shards")
+    plan = cut(replace(spec, seeds=1), looked, executor.capacity(start=False), shards=fixed)
+    if replaced:  # only now: what cannot be done must not cost the run that is there
+        directory.delete_results()
+        observer(Note(message=f"replaced the run at {directory.uri}"))
+    observer(RunStarted(uri=directory.uri, recipe=looked.recipe.name, resumed=stored is not None))
+    return _Driver(spec, looked, plan, directory, executor, observer, stored or {})
+
+
+class _Driver(PreflightStages):
     """One pass over the stages of one run."""
 
     def __init__(
@@ -245,7 +261,9 @@ class _Driver(Stages):
         if self.form == "hydra-ekfac":
             stage = f"{self.form}/{CURVATURE}"
             unit = Unit(stage=stage, name=CURVATURE, arguments={})
-            if self._stage(stage, [unit], 2 * self.spec.curvature_checkpoints, "pass"):
+            if self._stage(
+                stage, [unit], passes(self.spec.curvature_core) * self.spec.curvature_checkpoints, "pass"
+            ):
                 for later in (self.collect_stage, self.reduce_stage):
                     self.directory.drop(later)  # made with another basis
         if not self._valid(self.collect_stage, INDEX):
@@ -254,6 +272,9 @@ class _Driver(Stages):
         entry = self.info["methods"][self.base]
         entry["shards"] = len(units)
         entry.setdefault("asked_shards", self.spec.shards)
+        vectors = sum(shard.stop - shard.start for shard in self.plan.shards)
+        exact = self.form == "hydra-exact"
+        self._preflight(self.base, self.collect_stage, [unit.name for unit in units], vectors, exact)
         self._stage(self.collect_stage, units, self.plan.steps * len(units), "step", extra=1)
         if self.spec.exact_rank:
             self._correct()
@@ -282,6 +303,7 @@ class _Driver(Stages):
         if not self._valid(stage, INDEX):
             self._commit_index(stage, base, store)
         units = units_of(stage, spans(found.rows, EXACT_TARGETS, "directions"))
+        self._preflight(self.method, stage, [unit.name for unit in units], found.rows, exact=True)
         self._stage(stage, units, self.plan.steps * len(units), "step", extra=1)
 
     def _reduce(self) -> None:

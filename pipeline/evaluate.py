@@ -15,6 +15,7 @@ from ..storage.contributions import write_table
 from ..storage.documents import dump, load
 from ..storage.errors import IncompleteStage, SpecError
 from ..storage.files import read_bytes, write_bytes
+from ..storage.rundir import RunDirectory
 from ..storage.uri import is_local
 from ..workers.determinism import preserved_generators, restored_process
 from ..workers.recipe import Recipe
@@ -34,6 +35,7 @@ from .retrainings import (
     subsets,
     unchanged,
 )
+from .seeds import naming, recorded
 from .spec_stored import REPEATED, stored_spec
 from .survey import compute_of, resolve_recipe
 from .targets import kind_of
@@ -59,6 +61,7 @@ class Questions:
         leave_one_out: How many single samples are removed.
         remove: Shares of the tracked samples that the removal curves take away.
         perturb: Sizes of the random changes of all weights that measure how smooth training is.
+        seeds: Retrain with as many seeds of the run and average the losses: the expected training.
 
     Raises:
         SpecError: A number is out of its range.
@@ -72,11 +75,12 @@ class Questions:
     leave_one_out: int = 0
     remove: tuple[float, ...] = (0.02, 0.1, 0.3)
     perturb: tuple[float, ...] = (0.03, 0.1, 0.3)
+    seeds: int = 1
 
     def __post_init__(self) -> None:
         if self.retraining not in get_args(Way):
             raise SpecError(f"retraining {self.retraining!r}: must be one of {', '.join(get_args(Way))}")
-        for name, least in (("subsets", 0), ("leave_one_out", 0), ("seed", 0)):
+        for name, least in (("subsets", 0), ("leave_one_out", 0), ("seed", 0), ("seeds", 1)):
             if getattr(self, name) < least:
                 raise SpecError(f"{name} {getattr(self, name)}: must be at least {least}")
         if self.subsets in (1, 2):
@@ -145,6 +149,7 @@ class _Evaluation:
         with preserved_generators():
             self.recipe = resolve_recipe(self.spec)
         self.n_train = int(run.info["n_train"])
+        self.places = [(run.directory, self.recipe), *recorded(run, self.recipe, questions.seeds)]
 
     def evaluate(self) -> dict[str, Any]:
         executor = make_executor(self.spec)
@@ -152,7 +157,8 @@ class _Evaluation:
             # First and alone: it stops a wrong recipe before hundreds of retrainings, and some
             # rankings are made of what it measures.
             self._retrain(executor, [unchanged()])
-            evidence = Evidence(self.run, self.tracked, self.tested, unchanged().unit, self.methods)
+            places = [directory for directory, _ in self.places]
+            evidence = Evidence(self.run, self.tracked, self.tested, unchanged().unit, self.methods, places)
             trials = self._trials(evidence)
             changes = {trial.change.unit: trial.change for trial in trials}
             self._retrain(executor, [unchanged(), *changes.values()])
@@ -179,9 +185,19 @@ class _Evaluation:
         return trials + perturbations(tracked, self.n_train, asked.perturb, asked.seed)
 
     def _retrain(self, executor: Executor, changes: Sequence[Change]) -> None:
-        """Do the retrainings that are not committed yet."""
-        begun = time.monotonic()
-        directory, observer = self.run.directory, self.observer
+        """Do the retrainings that are not committed yet, with every seed."""
+        for directory, recipe in self.places:
+            if len(self.places) == 1:
+                self._retrain_one(executor, changes, directory, recipe)
+                continue
+            self.observer(Note(message=f"retraining with seed {recipe.seed}"))
+            with naming(recipe.seed):
+                self._retrain_one(executor, changes, directory, recipe)
+
+    def _retrain_one(
+        self, executor: Executor, changes: Sequence[Change], directory: RunDirectory, recipe: Recipe
+    ) -> None:
+        begun, observer = time.monotonic(), self.observer
         steps = len(self.trajectory.batches)
         observer(
             StageStarted(stage=RETRAIN, units=len(changes), total=steps * len(changes), unit_label="step")
@@ -200,21 +216,20 @@ class _Evaluation:
         if todo:
             tasks = RetrainTasks(
                 uri=directory.uri,
-                recipe=self.recipe,
+                recipe=recipe,
                 compute=compute_of(self.spec),
                 n_train=self.n_train,
                 tracked=self.tracked,
                 tested=self.tested,
             )
-            self._note(len(todo), 0.0)
+            self._note(directory, len(todo), 0.0)
             executor.run(RETRAIN, todo, tasks, observer)
-            self._note(0, time.monotonic() - begun)
+            self._note(directory, 0, time.monotonic() - begun)
         seconds = time.monotonic() - begun
         observer(StageFinished(stage=RETRAIN, seconds=seconds))
 
-    def _note(self, coming: int, seconds: float) -> None:
+    def _note(self, directory: RunDirectory, coming: int, seconds: float) -> None:
         """Write into ``run.json`` how many retrainings there are, with those to come, and their time."""
-        directory = self.run.directory
         info = directory.read()  # read anew: a run may have added a method meanwhile
         entry = info.setdefault("stages", {}).setdefault(RETRAIN, {})
         entry["units"] = len(directory.manifests(RETRAIN)) + coming + 1

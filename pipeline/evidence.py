@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..storage.errors import InputError
+from ..storage.rundir import RunDirectory
 from .analysis.panels import targets, tested
 from .analysis.scores import predict
 from .retrainings import Trial, read_part
@@ -35,6 +36,7 @@ class Evidence:
         tests: Test indices, (M,).
         baseline: Unit of the retraining that changed nothing.
         methods: Whose coarsest targets are those that changes and predictions are given for.
+        places: Runs with different seeds whose retrainings are averaged, ``run`` itself first.
 
     Attributes:
         targets: Those targets.
@@ -48,18 +50,22 @@ class Evidence:
     """
 
     def __init__(
-        self, run: Run, tracked: Integers, tests: Integers, baseline: str, methods: Sequence[str]
+        self,
+        run: Run,
+        tracked: Integers,
+        tests: Integers,
+        baseline: str,
+        methods: Sequence[str],
+        places: Sequence[RunDirectory],
     ) -> None:
-        self.run, self.tracked, self.tests = run, tracked, tests
+        self.run, self.tracked, self.tests, self.places = run, tracked, tests, list(places)
         kind = max((kind_of(run.info, method) for method in methods), key=KINDS.index)
         labels = np.full(len(tests), -1) if kind == SAMPLES else run.test_gradients().column("label")
         self.targets, self._of_tests = coarsened(target_set(SAMPLES, tests, labels), kind)
-        table = read_part(run.directory, "retrain", baseline)
-        self.base_loss: Floats = table["loss"].to_numpy()
-        self.base_accuracy = _accuracy(table["correct"].to_numpy())
-        own = read_part(run.directory, "training_loss", baseline)
-        self.final_loss: Floats = own["final_loss"].to_numpy()
-        self.mean_loss: Floats = own["mean_loss"].to_numpy()
+        self.base_loss, self.base_accuracy = self._outcome(baseline)
+        own = [read_part(place, "training_loss", baseline) for place in self.places]
+        self.final_loss: Floats = np.mean([table["final_loss"].to_numpy() for table in own], axis=0)
+        self.mean_loss: Floats = np.mean([table["mean_loss"].to_numpy() for table in own], axis=0)
         noisy = run.noisy()
         self.wrong = None if noisy is None else np.isin(tracked, noisy[0])
         self.trials: list[Trial] = []
@@ -74,8 +80,7 @@ class Evidence:
         self.trials = list(trials)
         found: dict[str, tuple[Floats, float]] = {}
         for unit in {trial.change.unit for trial in trials}:
-            table = read_part(self.run.directory, "retrain", unit)
-            found[unit] = (table["loss"].to_numpy(), _accuracy(table["correct"].to_numpy()))
+            found[unit] = self._outcome(unit)
         rows = [found[trial.change.unit] for trial in trials]
         self.loss = np.array([loss for loss, _ in rows]).reshape(len(rows), len(self.tests))
         self.accuracy = np.array([accuracy for _, accuracy in rows])
@@ -119,6 +124,12 @@ class Evidence:
         found = predict(self.run, method, self._taken())
         _, weight = coarsened(targets(self.run, method), self.targets.kind)
         return found if weight is None else found @ weight
+
+    def _outcome(self, unit: str) -> tuple[Floats, float]:
+        """Return test losses (M,) and accuracy after a retraining, means over the seeds."""
+        tables = [read_part(place, "retrain", unit) for place in self.places]
+        losses = np.mean([table["loss"].to_numpy() for table in tables], axis=0)
+        return losses, float(np.mean([_accuracy(table["correct"].to_numpy()) for table in tables]))
 
     def _taken(self) -> Floats:
         n_train = int(self.run.info["n_train"])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..storage.errors import IncompleteStage, InputError, RunNotFound
 from ..storage.rundir import RunDirectory
 from ..storage.uri import check_uri
-from .analysis.status import TEST_GRADIENTS, method_names, stage_state
+from .analysis.status import SEEDS, TEST_GRADIENTS, method_names, stage_state
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,6 +93,38 @@ class Run:
         """Return Eq. 23: one row a (train_class, test_class), sorted by both."""
         return _sorted(self._dataset("interclass", method), "train_class", "test_class")
 
+    def spread(self, method: str) -> pa_dataset.Dataset:
+        """Return how far the seeds of an average (``...-seedsK``) are apart, for each C(i, j).
+
+        Columns as `contributions`, with ``contribution_spread`` (sample standard deviation over the
+        seeds) in the place of ``contribution``.
+
+        Raises:
+            InputError: The method is no average.
+        """
+        return self._dataset("contributions_spread", self._average(method))
+
+    def samples_spread(self, method: str) -> pa.Table:
+        """Return mean and spread over the seeds of each C(i) of an average, sorted by ``train_index``.
+
+        Columns: ``train_index``, ``label``, ``contribution``, ``contribution_spread``.
+
+        Raises:
+            InputError: The method is no average.
+        """
+        return _sorted(self._dataset("samples_spread", self._average(method)), "train_index")
+
+    def members(self) -> dict[int, Run]:
+        """Return the runs with other seeds that lie inside this one, by seed; see ``--seeds``."""
+        seeds = self.info.get("seeds", {}).get("others", [])
+        found = {int(seed): self.directory.of_seed(int(seed)) for seed in seeds}
+        return {seed: Run(place, place.read()) for seed, place in found.items() if place.exists()}
+
+    def averages(self, method: str) -> list[int]:
+        """Return the seeds that a method is averaged over; empty where it is none."""
+        entry = self.info.get("methods", {}).get(method, {})
+        return [int(seed) for seed in entry.get("seeds", [])] if entry.get("mode") == SEEDS else []
+
     def hypergradients(self, method: str = "hydra") -> zarr.Array[Any]:
         """Return the hypergradients, shape (n_tracked, D); row r is that of ``train_index[r]``."""
         return self.hypergradient_store(method).array
@@ -158,6 +190,15 @@ class Run:
         from .analysis.summary import summary
 
         return summary(self, method)
+
+    def _average(self, method: str) -> str:
+        method = self.method(method)
+        if not self.averages(method):
+            raise InputError(
+                f"{self.uri}: method {method} is that of one seed and has no spread over seeds; "
+                "make an average with hydra-pipe run ... --seeds K on the same --out"
+            )
+        return method
 
     def _dataset(self, kind: Kind, method: str | None) -> pa_dataset.Dataset:
         from ..storage.contributions import dataset

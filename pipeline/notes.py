@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import metadata
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
 from .admission import chosen, method_options
+from .analysis.status import SEEDS
 from .plan import Plan
 from .spec import RunSpec
 from .survey import Survey
@@ -31,6 +32,10 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
     for method in dict.fromkeys((spec.base_method, spec.method)):  # in this order, which readers see
         methods.setdefault(method, {"state": "partial"})
         methods[method].update(mode=spec.mode, options=method_options(spec), **target_notes(spec, plan))
+    if spec.seeds > 1:
+        seeds = [looked.recipe.seed + k for k in range(spec.seeds)]
+        entry = methods.setdefault(spec.averaged, {"state": "partial"})
+        entry.update(average_entry(spec.method, seeds), **target_notes(spec, plan))
     return {
         "format": 1,
         "spec": _spec_dict(spec),
@@ -63,12 +68,18 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
         "methods": methods,
         "stages": {k: dict(v) for k, v in stored.get("stages", {}).items()},
         "summary": dict(stored.get("summary", {})),
+        **({"seeds": dict(stored["seeds"])} if "seeds" in stored else {}),
     }
 
 
 def target_notes(spec: RunSpec, plan: Plan) -> dict[str, Any]:
     """Return what a method's entry says of its targets; nothing where they are the test samples."""
     return {} if spec.targets == SAMPLES else {"targets": spec.targets, "n_targets": len(plan.targets)}
+
+
+def average_entry(source: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return what ``methods`` says of the average of ``source`` over ``seeds``."""
+    return {"mode": SEEDS, "source": source, "seeds": list(seeds)}
 
 
 def closing_notes(directory: RunDirectory, plan: Plan, info: dict[str, Any]) -> None:

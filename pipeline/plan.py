@@ -79,6 +79,7 @@ class Plan:
     disk: Mapping[str, int]
     seconds: Mapping[str, float]
     capacity: Mapping[str, Any]
+    seeds: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-able sections: run, shards, memory (bytes), disk (bytes), time (seconds)."""
@@ -95,6 +96,7 @@ class Plan:
                 "target vectors": len(self.targets),
                 "contributions": self.n_tracked * len(self.targets),
                 "workers at a time": self.capacity.get("slots"),
+                **({"seeds": self.seeds} if self.seeds > 1 else {}),
             },
             "shards": [
                 {**asdict(shard), "bytes": (shard.stop - shard.start) * self.dimension * self.itemsize}
@@ -170,6 +172,14 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
         held = min(k, per_unit) * 8 * dimension
         memory["target-gradients worker"] = looked.process_bytes + held + 2 * PANEL_BYTES
         disk["target_gradients"] = k * row
+    times = _times(looked, parts, slots, n, m, spec)
+    if spec.seeds > 1:
+        # As many runs again, one after the other, and what their average adds: mean and spread.
+        disk["other seeds"] = (spec.seeds - 1) * sum(disk.values())
+        disk["average over seeds"] = 2 * disk["contributions"]
+        if times:
+            times["other seeds"] = (spec.seeds - 1) * times.pop("total")
+            times["total"] = sum(times.values())
     disk["total"] = sum(disk.values())
     return Plan(
         n_train=looked.n_train,
@@ -191,8 +201,9 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
         checkpoints=len(kept),
         memory=memory,
         disk=disk,
-        seconds=_times(looked, parts, slots, n, m, spec),
+        seconds=times,
         capacity=dict(capacity),
+        seeds=spec.seeds,
     )
 
 

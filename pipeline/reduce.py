@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from ..storage import contributions as parquet
-from ..storage.errors import CorruptStore
+from ..storage.errors import CorruptStore, NonFiniteTangents
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..workers.join import Panels, contributions
@@ -79,6 +79,7 @@ def reduce_rows(
 
     Raises:
         CorruptStore: A contribution is not finite.
+        NonFiniteTangents: A contribution is beyond float32.
     """
     gradients = RowStore.open(run.path(*store_of(job.targets).split("/")), "gradient")
     if job.mode == "adjoint":
@@ -87,18 +88,32 @@ def reduce_rows(
         block = _joined(run, job, gradients, start, stop, device, report)
     if job.base != job.method:
         _correct(run, job, block, start, stop)
+    return write_rows(run, job, name, block, start, stop)
+
+
+def write_rows(
+    run: RunDirectory, job: ReduceJob, name: str, block: Floats, start: int, stop: int
+) -> tuple[list[str], dict[str, Any]]:
+    """Write the contributions (rows, M) of tracked rows ``start`` to ``stop``; see `reduce_rows`."""
+    gradients = RowStore.open(run.path(*store_of(job.targets).split("/")), "gradient")
     if not np.isfinite(block).all():
         row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))
         raise CorruptStore(
             f"the contribution of tracked row {start + row} to target {column} is not finite; "
             "run hydra-pipe verify, then replay again"
         )
+    largest, most = float(max(block.max(), -block.min())), float(np.finfo(np.float32).max)
+    if largest > most:
+        raise NonFiniteTangents(
+            f"a contribution of size {largest:.1e} is beyond float32, in which contributions are stored "
+            f"({most:.1e} at most); use a lower learning rate or fewer epochs"
+        )
     index = job.tracked[start:stop]
     labels = job.train_labels[start:stop]
     test_index, test_label = gradients.column("test_index"), gradients.column("label")
     # How many test samples each column is the mean of; None: each is one test sample.
     count = None if job.targets == SAMPLES else gradients.column("count").astype(np.int64)
-    files = _write_tiles(run, job, name, block, index, labels, test_index, test_label)
+    files = write_tiles(run, job, name, block, index, labels, test_index, test_label)
     files.append(_write_samples(run, job, name, block, count, index, start, stop))
     return files, {"rows": stop - start, "interclass": class_sums(block, labels, test_label, count)}
 
@@ -146,7 +161,7 @@ def _correct(run: RunDirectory, job: ReduceJob, block: Floats, start: int, stop:
     block += (coordinates.read(0, coordinates.rows) @ along).T.astype(block.dtype)
 
 
-def _write_tiles(
+def write_tiles(
     run: RunDirectory,
     job: ReduceJob,
     name: str,
@@ -155,10 +170,12 @@ def _write_tiles(
     labels: Integers,
     test_index: Integers,
     test_label: Integers,
+    kind: parquet.Kind = "contributions",
 ) -> list[str]:
+    """Write (rows, M) numbers of tracked samples ``index`` file by file; return the files' names."""
     files = []
     for k, (first, last) in enumerate(bounds(block.shape[1], job.tiles.file_tests)):
-        relative = f"contributions/method={job.method}/part-{name.split('-')[-1]}-{k:05d}.parquet"
+        relative = f"{kind}/method={job.method}/part-{name.split('-')[-1]}-{k:05d}.parquet"
         parquet.write_tile(
             run.path(*relative.split("/")),
             train_index=index,
@@ -166,6 +183,7 @@ def _write_tiles(
             train_label=labels,
             test_label=test_label[first:last],
             contribution=block[:, first:last].astype(np.float32, copy=False),
+            schema=parquet.SCHEMAS[kind],
         )
         files.append(relative)
     return files

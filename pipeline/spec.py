@@ -39,6 +39,7 @@ class RunSpec:
         epochs: Passes over the training dataset; None: the recipe's.
         batch_size: Samples a step; None: the recipe's.
         seed: Seed of the training; None: the recipe's.
+        seeds: Trainings with as many seeds, from ``seed`` on; contributions are averaged over them.
         executor: ``ray`` or ``serial``.
         address: Ray cluster, ``host:port``, ``auto`` or ``local``; None: ``RAY_ADDRESS``, then a
             running local cluster, then a new one.
@@ -57,6 +58,7 @@ class RunSpec:
         checkpoint_every: Steps between checkpoints of the record; None: chosen by the plan.
         curvature_checkpoints: With ``ekfac``: checkpoints of the record the curvature is taken at.
         curvature_samples: With ``ekfac``: at most how many training samples it is averaged over.
+        curvature_core: With ``ekfac``: leading coordinates that keep their full curvature; 0: none.
         max_attempts: How often a unit is tried when its workers die.
         start_timeout: Seconds to wait for the first worker.
 
@@ -78,6 +80,7 @@ class RunSpec:
     epochs: int | None = None
     batch_size: int | None = None
     seed: int | None = None
+    seeds: int = 1
     executor: Literal["ray", "serial"] = "ray"
     address: str | None = None
     gpus_per_actor: float | None = None
@@ -92,6 +95,7 @@ class RunSpec:
     checkpoint_every: int | None = None
     curvature_checkpoints: int = 5
     curvature_samples: int = 4096
+    curvature_core: int = 256
     max_attempts: int = 3
     start_timeout: float = 120.0
 
@@ -131,6 +135,11 @@ class RunSpec:
         return f"{self.base_method}-rank{self.exact_rank}" if self.exact_rank else self.base_method
 
     @property
+    def averaged(self) -> str:
+        """Name of the average over ``seeds`` trainings; `method` where there is one."""
+        return averaged(self.method, self.seeds) if self.seeds > 1 else self.method
+
+    @property
     def torch_threads(self) -> int:
         """Torch threads of every process that computes."""
         return self.threads if self.threads is not None else max(1, int(self.cpus_per_actor))
@@ -146,8 +155,9 @@ class RunSpec:
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the numbers of a run, JSON-able, by name.
 
-        Where the work is done, how often it is retried, and the methods computed from one record
-        (``mode``, ``hessian``, ``targets``, ``exact_rank``) are not among them.
+        Where the work is done, how often it is retried, the methods computed from one record
+        (``mode``, ``hessian``, ``targets``, ``exact_rank``) and how many more records there are (``seeds``)
+        are not among them.
         """
         arguments = self.recipe_args
         if not isinstance(self.recipe, str):
@@ -195,6 +205,11 @@ class RunSpec:
         if "recipe_args" in values and "recipe_args" in overrides:
             overrides["recipe_args"] = {**values["recipe_args"], **overrides["recipe_args"]}
         return cls(**{**values, **overrides})
+
+
+def averaged(method: str, seeds: int) -> str:
+    """Return the name of the average of a method over ``seeds`` trainings."""
+    return f"{method}-seeds{seeds}"
 
 
 def load_toml(path: str) -> dict[str, Any]:

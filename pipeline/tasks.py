@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..storage.curvature import Curvature, read_curvature, write_curvature
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
-from ..storage.trajectory import open_trajectory
+from ..storage.trajectory import Trajectory, open_trajectory
 from ..workers.adjoint import Adjoint
 from ..workers.curvature import CurvatureEstimate
 from ..workers.determinism import prepare_process, resolve_device
@@ -25,6 +25,7 @@ from ..workers.directions import spanning_directions
 from ..workers.ekfac import EkfacReplay
 from ..workers.exact import ExactReplay
 from ..workers.gradients import TestGradients
+from ..workers.growth import Growth, check_finite
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.projection import ProjectedReplay
 from ..workers.recipe import Recipe
@@ -47,6 +48,7 @@ ADJOINT = "adjoint"
 CURVATURE = "curvature"
 DIRECTIONS = "directions"
 CORRECTION = "correction"
+PREFLIGHT = "preflight"
 STAGES = (RECORD, TEST_GRADIENTS, REPLAY, REDUCE)
 
 
@@ -93,6 +95,7 @@ class Tasks:
             REPLAY: self._replay,
             ADJOINT: self._adjoint,
             CURVATURE: self._curvature,
+            PREFLIGHT: self._preflight,
             DIRECTIONS: self._directions,
             CORRECTION: self._correction,
             REDUCE: self._reduce,
@@ -158,7 +161,7 @@ class Tasks:
         buffers = replay.run(report)
         store = RowStore.open(run.path("hypergradients", f"method={self.method}.zarr"), "hypergradient")
         for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
-            store.write(start + first, buffers.numpy(first, last))
+            store.write(start + first, self._finite(buffers.numpy(first, last), "hypergradients", trajectory))
         replay.engine.close()
         base = f"hypergradients/method={self.method}.zarr"
         files = [f"{base}/{name}" for name in store.files(start, stop)]
@@ -184,7 +187,7 @@ class Tasks:
             replay.engine.close()
         base = f"by_test/method={self.method}.zarr"
         store = RowStore.open(run.path(*base.split("/")), "contribution")
-        store.write(start, found)
+        store.write(start, self._finite(found, "contributions", trajectory))
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
 
@@ -196,6 +199,30 @@ class Tasks:
         base = f"curvature/method={self.form}.zarr"
         files = [f"{base}/{name}" for name in write_curvature(run.path(*base.split("/")), curvature)]
         return files, {"steps": curvature.steps.tolist(), **curvature.attrs}
+
+    def _preflight(self, run: RunDirectory, _unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
+        training = Training(self.recipe, replace(self.compute, batch_norm="coupled"))
+        trajectory = open_trajectory(run.path("trajectory.zarr"))
+        return [], Growth(training, trajectory, self.tracked).run(report)
+
+    def _finite(
+        self,
+        values: npt.NDArray[np.floating],
+        what: str,
+        trajectory: Trajectory,
+        *,
+        exact: bool | None = None,
+    ) -> npt.NDArray[np.floating]:
+        """Return ``values``, unless one is not finite: nothing of that kind is ever stored."""
+        return check_finite(
+            values,
+            what=f"{what} of {self.method}",
+            recipe=self.recipe,
+            compute=self.compute,
+            trajectory=trajectory,
+            tracked=self.tracked,
+            exact=self.form == "hydra-exact" if exact is None else exact,
+        )
 
     def _directions(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         gradients = self._targets(run)
@@ -232,6 +259,7 @@ class Tasks:
         bent = EkfacReplay(training, trajectory, self.tracked, self._basis(run), directions)
         difference = exact - bent.run().contributions()
         bent.engine.close()
+        self._finite(difference, "contributions", trajectory, exact=True)
         store = RowStore.open(run.path(*base.split("/"), "contributions.zarr"), "contribution")
         store.write(start, difference)
         files = [f"{base}/contributions.zarr/{name}" for name in store.files(start, stop)]

@@ -62,7 +62,7 @@ def summarize(evidence: Evidence, methods: Sequence[str], asked: Mapping[str, An
         fraction: _lds(evidence, methods, fraction) for fraction in evidence.values("subset", "fraction")
     }
     smoothness = _smoothness(evidence, methods)
-    manifests = run.directory.manifests(RETRAIN)
+    manifests = [manifest for place in evidence.places for manifest in place.manifests(RETRAIN)]
     return {
         "run": run.uri,
         "recipe": run.recipe,
@@ -74,7 +74,7 @@ def summarize(evidence: Evidence, methods: Sequence[str], asked: Mapping[str, An
         "n_targets": len(evidence.targets),
         "baseline": {"loss": float(evidence.base_loss.mean()), "accuracy": evidence.base_accuracy},
         "retrainings": {
-            "asked": len({trial.change.unit for trial in evidence.trials}) + 1,
+            "asked": (len({trial.change.unit for trial in evidence.trials}) + 1) * len(evidence.places),
             "stored": len(manifests),
             "seconds": sum(float(m.values.get("seconds", 0.0)) for m in manifests),
         },
@@ -175,12 +175,14 @@ def _foretold(smoothness: Sequence[Mapping[str, Any]], methods: Sequence[str], w
     if (gentle or removed)[0]["explained"] < TRUSTED:
         lines.append(
             "training is not smooth here: even small changes lead it elsewhere, so that no derivative "
-            "can be trusted far; go by the LDS at the size you care about"
+            "can be trusted far; go by the LDS at the size you care about, and see whether an average over "
+            "seeds (run --seeds K) does better"
         )
     elif way == "subset" and removed and removed[0]["explained"] < TRUSTED:
         lines.append(
             "the change after a small removal is mostly that of the new batch order, which no method can "
-            "know; --retraining rescaled measures the samples' own effect"
+            "know; --retraining rescaled measures the samples' own effect, and run --seeds K with "
+            "evaluate --seeds K that in the expected training"
         )
     return lines
 

@@ -23,7 +23,7 @@ from . import files
 from .errors import IncompleteStage, StoreError
 from .uri import check_name, check_uri, is_local, join, parent
 
-Kind = Literal["contributions", "samples", "interclass"]
+Kind = Literal["contributions", "samples", "interclass", "contributions_spread", "samples_spread"]
 
 CONTRIBUTIONS = pa.schema(
     [
@@ -60,6 +60,29 @@ INTERCLASS = pa.schema(
 """One row a pair of classes. ``contribution`` is the mean over its ``pairs`` (Eq. 23); ``normalized``
 is that entry / sqrt(sum of its column * sum of its row), NaN where the product is not positive."""
 
+CONTRIBUTIONS_SPREAD = pa.schema(
+    [*list(CONTRIBUTIONS)[:-1], pa.field("contribution_spread", pa.float32(), nullable=False)]
+)
+"""Beside an average over seeds: the sample standard deviation of C(i, j) over them (divisor K - 1)."""
+
+SAMPLES_SPREAD = pa.schema(
+    [
+        pa.field("train_index", pa.int32(), nullable=False),
+        pa.field("label", pa.int16(), nullable=False),
+        pa.field("contribution", pa.float64(), nullable=False),
+        pa.field("contribution_spread", pa.float64(), nullable=False),
+    ]
+)
+"""Likewise of C(i), beside its mean over the seeds."""
+
+SCHEMAS: dict[Kind, pa.Schema] = {
+    "contributions": CONTRIBUTIONS,
+    "samples": SAMPLES,
+    "interclass": INTERCLASS,
+    "contributions_spread": CONTRIBUTIONS_SPREAD,
+    "samples_spread": SAMPLES_SPREAD,
+}
+
 GROUP_ROWS = 1 << 17
 """Rows a row group: what a reader must read for one test sample."""
 _PANEL_BYTES = 16 << 20
@@ -73,6 +96,7 @@ def write_tile(
     train_label: npt.ArrayLike,
     test_label: npt.ArrayLike,
     contribution: npt.NDArray[Any],
+    schema: pa.Schema = CONTRIBUTIONS,
 ) -> None:
     """Write the contributions of R training samples to P test samples as one Parquet file.
 
@@ -86,7 +110,8 @@ def write_tile(
         test_index: (P,), -1 where a column is no single test sample; no (index, label) twice.
         train_label: (R,), -1 for none.
         test_label: (P,), -1 for none.
-        contribution: (R, P) float32.
+        contribution: (R, P) float32: the last column.
+        schema: `CONTRIBUTIONS` or `CONTRIBUTIONS_SPREAD`.
 
     Raises:
         StoreError: Shapes disagree, an index is there twice, or a value does not fit its column.
@@ -118,7 +143,7 @@ def write_tile(
         ids[name] if order["train"] is None else ids[name][order["train"]]
         for name in ("train_index", "train_label")
     ]
-    with _parquet_writer(uri, CONTRIBUTIONS) as writer:
+    with _parquet_writer(uri, schema) as writer:
         for tests, rows_slice, values in _groups(contribution, order["train"], order["test"]):
             count = len(tests)
             arrays = [
@@ -128,7 +153,7 @@ def write_tile(
                 np.repeat(ids["test_label"][tests], values.shape[1]),
                 values.reshape(-1),
             ]
-            batch = pa.RecordBatch.from_arrays([pa.array(a) for a in arrays], schema=CONTRIBUTIONS)
+            batch = pa.RecordBatch.from_arrays([pa.array(a) for a in arrays], schema=schema)
             writer.write_batch(batch, row_group_size=batch.num_rows)
 
 
@@ -138,7 +163,7 @@ def write_table(uri: str, table: pa.Table, schema: pa.Schema) -> None:
     Args:
         uri: ``…/part-….parquet``.
         table: Has the columns of ``schema``, in any order.
-        schema: `CONTRIBUTIONS`, `SAMPLES` or `INTERCLASS`.
+        schema: One of `SCHEMAS`.
 
     Raises:
         StoreError: A column is missing, holds nulls, or does not fit its type.
@@ -172,7 +197,7 @@ def dataset(run_uri: str, kind: Kind, method: str | None = None) -> pa_dataset.D
         IncompleteStage: There are none.
     """
     top = join(check_uri(run_uri), kind)
-    schema = {"contributions": CONTRIBUTIONS, "samples": SAMPLES, "interclass": INTERCLASS}[kind]
+    schema = SCHEMAS[kind]
     folder = top if method is None else join(top, f"method={check_name(method, 'method')}")
     names = [name for name in files.list_files(folder) if name.rsplit("/", 1)[-1].startswith("part-")]
     if not names:
@@ -268,7 +293,7 @@ def _outside_of_dataset(uri: str) -> str:
 
 
 def _sorting(schema: pa.Schema) -> list[pq.SortingColumn] | None:
-    if schema is not CONTRIBUTIONS:
+    if "test_index" not in schema.names:
         return None
     keys = ("test_index", "test_label", "train_index")
     return [pq.SortingColumn(schema.get_field_index(name)) for name in keys]

@@ -1,7 +1,8 @@
 """``curvature/method=….zarr``: an eigenbasis per layer and the eigenvalues of the curvature in it.
 
 A block is a matrix of parameters (O, K), usually a layer's weight with its bias as last column; its
-coordinates in the eigenbasis are ``left^T block right``. C checkpoints, D coordinates in all.
+coordinates in the eigenbasis are ``left^T block right``. Some leading coordinates, the core, are then
+turned once more, together. K checkpoints, D coordinates in all, C of them in the core.
 """
 
 from __future__ import annotations
@@ -42,17 +43,32 @@ class BlockBasis:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CoreBasis:
+    """The leading coordinates and the basis in which they do not couple.
+
+    Attributes:
+        coordinates: (C,) positions among the D coordinates, ascending.
+        vectors: (C, C) orthogonal: in place of their values x stand ``x vectors``.
+    """
+
+    coordinates: npt.NDArray[np.int64]
+    vectors: Matrix
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Curvature:
     """Bases and eigenvalues.
 
     Attributes:
         blocks: In the order of their coordinates.
-        steps: (C,) steps of the checkpoints the eigenvalues belong to.
-        eigenvalues: (C, D) float64, block after block, each row-major.
+        core: The coordinates that are turned once more; None: there are none.
+        steps: (K,) steps of the checkpoints the eigenvalues belong to.
+        eigenvalues: (K, D) float64, block after block, each row-major, the core as it is turned.
         attrs: How they were made.
     """
 
     blocks: tuple[BlockBasis, ...]
+    core: CoreBasis | None
     steps: npt.NDArray[np.int64]
     eigenvalues: Matrix
     attrs: dict[str, Any]
@@ -76,7 +92,10 @@ def write_curvature(uri: str, curvature: Curvature) -> list[str]:
             described[-1][side] = matrix is not None
             if matrix is not None:
                 _put(uri, f"block{k:04d}_{side}", matrix)
-    write_group(uri, {**curvature.attrs, MARK: {"blocks": described}})
+    if curvature.core is not None:
+        _put(uri, "core_coordinates", curvature.core.coordinates)
+        _put(uri, "core_vectors", curvature.core.vectors)
+    write_group(uri, {**curvature.attrs, MARK: {"blocks": described, "core": curvature.core is not None}})
     return files.list_files(uri)
 
 
@@ -91,7 +110,8 @@ def read_curvature(uri: str) -> Curvature:
     attrs = read_group(uri)
     if MARK not in attrs:
         raise IncompleteStage(f"{uri} was not written to its end; run the stage again")
-    described = attrs.pop(MARK)["blocks"]
+    mark = attrs.pop(MARK)
+    described = mark["blocks"]
 
     def side(k: int, block: dict[str, Any], name: str) -> Matrix | None:
         return StoredArray.open(uri, f"block{k:04d}_{name}").read() if block[name] else None
@@ -107,6 +127,12 @@ def read_curvature(uri: str) -> Curvature:
             )
             for k, block in enumerate(described)
         ),
+        core=CoreBasis(
+            coordinates=StoredArray.open(uri, "core_coordinates").read(),
+            vectors=StoredArray.open(uri, "core_vectors").read(),
+        )
+        if mark.get("core")
+        else None,
         steps=StoredArray.open(uri, "steps").read(),
         eigenvalues=StoredArray.open(uri, "eigenvalues").read(),
         attrs=attrs,

@@ -10,6 +10,7 @@ remedy. Exceptions carry a single string, so that they survive pickling between 
         SpecMismatch               the run directory was made with another specification
       TrainingError                the training run itself
         NonFiniteLoss              a loss or weight became NaN or infinite
+        NonFiniteTangents          the losses are finite, their derivatives are not
         ReplayDiverged             a replay left the recorded trajectory
       EstimatorError               an estimator does not apply to this model as it stands
         NegativeCurvature          the Hessian to be inverted is not positive definite
@@ -60,6 +61,10 @@ class TrainingError(HydraError):
 
 class NonFiniteLoss(TrainingError):
     """A loss or a weight became NaN or infinite."""
+
+
+class NonFiniteTangents(TrainingError):
+    """A coefficient, tangent or contribution became NaN or infinite, though the losses are finite."""
 
 
 class ReplayDiverged(TrainingError):

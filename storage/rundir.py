@@ -20,6 +20,8 @@ from .uri import check_name, check_uri, is_local, join
 FORMAT = 1
 """Version of the layout; ``run.json`` carries it under `MARK`."""
 MARK = "hydra_pipe_run"
+SEEDS = "seeds"
+"""Where the runs with other seeds lie, each a run directory of its own: ``seeds/seed=N``."""
 RESULTS = (
     "trajectory.zarr",
     "hypergradients",
@@ -32,8 +34,11 @@ RESULTS = (
     "contributions",
     "samples",
     "interclass",
+    "contributions_spread",
+    "samples_spread",
     "evaluate",
     "over_training",
+    SEEDS,
 )
 """Top-level names that hold results; `RunDirectory.delete_results` removes them."""
 
@@ -85,6 +90,10 @@ class RunDirectory:
     def path(self, *parts: str) -> str:
         """Return the address of something inside the run."""
         return join(self.uri, *parts)
+
+    def of_seed(self, seed: int) -> RunDirectory:
+        """Return the run directory inside this one that holds the same run with another seed."""
+        return RunDirectory(self.path(SEEDS, f"seed={seed}"))
 
     def exists(self) -> bool:
         """Return whether there is a run here, that is, a ``run.json``."""
@@ -205,10 +214,15 @@ class RunDirectory:
             disk.flush(folder)
 
     def litter(self) -> list[str]:
-        """Return temporary files and directories (``*.partial*``) that killed writers left, relative."""
+        """Return temporary files and directories (``*.partial*``) that killed writers left, relative.
+
+        Runs with other seeds inside this one have their own.
+        """
         found = set()
         for name in [*disk.list_files(self.uri), *self._directories()]:
             parts = name.split("/")
+            if parts[0] == SEEDS:
+                continue
             for depth, part in enumerate(parts, start=1):
                 if disk.PARTIAL in part:
                     found.add("/".join(parts[:depth]))

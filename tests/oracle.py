@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from hydra_pipe.storage.trajectory import Trajectory
+from hydra_pipe.workers import tolerances
 from hydra_pipe.workers.data import fetch, to_device
 from hydra_pipe.workers.determinism import derived_seed, seed_everything
 from hydra_pipe.workers.recipe import Recipe
 
 # How far a fast path may be from the dense form, relative to the largest norm of a row.
-DENSE_FLOAT64 = 1e-12
-DENSE_FLOAT32 = 1e-4
-EXACT_FLOAT64 = 1e-9
+DENSE_FLOAT64 = tolerances.FORM["none"]["float64"]
+DENSE_FLOAT32 = tolerances.FORM["none"]["float32"]
+EXACT_FLOAT64 = tolerances.FORM["exact"]["float64"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,10 +115,11 @@ def test_gradients(recipe: Recipe, model: torch.nn.Module, chosen: Sequence[int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unrolled:
-    """``weights`` w_T (D,) with its graph back to ``eps`` (n,)."""
+    """``weights`` w_T (D,) with its graph back to ``eps`` (n,) and to the first weights ``start``."""
 
     weights: torch.Tensor
     eps: torch.Tensor
+    start: Sequence[torch.Tensor]
 
     def along(self, directions: np.ndarray) -> np.ndarray:
         """Return d <v, w_T> / d eps for each direction v (K, D), shape (K, n)."""
@@ -125,6 +127,14 @@ class Unrolled:
         for v in directions:
             (row,) = torch.autograd.grad(self.weights, self.eps, torch.from_numpy(v), retain_graph=True)
             rows.append(row.numpy())
+        return np.stack(rows)
+
+    def from_start(self) -> np.ndarray:
+        """Return d w_T / d w_0, (D, D), a row after the other."""
+        rows = []
+        for value in self.weights:
+            parts = torch.autograd.grad(value, list(self.start), retain_graph=True)
+            rows.append(torch.cat([part.reshape(-1) for part in parts]).numpy())
         return np.stack(rows)
 
 
@@ -147,11 +157,13 @@ def unrolled(recipe: Recipe, trajectory: Trajectory, tracked: Sequence[int]) -> 
     eps = torch.zeros(len(tracked), dtype=torch.float64, requires_grad=True)
     zero = torch.zeros((), dtype=torch.float64)
     loss_of = _Losses(recipe, model)
+    start: Sequence[torch.Tensor] = ()
     for step, row in enumerate(trajectory.batches):
         members = row[row >= 0]
         seed_everything(derived_seed(recipe.seed, "data", step))
         batch = to_device(fetch(recipe, dataset, members), torch.device("cpu"), torch.float64)
         weights = [w if w.requires_grad else w.clone().requires_grad_() for w in weights]
+        start = start or list(weights)
         state = {f"model.{n}": w for n, w in zip(parameters, weights, strict=True)}
         state |= {f"model.{n}": b.clone() for n, b in model.named_buffers()}
         seed_everything(derived_seed(recipe.seed, "step", step))
@@ -164,7 +176,7 @@ def unrolled(recipe: Recipe, trajectory: Trajectory, tracked: Sequence[int]) -> 
                 h, p, decay, damp, nesterov = _settings(trajectory, step, entry.group)
                 momentum[k], move = _sgd(gradient[k] + decay * weights[k], momentum[k], p, damp, nesterov)
                 weights[k] = weights[k] - h * move
-    return Unrolled(weights=torch.cat([w.reshape(-1) for w in weights]), eps=eps)
+    return Unrolled(weights=torch.cat([w.reshape(-1) for w in weights]), eps=eps, start=start)
 
 
 class _Losses(torch.nn.Module):

@@ -5,7 +5,8 @@ E[a a^T] and E[d d^T] (Kronecker-factored curvature), then eigenvalues E[(left^T
 per-sample gradients G in that basis (George et al. 2018). Targets are drawn from the model where its
 outputs are class scores, which makes this the Gauss-Newton curvature; otherwise the given targets
 are used. Parameters without a Kronecker form (norm layers, single vectors, grouped convolutions)
-keep their own axes: a diagonal.
+keep their own axes: a diagonal. The coordinates with the largest eigenvalues are then decoupled by
+the eigenvectors of their full matrix of second moments (see ``core``).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..storage.curvature import BlockBasis, Curvature
+from ..storage.curvature import BlockBasis, CoreBasis, Curvature
 from ..storage.trajectory import Trajectory
+from .core import axes, decoupled, leading
 from .data import fetch, to_device
 from .determinism import derived_seed, seed_everything
 from .eigenbasis import Eigenbasis
@@ -41,11 +43,22 @@ SAMPLES = 4096
 CHECKPOINTS = 5
 """Checkpoints of the record it is taken at."""
 
+CORE = 256
+"""Leading coordinates that keep their full curvature, at most."""
+
+DRAWS = 4
+"""How often a sample's targets are drawn for the core, at most: fewer samples leave more noise."""
+
 
 def chosen_checkpoints(trajectory: Trajectory, count: int) -> list[int]:
     """Return which of the K checkpoints to use: those nearest the middles of ``count`` equal parts."""
     last = len(trajectory.checkpoint_steps) - 1
     return sorted({min(last, round((k + 0.5) * last / count)) for k in range(count)})
+
+
+def passes(core: int) -> int:
+    """Return how often the samples are run at each checkpoint: factors, eigenvalues, core."""
+    return 3 if core else 2
 
 
 class CurvatureEstimate:
@@ -55,7 +68,9 @@ class CurvatureEstimate:
         training: A fresh ``Training`` of the recipe.
         trajectory: The record.
         checkpoints: How many checkpoints.
-        samples: At most how many training samples.
+        samples: At most how many training samples. Where there are fewer, those for the core are taken
+            several times with targets drawn anew, as often as fits into this number (`DRAWS` at most).
+        core: At most how many leading coordinates are decoupled; 0: none.
     """
 
     def __init__(
@@ -64,8 +79,9 @@ class CurvatureEstimate:
         trajectory: Trajectory,
         checkpoints: int = CHECKPOINTS,
         samples: int = SAMPLES,
+        core: int = CORE,
     ) -> None:
-        self.training, self.trajectory = training, trajectory
+        self.training, self.trajectory, self.core, self.most = training, trajectory, core, samples
         self.kept = chosen_checkpoints(trajectory, checkpoints)
         count = min(samples, training.n_train)
         generator = np.random.default_rng(derived_seed(training.recipe.seed, "curvature"))
@@ -79,7 +95,8 @@ class CurvatureEstimate:
 
     def run(self, report: Callable[[int, int], None] | None = None) -> Curvature:
         """Return the curvature: one basis over all checkpoints, eigenvalues at each."""
-        training, total = self.training, 2 * len(self.kept)
+        training, count = self.training, len(self.kept)
+        total = passes(self.core) * count
         engine = PerSampleGradients(training.recipe, training.model, training.layout, self.strategies)
         factors = _Factors(training.layout.entries, engine)
         for done, k in enumerate(self.kept, start=1):
@@ -92,42 +109,70 @@ class CurvatureEstimate:
         basis = Eigenbasis(blocks, training.layout, training.dtype, training.device)
         eigen = EigenGradients(training.recipe, training.model, training.layout, self.strategies, basis)
         rows = []
-        for done, k in enumerate(self.kept, start=len(self.kept) + 1):
-            rows.append(self._eigenvalues(eigen, k))
+        for done, k in enumerate(self.kept, start=count + 1):
+            rows.append(self._mean(eigen, k, lambda block: block.double().square().sum(0)))
             if report:
                 report(done, total)
+        eigenvalues, core = np.stack(rows), None
+        if self.core:
+            groups = basis.groups().numpy()
+            chosen = leading(eigenvalues, groups, self.core)
+            index = torch.from_numpy(chosen).to(training.device)
+            moments = []
+            draws = max(1, min(DRAWS, self.most // len(self.samples))) if self.sampled else 1
+            for done, k in enumerate(self.kept, start=2 * count + 1):
+                found = [self._mean(eigen, k, lambda block: _moments(block, index), d) for d in range(draws)]
+                moments.append(np.mean(found, axis=0))
+                if report:
+                    report(done, total)
+            vectors, eigenvalues[:, chosen] = decoupled(np.stack(moments), groups[chosen])
+            core = CoreBasis(coordinates=chosen, vectors=vectors)
         eigen.close()
         steps = self.trajectory.checkpoint_steps[self.kept]
         return Curvature(
             blocks=blocks,
+            core=core,
             steps=np.asarray(steps, dtype=np.int64),
-            eigenvalues=np.stack(rows),
-            attrs={"samples": len(self.samples), "targets": "sampled" if self.sampled else "given"},
+            eigenvalues=eigenvalues,
+            attrs={
+                "samples": len(self.samples),
+                "targets": "sampled" if self.sampled else "given",
+                "core": 0 if core is None else len(core.coordinates),
+            },
         )
 
-    def _eigenvalues(self, eigen: EigenGradients, k: int) -> npt.NDArray[np.float64]:
-        total = torch.zeros(self.training.layout.dimension, dtype=torch.float64, device=self.training.device)
+    def _mean(
+        self, eigen: EigenGradients, k: int, of: Callable[[Tensor], Tensor], draw: int = 0
+    ) -> npt.NDArray[np.float64]:
+        """Return the mean over the samples at checkpoint ``k``; ``of`` sums over a block of rotated rows."""
+        sums: list[Tensor] = []
 
-        def square(_start: int, block: Tensor) -> None:
-            total.add_(block.double().square().sum(0))
+        def add(_start: int, block: Tensor) -> None:
+            found = of(block)
+            if sums:
+                sums[0].add_(found)
+            else:
+                sums.append(found)
 
-        for batch, _calls, size in self._passes(eigen, k, keep=True):
-            eigen.after_backward(batch, torch.arange(size, device=self.training.device), size, square)
-        values: npt.NDArray[np.float64] = (total / len(self.samples)).cpu().numpy()
+        for batch, _calls, size in self._passes(eigen, k, draw, keep=True):
+            eigen.after_backward(batch, torch.arange(size, device=self.training.device), size, add)
+        values: npt.NDArray[np.float64] = (sums[0] / len(self.samples)).cpu().numpy()
         return values
 
     def _passes(
-        self, engine: PerSampleGradients, k: int, keep: bool = False
+        self, engine: PerSampleGradients, k: int, draw: int = 0, keep: bool = False
     ) -> Iterator[tuple[Batch, list[Call], int]]:
         """Run the samples forward and backward at checkpoint ``k``, targets drawn from the model."""
+        name = f"curvature/{k}/{draw}" if draw else f"curvature/{k}"
         training = self.training
         kept = self.trajectory.checkpoint(k)
         training.load_weights(kept.weights, kept.buffers)
         with evaluating(training.model), constant_statistics(training.model):
             for start in range(0, len(self.samples), TEST_BATCH):
                 chosen = self.samples[start : start + TEST_BATCH]
-                seed_everything(derived_seed(training.recipe.seed, f"curvature/{k}", start))
-                batch = self._drawn(self._fetch(chosen))
+                batch = self._fetch(chosen)
+                seed_everything(derived_seed(training.recipe.seed, name, start))  # fetching has its own seed
+                batch = self._drawn(batch)
                 with engine.capture.listen():
                     losses_B = training.losses(batch, len(chosen))
                     engine.before_backward(losses_B, torch.arange(len(chosen), device=training.device))
@@ -230,8 +275,9 @@ def _rows(module: nn.Module, x_B: Tensor, d_B: Tensor) -> tuple[Tensor | None, T
 
 
 def _axes(matrix: Tensor) -> npt.NDArray[np.float64]:
-    """Return the eigenvectors of a symmetric matrix as columns, signs fixed."""
-    _values, vectors = np.linalg.eigh(matrix.cpu().numpy())
-    signs = np.sign(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])])
-    result: npt.NDArray[np.float64] = vectors * np.where(signs == 0, 1, signs)
-    return result
+    return axes(matrix.cpu().numpy())
+
+
+def _moments(block: Tensor, index: Tensor) -> Tensor:
+    chosen = block.index_select(1, index).double()
+    return chosen.T @ chosen

@@ -1,7 +1,7 @@
 """The flat vector in the eigenbasis of the curvature: rotations there and back.
 
 D coordinates, block after block (see ``storage.curvature``); n rows. A block's coordinates are
-``left^T G right``, G the (O, K) matrix of a weight with its bias as last column.
+``left^T G right``, G the (O, K) matrix of a weight with its bias as last column. The core is turned last.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..storage.curvature import BlockBasis
+from ..storage.curvature import BlockBasis, CoreBasis
+from .core import Core
 from .layout import Layout
 from .persample.rules import aligned
 
@@ -30,12 +31,19 @@ class Eigenbasis:
         layout: Where parameters lie in the flat vector.
         dtype: Of the rows.
         device: Where they are.
+        core: Coordinates that are turned once more, all blocks together.
     """
 
     def __init__(
-        self, blocks: Sequence[BlockBasis], layout: Layout, dtype: torch.dtype, device: torch.device
+        self,
+        blocks: Sequence[BlockBasis],
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        core: CoreBasis | None = None,
     ) -> None:
         self.blocks, self.layout = tuple(blocks), layout
+        self.core = None if core is None else Core(core, dtype, device)
 
         self._turns = [_Turn(block, dtype, device) for block in self.blocks]
         self.left = [turn.left for turn in self._turns]
@@ -78,11 +86,16 @@ class Eigenbasis:
                 part = rows_nD[:, start : start + self.layout.size(i)]
                 parts.append(part.unflatten(1, (block.rows, -1)))
             self.turn(k, parts, out[:, self.span(k)].unflatten(1, (block.rows, block.columns)))
+        if self.core is not None:
+            self.core.turn(out)
         return out
 
     def to_parameters(self, rows_nD: Tensor) -> Tensor:
         """Rotate rows from the eigenbasis back to parameters."""
         out = torch.empty_like(rows_nD)
+        if self.core is not None:
+            rows_nD = rows_nD.clone()
+            self.core.turn(rows_nD, back=True)
         for k, block in enumerate(self.blocks):
             parts = []
             for i in block.entries:

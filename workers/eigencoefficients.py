@@ -7,7 +7,6 @@ are kept at segment borders, and a segment's coefficients are made again when it
 
 from __future__ import annotations
 
-import logging
 import math
 
 import numpy as np
@@ -16,8 +15,6 @@ import torch
 from torch import Tensor
 
 from .coefficients import Settings, linear_form
-
-logger = logging.getLogger(__name__)
 
 STABLE_SHARE = 0.999
 """Eigenvalues are kept below this share of what would make the linearised step grow without end."""
@@ -52,15 +49,8 @@ class EigenCoefficients:
         for span, group in self._spans:
             limit[span] = max(0.0, float(stability_limit(settings)[group]))
         values = torch.from_numpy(eigenvalues).to(device).clamp_min(0)
-        clipped = int((values > limit).any(0).sum())
-        if clipped:
-            logger.warning(
-                "%d of %d eigenvalues exceed the step's stability limit and are set to it",
-                clipped,
-                values.shape[1],
-            )
+        self.clipped = int((values > limit).any(0).sum())  # the driver says so, see pipeline.preflight
         self.eigenvalues = torch.minimum(values, limit)
-        self.clipped = clipped
         count = settings.learning_rate.shape[0]
         self._nearest = np.abs(np.arange(count)[:, None] - steps[None, :]).argmin(1)
         self.length = max(1, math.isqrt(count))

@@ -90,4 +90,6 @@ class EigenGradients(PerSampleGradients):
                 continue
             parts = [self.views[i][:count].reshape(count, block.rows, -1) for i in block.entries]
             self.basis.turn(k, parts, target[:count])
+        if self.basis.core is not None:
+            self.basis.core.turn(self._rotated[:count])
         return self._rotated[:count]

@@ -61,7 +61,7 @@ class EkfacReplay(VerifiedReplay):
     ) -> None:
         super().__init__(training, trajectory, tracked)
         layout = training.layout
-        self.basis = Eigenbasis(curvature.blocks, layout, training.dtype, training.device)
+        self.basis = Eigenbasis(curvature.blocks, layout, training.dtype, training.device, curvature.core)
         self.coefficients = EigenCoefficients(
             recorded_settings(trajectory),
             self.basis.groups(),

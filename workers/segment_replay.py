@@ -146,7 +146,7 @@ class EkfacSegmentReplay(SegmentReplay):
         self.engine.close()
         layout, device, dtype = training.layout, training.device, training.dtype
         settings = recorded_settings(trajectory)
-        self.basis = Eigenbasis(curvature.blocks, layout, dtype, device)
+        self.basis = Eigenbasis(curvature.blocks, layout, dtype, device, curvature.core)
         groups = self.basis.groups().to(device)
         values = EigenCoefficients(
             settings, groups, curvature.eigenvalues, curvature.steps, device, dtype

@@ -19,6 +19,7 @@ from ...storage.errors import InputError
 from ..targets import KINDS, SAMPLES, coarsened, kind_of
 from .panels import panel_width, panels, targets
 from .ranking import overlap, ranks, sign_errors, spearman
+from .status import RECORD, TEST_GRADIENTS
 
 if TYPE_CHECKING:
     from ..handle import Run
@@ -208,14 +209,33 @@ def seconds(run: Run, method: str) -> float | None:
     """Return the seconds that workers spent on the stages of ``method`` alone, None where unknown.
 
     The record and the test gradients, which all methods of a run share, are not among them. The
-    curvature that other targets of EKFAC share with it is.
+    curvature that other targets of EKFAC share with it is. An average over seeds needs more records, and
+    all work of its members is its own.
     """
-    shared = "hydra-ekfac/curvature"
+    seeds = run.averages(method)
+    if seeds:
+        members, source = run.members(), str(run.info["methods"][method]["source"])
+        total = _spent(run, (method, *_owners(run, source))) or 0.0
+        for seed in seeds[1:]:
+            if seed in members:
+                shared = (RECORD, TEST_GRADIENTS, *_owners(run, source))
+                total += _spent(members[seed], shared) or 0.0
+        return total
+    return _spent(run, _owners(run, method))
+
+
+def _owners(run: Run, method: str) -> tuple[str, ...]:
+    """Return whose stages a method needs: its own, and EKFAC's curvature where it borrows that."""
     borrows = method.startswith("hydra-ekfac-") and kind_of(run.info, method) != SAMPLES
+    return (method, "hydra-ekfac/curvature") if borrows else (method,)
+
+
+def _spent(run: Run, owners: Sequence[str]) -> float | None:
+    """Return the seconds of the given stages, or of all stages of the given methods; None where unknown."""
     spent = [
         float(manifest.values["seconds"])
         for stage in run.directory.stages()
-        if stage.split("/")[0] == method or (borrows and stage == shared)
+        if stage.split("/")[0] in owners or stage in owners
         for manifest in run.directory.manifests(stage)
         if "seconds" in manifest.values
     ]

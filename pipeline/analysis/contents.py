@@ -156,6 +156,41 @@ class Contents:
                 f"first at train_index {int(train_index[wrong.argmax()])}"
             )
 
+    def average(self, method: str) -> None:
+        """Check the spreads of an average over seeds, and that it is one of its members' C(i)."""
+        name, seeds = f"contributions_spread/method={method}", self.run.averages(method)
+        rows, negative = 0, 0
+        for batch in self.run.spread(method).to_batches(columns=["contribution_spread"]):
+            values = batch.column("contribution_spread").to_numpy()
+            self._finite(name, values)
+            negative += int((values < 0).sum())
+            rows += len(values)
+            self.advance(batch.nbytes, name)
+        self.rows[name] = rows
+        self._count(name, rows, self.rows.get(f"contributions/method={method}"))
+        if negative:
+            self.problems.append(f"{name}: {negative:,} values are below 0")
+        members, source = self.run.members(), str(self.info["methods"][method]["source"])
+        missing = [seed for seed in seeds[1:] if seed not in members]
+        if missing:
+            self.problems.append(f"{name}: the run with seed {missing[0]} that it averages is not there")
+            return
+        each = [
+            member.samples(source)["contribution"].to_numpy()
+            for member in (self.run, *(members[seed] for seed in seeds[1:]))
+        ]
+        if len({len(values) for values in each}) > 1:
+            self.problems.append(f"{name}: its members have not the same samples")
+            return
+        own, stored = np.stack(each), self.run.samples_spread(method)
+        for column, values in (("contribution", own.mean(0)), ("contribution_spread", own.std(0, ddof=1))):
+            wrong = np.abs(stored[column].to_numpy() - values) > MEAN_TOLERANCE * np.abs(own).max(0)
+            if wrong.any():
+                self.problems.append(
+                    f"samples_spread/method={method}: {int(wrong.sum())} values of {column} are not those of "
+                    f"its members, first at train_index {int(stored['train_index'][int(wrong.argmax())].as_py())}"
+                )
+
     def _stream(self, name: str, store: RowStore) -> np.ndarray:
         """Read all rows, report those that are not finite, return their sum in float64, (D,)."""
         total = np.zeros(store.columns)

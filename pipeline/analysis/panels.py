@@ -67,12 +67,10 @@ def panels(
 def _panels(
     run: Run, method: str, tracked: Integers, own: TargetSet, width: int
 ) -> Iterator[tuple[slice, Floats]]:
-    """Yield panels of the method's own targets; rows are found by test sample, or else by label."""
-    column = "test_index" if own.kind == SAMPLES else "test_label"
-    ids = own.test_index if own.kind == SAMPLES else own.label
-    for start in range(0, len(ids), width):
-        chosen = ids[start : start + width]
-        yield slice(start, start + len(chosen)), _block(run, method, tracked, column, chosen)
+    """Yield panels of the method's own targets."""
+    for start in range(0, len(own), width):
+        span = slice(start, min(len(own), start + width))
+        yield span, read_block(run, method, tracked, own, span)
 
 
 def panel_width(rows: int) -> int:
@@ -120,13 +118,40 @@ def _labels(run: Run, method: str, index: Integers) -> Integers:
         return found
 
 
-def _block(run: Run, method: str, tracked: Integers, key: str, tests: Integers) -> Floats:
-    column = pa_dataset.field(key)
-    wanted = (column >= int(tests[0])) & (column <= int(tests[-1]))
+def read_block(
+    run: Run,
+    method: str,
+    tracked: Integers,
+    own: TargetSet,
+    span: slice,
+    dataset: pa_dataset.Dataset | None = None,
+) -> Floats:
+    """Return the contributions of the training samples ``tracked``, ascending, to some targets.
+
+    Args:
+        run: The run.
+        method: Whose contributions.
+        tracked: Train indices, (n,).
+        own: All targets of the method; rows are found by test sample, or else by label.
+        span: Which p of them.
+        dataset: ``run.contributions(method)``, where it is at hand: opening it reads all manifests.
+
+    Returns:
+        (n, p) float64.
+
+    Raises:
+        CorruptStore: A pair is missing or is there twice.
+    """
+    key = "test_index" if own.kind == SAMPLES else "test_label"
+    tests = (own.test_index if own.kind == SAMPLES else own.label)[span]
+    train, test = pa_dataset.field("train_index"), pa_dataset.field(key)
+    wanted = (test >= int(tests[0])) & (test <= int(tests[-1]))
+    wanted = wanted & (train >= int(tracked[0])) & (train <= int(tracked[-1]))
     names = ["train_index", key, "contribution"]
     block = np.full((len(tracked), len(tests)), np.nan)
+    dataset = run.contributions(method) if dataset is None else dataset
     rows = 0
-    for batch in run.contributions(method).to_batches(columns=names, filter=wanted, batch_readahead=2):
+    for batch in dataset.to_batches(columns=names, filter=wanted, batch_readahead=2):
         at, to, values = (_column(batch, name) for name in names)
         row, col = np.searchsorted(tracked, at), np.searchsorted(tests, to)
         inside = (row < len(tracked)) & (col < len(tests))

@@ -24,17 +24,19 @@ TEST_GRADIENTS = "test-gradients"
 TARGET_GRADIENTS = tuple(stage_of(kind) for kind in KINDS if kind != SAMPLES)
 ATTRIBUTE = "attribute"
 """Last part of the stage of an estimator beside HyDRA, and ``mode`` of its method in ``run.json``."""
+SEEDS = "seeds"
+"""``mode`` of an average over seeds in ``run.json``; its only stage is ``reduce``."""
 RETRAIN = "evaluate/retrain"
 INDEX, LAST_UNIT = "index", "interclass"
 CLOSING_UNITS = (INDEX, LAST_UNIT)
-OVER_TRAINING = "over-training/"
-"""Beginning of the stages of a comparison over training."""
-SINGLE = ("/curvature", "/directions", "evaluate/scores", "over-training/scores")
-"""Stages of one unit."""
 """Units that the driver commits itself: a store's metadata and columns, a method's last table.
 
 ``run.json`` counts the one that a stage has among its units; people are shown the others.
 """
+OVER_TRAINING = "over-training/"
+"""Beginning of the stages of a comparison over training."""
+SINGLE = ("/curvature", "/directions", "/preflight", "evaluate/scores", "over-training/scores")
+"""Stages of one unit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +107,11 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
         # Estimators that need no replay commit none: list what their run or run.json mentions.
         replay, reduce = f"{method}/replay", f"{method}/reduce"
         adjoint = f"{method}/adjoint"
-        if info.get("methods", {}).get(method, {}).get("mode") == ATTRIBUTE:
+        names += [f"{method}/{part}" for part in ("curvature", "preflight") if f"{method}/{part}" in known]
+        mode = info.get("methods", {}).get(method, {}).get("mode")
+        if mode == SEEDS:
+            pass
+        elif mode == ATTRIBUTE:
             names += [f"{method}/prepare"] if f"{method}/prepare" in known else []
             names.append(f"{method}/{ATTRIBUTE}")
         elif adjoint in known or adjoint in info.get("stages", {}):
@@ -138,9 +144,10 @@ def status(run: Run) -> dict[str, Any]:
 
     Returns:
         ``run``, ``recipe``, ``state`` (``complete`` or ``partial``), ``n_train``, ``n_test``,
-        ``n_tracked``, ``n_test_tracked``, ``dimension``, ``methods`` (name to state), ``stages``
-        (one mapping a stage, see `StageState`) and ``resume`` (the command that does what is
-        missing; None when nothing is).
+        ``n_tracked``, ``n_test_tracked``, ``dimension``, ``methods`` (name to state), ``warnings`` (of
+        the preflight, one line each), ``stages`` (one mapping a stage, see `StageState`), ``seeds``
+        (one mapping a run with another seed: ``seed``, ``state``) and ``resume`` (the command that does
+        what is missing; None when nothing is).
     """
     states = stage_states(run.directory, run.info)
     # What judges a run is no part of it: it never makes one incomplete.
@@ -156,18 +163,39 @@ def status(run: Run) -> dict[str, Any]:
             for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")
         },
         "methods": methods,
+        "warnings": warnings_of(run.info),
         "stages": [asdict(state) for state in states],
+        "seeds": _seeds(run),
         "resume": None if complete else _resume(run, states),
     }
+
+
+def _seeds(run: Run) -> list[dict[str, Any]]:
+    there = run.members()
+    return [
+        {"seed": seed, "state": status(there[seed])["state"] if seed in there else "missing"}
+        for seed in run.info.get("seeds", {}).get("others", [])
+    ]
+
+
+def warnings_of(info: Mapping[str, Any]) -> list[str]:
+    """Return what the preflight of each method warned of, one line each."""
+    found = []
+    for name in method_names(info):
+        entry = info.get("methods", {}).get(name, {}).get("preflight", {})
+        found += [f"{name}: {text}" for text in entry.get("warnings", ())]
+    return found
 
 
 def _resume(run: Run, states: Sequence[StageState]) -> str:
     """Return the command that does what is missing; estimators are added once the rest is there."""
     methods, spec = run.info.get("methods", {}), run.info.get("spec", {})
     missing = {state.stage.split("/")[0] for state in states if state.state != "complete"}
-    added = [name for name in missing if methods.get(name, {}).get("mode") == ATTRIBUTE]
-    if not added or len(added) < len(missing):
-        return command_line(spec, uri=run.uri)
+    seeds = max((len(run.averages(name)) for name in missing), default=0)
+    sources = {methods.get(name, {}).get("source", name) for name in missing}
+    added = [name for name in sources if methods.get(name, {}).get("mode") == ATTRIBUTE]
+    if not added or len(added) < len(sources):
+        return command_line({**spec, "seeds": seeds} if seeds else spec, uri=run.uri)
     name = min(added)
     words = ["hydra-pipe", "attribute", run.uri]
     if spec.get("recipe", "digits") != "digits":
@@ -175,6 +203,8 @@ def _resume(run: Run, states: Sequence[StageState]) -> str:
     words += ["--method", name]
     for key, value in methods[name].get("options", {}).items():
         words += ["--option", f"{key}={_scalar(value)}"]
+    if seeds:
+        words += ["--seeds", str(seeds)]
     return shlex.join(words)
 
 

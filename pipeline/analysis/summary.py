@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...storage.errors import HydraError
-from ...storage.rundir import RESULTS
+from ...storage.rundir import RESULTS, SEEDS
 from ..targets import MEAN, SAMPLES, kind_of
-from .status import command_line, stage_states
+from .status import command_line, stage_states, warnings_of
 
 if TYPE_CHECKING:
     from ..handle import Run
@@ -39,7 +39,7 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
     Returns:
         ``run``, ``recipe``, ``method``, ``targets``, ``n_train``, ``n_test``, ``n_tracked``,
         ``n_test_tracked``, ``dimension``; ``accuracy`` with ``train`` and ``test`` (0 to 1);
-        ``memory`` with ``peak_bytes`` and ``predicted_bytes``; ``stages`` (``stage``, ``units``,
+        ``memory`` with ``peak_bytes`` and ``predicted_bytes``; ``warnings`` of the preflight; ``stages`` (``stage``, ``units``,
         ``rows``, ``bytes``, ``seconds``); ``disk`` (``path``, ``bytes``, ``files``); ``helpful``
         and ``harmful`` (rows of `top.top`, with ``original_label`` where a label is wrong on
         purpose); ``next`` (commands to type).
@@ -58,6 +58,14 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
         sizes = disk.setdefault(_part(entry.path), [0, 0])
         sizes[0] += entry.bytes
         sizes[1] += 1
+    for seed, member in run.members().items():
+        inside = {
+            entry.path: entry.bytes
+            for stage in member.directory.stages()
+            for manifest in member.directory.manifests(stage)
+            for entry in manifest.files
+        }
+        disk[f"{SEEDS}/seed={seed}"] = [sum(inside.values()), len(inside)]
     helpful, harmful = (_extremes(run, method, harmful) for harmful in (False, True))
     return {
         "run": run.uri,
@@ -73,6 +81,7 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
             "peak_bytes": noted.get("peak_bytes") or max(peaks, default=None),
             "predicted_bytes": noted.get("predicted_bytes") or None,
         },
+        "warnings": warnings_of(info),
         "stages": [
             {"stage": s.stage, "units": s.done, "rows": s.rows, "bytes": s.bytes, "seconds": s.seconds}
             for s in states

@@ -39,7 +39,9 @@ def top(
     Returns:
         A table sorted by contribution, ties by ``train_index``: ``rank`` (from 1),
         ``train_index``, ``label`` (-1: none), ``contribution``; without ``test`` and ``label`` also
-        ``contribution_std`` and ``visits``, with one of them also ``test_index`` and ``test_label``.
+        ``contribution_std`` and ``visits``, with one of them also ``test_index`` and ``test_label``. For an
+        average over seeds also ``contribution_spread``, the standard deviation over them (of a class only
+        where that is a target).
 
     Raises:
         InputError: ``k`` is below 1, or the method does not hold that test sample or class.
@@ -61,6 +63,10 @@ def top(
         chosen = chosen.select(names)
     else:
         chosen = _one_test_sample(run, k=k, test=test, harmful=harmful, method=method)
+    method = run.method(method)
+    if run.averages(method) and (label is None or kind_of(run.info, method) == CLASSES):
+        spread = _spread(run, method, chosen, test, label)
+        chosen = chosen.append_column("contribution_spread", spread)
     return chosen.add_column(0, "rank", pa.array(np.arange(1, len(chosen) + 1, dtype=np.int32)))
 
 
@@ -136,6 +142,20 @@ def _no_such_target(run: Run, method: str, asked: str, kinds: tuple[str, ...]) -
     choice = "--class C, or " if own == CLASSES else ""
     none = "no classes" if CLASSES in kinds else "no single test samples"
     return InputError(f"{asked}: method {method} of {run.uri} holds {held} and {none}; use {choice}{remedy}")
+
+
+def _spread(run: Run, method: str, chosen: pa.Table, test: int | None, label: int | None) -> pa.Array:
+    """Return the spread over the seeds of the chosen samples, in their order."""
+    index, column = chosen["train_index"].to_numpy(), "contribution_spread"
+    if test is None and label is None:
+        table = run.samples_spread(method)
+    else:
+        key, value = ("test_index", test) if label is None else ("test_label", label)
+        wanted = pa_dataset.field("train_index").isin(index) & (pa_dataset.field(key) == value)
+        table = run.spread(method).to_table(columns=["train_index", column], filter=wanted)
+        table = table.sort_by("train_index")
+    at = np.searchsorted(table["train_index"].to_numpy(), index)
+    return pa.array(table[column].to_numpy()[at].astype(np.float64))
 
 
 def _order(train_index: np.ndarray, contribution: np.ndarray, harmful: bool) -> np.ndarray:

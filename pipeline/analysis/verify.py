@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
-from ...storage.errors import CorruptStore, HydraError
+from ...storage.contributions import SCHEMAS
+from ...storage.errors import CorruptStore, HydraError, RunNotFound
 from ...storage.files import list_files
+from ...storage.rundir import SEEDS
 from ..targets import KINDS, stage_of, store_of
 from . import conservation as law
 from .conservation import conservation
@@ -31,7 +33,8 @@ T = TypeVar("T")
 
 _RESULTS = re.compile(
     r"(?P<kind>trajectory\.zarr|test_gradients\.zarr|hypergradients|target_gradients|"
-    r"contributions|samples|interclass)/(?:(?:method|targets)=(?P<method>[^/]+?)(?:\.zarr)?/)?"
+    r"contributions|samples|interclass|contributions_spread|samples_spread)/"
+    r"(?:(?:method|targets)=(?P<method>[^/]+?)(?:\.zarr)?/)?"
 )
 GROUP_BYTES, GROUP_FILES = 256 << 20, 64
 """How much is hashed between two moves of the progress bar."""
@@ -69,8 +72,34 @@ def verify(run: Run, *, progress: Progress | None = None) -> Verification:
     """Check a run: digests and sizes of all files, no stray files, readable stores, counts, values.
 
     Stages that are not complete are noted and their contents are not judged; what they have
-    committed is still checked against its manifests.
+    committed is still checked against its manifests. Runs with other seeds inside this one are
+    checked after it, and what is said of them begins with their place.
     """
+    from ..handle import open_run
+
+    found = _verify(run, progress)
+    for seed in run.info.get("seeds", {}).get("others", []):
+        place = f"{SEEDS}/seed={seed}"
+        try:
+            inner = _verify(open_run(run.directory.of_seed(seed).uri), progress)
+        except RunNotFound:
+            found = replace(found, notes=(*found.notes, f"{place}: not begun"))
+            continue
+        except HydraError as error:
+            found = replace(found, problems=(*found.problems, _line(f"{place}: {error}")))
+            continue
+        found = replace(
+            found,
+            files=found.files + inner.files,
+            bytes=found.bytes + inner.bytes,
+            rows={**found.rows, **{f"{place}/{part}": rows for part, rows in inner.rows.items()}},
+            problems=(*found.problems, *(f"{place}/{line}" for line in inner.problems)),
+            notes=(*found.notes, *(f"{place}/{line}" for line in inner.notes)),
+        )
+    return found
+
+
+def _verify(run: Run, progress: Progress | None) -> Verification:
     try:
         verifier = _Verifier(run, progress)
     except CorruptStore as error:  # a manifest that cannot be read: nothing can be held against it
@@ -117,8 +146,10 @@ class _Verifier:
             name = f"hypergradients/method={method}.zarr"
             if self._readable(f"{method}/replay", name) and any(p.startswith(name) for p in self.sizes):
                 found |= self._guard(name, partial(contents.hypergradients, method, lawful=record)) or {}
-            if self._readable(f"{method}/reduce", *(f"{k}/method={method}" for k in _PARQUET)):
+            if self._readable(f"{method}/reduce", *(f"{k}/method={method}" for k in SCHEMAS)):
                 self._guard(f"contributions/method={method}", partial(contents.contributions, method))
+                if self.run.averages(method):
+                    self._guard(f"contributions_spread/method={method}", partial(contents.average, method))
         if not found:
             reason = law.not_applicable(self.run) or "the stores it needs are damaged"
             found = {"applicable": False, "reason": reason}
@@ -211,9 +242,6 @@ class _Verifier:
             # Stores are read a second time for their contents: twice the bytes is the closest bound.
             total = 2 * sum(self.sizes.values())
             self.progress(min(self.checked, total), total, what)
-
-
-_PARQUET = ("contributions", "samples", "interclass")
 
 
 def _stage_of(kind: str, method: str | None) -> str | None:

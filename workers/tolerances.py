@@ -1,0 +1,26 @@
+"""How far a number of a run may be from the dense form: what the documentation promises, in one place.
+
+Relative to the largest one of what is compared: rows by their norms, contributions by their sizes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Form = Literal["none", "ekfac", "exact"]
+
+FORM: dict[Form, dict[str, float]] = {
+    "none": {"float64": 1e-12, "float32": 1e-4},
+    "ekfac": {"float64": 1e-11, "float32": 1e-4},
+    "exact": {"float64": 1e-9, "float32": 1e-3},
+}
+"""Hypergradients, and contributions before they are stored as float32, by form of the Hessian and dtype."""
+
+GRADIENT: dict[str, float] = {"float64": 1e-12, "float32": 1e-4}
+"""Test gradients."""
+
+STORED: dict[str, float] = {"float64": 1e-6, "float32": 1e-4}
+"""Contributions in Parquet, float32 there, against the products of the stores."""
+
+LOSS: dict[str, float] = {"float64": 1e-12, "float32": 1e-4}
+"""Batch losses at the recorded weights, computed in float64, against the recorded ones."""

@@ -1,7 +1,8 @@
 """What keeping the Hessian costs: EKFAC against the fast replay, the exact adjoint against training.
 
 Fashion-MNIST on LeNet-5, batch 64, all samples tracked. The exact adjoint answers for all training
-samples; its cost counts the segment replay it needs. Objects are built before the clock starts.
+samples; its cost counts the segment replay it needs. Exact forward follows samples of the first batch,
+which move in all steps but the first. Objects are built before the clock starts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from hydra_pipe.workers.adjoint import Adjoint
 from hydra_pipe.workers.curvature import CurvatureEstimate
 from hydra_pipe.workers.ekfac import EkfacReplay
+from hydra_pipe.workers.exact import ExactReplay
 from hydra_pipe.workers.replay import Replay
 from hydra_pipe.workers.training import Compute
 
@@ -22,8 +24,22 @@ from .cases import Clothes, Prefetched, record
 from .report import Result
 from .timing import clock, ratio
 
-SIZES: Mapping[str, Any] = {"samples": 1280, "batch": 64, "threads": 2, "targets": (1, 8, 16), "rounds": 5}
-QUICK: Mapping[str, Any] = {"samples": 96, "batch": 32, "threads": 1, "targets": (1, 2), "rounds": 1}
+SIZES: Mapping[str, Any] = {
+    "samples": 1280,
+    "batch": 64,
+    "threads": 2,
+    "targets": (1, 8, 16),
+    "forward": 16,
+    "rounds": 5,
+}
+QUICK: Mapping[str, Any] = {
+    "samples": 96,
+    "batch": 32,
+    "threads": 1,
+    "targets": (1, 2),
+    "forward": 2,
+    "rounds": 1,
+}
 
 
 def run(sizes: Mapping[str, Any], folder: Path) -> Result:
@@ -55,7 +71,11 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
 
         return build
 
-    candidates = {"plain": plain, "fast": fast, "ekfac": ekfac}
+    def forward() -> Callable[[], object]:
+        first = trajectory.batches[0][: sizes["forward"]].astype(np.int64)
+        return ExactReplay(Prefetched(recipe, coupled, batches), trajectory, first).run
+
+    candidates = {"plain": plain, "fast": fast, "ekfac": ekfac, "forward": forward}
     candidates |= {f"adjoint {count}": adjoint(count) for count in sizes["targets"]}
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(1 + sizes["rounds"]):
@@ -69,4 +89,8 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
         each = [value / count for value in ratio(taken[f"adjoint {count}"], taken["plain"])]
         goal = 4.0 if count == 1 else 1.7 if count >= 8 else None
         result.add(f"exact adjoint, {count} targets: one target / plain training", each, "x", at_most=goal)
+    moves = sizes["forward"] * (1 - 1 / len(batches))
+    each = [(value - 1) / moves for value in ratio(taken["forward"], taken["plain"])]
+    name = f"exact forward, {sizes['forward']} tracked: one sample moved one step / plain step"
+    result.add(name, each, "x")
     return result

@@ -18,10 +18,10 @@ from ..storage.errors import SpecError
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
-from ..workers.curvature import passes
 from ..workers.determinism import restored_process
 from ..workers.training import Compute
 from .admission import method_options, place, refuse_unsupported, stored_run
+from .curvature_stages import CurvatureStages
 from .events import (
     Note,
     Observer,
@@ -30,21 +30,17 @@ from .events import (
     null,
 )
 from .executors import make_executor
+from .gradient_stages import GradientStages
 from .handle import Run, open_run
 from .notes import closing_notes, run_notes
 from .plan import Plan, cut
-from .preflight import PreflightStages
 from .reduce import ReduceJob, interclass_table
-from .sharding import EXACT_TARGETS, spans
 from .spec import RunSpec
 from .stages import INDEX, units_of
 from .survey import Survey, compute_of, survey
-from .targets import SAMPLES, stage_of, store_of
+from .targets import SAMPLES, stage_of
 from .tasks import (
     ADJOINT,
-    CORRECTION,
-    CURVATURE,
-    DIRECTIONS,
     RECORD,
     REDUCE,
     REPLAY,
@@ -118,7 +114,7 @@ def make_driver(spec: RunSpec, looked: Survey, executor: Executor, observer: Obs
     return _Driver(spec, looked, plan, directory, executor, observer, stored or {})
 
 
-class _Driver(PreflightStages):
+class _Driver(GradientStages, CurvatureStages):
     """One pass over the stages of one run."""
 
     def __init__(
@@ -165,38 +161,6 @@ class _Driver(PreflightStages):
         units = [Unit(stage=RECORD, name="trajectory", arguments={})]
         self._stage(RECORD, units, self.plan.steps, "step")
 
-    def _test_gradients(self) -> None:
-        self._needs(RECORD, "trajectory", "record")
-        plan, looked = self.plan, self.looked
-        unknown = np.full(plan.n_tested, -1, dtype=np.int16)
-        store = self._make_store(
-            TEST_GRADIENTS,
-            "test_gradients.zarr",
-            name="gradient",
-            rows=plan.n_tested,
-            columns=plan.dimension,
-            dtype=self.spec.dtype,
-            chunk_rows=plan.test_chunk_rows,
-            row_columns={
-                "test_index": looked.tested.astype(np.int32),
-                "loss": np.full(plan.n_tested, np.nan),
-                "label": unknown,
-                "prediction": unknown.copy(),
-            },
-            attrs={"n_test": plan.n_test},
-        )
-        units = units_of(TEST_GRADIENTS, plan.test_blocks)
-        self._stage(TEST_GRADIENTS, units, plan.n_tested, "row", extra=1)
-        if self._valid(TEST_GRADIENTS, INDEX):
-            return
-        for unit in units:
-            manifest = self.directory.manifest(TEST_GRADIENTS, unit.name)
-            assert manifest is not None
-            for column, dtype in (("loss", np.float64), ("label", np.int16), ("prediction", np.int16)):
-                values = np.asarray(manifest.values[column], dtype=dtype)
-                store.write_column(column, values, start=int(manifest.values["start"]))
-        self._commit_index(TEST_GRADIENTS, "test_gradients.zarr", store)
-
     def _replay(self) -> None:
         self._needs(RECORD, "trajectory", "record")
         plan = self.plan
@@ -213,25 +177,6 @@ class _Driver(PreflightStages):
             attrs={"n_train": plan.n_train, "method": self.base},
         )
         self._collect(base, store)
-
-    def _target_gradients(self) -> None:
-        """Make the gradients of classes or of the mean, once for all forms of the Hessian."""
-        plan, kind = self.plan, self.plan.targets.kind
-        store = self._make_store(
-            stage_of(kind),
-            store_of(kind),
-            name="gradient",
-            rows=len(plan.targets),
-            columns=plan.dimension,
-            dtype=self.spec.dtype,
-            chunk_rows=plan.target_chunk_rows,
-            row_columns=plan.targets.columns(),
-            attrs={"targets": kind, "n_test": plan.n_tested},
-        )
-        if not self._valid(stage_of(kind), INDEX):
-            self._commit_index(stage_of(kind), store_of(kind), store)
-        units = units_of(stage_of(kind), plan.target_blocks)
-        self._stage(stage_of(kind), units, plan.n_tested * len(units), "row", extra=1)
 
     def _adjoint(self) -> None:
         self._needs(TEST_GRADIENTS, INDEX, "replay")
@@ -258,14 +203,9 @@ class _Driver(PreflightStages):
 
     def _collect(self, base: str, store: RowStore) -> None:
         """Fill a store shard by shard: hypergradients, or in adjoint mode contributions by target."""
-        if self.form == "hydra-ekfac":
-            stage = f"{self.form}/{CURVATURE}"
-            unit = Unit(stage=stage, name=CURVATURE, arguments={})
-            if self._stage(
-                stage, [unit], passes(self.spec.curvature_core) * self.spec.curvature_checkpoints, "pass"
-            ):
-                for later in (self.collect_stage, self.reduce_stage):
-                    self.directory.drop(later)  # made with another basis
+        if self.form == "hydra-ekfac" and self._curvature():
+            for later in (self.collect_stage, self.reduce_stage):
+                self.directory.drop(later)  # made with another basis
         if not self._valid(self.collect_stage, INDEX):
             self._commit_index(self.collect_stage, base, store)
         units = units_of(self.collect_stage, self.plan.shards)
@@ -278,33 +218,6 @@ class _Driver(PreflightStages):
         self._stage(self.collect_stage, units, self.plan.steps * len(units), "step", extra=1)
         if self.spec.exact_rank:
             self._correct()
-
-    def _correct(self) -> None:
-        """Correct EKFAC contributions exactly along the leading directions of the test gradients."""
-        self._needs(TEST_GRADIENTS, INDEX, "replay")
-        stage = f"{self.method}/{DIRECTIONS}"
-        unit = Unit(stage=stage, name=DIRECTIONS, arguments={"rank": self.spec.exact_rank})
-        self._stage(stage, [unit], 1, "set")
-        found = RowStore.open(
-            self.directory.path("corrections", f"method={self.method}", "directions.zarr"), "direction"
-        )
-        stage, base = f"{self.method}/{CORRECTION}", f"corrections/method={self.method}/contributions.zarr"
-        store = self._make_store(
-            stage,
-            base,
-            name="contribution",
-            rows=found.rows,
-            columns=self.plan.n_tracked,
-            dtype=self.spec.dtype,
-            chunk_rows=EXACT_TARGETS,
-            row_columns={},
-            attrs={"method": self.method},
-        )
-        if not self._valid(stage, INDEX):
-            self._commit_index(stage, base, store)
-        units = units_of(stage, spans(found.rows, EXACT_TARGETS, "directions"))
-        self._preflight(self.method, stage, [unit.name for unit in units], found.rows, exact=True)
-        self._stage(stage, units, self.plan.steps * len(units), "step", extra=1)
 
     def _reduce(self) -> None:
         self._needs(RECORD, "trajectory", "record")

@@ -17,7 +17,8 @@ from ..workers.determinism import restored_process
 from ..workers.gradients import TEST_BATCH
 from ..workers.persample.engine import TILE
 from ..workers.record import checkpoint_steps
-from ..workers.targets import PANEL_BYTES
+from ..workers.targets import PANEL_BYTES as TARGET_PANEL_BYTES
+from .analysis.panels import PANEL_BYTES
 from .sharding import Shard, Sharding, spans
 from .spec import RunSpec
 from .survey import Survey, survey
@@ -170,10 +171,13 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
     }
     if targets.kind != SAMPLES:
         held = min(k, per_unit) * 8 * dimension
-        memory["target-gradients worker"] = looked.process_bytes + held + 2 * PANEL_BYTES
+        memory["target-gradients worker"] = looked.process_bytes + held + 2 * TARGET_PANEL_BYTES
         disk["target_gradients"] = k * row
     times = _times(looked, parts, slots, n, m, spec)
     if spec.seeds > 1:
+        # A unit's means (float64), spreads and a file on its way out; panels of the members' tables.
+        held = 16 * tiles.unit_rows * k + 2 * PANEL_BYTES
+        memory["average worker"] = looked.process_bytes + held + WRITER_BYTES
         # As many runs again, one after the other, and what their average adds: mean and spread.
         disk["other seeds"] = (spec.seeds - 1) * sum(disk.values())
         disk["average over seeds"] = 2 * disk["contributions"]

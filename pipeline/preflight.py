@@ -2,8 +2,8 @@
 
 Without the Hessian, and with EKFAC, the recorded settings say it: one look at the coefficients. The
 exact form is asked itself (``workers.growth``): two vectors are carried through it, for about the
-price of eight trainings, in a unit of the stage ``<method>/preflight``, where enough vectors follow
-for that to be little.
+price of 13 trainings, in a unit of the stage ``<method>/preflight``, where enough vectors follow for
+that to be little.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def check_data(spec: RunSpec, looked: Survey, directory: RunDirectory) -> Mappin
         if before.get(what) != data.get(what):
             raise SpecMismatch(
                 f"{directory.uri}: the {what} are not those of the seeds recorded before; give the same data, "
-                "or use another --out or --overwrite"
+                "or use another --out"
             )
     for seed in _others(spec, looked):
         there = stored is not None and directory.of_seed(seed).manifest(RECORD, "trajectory") is not None

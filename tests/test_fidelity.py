@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from pathlib import Path
+
 import numpy as np
 
 from benchmarks import fidelity
 from benchmarks.digits_mlp import DigitsMLP
+
+MAKE_DIAL = Path(__file__).parents[1] / "docs" / "images" / "make_dial.py"
 
 
 def test_the_task_is_the_one_described():
@@ -16,6 +22,29 @@ def test_the_task_is_the_one_described():
     assert recipe.epochs * -(-len(train) // recipe.batch_size) == 300
     assert len(recipe.noisy_labels(train)[0]) == 100
     assert np.unique(recipe.labels(test)).tolist() == list(range(10))
+
+
+def test_goals_are_set_for_every_share():
+    """The share is what the benchmark asks for, or no goal would ever be judged."""
+    assert set(fidelity.GOALS) == {"hydra-exact", "hydra-ekfac"}
+    for goals in fidelity.GOALS.values():
+        assert set(goals) == set(fidelity.SIZES["fractions"])
+
+
+def test_the_dial_is_read_from_the_result_and_drawn(tmp_path):
+    spec = importlib.util.spec_from_file_location("make_dial", MAKE_DIAL)
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    result = json.loads(make.RESULT.read_text())
+    shown = make.draw(result, tmp_path / "dial.png")
+    assert (tmp_path / "dial.png").stat().st_size > 5000
+    assert list(shown) == sorted(result["sizes"]["fractions"])
+    for share, rows in shown.items():
+        ranks = sorted(result["sizes"]["ranks"])
+        assert [row[0] for row in rows] == [0, *ranks, result["sizes"]["test_size"]]
+        lines = {line["what"]: line["value"] for line in result["lines"]}
+        assert rows[-1][1] == lines[f"hydra-exact, {100 * share:g}% kept"]
+        assert all(low <= score <= high for _, score, low, high in rows)
 
 
 def test_it_runs(tmp_path):

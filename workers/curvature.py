@@ -106,7 +106,7 @@ class CurvatureEstimate:
                 report(done, total)
         engine.close()
         blocks = factors.blocks()
-        basis = Eigenbasis(blocks, training.layout, training.dtype, training.device)
+        basis = Eigenbasis(blocks, training.layout, training.dtype, training.device, None)
         eigen = EigenGradients(training.recipe, training.model, training.layout, self.strategies, basis)
         rows = []
         for done, k in enumerate(self.kept, start=count + 1):

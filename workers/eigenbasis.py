@@ -31,7 +31,8 @@ class Eigenbasis:
         layout: Where parameters lie in the flat vector.
         dtype: Of the rows.
         device: Where they are.
-        core: Coordinates that are turned once more, all blocks together.
+        core: Coordinates that are turned once more, all blocks together; None: none are. No default:
+            eigenvalues belong to the basis with its core.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Eigenbasis:
         layout: Layout,
         dtype: torch.dtype,
         device: torch.device,
-        core: CoreBasis | None = None,
+        core: CoreBasis | None,
     ) -> None:
         self.blocks, self.layout = tuple(blocks), layout
         self.core = None if core is None else Core(core, dtype, device)

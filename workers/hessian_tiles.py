@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..storage.errors import RecipeError
+from ..storage.errors import DoesNotFit, RecipeError
 from .determinism import preserved_generators
 from .hessian_probe import dependence, disagreement, first_samples, one_line
 from .recipe import Batch
@@ -89,6 +89,7 @@ class StepTiles:
         """Write H v for each direction into ``out_KD`` and return the <g_i, v>, (K, B).
 
         Raises:
+            DoesNotFit: The device's memory does not hold a tile.
             RecipeError: The fast way agreed when the replay began and does not exist for this step.
         """
         if isinstance(self.way, SecondOrder):
@@ -112,8 +113,11 @@ class StepTiles:
     def _fast(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
         try:
             return self.way.tile(directions_KD, out_KD)
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                f"{len(directions_KD)} Hessian products at a time do not fit into the memory of "
+                f"{directions_KD.device} at step {self.step}; use a smaller batch size or a larger device"
+            ) from error
         except RuntimeError as error:
             raise RecipeError(
                 f"Hessian products of several directions worked when the replay began and fail at step {self.step} "

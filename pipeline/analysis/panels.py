@@ -151,7 +151,7 @@ def read_block(
     block = np.full((len(tracked), len(tests)), np.nan)
     dataset = run.contributions(method) if dataset is None else dataset
     rows = 0
-    for batch in dataset.to_batches(columns=names, filter=wanted, batch_readahead=2):
+    for batch in dataset.to_batches(columns=names, filter=wanted, batch_readahead=2, fragment_readahead=1):
         at, to, values = (_column(batch, name) for name in names)
         row, col = np.searchsorted(tracked, at), np.searchsorted(tests, to)
         inside = (row < len(tracked)) & (col < len(tests))

@@ -418,6 +418,7 @@ def test_plan_states_all_seeds():
     assert three.disk["total"] == 3 * one.disk["total"] + average
     assert three.seconds["total"] == pytest.approx(1.5 * three.seconds["other seeds"], rel=1e-9)
     assert three.as_dict()["run"]["seeds"] == 3
+    assert three.memory["average worker"] > 0
 
 
 # ---------------------------------------------------------------- everything that reads

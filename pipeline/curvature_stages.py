@@ -1,0 +1,51 @@
+"""The driver's stages of EKFAC: its curvature, and the exact correction along a few directions."""
+
+from __future__ import annotations
+
+from ..storage.rows import RowStore
+from ..workers.curvature import passes
+from .preflight import PreflightStages
+from .sharding import EXACT_TARGETS, spans
+from .stages import INDEX, units_of
+from .tasks import CORRECTION, CURVATURE, DIRECTIONS, TEST_GRADIENTS
+from .units import Unit
+
+
+class CurvatureStages(PreflightStages):
+    """The driver's part of it."""
+
+    method: str
+
+    def _curvature(self) -> bool:
+        """Estimate the curvature, once for all targets; return whether it was made now."""
+        stage = f"{self.form}/{CURVATURE}"
+        unit = Unit(stage=stage, name=CURVATURE, arguments={})
+        total = passes(self.spec.curvature_core) * self.spec.curvature_checkpoints
+        return bool(self._stage(stage, [unit], total, "pass"))
+
+    def _correct(self) -> None:
+        """Correct EKFAC contributions exactly along the leading directions of the test gradients."""
+        self._needs(TEST_GRADIENTS, INDEX, "replay")
+        stage = f"{self.method}/{DIRECTIONS}"
+        unit = Unit(stage=stage, name=DIRECTIONS, arguments={"rank": self.spec.exact_rank})
+        self._stage(stage, [unit], 1, "set")
+        found = RowStore.open(
+            self.directory.path("corrections", f"method={self.method}", "directions.zarr"), "direction"
+        )
+        stage, base = f"{self.method}/{CORRECTION}", f"corrections/method={self.method}/contributions.zarr"
+        store = self._make_store(
+            stage,
+            base,
+            name="contribution",
+            rows=found.rows,
+            columns=self.plan.n_tracked,
+            dtype=self.spec.dtype,
+            chunk_rows=EXACT_TARGETS,
+            row_columns={},
+            attrs={"method": self.method},
+        )
+        if not self._valid(stage, INDEX):
+            self._commit_index(stage, base, store)
+        units = units_of(stage, spans(found.rows, EXACT_TARGETS, "directions"))
+        self._preflight(self.method, stage, [unit.name for unit in units], found.rows, exact=True)
+        self._stage(stage, units, self.plan.steps * len(units), "step", extra=1)

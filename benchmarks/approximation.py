@@ -24,7 +24,7 @@ from hydra_pipe.workers.recipes.data_images import first
 from hydra_pipe.workers.recipes.mnist import FashionMnist
 
 from .cases import Clothes
-from .report import RESULTS, Result
+from .report import Result
 
 SIZES: Mapping[str, Any] = {
     "samples": 1280,
@@ -41,7 +41,7 @@ SIZES: Mapping[str, Any] = {
     "repeats": 1,
     "executor": "ray",
     "workers": 2,
-    "figures": str(RESULTS),
+    "figures": "benchmarks/results",
 }
 QUICK: Mapping[str, Any] = {
     **SIZES,
@@ -92,7 +92,9 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
         every=sizes["every"],
         influence_from=sizes["influence_from"],
         methods=sizes["methods"],
-        options={"influence-lissa": lissa} if "influence-lissa" in (sizes["methods"] or ("influence-lissa",)) else {},
+        options={"influence-lissa": lissa}
+        if not sizes["methods"] or "influence-lissa" in sizes["methods"]
+        else {},
         raw_decay=True,
     )
     found = over_training(place, course, recipe, **given)

@@ -24,7 +24,7 @@ from hydra_pipe.workers.recipes.data_images import first
 from hydra_pipe.workers.recipes.mnist import FashionMnist
 
 from .cases import Clothes
-from .report import RESULTS, Result
+from .report import Result
 
 SIZES: Mapping[str, Any] = {
     "samples": 1280,
@@ -33,6 +33,7 @@ SIZES: Mapping[str, Any] = {
     "epochs": 40,
     "every": 2,
     "influence_from": 20,
+    "methods": None,
     "ekfac": True,
     "damping": 3.0,
     "scale": 200.0,
@@ -40,7 +41,7 @@ SIZES: Mapping[str, Any] = {
     "repeats": 1,
     "executor": "ray",
     "workers": 2,
-    "figures": str(RESULTS),
+    "figures": "benchmarks/results",
 }
 QUICK: Mapping[str, Any] = {
     **SIZES,
@@ -90,7 +91,10 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     course = Course(
         every=sizes["every"],
         influence_from=sizes["influence_from"],
-        options={"influence-lissa": lissa},
+        methods=sizes["methods"],
+        options={"influence-lissa": lissa}
+        if not sizes["methods"] or "influence-lissa" in sizes["methods"]
+        else {},
         raw_decay=True,
     )
     found = over_training(place, course, recipe, **given)

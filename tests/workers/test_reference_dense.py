@@ -76,19 +76,20 @@ def test_batch_statistics_are_constants_or_not_as_asked(tmp_path):
     assert oracle.relative_error(rows["constant"], rows["coupled"]) > 1e-2
 
 
+@pytest.mark.parametrize("core", [0, 9])
 @pytest.mark.parametrize("kind", [Small, TwoGroups, Images, BatchNormed], ids=lambda k: k.__name__)
-def test_ekfac_blocks_are_matrices(kind, tmp_path):
-    """The oracle's recursion with each block's curvature as one big matrix, kron(left, right)."""
+def test_ekfac_is_a_matrix(kind, core, tmp_path):
+    """The oracle's recursion with the curvature as one big matrix: kron(left, right) a block, then the core."""
     recipe = kind()
     trajectory = recorded(recipe, tmp_path, double())
-    curvature = CurvatureEstimate(Training(recipe, double()), trajectory, checkpoints=2).run()
+    curvature = CurvatureEstimate(Training(recipe, double()), trajectory, checkpoints=2, core=core).run()
     settings = recorded_settings(trajectory)
     limits = np.append(stability_limit(settings), 0.0)
     curvature.eigenvalues[:] *= 2 * limits.max() / curvature.eigenvalues.max()  # so that some are cut
     for group in range(len(limits) - 1):
         assert largest_stable_curvature(trajectory, group) == pytest.approx(limits[group], rel=1e-12)
     dimension = curvature.eigenvalues.shape[1]
-    matrices = np.zeros((len(curvature.steps), dimension, dimension))
+    turn, limit = np.zeros((dimension, dimension)), np.zeros(dimension)
     start = 0
     for block in curvature.blocks:
         stop = start + block.rows * block.columns
@@ -104,12 +105,14 @@ def test_ekfac_blocks_are_matrices(kind, tmp_path):
         ).reshape(-1)
         left = np.eye(block.rows) if block.left is None else block.left
         right = np.eye(block.columns) if block.right is None else block.right
-        turn = np.kron(left, right)
-        limit = max(0.0, limits[trajectory.parameters[block.entries[0]].group])
-        for k, row in enumerate(curvature.eigenvalues):
-            values = np.clip(row[start:stop], 0, limit)
-            matrices[k][np.ix_(places, places)] = turn @ (values[:, None] * turn.T)
+        turn[places, start:stop] = np.kron(left, right)
+        limit[start:stop] = max(0.0, limits[trajectory.parameters[block.entries[0]].group])
         start = stop
+    assert (curvature.core is None) == (core == 0)
+    if curvature.core is not None:
+        chosen = curvature.core.coordinates
+        turn[:, chosen] = turn[:, chosen] @ curvature.core.vectors
+    matrices = [(turn * np.clip(row, 0, limit)) @ turn.T for row in curvature.eigenvalues]
     nearest = [int(np.abs(curvature.steps - t).argmin()) for t in range(len(trajectory.loss))]
     reference = DenseReference(Training(recipe, double()), trajectory, TRACKED, ("ekfac",), curvature).run()
     found = reference.hypergradients("ekfac")

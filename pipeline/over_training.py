@@ -192,7 +192,8 @@ class _OverTraining(Stages):
     def drive(self) -> dict[str, Any]:
         self.directory.clear_litter()
         shards = self._shards()
-        steps = self.looked.steps * len(shards) * self._replays()
+        replays = 2 + (EKFAC in self.methods) + self.course.raw_decay  # of each shard, side by side
+        steps = self.looked.steps * len(shards) * replays
         self._done(self.stage, units_of(self.stage, shards), steps, "step")
         for name in self.influence:
             stage = f"{STAGE}/{name}"
@@ -226,10 +227,6 @@ class _OverTraining(Stages):
         words += ["ekfac"] if EKFAC in self.methods else []
         words += ["raw-decay"] if self.course.raw_decay else []
         return f"{STAGE}/{'-'.join(words)}"
-
-    def _replays(self) -> int:
-        """Return how many trainings a shard repeats side by side."""
-        return 2 + (EKFAC in self.methods) + self.course.raw_decay
 
     def _shards(self) -> tuple[Shard, ...]:
         """Cut the tracked samples by memory and workers; a comparison that goes on keeps its cut."""
@@ -301,6 +298,3 @@ def read_over_training(run: Run) -> dict[str, Any]:
         )
     address = run.directory.path(*SUMMARY.split("/"))
     return load(read_bytes(address), address)
-
-
-__all__ = ["METHODS", "SCORES", "SUMMARY", "Course", "over_training", "read_over_training"]

@@ -64,6 +64,10 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     def ekfac() -> Callable[[], object]:
         return EkfacReplay(Prefetched(recipe, compute, batches), trajectory, tracked, curvature).run
 
+    def rows() -> Callable[[], object]:
+        replay = EkfacReplay(Prefetched(recipe, compute, batches), trajectory, tracked, curvature).run()
+        return lambda: replay.numpy(0, len(tracked))
+
     def adjoint(count: int) -> Callable[[], Callable[[], object]]:
         def build() -> Callable[[], object]:
             back = Adjoint(Prefetched(recipe, coupled, batches), trajectory, tracked)
@@ -75,7 +79,7 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
         first = trajectory.batches[0][: sizes["forward"]].astype(np.int64)
         return ExactReplay(Prefetched(recipe, coupled, batches), trajectory, first).run
 
-    candidates = {"plain": plain, "fast": fast, "ekfac": ekfac, "forward": forward}
+    candidates = {"plain": plain, "fast": fast, "ekfac": ekfac, "rows": rows, "forward": forward}
     candidates |= {f"adjoint {count}": adjoint(count) for count in sizes["targets"]}
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(1 + sizes["rounds"]):
@@ -85,6 +89,8 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
                 taken[name].append(seconds)
     result.add("fast replay / plain training", ratio(taken["fast"], taken["plain"]), "x")
     result.add("EKFAC replay / fast replay", ratio(taken["ekfac"], taken["fast"]), "x", at_most=1.5)
+    visits = ratio(taken["rows"], taken["ekfac"])  # one epoch: as many rows as visits
+    result.add("EKFAC rows rotated back, once a run / a visit in the replay", visits, "x")
     for count in sizes["targets"]:
         each = [value / count for value in ratio(taken[f"adjoint {count}"], taken["plain"])]
         goal = 4.0 if count == 1 else 1.7 if count >= 8 else None

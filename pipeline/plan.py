@@ -6,7 +6,6 @@ the work the same way. Letters: N training samples, n tracked, M test samples, D
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from .sharding import Shard, Sharding, spans
 from .spec import RunSpec
 from .survey import Survey, survey
 from .targets import SAMPLES, TargetSet
+from .times import seconds_of
 
 TEST_BLOCK_BYTES = 64 << 20
 """Test gradients of one unit."""
@@ -35,9 +35,6 @@ WRITER_BYTES = 56 << 20
 
 BYTES_PER_VALUE = 4.0
 """Parquet bytes of one contribution with its indices and labels, measured."""
-
-MATMUL_RATE = 40e9
-"""Multiply-adds of float32 a second and thread assumed for the reduce stage's estimate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +170,7 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
         held = min(k, per_unit) * 8 * dimension
         memory["target-gradients worker"] = looked.process_bytes + held + 2 * TARGET_PANEL_BYTES
         disk["target_gradients"] = k * row
-    times = _times(looked, parts, slots, n, m, spec)
+    times = seconds_of(looked, parts, slots, k, spec)
     if spec.seeds > 1:
         # A unit's means (float64), spreads and a file on its way out; panels of the members' tables.
         held = 16 * tiles.unit_rows * k + 2 * PANEL_BYTES
@@ -246,27 +243,3 @@ def _tiled(rows: int, total: int) -> int:
     """Return ``rows`` or a little less: whole tiles, where that leaves any and not all fit."""
     rows = max(1, rows)
     return rows - rows % TILE if TILE < rows < total else rows
-
-
-def _times(
-    looked: Survey, shards: tuple[Shard, ...], slots: int, n: int, m: int, spec: RunSpec
-) -> dict[str, float]:
-    if looked.step_seconds is None:
-        return {}
-    plain, tracked = looked.step_seconds
-    widest = max(shard.stop - shard.start for shard in shards)
-    if spec.hessian == "exact":  # a product with the Hessian takes about one plain step and a half
-        replay = looked.steps * plain * (2 + 1.5 * widest)
-    elif spec.mode == "adjoint" or spec.hessian == "ekfac":
-        replay = looked.steps * tracked
-    else:
-        replay = looked.steps * (plain + (tracked - plain) * min(1.0, widest / looked.n_train))
-    join = n * m * looked.dimension / (MATMUL_RATE * spec.torch_threads)
-    waves = math.ceil(len(shards) / slots)
-    times = {
-        "record": looked.steps * plain,
-        "test-gradients": tracked * m / spec_batch(looked) / slots,
-        "replay": replay * waves,
-        "reduce": join / slots,
-    }
-    return {**times, "total": sum(times.values())}

@@ -24,10 +24,8 @@ from .plan import Plan
 from .spec import RunSpec
 from .stages import Stages
 from .tasks import PREFLIGHT
+from .times import ENOUGH
 from .units import Unit
-
-ENOUGH = 128
-"""Vectors (tracked samples, targets or directions) of an exact stage from which on it is asked first."""
 
 
 class PreflightStages(Stages):

@@ -7,7 +7,9 @@ import re
 import subprocess
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hydra_pipe.pipeline import times
 from hydra_pipe.pipeline.plan import TILE_VALUES, cut, make_plan, reduce_tiles
 from hydra_pipe.pipeline.survey import survey
 from hydra_pipe.storage.errors import DoesNotFit
@@ -104,3 +106,21 @@ def test_plan_starts_nothing():
     assert set(plan) == {"run", "shards", "memory", "disk", "time"}
     assert plan["run"]["parameters"] == 53
     assert raylets() == before
+
+
+def test_the_time_of_a_plan_counts_every_stage():
+    spec = RunSpec(recipe=Images(), executor="serial", mode="adjoint", hessian="exact")
+    looked = replace(survey(spec, trial=False), step_seconds=(1.0, 2.0))
+    seconds = cut(spec, looked, {"slots": 1}, shards=1).seconds
+    tests = len(looked.tested)
+    assert seconds["replay"] == looked.steps * (2 + times.PRODUCT * tests)
+    assert ("preflight" in seconds) == (tests >= times.ENOUGH)
+    many = replace(looked, tested=np.resize(looked.tested, times.ENOUGH))
+    assert cut(spec, many, {"slots": 1}, shards=1).seconds["preflight"] == times.PREFLIGHT * looked.steps
+    fast = cut(replace(spec, hessian="none"), looked, {"slots": 1}, shards=1).seconds
+    bent = replace(spec, hessian="ekfac", exact_rank=2, curvature_samples=1)
+    corrected = cut(bent, looked, {"slots": 1}, shards=1).seconds
+    assert set(corrected) - set(fast) == {"curvature", "correction"}
+    assert corrected["correction"] == 2 * looked.steps * (2 + times.PRODUCT)
+    for found in (seconds, fast, corrected):
+        assert found["total"] == pytest.approx(sum(v for k, v in found.items() if k != "total"))

@@ -1,0 +1,63 @@
+"""How long the stages of a run will take, from two trial steps: rough, and only ever shown.
+
+The factors are measured (``docs/benchmarks.md``); letters as in ``plan``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..workers.curvature import passes
+from .sharding import Shard
+from .spec import RunSpec
+from .survey import Survey
+
+MATMUL_RATE = 40e9
+"""Multiply-adds of float32 a second and thread assumed for the reduce stage."""
+
+PRODUCT = 1.4
+"""Plain steps that a Hessian product in a tile takes, with what surrounds it."""
+
+PREFLIGHT = 13
+"""Plain trainings that the preflight of the exact form takes."""
+
+ENOUGH = 128
+"""Vectors (tracked samples, targets or directions) of an exact stage from which on it has a preflight."""
+
+
+def seconds_of(
+    looked: Survey, shards: Sequence[Shard], slots: int, targets: int, spec: RunSpec
+) -> dict[str, float]:
+    """Return seconds by stage and their ``total``; nothing where no step was tried.
+
+    Args:
+        looked: The recipe's numbers.
+        shards: Of tracked samples or targets.
+        slots: Units in work at the same time.
+        targets: Columns of the contributions.
+        spec: What to run.
+    """
+    if looked.step_seconds is None:
+        return {}
+    plain, tracked = looked.step_seconds
+    n, m, steps, batch = len(looked.tracked), len(looked.tested), looked.steps, int(looked.recipe.batch_size)
+    widest = max(shard.stop - shard.start for shard in shards)
+    times = {"record": steps * plain, "test-gradients": tracked * m / batch / slots}
+    if spec.hessian == "ekfac":
+        sampled = math.ceil(min(spec.curvature_samples, looked.n_train) / batch)
+        times["curvature"] = passes(spec.curvature_core) * spec.curvature_checkpoints * sampled * tracked
+    exact = shards[-1].stop if spec.hessian == "exact" else spec.exact_rank
+    if exact >= ENOUGH:
+        times["preflight"] = PREFLIGHT * steps * plain
+    if spec.hessian == "exact":
+        one = steps * plain * (2 + PRODUCT * widest)
+    elif spec.mode == "adjoint" or spec.hessian == "ekfac":
+        one = steps * tracked
+    else:
+        one = steps * (plain + (tracked - plain) * min(1.0, widest / looked.n_train))
+    times["replay"] = one * math.ceil(len(shards) / slots)
+    if spec.exact_rank:
+        times["correction"] = steps * plain * (2 + PRODUCT) * spec.exact_rank / slots
+    times["reduce"] = n * targets * looked.dimension / (MATMUL_RATE * spec.torch_threads) / slots
+    return {**times, "total": sum(times.values())}

@@ -172,6 +172,12 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="N",
     ),
     _option(
+        "--curvature-at",
+        "spread evenly",
+        "With ekfac: steps whose nearest checkpoints are taken instead.",
+        metavar="STEP,...",
+    ),
+    _option(
         "--curvature-samples",
         "4096",
         "With ekfac: at most how many training samples the curvature is averaged over.",

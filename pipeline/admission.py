@@ -72,7 +72,9 @@ def method_options(spec: RunSpec) -> dict[str, Any]:
     """Return what a method depends on beyond the run's identity."""
     if spec.hessian != "ekfac":
         return {}
+    at = {} if spec.curvature_at is None else {"at": list(spec.curvature_at)}
     return {
+        **at,
         "checkpoints": spec.curvature_checkpoints,
         "samples": spec.curvature_samples,
         "core": spec.curvature_core,

@@ -195,6 +195,19 @@ def ray_address(value: Any, what: str) -> str:
     return str(value)
 
 
+def _steps(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        steps = tuple(dict.fromkeys(int(part) for part in parts))
+    except (TypeError, ValueError):
+        steps = ()
+    if not steps or min(steps) < 0:
+        raise SpecError(f"{name} {value!r}: write steps of the training, from 0 on, such as 0,100,400")
+    return steps
+
+
 CHECKS: dict[str, Check] = {
     "recipe": _recipe,
     "recipe_args": _arguments,
@@ -224,6 +237,7 @@ CHECKS: dict[str, Check] = {
     "reduce_memory": _size(),
     "checkpoint_every": _whole(1, optional=True),
     "curvature_checkpoints": _whole(1),
+    "curvature_at": _steps,
     "curvature_samples": _whole(1),
     "curvature_core": _whole(0),
     "max_attempts": _whole(1),

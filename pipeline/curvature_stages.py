@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..storage.rows import RowStore
-from ..workers.curvature import passes
 from .preflight import PreflightStages
 from .sharding import EXACT_TARGETS, spans
 from .stages import INDEX, units_of
 from .tasks import CORRECTION, CURVATURE, DIRECTIONS, TEST_GRADIENTS
+from .times import curvature_passes
 from .units import Unit
 
 
@@ -20,7 +20,7 @@ class CurvatureStages(PreflightStages):
         """Estimate the curvature, once for all targets; return whether it was made now."""
         stage = f"{self.form}/{CURVATURE}"
         unit = Unit(stage=stage, name=CURVATURE, arguments={})
-        total = passes(self.spec.curvature_core) * self.spec.curvature_checkpoints
+        total = curvature_passes(self.spec)
         return bool(self._stage(stage, [unit], total, "pass"))
 
     def _correct(self) -> None:

@@ -57,6 +57,8 @@ class RunSpec:
         reduce_memory: Memory of one reduce worker's tile, bytes or text; fixes the tiles.
         checkpoint_every: Steps between checkpoints of the record; None: chosen by the plan.
         curvature_checkpoints: With ``ekfac``: checkpoints of the record the curvature is taken at.
+        curvature_at: With ``ekfac``: steps (or text such as ``"0,100"``) whose nearest checkpoints are taken
+            instead; None: spread evenly.
         curvature_samples: With ``ekfac``: at most how many training samples it is averaged over.
         curvature_core: With ``ekfac``: leading coordinates that keep their full curvature; 0: none.
         max_attempts: How often a unit is tried when its workers die.
@@ -94,6 +96,7 @@ class RunSpec:
     reduce_memory: int = 1 << 30
     checkpoint_every: int | None = None
     curvature_checkpoints: int = 5
+    curvature_at: Sequence[int] | str | None = None
     curvature_samples: int = 4096
     curvature_core: int = 256
     max_attempts: int = 3

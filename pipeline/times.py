@@ -26,6 +26,12 @@ ENOUGH = 128
 """Vectors (tracked samples, targets or directions) of an exact stage from which on it has a preflight."""
 
 
+def curvature_passes(spec: RunSpec) -> int:
+    """Return how often the samples of EKFAC's curvature are run, over all its checkpoints."""
+    count = spec.curvature_checkpoints if spec.curvature_at is None else len(spec.curvature_at)
+    return count * passes(spec.curvature_core)
+
+
 def seconds_of(
     looked: Survey, shards: Sequence[Shard], slots: int, targets: int, spec: RunSpec
 ) -> dict[str, float]:
@@ -46,7 +52,7 @@ def seconds_of(
     times = {"record": steps * plain, "test-gradients": tracked * m / batch / slots}
     if spec.hessian == "ekfac":
         sampled = math.ceil(min(spec.curvature_samples, looked.n_train) / batch)
-        times["curvature"] = passes(spec.curvature_core) * spec.curvature_checkpoints * sampled * tracked
+        times["curvature"] = curvature_passes(spec) * sampled * tracked
     exact = shards[-1].stop if spec.hessian == "exact" else spec.exact_rank
     if exact >= ENOUGH:
         times["preflight"] = PREFLIGHT * steps * plain

@@ -50,8 +50,16 @@ DRAWS = 4
 """How often a sample's targets are drawn for the core, at most: fewer samples leave more noise."""
 
 
-def chosen_checkpoints(trajectory: Trajectory, count: int) -> list[int]:
-    """Return which of the K checkpoints to use: those nearest the middles of ``count`` equal parts."""
+def chosen_checkpoints(trajectory: Trajectory, count: int, at: Sequence[int] | None = None) -> list[int]:
+    """Return which of the K checkpoints to use.
+
+    Args:
+        trajectory: The record.
+        count: How many: those nearest the middles of as many equal parts of it.
+        at: Steps; those nearest them instead.
+    """
+    if at is not None:
+        return sorted({int(np.abs(trajectory.checkpoint_steps - step).argmin()) for step in at})
     last = len(trajectory.checkpoint_steps) - 1
     return sorted({min(last, round((k + 0.5) * last / count)) for k in range(count)})
 
@@ -71,6 +79,7 @@ class CurvatureEstimate:
         samples: At most how many training samples. Where there are fewer, those for the core are taken
             several times with targets drawn anew, as often as fits into this number (`DRAWS` at most).
         core: At most how many leading coordinates are decoupled; 0: none.
+        at: Steps whose nearest checkpoints are taken, instead of so many.
     """
 
     def __init__(
@@ -80,9 +89,10 @@ class CurvatureEstimate:
         checkpoints: int = CHECKPOINTS,
         samples: int = SAMPLES,
         core: int = CORE,
+        at: Sequence[int] | None = None,
     ) -> None:
         self.training, self.trajectory, self.core, self.most = training, trajectory, core, samples
-        self.kept = chosen_checkpoints(trajectory, checkpoints)
+        self.kept = chosen_checkpoints(trajectory, checkpoints, at)
         count = min(samples, training.n_train)
         generator = np.random.default_rng(derived_seed(training.recipe.seed, "curvature"))
         self.samples = np.sort(generator.choice(training.n_train, count, replace=False))

@@ -106,6 +106,12 @@ def test_ekfac_resumes_and_refuses_other_options(tmp_path):
     assert np.array_equal(matrix(again, "hydra-ekfac"), done)
     with pytest.raises(SpecMismatch, match="checkpoints"):
         run(spec(Small(), tmp_path / "a", hessian="ekfac", curvature_checkpoints=2))
+    with pytest.raises(SpecMismatch, match="'at': \\[0\\]"):
+        run(spec(Small(), tmp_path / "a", hessian="ekfac", curvature_at="0"))
+    other = run(spec(Small(), tmp_path / "b", hessian="ekfac", curvature_at="0"))
+    assert not np.allclose(matrix(other, "hydra-ekfac"), done)
+    again = run(spec(Small(), tmp_path / "b", hessian="ekfac", curvature_at="0"))
+    assert np.array_equal(matrix(again, "hydra-ekfac"), matrix(other, "hydra-ekfac"))
 
 
 def test_forward_and_adjoint_agree_with_ekfac(tmp_path):

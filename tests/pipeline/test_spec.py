@@ -60,6 +60,8 @@ def test_specs_are_frozen_pickle_and_replace() -> None:
         ({"address": "10.0.0.1:6379"}, "10.0.0.1:6379"),
         ({"address": "auto"}, "auto"),
         ({"seed": np.int32(4)}, 4),
+        ({"curvature_at": "0, 40,0"}, (0, 40)),
+        ({"curvature_at": [5]}, (5,)),
     ],
 )
 def test_values_are_normalised(given: dict[str, Any], expected: Any) -> None:
@@ -111,6 +113,9 @@ def test_values_are_normalised(given: dict[str, Any], expected: Any) -> None:
         ({"address": "ray://head:10001"}, r"address ray://head:10001: must be host:port.*ray job submit"),
         ({"address": "head"}, r"address 'head': must be host:port, auto or local"),
         ({"address": "head:99999"}, r"address 'head:99999'"),
+        ({"curvature_at": "0,x"}, r"curvature_at '0,x': write steps.*such as 0,100,400"),
+        ({"curvature_at": [-1]}, r"curvature_at \[-1\]"),
+        ({"curvature_at": []}, r"curvature_at \[\]"),
         ({"out": ""}, r"out ''"),
         ({"out": "gopher://x"}, r"gopher"),
     ],

@@ -115,6 +115,22 @@ def test_any_subset_gives_the_same_bits(kind, tmp_path):
         assert np.array_equal(part.numpy(0, len(tracked)), whole[tracked])
 
 
+def test_the_checkpoints_of_the_curvature_can_be_chosen(tmp_path):
+    recipe = Small()
+    uri = str(tmp_path / "trajectory.zarr")
+    training = Training(recipe, DOUBLE)
+    Recorder(training, uri, 3).run()
+    trajectory = open_trajectory(uri)
+    last = training.steps
+    assert set(range(0, last, 3)) | {last} == set(trajectory.checkpoint_steps.tolist())
+    found = CurvatureEstimate(Training(recipe, DOUBLE), trajectory, at=(7, 0, 10**6, 5)).run()
+    assert found.steps.tolist() == [0, 6, last]
+    alone = CurvatureEstimate(Training(recipe, DOUBLE), trajectory, at=(last,), core=0).run()
+    spread = CurvatureEstimate(Training(recipe, DOUBLE), trajectory, checkpoints=1, core=0).run()
+    assert alone.steps.tolist() == [last] != spread.steps.tolist()
+    assert not np.allclose(alone.eigenvalues, spread.eigenvalues)
+
+
 def test_eigenvalues_are_the_second_moments_of_drawn_gradients(tmp_path):
     """On a linear softmax model the diagonal is known: E over the model's own labels of g^2."""
 

@@ -158,6 +158,8 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
         "test-gradients worker": looked.process_bytes + (per_block + TEST_BATCH) * row,
         "reduce worker": looked.process_bytes + tiles.bytes + WRITER_BYTES,
     }
+    if spec.exact_rank:
+        memory["correction worker"] = sharding.correction()
     blocks = spans(m, per_block, "block")
     units = spans(n, tiles.unit_rows, "rows")
     disk = {

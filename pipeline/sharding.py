@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..storage.errors import DoesNotFit
@@ -99,13 +99,20 @@ class Sharding:
 
     def needed(self, count: int) -> int:
         """Return the bytes that a worker of the largest shard will use."""
-        widest = self.widest(count)
+        return self._bytes(self.widest(count), self.chunk_rows(count))
+
+    def correction(self) -> int:
+        """Return the bytes that a worker uses for a chunk of the directions of ``exact_rank``."""
+        exact = Sharding(replace(self.spec, mode="adjoint", hessian="exact", exact_rank=0), self.looked)
+        return exact._bytes(min(self.spec.exact_rank, EXACT_TARGETS), EXACT_TARGETS)
+
+    def _bytes(self, widest: int, chunk_rows: int) -> int:
         if self.adjoint:
             segment = SEGMENT_BYTES if self.spec.hessian == "exact" else 0
             spare = min(segment, self.looked.steps * self.row) + widest * self.row
         else:
             # Rows being formed, encoded and written.
-            spare = min(2 * widest, (2 * WRITE_CHUNKS + 1) * self.chunk_rows(count)) * self.row
+            spare = min(2 * widest, (2 * WRITE_CHUNKS + 1) * chunk_rows) * self.row
         if self.spec.hessian == "exact":
             spare += working_bytes(self.looked.activation_bytes) + TILE_VECTORS * TILE * self.row
         return self.looked.process_bytes + widest * self.held + spare

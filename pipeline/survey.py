@@ -182,7 +182,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
             recipe.epochs,
         ),
         process_bytes=peak_bytes(),
-        activation_bytes=activation_bytes(training) if spec.hessian == "exact" else 0,
+        activation_bytes=activation_bytes(training) if spec.hessian == "exact" or spec.exact_rank else 0,
     )
 
 

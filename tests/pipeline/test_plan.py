@@ -122,5 +122,10 @@ def test_the_time_of_a_plan_counts_every_stage():
     corrected = cut(bent, looked, {"slots": 1}, shards=1).seconds
     assert set(corrected) - set(fast) == {"curvature", "correction"}
     assert corrected["correction"] == 2 * looked.steps * (2 + times.PRODUCT)
+    chosen = survey(bent, trial=False)
+    assert chosen.activation_bytes > 0
+    exact = cut(replace(spec, test=2), replace(chosen, tested=chosen.tested[:2]), {"slots": 1}, shards=1)
+    of_two = cut(bent, chosen, {"slots": 1}, shards=1).memory["correction worker"]
+    assert of_two == exact.memory["replay worker"]
     for found in (seconds, fast, corrected):
         assert found["total"] == pytest.approx(sum(v for k, v in found.items() if k != "total"))

@@ -163,11 +163,18 @@ class _Deep:
     def _test_gradients(self) -> None:
         store = self.run.test_gradients()
         self.gradients = rows_of(store, self.columns)
+        training, tests = Training(self.recipe, self.compute), self.tests.tolist()
         with self._stage("verify/test-gradients", len(self.columns)):
-            right = dense_test_gradients(
-                Training(self.recipe, self.compute), self.trajectory, self.tests.tolist()
-            )
-        self.found.rows("all", "test gradients", self.gradients, right, tolerances.GRADIENT, self.found.test)
+            right = dense_test_gradients(training, self.trajectory, tests)
+            plain = dense_test_gradients(training, self.trajectory, tests, training.dtype)
+        # Where a sample is predicted almost surely, its gradient is a small difference of numbers near 1:
+        # what plain autograd loses there in the run's dtype is no fault of the run.
+        lost = float(np.linalg.norm(plain - right, axis=1).max())
+        floor = tolerances.ROUNDINGS * lost / tolerances.GRADIENT[self.found.dtype]
+        check = "test gradients"
+        self.found.rows(
+            "all", check, self.gradients, right, tolerances.GRADIENT, self.found.test, floor=floor
+        )
 
     def _reference(self, forms: Sequence[Form]) -> DenseTangents:
         curvature = None

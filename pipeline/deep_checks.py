@@ -100,11 +100,18 @@ class Findings:
         self.checks: list[Check] = []
 
     def rows(
-        self, method: str, check: str, found: Floats, right: Floats, limits: Limits, where: Where
+        self,
+        method: str,
+        check: str,
+        found: Floats,
+        right: Floats,
+        limits: Limits,
+        where: Where,
+        floor: float = 0.0,
     ) -> None:
-        """Compare vectors, one a row, by the norm of their difference."""
+        """Compare vectors, one a row, by the norm of their difference, relative to the largest or ``floor``."""
         distance = np.linalg.norm(found - right, axis=1)[:, None]
-        scale = float(np.linalg.norm(right, axis=1).max())
+        scale = max(float(np.linalg.norm(right, axis=1).max()), floor)
         self._note(method, check, found.size, distance, scale, limits, where)
 
     def numbers(

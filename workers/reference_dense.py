@@ -213,11 +213,16 @@ class Tangent:
         return torch.cat([u.reshape(-1) for u in self.du])
 
 
-def dense_test_gradients(training: Training, trajectory: Trajectory, indices: Sequence[int]) -> Floats:
-    """Return d loss_j / d w at w_T in eval mode, each test sample alone, by autograd in float64, (K, D)."""
+def dense_test_gradients(
+    training: Training,
+    trajectory: Trajectory,
+    indices: Sequence[int],
+    dtype: torch.dtype = torch.float64,
+) -> Floats:
+    """Return d loss_j / d w at w_T in eval mode, each test sample alone, by autograd in ``dtype``, (K, D)."""
     last = trajectory.checkpoint(-1)
     training.load_weights(last.weights, last.buffers)
-    model, parameters = _twin(training, torch.float64)
+    model, parameters = _twin(training, dtype)
     model.eval()
     seed_everything(training.recipe.seed)
     dataset = training.recipe.test_dataset()
@@ -225,7 +230,7 @@ def dense_test_gradients(training: Training, trajectory: Trajectory, indices: Se
     for j in indices:
         seed_everything(derived_seed(training.recipe.seed, "test", int(j)))
         batch = to_device(fetch(training.recipe, dataset, [int(j)]), training.device, training.dtype)
-        loss = training.recipe.losses(model, to_device(batch, training.device, torch.float64))[0]
+        loss = training.recipe.losses(model, to_device(batch, training.device, dtype))[0]
         rows.append(torch.cat([g.reshape(-1) for g in _gradient(loss, parameters)]).cpu().numpy())
     return np.stack(rows)
 

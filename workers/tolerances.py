@@ -19,6 +19,9 @@ FORM: dict[Form, dict[str, float]] = {
 GRADIENT: dict[str, float] = {"float64": 1e-12, "float32": 1e-4}
 """Test gradients."""
 
+ROUNDINGS = 4.0
+"""How many times what plain autograd in the run's dtype loses a test gradient may lose, where that is more."""
+
 STORED: dict[str, float] = {"float64": 1e-6, "float32": 1e-4}
 """Contributions in Parquet, float32 there, against the products of the stores."""
 

@@ -209,3 +209,12 @@ def test_the_command(tmp_path):
     ).stdout
     assert 'problem,"hydra: hypergradients differ by' in lines
     assert runner.invoke(main, ["verify", str(place), "digits"]).exit_code == 2
+
+
+def test_gradients_of_sure_predictions_may_lose_what_float32_loses(tmp_path, monkeypatch):
+    """A digit predicted with p = 1 - 1e-6: plain autograd in float32 has its gradient to two places."""
+    asked = {"track": 4, "test": [5, 37, 69, 292], "dtype": "float32", "shards": 1}
+    done = run(spec("digits", tmp_path / "run", **asked))
+    assert verify_deep(done).ok
+    monkeypatch.setattr(tolerances, "ROUNDINGS", 0.0)
+    assert not by_name(verify_deep(done))["all", "test gradients"].ok

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from hydra_pipe.workers.persample.engine import PerSampleGradients
 from hydra_pipe.workers.recipe import Batch
-from hydra_pipe.workers.replay import probe_training
 from hydra_pipe.workers.training import Training
+from hydra_pipe.workers.trials import tried_ways
 
 SWEEP = 1 << 20
 """Numbers of each buffer a sweep works on at a time: both pieces stay in cache for its three operations."""
@@ -30,8 +30,8 @@ class DenseAlgorithm:
 
     def __init__(self, training: Training) -> None:
         self.training = training
-        strategies = probe_training(training)
-        self.engine = PerSampleGradients(training.recipe, training.model, training.layout, strategies)
+        ways = tried_ways(training)
+        self.engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
         shape = (training.n_train, training.layout.dimension)
         self.hypergradient = torch.zeros(shape, dtype=training.dtype)
         self.momentum = torch.zeros(shape, dtype=training.dtype)

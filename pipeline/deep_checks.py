@@ -128,6 +128,12 @@ class Findings:
         scale = float(np.abs(right).max()) if scale is None else scale
         self._note(method, check, found.size, np.abs(found - right), scale, limits, where)
 
+    def limit(self, method: str, check: str, deviation: float, limit: float) -> None:
+        """Note a deviation that was measured elsewhere."""
+        self.checks.append(
+            Check(method=method, check=check, values=1, deviation=deviation, limit=limit, where="a product")
+        )
+
     def _note(
         self,
         method: str,

@@ -20,11 +20,12 @@ from ..workers.buffers import row_numbers
 from ..workers.determinism import preserved_generators, seed_everything
 from ..workers.hessian_tiles import activation_bytes
 from ..workers.memory import peak_bytes, reset_peak
-from ..workers.persample.engine import PerSampleGradients
+from ..workers.persample.engine import PerSampleGradients, Ways
 from ..workers.persample.reference import couples_samples
 from ..workers.recipe import Recipe
-from ..workers.replay import factored_entries, probe_training
+from ..workers.replay import factored_entries
 from ..workers.training import Compute, Training
+from ..workers.trials import tried_ways
 from ..workers.validate import (
     check_dataset,
     check_labels,
@@ -150,8 +151,8 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     compute = Compute(device=device, dtype=spec.dtype, threads=spec.torch_threads, batch_norm=spec.batch_norm)
     try:
         training = Training(recipe, compute)
-        strategies = probe_training(training)
-        seconds = _time_steps(training, strategies) if trial else None
+        ways = tried_ways(training)
+        seconds = _time_steps(training, ways) if trial else None
     except HydraError:
         raise
     except Exception as error:
@@ -172,13 +173,13 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         conservation=not (coupled and spec.batch_norm == "constant"),
         strategies={
             e.name: s
-            for e, s in zip(training.layout.entries, strategies, strict=True)
+            for e, s in zip(training.layout.entries, ways.strategies, strict=True)
             if s in ("func", "vjp")
         },
         step_seconds=seconds,
         row_numbers=row_numbers(
             training.layout,
-            factored_entries(training.layout, strategies, recipe.epochs),
+            factored_entries(training.layout, ways, recipe.epochs),
             recipe.epochs,
         ),
         process_bytes=peak_bytes(),
@@ -206,9 +207,9 @@ def _array(labels: list[int] | None, count: int) -> Integers:
     return np.full(count, -1, dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
 
 
-def _time_steps(training: Training, strategies: Any) -> tuple[float, float]:
+def _time_steps(training: Training, ways: Ways) -> tuple[float, float]:
     """Return median seconds of a plain step and of one that tracks the whole batch."""
-    engine = PerSampleGradients(training.recipe, training.model, training.layout, strategies)
+    engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
     taken: dict[bool, list[float]] = {False: [], True: []}
     steps = min(training.steps, TRIAL_STEPS)
     for tracked in (False, True):

@@ -26,8 +26,9 @@ from .columns import Columns, LinearSteps
 from .exact import recorded_settings
 from .hessian_tiles import TILE, HessianTiles
 from .layout import load_flat
+from .module_state import load_buffers, pack_buffers
 from .recipe import Batch
-from .training import Training, load_buffers, pack_buffers
+from .training import Training
 from .verified import Report, Rows, VerifiedReplay
 
 SEGMENT_BYTES = 512 << 20
@@ -60,7 +61,7 @@ class Adjoint(VerifiedReplay):
         self._linear = LinearSteps(
             recorded_settings(trajectory), Columns(training.layout, training.dtype, training.device)
         )
-        self.tiles = HessianTiles(training)
+        self.tiles = HessianTiles(training, transposed=True)
         row = training.layout.dimension * training.dtype.itemsize
         self.held_steps = max(1, SEGMENT_BYTES // row)
 

@@ -117,6 +117,10 @@ class HypergradientBuffers:
         """Note a visit: the gradient of row r is ``scale`` times the outer product of d_R[r], x_R[r]."""
         self.factors[entry].note(rows.to(self.home), (d_R * scale).to(self.home), x_R.to(self.home))
 
+    def add_whole(self, entry: int, rows: Tensor, block: Tensor, scale: float) -> None:
+        """Add ``scale * block`` (R, O, I) to a weight whose gradients otherwise come as factors."""
+        self.factors[entry].add(rows.to(self.home), block.to(self.home), scale)
+
     def end_epoch(self) -> None:
         """Fold factors into the dense rows where their slots are used up; fixed epochs, all rows."""
         for factors in self.factors.values():
@@ -146,16 +150,23 @@ class _Factors:
         self.count = -(-rows // TILE) * TILE
         self.left = zeros(self.count, slots, _up(shape[0]))
         self.right = zeros(self.count, slots, _up(shape[1]))
-        self.sum = zeros(self.count, *shape) if slots < epochs else None
+        self.folds = slots < epochs
+        self.sum = zeros(self.count, *shape) if self.folds else None
         self.slot = 0
 
     def note(self, rows: Tensor, d_R: Tensor, x_R: Tensor) -> None:
         self.left[rows, self.slot, : self.shape[0]] = d_R
         self.right[rows, self.slot, : self.shape[1]] = x_R
 
+    def add(self, rows: Tensor, block: Tensor, scale: float) -> None:
+        if self.sum is None:  # no room was planned: a layer that is called otherwise is rare
+            self.sum = self.zeros(self.count, *self.shape)
+        self.sum.index_add_(0, rows, block, alpha=scale)
+
     def end_epoch(self) -> None:
         self.slot += 1
-        if self.sum is not None and self.slot == self.slots:
+        if self.folds and self.slot == self.slots:
+            assert self.sum is not None
             for start in range(0, self.count, TILE):
                 self.sum[start : start + TILE] += self._tile(start)
             self.left.zero_()

@@ -12,6 +12,7 @@ the eigenvectors of their full matrix of second moments (see ``core``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,11 @@ from .eigengradients import EigenGradients
 from .evaluate import evaluating
 from .gradients import TEST_BATCH
 from .persample.capture import Call
-from .persample.engine import PerSampleGradients, Strategy
-from .persample.probe import choose_strategies
+from .persample.engine import PerSampleGradients
 from .persample.reference import constant_statistics
 from .persample.rules import unfolded
+from .persample.trials import choose_ways
 from .recipe import Batch
-from .replay import PROBE_SAMPLES
 from .training import Training
 
 SAMPLES = 4096
@@ -96,28 +96,28 @@ class CurvatureEstimate:
         count = min(samples, training.n_train)
         generator = np.random.default_rng(derived_seed(training.recipe.seed, "curvature"))
         self.samples = np.sort(generator.choice(training.n_train, count, replace=False))
+        last = trajectory.checkpoint(self.kept[-1])
+        training.load_weights(last.weights, last.buffers)
         with evaluating(training.model):
-            batch = self._fetch(self.samples[:PROBE_SAMPLES])
-            self.strategies: tuple[Strategy, ...] = choose_strategies(
-                training.recipe, training.model, training.layout, batch, constant=True
-            )
+            batch = self._fetch(self.samples[:TEST_BATCH])
+            self.ways = choose_ways(training.recipe, training.model, training.layout, batch, constant=True)
         self.sampled = True
 
     def run(self, report: Callable[[int, int], None] | None = None) -> Curvature:
         """Return the curvature: one basis over all checkpoints, eigenvalues at each."""
         training, count = self.training, len(self.kept)
         total = passes(self.core) * count
-        engine = PerSampleGradients(training.recipe, training.model, training.layout, self.strategies)
+        engine = PerSampleGradients(training.recipe, training.model, training.layout, self.ways)
         factors = _Factors(training.layout.entries, engine)
         for done, k in enumerate(self.kept, start=1):
-            for _batch, calls, _size in self._passes(engine, k):
+            for calls, _size in self._passes(engine, k):
                 factors.add(calls)
             if report:
                 report(done, total)
         engine.close()
         blocks = factors.blocks()
         basis = Eigenbasis(blocks, training.layout, training.dtype, training.device, None)
-        eigen = EigenGradients(training.recipe, training.model, training.layout, self.strategies, basis)
+        eigen = EigenGradients(training.recipe, training.model, training.layout, self.ways, basis)
         rows = []
         for done, k in enumerate(self.kept, start=count + 1):
             rows.append(self._mean(eigen, k, lambda block: block.double().square().sum(0)))
@@ -164,14 +164,14 @@ class CurvatureEstimate:
             else:
                 sums.append(found)
 
-        for batch, _calls, size in self._passes(eigen, k, draw, keep=True):
-            eigen.after_backward(batch, torch.arange(size, device=self.training.device), size, add)
+        for _calls, size in self._passes(eigen, k, draw, keep=True):
+            eigen.hand_over(torch.arange(size, device=self.training.device), size, add)
         values: npt.NDArray[np.float64] = (sums[0] / len(self.samples)).cpu().numpy()
         return values
 
     def _passes(
         self, engine: PerSampleGradients, k: int, draw: int = 0, keep: bool = False
-    ) -> Iterator[tuple[Batch, list[Call], int]]:
+    ) -> Iterator[tuple[list[Call], int]]:
         """Run the samples forward and backward at checkpoint ``k``, targets drawn from the model."""
         name = f"curvature/{k}/{draw}" if draw else f"curvature/{k}"
         training = self.training
@@ -183,12 +183,15 @@ class CurvatureEstimate:
                 batch = self._fetch(chosen)
                 seed_everything(derived_seed(training.recipe.seed, name, start))  # fetching has its own seed
                 batch = self._drawn(batch)
-                with engine.capture.listen():
-                    losses_B = training.losses(batch, len(chosen))
-                    engine.before_backward(losses_B, torch.arange(len(chosen), device=training.device))
-                    torch.autograd.grad(losses_B.mean(), training.parameters, allow_unused=True)
+                engine.trace(
+                    batch,
+                    torch.arange(len(chosen), device=training.device),
+                    len(chosen),
+                    partial(training.losses, batch, len(chosen)),
+                    training.gradient_of,
+                )
                 calls = [] if keep else [call for call in engine.capture.take() if call.d_B is not None]
-                yield batch, calls, len(chosen)
+                yield calls, len(chosen)
 
     def _drawn(self, batch: Batch) -> Batch:
         drawn = self.training.recipe.sample_targets(self.training.model, batch)

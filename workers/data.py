@@ -57,9 +57,14 @@ class _Steps(Dataset[Any]):
         return len(self.batches)
 
     def __getitem__(self, step: int) -> Batch:
-        seed_everything(derived_seed(self.seed, "data", step))
-        row = self.batches[step]
-        return fetch(self.recipe, self.dataset, row[row >= 0])
+        return step_batch(self.recipe, self.dataset, self.batches, self.seed, step)
+
+
+def step_batch(recipe: Recipe, dataset: Dataset[Any], batches: Indices, seed: int, step: int) -> Batch:
+    """Return the batch of one step; moves the global generators."""
+    seed_everything(derived_seed(seed, "data", step))
+    row = batches[step]
+    return fetch(recipe, dataset, row[row >= 0])
 
 
 def step_batches(

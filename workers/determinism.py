@@ -38,6 +38,21 @@ def seed_everything(value: int) -> None:
     random.seed(value)
 
 
+def generator_states() -> tuple[Any, ...]:
+    """Return the states of the global generators; two are equal when nothing was drawn between them."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    tensors = [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in devices)]
+    kind, keys, place, *rest = np.random.get_state()
+    return (
+        *(t.numpy().tobytes() for t in tensors),
+        kind,
+        np.asarray(keys).tobytes(),
+        place,
+        *rest,
+        random.getstate(),
+    )
+
+
 @contextmanager
 def preserved_generators() -> Iterator[None]:
     """Leave the global generators as they were: for work beside the training step."""

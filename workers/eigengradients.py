@@ -6,16 +6,14 @@ batch, costs far less than rotating the product. Everything else is rotated a ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from .eigenbasis import Eigenbasis
 from .layout import Layout
 from .persample.capture import Call
-from .persample.engine import FactorSink, PerSampleGradients, Sink, Strategy
-from .recipe import Batch, Recipe
+from .persample.engine import FactorSink, PerSampleGradients, Sink, Ways
+from .recipe import Recipe
 
 
 class EigenGradients(PerSampleGradients):
@@ -30,41 +28,40 @@ class EigenGradients(PerSampleGradients):
         recipe: Recipe,
         model: nn.Module,
         layout: Layout,
-        strategies: Sequence[Strategy],
+        ways: Ways,
         basis: Eigenbasis,
     ) -> None:
         outer = frozenset(
             block.entries[0]
             for block in basis.blocks
-            if strategies[block.entries[0]] == "outer" and block.left is not None
+            if ways.strategies[block.entries[0]] == "outer"
+            and block.left is not None
+            and all(ways.strategies[i] in ("outer", "rule") for i in block.entries)
         )
-        super().__init__(recipe, model, layout, strategies, outer)
+        super().__init__(recipe, model, layout, ways, outer)
         self.basis = basis
         self._block_of = {block.entries[0]: k for k, block in enumerate(basis.blocks)}
         self._rotated = torch.empty(
             self.tile, layout.dimension, dtype=self._block.dtype, device=self._block.device
         )
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}
+        self._whole: dict[int, Tensor] = {}
 
-    def after_backward(
-        self,
-        batch: Batch,
-        positions: Tensor,
-        batch_size: int,
-        sink: Sink,
-        factors: FactorSink | None = None,
-    ) -> None:
-        """Hand over rotated rows; see ``PerSampleGradients.after_backward``."""
-        self._factors = {}
+    def hand_over(self, positions: Tensor, size: int, sink: Sink, factors: FactorSink | None = None) -> None:
+        """Hand over rotated rows; see ``PerSampleGradients.hand_over``."""
+        self._factors, self._whole = {}, {}
 
-        def keep(entry: int, d_R: Tensor, x_R: Tensor) -> None:
-            self._factors[self._block_of[entry]] = (d_R, x_R)
+        def keep(entry: int, d_R: Tensor, x_R: Tensor | None) -> None:
+            if x_R is None:
+                self._whole[entry] = d_R
+            else:
+                self._factors[self._block_of[entry]] = (d_R, x_R)
 
         def rotate(start: int, block: Tensor) -> None:
             sink(start, self._rotate(start, len(block)))
 
-        super().after_backward(batch, positions, batch_size, rotate, keep)
-        self._factors = {}
+        super().hand_over(positions, size, rotate, keep)
+        self._factors, self._whole = {}, {}
 
     def factors_of(self, call: Call, entry: int, d_B: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate a layer's factors for the whole batch, so that bits do not depend on the rows wanted."""
@@ -85,10 +82,11 @@ class EigenGradients(PerSampleGradients):
                 d_R, x_R = (f[start : start + count] for f in self._factors[k])
                 torch.mul(d_R.unsqueeze(2), x_R.unsqueeze(1), out=target[:count])
                 continue
-            if block.entries[0] in self.factored:  # its layer was not called in this step
-                target.zero_()
+            if block.entries[0] in self.factored and block.entries[0] not in self._whole:
+                target.zero_()  # its layer was not called in this step
                 continue
-            parts = [self.views[i][:count].reshape(count, block.rows, -1) for i in block.entries]
+            rows = {i: self._whole[i][start : start + count] for i in block.entries if i in self._whole}
+            parts = [rows.get(i, self.views[i][:count]).reshape(count, block.rows, -1) for i in block.entries]
             self.basis.turn(k, parts, target[:count])
         if self.basis.core is not None:
             self.basis.core.turn(self._rotated[:count])

@@ -21,8 +21,8 @@ from .exact import recorded_settings
 from .persample.engine import TILE
 from .projection import Projections
 from .recipe import Batch
-from .replay import probe_training
 from .training import Training
+from .trials import tried_ways
 from .verified import Report, Rows, VerifiedReplay
 
 
@@ -71,7 +71,7 @@ class EkfacReplay(VerifiedReplay):
             training.dtype,
         )
         self.engine = EigenGradients(
-            training.recipe, training.model, layout, probe_training(training), self.basis
+            training.recipe, training.model, layout, tried_ways(training, trajectory), self.basis
         )
         like = torch.empty(0, layout.dimension, dtype=training.dtype, device=training.device)
         if targets_KD is None:

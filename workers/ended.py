@@ -11,7 +11,8 @@ import numpy as np
 from ..storage.trajectory import Checkpoint, Trajectory
 from .coefficients import coefficients
 from .exact import recorded_settings
-from .training import SETTINGS, Training, pack_buffers
+from .module_state import pack_buffers
+from .training import SETTINGS, Training
 from .verified import VerifiedReplay
 
 

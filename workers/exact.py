@@ -20,8 +20,8 @@ from .columns import Columns, LinearSteps
 from .hessian_tiles import TILE, HessianTiles
 from .persample.engine import PerSampleGradients
 from .recipe import Batch
-from .replay import probe_training
 from .training import SETTINGS, Training
+from .trials import tried_ways
 from .verified import Report, Rows, VerifiedReplay
 
 
@@ -57,7 +57,9 @@ class ExactReplay(VerifiedReplay):
         self._linear = LinearSteps(
             recorded_settings(trajectory), Columns(layout, training.dtype, training.device)
         )
-        self.engine = PerSampleGradients(training.recipe, training.model, layout, probe_training(training))
+        self.engine = PerSampleGradients(
+            training.recipe, training.model, layout, tried_ways(training, trajectory)
+        )
         self.buffers = Tangents(len(tracked), layout.dimension, training.dtype, training.device)
         self.tiles = HessianTiles(training, alone=True)
         self._touched = np.zeros(len(tracked), dtype=bool)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..storage.errors import NonFiniteLoss
+from ..storage.errors import NonFiniteLoss, RecipeError
 from ..storage.trajectory import Trajectory
 from .data import fetch, to_device
 from .determinism import derived_seed, preserved_generators, seed_everything
 from .evaluate import OutputWatch, evaluating, predicted
-from .persample.engine import PerSampleGradients
-from .persample.probe import choose_strategies
+from .module_state import unchanged_buffers
+from .persample.engine import PerSampleGradients, Ways
 from .persample.reference import constant_statistics
-from .replay import PROBE_SAMPLES
+from .persample.trials import choose_ways
+from .recipe import Batch
 from .training import Training
+
+logger = logging.getLogger(__name__)
 
 TEST_BATCH = 64
 """Test samples a forward pass; fixed, so that the bits of a row depend on nothing else."""
@@ -52,15 +56,22 @@ class TestGradients:
             seed_everything(training.recipe.seed)
             self.dataset = training.recipe.test_dataset()
         self.labels = training.recipe.labels(self.dataset)
-        count = min(PROBE_SAMPLES, len(self.dataset))  # type: ignore[arg-type]
+        self.size = TEST_BATCH
+        ways = self._tried()
+        if ways.coupled:  # what a sample loses must not depend on how the test set is cut
+            logger.info("test losses depend on the other samples of their batch: computed one by one")
+            self.size = 1
+            ways = replace(self._tried(), coupled=True)
+        self.engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
+        self.repaired = 0
+
+    def _tried(self) -> Ways:
+        training = self.training
+        count = min(self.size, len(self.dataset))  # type: ignore[arg-type]
         with evaluating(training.model):
-            batch = to_device(
-                fetch(training.recipe, self.dataset, range(count)), training.device, training.dtype
-            )
-            strategies = choose_strategies(
-                training.recipe, training.model, training.layout, batch, constant=True
-            )
-        self.engine = PerSampleGradients(training.recipe, training.model, training.layout, strategies)
+            found = fetch(training.recipe, self.dataset, range(count))
+            batch = to_device(found, training.device, training.dtype)
+            return choose_ways(training.recipe, training.model, training.layout, batch, constant=True)
 
     def rows(self, indices: npt.NDArray[np.int64], report: Callable[[int], None] | None = None) -> TestRows:
         """Return the gradients of the given test samples.
@@ -77,8 +88,8 @@ class TestGradients:
             label[:] = [int(self.labels[int(j)]) for j in indices]
         with evaluating(training.model):
             watch = OutputWatch(training.model)
-            for start in range(0, len(indices), TEST_BATCH):
-                chosen = indices[start : start + TEST_BATCH]
+            for start in range(0, len(indices), self.size):
+                chosen = indices[start : start + self.size]
                 span = slice(start, start + len(chosen))
                 self._block(chosen, out[span], loss[span], prediction[span], watch)
                 if report:
@@ -97,23 +108,63 @@ class TestGradients:
         training, size = self.training, len(chosen)
         seed_everything(derived_seed(training.recipe.seed, "test", int(chosen[0])))
         batch = to_device(fetch(training.recipe, self.dataset, chosen), training.device, training.dtype)
-        positions = torch.arange(size, device=training.device)
+        found: list[torch.Tensor | None] = []
 
-        def keep(start: int, block: torch.Tensor) -> None:
-            out[start : start + len(block)] = block
-
-        with constant_statistics(training.model):
-            with self.engine.capture.listen():
-                losses_B = training.losses(batch, size)
-                self.engine.before_backward(losses_B, positions)
-                torch.autograd.grad(losses_B.mean(), training.parameters, allow_unused=True)
+        def compute() -> torch.Tensor:
+            losses_B = training.losses(batch, size)
             # Before anything else calls the model: the watch notes its last output.
             with torch.no_grad():
-                found = predicted(training.recipe, training.model, batch, watch, size)
-            self.engine.after_backward(batch, positions, size, keep)
+                found.append(predicted(training.recipe, training.model, batch, watch, size))
+            return losses_B
+
+        seed = derived_seed(training.recipe.seed, "test/losses", int(chosen[0]))
+        losses_B, wrong = self._trace(self.engine, batch, size, seed, compute, out)
+        if wrong:  # a rule that the trial found right is not for these samples
+            logger.info("test gradients of %s inside the batch from test_index %d on", wrong, chosen[0])
+            self.repaired += 1
+            strategies = list(self.engine.strategies)
+            for i in wrong:
+                strategies[i] = "vjp"
+            ways = replace(
+                self.engine.ways, strategies=tuple(strategies), untried=self.engine.ways.untried - {*wrong}
+            )
+            engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
+            losses_B, wrong = self._trace(engine, batch, size, seed, compute, out)
+            engine.close()
         loss[:] = losses_B.detach().double().cpu().numpy()
         if not np.isfinite(loss).all():
             bad = int(chosen[int(np.flatnonzero(~np.isfinite(loss))[0])])
             raise NonFiniteLoss(f"the loss of test_index {bad} is not finite at the trained weights")
-        if found is not None:
-            prediction[:] = found.cpu().numpy()
+        if wrong:
+            name = training.layout.entries[wrong[0]].name
+            raise RecipeError(
+                f"the gradients of test_index {chosen[0]} to {chosen[-1]} by parameter {name!r} do not add up to "
+                "that of their mean loss: something changes gradients in the backward pass; remove it"
+            )
+        if found[-1] is not None:
+            prediction[:] = found[-1].cpu().numpy()
+
+    def _trace(
+        self,
+        engine: PerSampleGradients,
+        batch: Batch,
+        size: int,
+        seed: int,
+        compute: Callable[[], torch.Tensor],
+        out: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Write a block's gradients and return its losses, and the entries whose rows do not add up."""
+        training = self.training
+        positions = torch.arange(size, device=training.device)
+        whole: list[torch.Tensor | None] = []
+
+        def keep(start: int, block: torch.Tensor) -> None:
+            out[start : start + len(block)] = block
+
+        seed_everything(seed)
+        with constant_statistics(training.model), unchanged_buffers(training.model):
+            losses_B = engine.trace(
+                batch, positions, size, compute, lambda mean: whole.extend(training.gradient_of(mean))
+            )
+            engine.hand_over(positions, size, keep)
+        return losses_B, training.unlike_sum(out, whole, size)

@@ -23,10 +23,11 @@ from ..storage.trajectory import Trajectory
 from .ended import with_decay
 from .exact import ExactReplay, recorded_settings
 from .gradients import TEST_BATCH, TestGradients
+from .module_state import pack_buffers
 from .persample.engine import TILE
 from .recipe import Recipe
 from .segment_replay import EkfacSegmentReplay, SegmentReplay
-from .training import Compute, Training, pack_buffers
+from .training import Compute, Training
 from .verified import Report, VerifiedReplay
 
 Integers = npt.NDArray[np.int64]

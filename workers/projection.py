@@ -49,6 +49,10 @@ class Projections:
         """Never called: no entry is factored."""
         raise AssertionError(entry)
 
+    def add_whole(self, entry: int, rows: Tensor, block: Tensor, scale: float) -> None:
+        """Never called either."""
+        raise AssertionError(entry)
+
     def end_epoch(self) -> None:
         """Nothing is kept as factors here."""
 

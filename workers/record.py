@@ -11,12 +11,15 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from ..storage.errors import RecipeError
 from ..storage.trajectory import TrajectoryWriter
 from .coefficients import Settings, coefficients
 from .determinism import fingerprint, preserved_generators, seed_everything
 from .evaluate import OutputWatch, evaluate
+from .module_state import pack_buffers
 from .recipe import Batch, Recipe
-from .training import SETTINGS, Training, pack_buffers
+from .training import SETTINGS, Training
+from .update import UpdateCheck, check_hooks
 
 Integers = npt.NDArray[np.int64]
 
@@ -28,6 +31,9 @@ CHECKPOINT_BYTES = 2 << 30
 
 DIGEST_EVERY = 10
 """Steps between two digests of the weights; 50 for models over 5 million parameters."""
+
+CHECKED = 16
+"""So many first steps are held against the optimiser's formula; later those after which a digest is taken."""
 
 EPOCH_COLUMNS = (
     "train_loss",
@@ -66,6 +72,9 @@ class Recorder:
     def __init__(self, training: Training, uri: str, every: int | None = None) -> None:
         self.training, recipe = training, training.recipe
         self.scheduler = recipe.scheduler(training.optimizer)
+        check_hooks(training.optimizer, training.model)  # of a scheduler's making
+        names = {id(p): e.name for p, e in zip(training.parameters, training.layout.entries, strict=True)}
+        self.update = UpdateCheck(training.optimizer, names)
         with preserved_generators():
             seed_everything(recipe.seed)
             self.test: Dataset[Any] = recipe.test_dataset()
@@ -136,8 +145,15 @@ class Recorder:
     def _step(self, step: int, batch: Batch, watch: OutputWatch) -> int | None:
         """Take a step; return how many training samples it predicted right, None where unknown."""
         training = self.training
+        checked = step < CHECKED or (step + 1) % self.digest_every == 0
+        if checked:
+            self.update.before()
         self.loss[step] = float(training.step(step, batch))
         training.check_finite(step, float(self.loss[step]))
+        if checked:
+            self.update.after(step)
+            check_hooks(training.optimizer, training.model)
+            training.trainable.check_identity(step, training.steps)
         found = watch.classes(training.batch_size(step))
         if found is None or self.labels is None:
             return None
@@ -160,7 +176,13 @@ class Recorder:
                 self.epochs[f"{name}_loss"][epoch] = loss
                 self.epochs[f"{name}_accuracy"][epoch] = accuracy
         self.epoch_digest.append(training.state_digest())
+        weights = training.weight_checksum()
         self._move_scheduler(epoch)
+        if training.weight_checksum() != weights:
+            raise RecipeError(
+                f"scheduler.step() changed the weights after epoch {epoch + 1}, which no replay can follow; "
+                "let it change settings of the optimizer alone"
+            )
 
     def _move_scheduler(self, epoch: int) -> None:
         if self.scheduler is None:

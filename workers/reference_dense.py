@@ -15,6 +15,7 @@ coefficients, layer rules, factors, tiles or eigencoefficients.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -33,11 +34,17 @@ from .determinism import derived_seed, seed_everything
 from .recipe import Batch
 from .reference_ekfac import DenseCurvature, step_settings
 from .reference_noise import SameNoise
-from .tolerances import Form
+from .tolerances import DIFFERENCES, Form
 from .training import Training
 from .verified import Report, Rows, VerifiedReplay
 
 Floats = npt.NDArray[np.float64]
+
+DIFFERENCE_WIDTHS = (1e-7, 1e-9)
+"""Largest change of a weight in differences; the smaller one where the larger crosses a kink."""
+
+DIFFERENCES_FIRST, DIFFERENCES_EVERY = 4, 64
+"""Which products are held against differences: so many first ones, and later one in so many."""
 
 
 class DenseReference(VerifiedReplay):
@@ -77,6 +84,11 @@ class DenseReference(VerifiedReplay):
 class DenseTangents:
     """The two tangents of n samples in each form, moved step by step beside a training.
 
+    Attributes:
+        differences: Whether exact products are differences of the gradient, since double backward is not
+            the derivative of the update.
+        deviation: The largest deviation of double backward from differences, relative.
+
     Args:
         training: Gives the weights of every step; it is not changed.
         trajectory: The record, for the optimiser's settings.
@@ -113,6 +125,8 @@ class DenseTangents:
         self.tangents = {form: [Tangent(self.parameters) for _ in range(samples)] for form in forms}
         self.loss = np.zeros(training.steps)
         self.products = 0
+        self.differences = False
+        self.deviation = 0.0
 
     def hypergradients(self, form: Form) -> Floats:
         """Return du of the samples, (n, D)."""
@@ -145,6 +159,8 @@ class DenseTangents:
                 source = own if form == "exact" else fixed
                 for row, tangent in enumerate(self.tangents[form]):
                     bent = self._bent(form, step, slope, tangent)
+                    if form == "exact" and tangent.moved:
+                        bent = self._held_against_differences(step, wide, tangent, bent)
                     self._move(step, tangent, bent, source.get(row), share)
 
     def _losses(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
@@ -172,6 +188,49 @@ class DenseTangents:
         if not (isinstance(along, Tensor) and along.requires_grad):  # the loss is linear in the weights
             return None
         return [product.detach() for product in _gradient(along, self.parameters)]
+
+    def _held_against_differences(
+        self, step: int, batch: Batch, tangent: Tangent, bent: list[Tensor] | None
+    ) -> list[Tensor] | None:
+        """Return ``bent``, or the product by differences of the gradient from where the two part.
+
+        Double backward gives J^T du, and J is not symmetric where the update is no gradient; it also has
+        rules of its own that may be wrong. (g(w + h du) - g(w - h du)) / 2h knows nothing of that.
+        """
+        if self.dtype != torch.float64:
+            return bent
+        if not self.differences and self.products > DIFFERENCES_FIRST and self.products % DIFFERENCES_EVERY:
+            return bent
+        kept = [torch.zeros_like(u) for u in tangent.du] if bent is None else bent
+        found: list[list[Tensor]] = []
+        deviation = math.inf
+        for width in DIFFERENCE_WIDTHS:
+            found.append(self._difference(step, batch, tangent.du, width))
+            distance = max(
+                float((a - b).abs().max()) for a, b in zip(found[-1], kept, strict=True) if a.numel()
+            )
+            scale = max(float(b.abs().max()) for b in found[-1] if b.numel())
+            deviation = min(deviation, distance / scale if scale else distance)
+            if deviation <= DIFFERENCES:
+                break
+        if not self.differences:
+            self.deviation = max(self.deviation, deviation)
+            self.differences = deviation > DIFFERENCES
+        return found[0] if self.differences else bent
+
+    def _difference(self, step: int, batch: Batch, direction: Sequence[Tensor], width: float) -> list[Tensor]:
+        """Return the derivative of the batch's gradient along a direction by central differences."""
+        h = width / max(max(float(u.abs().max()) for u in direction if u.numel()), 1e-300)
+        ends = []
+        for sign in (h, -h):
+            _copy_state(self.training, self.twin, self.parameters)
+            with torch.no_grad():
+                for p, u in zip(self.parameters, direction, strict=True):
+                    p.add_(u, alpha=sign)
+            losses = self._losses(self.twin, batch, step)
+            ends.append(_gradient(losses.mean(), self.parameters))
+        _copy_state(self.training, self.twin, self.parameters)
+        return [(a.detach() - b.detach()) / (2.0 * h) for a, b in zip(*ends, strict=True)]
 
     def _move(
         self,

@@ -6,7 +6,6 @@ g taken from the hooks of the very step that trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,16 +15,12 @@ from torch import Tensor
 
 from ..storage.trajectory import Trajectory
 from .buffers import HypergradientBuffers, factor_slots
-from .data import fetch, to_device
 from .layout import Layout
-from .persample.engine import PerSampleGradients, Strategy
-from .persample.probe import choose_strategies
+from .persample.engine import PerSampleGradients, Ways
 from .recipe import Batch
 from .training import Training
+from .trials import tried_ways
 from .verified import Report, Rows, VerifiedReplay
-
-PROBE_SAMPLES = 7
-"""Samples of the batch that strategies are tried on; odd, so that no other axis is likely as long."""
 
 
 class Accumulator(Protocol):
@@ -37,6 +32,9 @@ class Accumulator(Protocol):
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor, scale: float) -> None:
         """Add a Linear weight's gradients, given as factors."""
 
+    def add_whole(self, entry: int, rows: Tensor, block: Tensor, scale: float) -> None:
+        """Add the gradients of such a weight where a step does not give them as factors."""
+
     def end_epoch(self) -> None:
         """Called when every sample has been visited once more."""
 
@@ -47,9 +45,9 @@ class Replay(VerifiedReplay):
     def __init__(self, training: Training, trajectory: Trajectory, tracked: Rows) -> None:
         super().__init__(training, trajectory, tracked)
         layout = training.layout
-        self.strategies = probe_training(training)
+        self.ways = tried_ways(training, trajectory)
         factored = self.choose_factored()
-        self.engine = PerSampleGradients(training.recipe, training.model, layout, self.strategies, factored)
+        self.engine = PerSampleGradients(training.recipe, training.model, layout, self.ways, factored)
         self.buffers = self.make_buffers(factored)
         self._one_scale = len({e.group for e in layout.entries}) == 1
         dense = [i for i in range(len(layout.entries)) if i not in factored]
@@ -58,7 +56,7 @@ class Replay(VerifiedReplay):
 
     def choose_factored(self) -> frozenset[int]:
         """Return the entries whose visits are kept as factors."""
-        return factored_entries(self.training.layout, self.strategies, self.training.recipe.epochs)
+        return factored_entries(self.training.layout, self.ways, self.training.recipe.epochs)
 
     def make_buffers(self, factored: frozenset[int]) -> Accumulator:
         """Return what adds up the scaled gradients."""
@@ -96,10 +94,13 @@ class Replay(VerifiedReplay):
         def add(start: int, block: Tensor) -> None:
             self.buffers.add(numbers[start : start + len(block)], block, scale)
 
-        def note(entry: int, d_R: Tensor, x_R: Tensor) -> None:
+        def note(entry: int, d_R: Tensor, x_R: Tensor | None) -> None:
             group = training.layout.entries[entry].group
             factor = float(per_group[group]) if group >= 0 else 0.0
-            self.buffers.add_factors(entry, numbers, d_R, x_R, factor)
+            if x_R is None:
+                self.buffers.add_whole(entry, numbers, d_R, factor)
+            else:
+                self.buffers.add_factors(entry, numbers, d_R, x_R, factor)
 
         watch = self.engine.watch(torch.from_numpy(positions).to(training.device), add, note)
         loss = training.step(step, batch, watch)
@@ -117,19 +118,10 @@ class Replay(VerifiedReplay):
         return table[self._groups].to(self.training.dtype)
 
 
-def probe_training(training: Training) -> tuple[Strategy, ...]:
-    """Choose per-sample strategies on a few samples of the first batch, in training mode."""
-    first = training.batches[0]
-    indices = first[first >= 0][:PROBE_SAMPLES]
-    batch = to_device(fetch(training.recipe, training.dataset, indices), training.device, training.dtype)
-    constant = training.compute.batch_norm == "constant"
-    return choose_strategies(training.recipe, training.model, training.layout, batch, constant=constant)
-
-
-def factored_entries(layout: Layout, strategies: Sequence[Strategy], epochs: int) -> frozenset[int]:
+def factored_entries(layout: Layout, ways: Ways, epochs: int) -> frozenset[int]:
     """Return the weights whose visits are kept as factors (see ``buffers``)."""
     return frozenset(
         i
-        for i, strategy in enumerate(strategies)
+        for i, strategy in enumerate(ways.strategies)
         if strategy == "outer" and factor_slots(layout.entries[i].shape, epochs)
     )

@@ -5,6 +5,9 @@ For a direction v at the weights w, both of
     <g_i, v>    every sample's directional derivative
     H v         the Hessian of the batch loss, without regulariser
 
+Where the update is not the gradient of its loss (see ``update_field``) the Hessian's place is taken by
+the derivative J of the batch gradient as ``backward`` gives it, or by its transpose.
+
 Nothing is approximated: BatchNorm couples the batch through its statistics here as it does in training,
 and dropout draws the masks of the training step. Two ways, the same numbers to rounding:
 
@@ -15,30 +18,37 @@ and dropout draws the masks of the training step. Two ways, the same numbers to 
 - ``TangentTile``: the tangent along v of ``w -> (batch gradient, losses)``, forward differentiation over
   the backward pass. What belongs to w alone is computed once a tile, what belongs to the directions
   for all K of them at once.
+- ``FieldSecondOrder`` and ``FieldTangentTile``: the same where something is detached; J^T v and J v.
 
-``hessian_tiles`` chooses between the two.
+``hessian_tiles`` chooses between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from .determinism import derived_seed, seed_everything
-from .persample.reference import LossModule, differentiable_layers
+from .module_state import unchanged_buffers
+from .persample.reference import LossModule, differentiable_layers, twice_differentiable_layers
 from .recipe import Batch
 from .training import Training
+from .update_field import backward_through, forward_through, outer_derivative
 
 Named = dict[str, Tensor]
 
 
 class SecondOrder:
     """The batch of one step at the model's present weights, ready for any number of directions.
+
+    Gives J^T v in place of H v where J is not symmetric.
 
     Args:
         training: Model, recipe and layout; its buffers are left as they were.
@@ -51,7 +61,12 @@ class SecondOrder:
         size = training.batch_size(step)
         seed_everything(derived_seed(training.recipe.seed, "step", step))
         # Fused attention kernels have no second derivative; the plain formula has.
-        with unchanged_buffers(training.model), sdpa_kernel(SDPBackend.MATH):
+        with (
+            unchanged_buffers(training.model),
+            twice_differentiable_layers(training.model),
+            sdpa_kernel(SDPBackend.MATH),
+            self.through(),
+        ):
             losses_B = training.losses(batch, size)
         self.share = torch.full_like(losses_B, 1.0 / size, requires_grad=True)
         with sdpa_kernel(SDPBackend.MATH):
@@ -59,6 +74,14 @@ class SecondOrder:
                 losses_B, training.parameters, self.share, create_graph=True, allow_unused=True
             )
         self.used = [i for i, g in enumerate(self.gradient) if g is not None and g.requires_grad]
+
+    def through(self) -> AbstractContextManager[None]:
+        """Return what the losses are computed under."""
+        return nullcontext()
+
+    def outer(self) -> AbstractContextManager[None]:
+        """Return what the second backward pass runs under."""
+        return nullcontext()
 
     def tile(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
         """Write H v for each direction into ``out_KD`` and return the <g_i, v>, (K, B)."""
@@ -71,13 +94,14 @@ class SecondOrder:
         directions = [
             direction_D[starts[i] : starts[i] + layout.size(i)].view_as(parameters[i]) for i in self.used
         ]
-        found = torch.autograd.grad(
-            [self.gradient[i] for i in self.used],
-            [self.share, *parameters],
-            directions,
-            retain_graph=True,
-            allow_unused=True,
-        )
+        with self.outer():
+            found = torch.autograd.grad(
+                [self.gradient[i] for i in self.used],
+                [self.share, *parameters],
+                directions,
+                retain_graph=True,
+                allow_unused=True,
+            )
         for i, product in enumerate(found[1:]):
             target = out_D[starts[i] : starts[i] + layout.size(i)]
             if product is None:
@@ -88,8 +112,20 @@ class SecondOrder:
         return found[0]
 
 
+class FieldSecondOrder(SecondOrder):
+    """J^T v where something is detached; see ``update_field``."""
+
+    def through(self) -> AbstractContextManager[None]:
+        """See ``SecondOrder.through``."""
+        return backward_through()
+
+    def outer(self) -> AbstractContextManager[None]:
+        """See ``SecondOrder.outer``."""
+        return outer_derivative()
+
+
 class TangentTile:
-    """The same for a whole tile of directions at once; arguments as for ``SecondOrder``.
+    """The same for a whole tile of directions at once; arguments as for ``SecondOrder``. Gives J v.
 
     A direction's bits may depend on the number K of directions it is computed with.
     """
@@ -116,38 +152,43 @@ class TangentTile:
             name: directions_KD[:, start:stop].reshape(count, *entry.shape)
             for name, (start, stop), entry in zip(self._names, spans, training.layout.entries, strict=True)
         }
+        products, values_KB = self._tangents(tangents, count)
+        for name, (start, stop) in zip(self._names, spans, strict=True):
+            out_KD[:, start:stop] = products[name].reshape(count, -1)
+        return values_KB
+
+    def _tangents(self, tangents: Named, count: int) -> tuple[Named, Tensor]:
+        """Return (J v, <g_i, v>) for all directions."""
+        found: tuple[Named, Tensor] = self._along(self._gradient, tangents, count)
+        return found
+
+    def _along(self, function: Callable[[Named], Any], tangents: Named, count: int) -> Any:
+        """Return the derivatives of a function of the weights along all directions."""
+        training = self.training
+
+        def along(tangent: Named) -> Any:
+            return jvp(function, (self._weights,), (tangent,))[1]
+
         seed_everything(derived_seed(training.recipe.seed, "step", self.step))
         with (
             unchanged_buffers(training.model),
             differentiable_layers(training.model),
             sdpa_kernel(SDPBackend.MATH),
         ):
-            products, values_KB = self._tangents(tangents, count)
-        for name, (start, stop) in zip(self._names, spans, strict=True):
-            out_KD[:, start:stop] = products[name].reshape(count, -1)
-        return values_KB
+            if count == 1:
+                found = along({name: tangent[0] for name, tangent in tangents.items()})
+                return tree_map(lambda value: value[None], found)
+            # "same": the masks belong to w, not to the directions.
+            return vmap(along, randomness="same")(tangents)
 
-    def _tangents(self, tangents: Named, count: int) -> tuple[Named, Tensor]:
-        if count == 1:
-            products, values = self._along({name: tangent[0] for name, tangent in tangents.items()})
-            return {name: product[None] for name, product in products.items()}, values[None]
-        # "same": the masks belong to w, not to the directions.
-        found: tuple[Named, Tensor] = vmap(self._along, randomness="same")(tangents)
-        return found
-
-    def _along(self, tangent: Named) -> tuple[Named, Tensor]:
-        """Return (H v, <g_i, v>) for one direction."""
-        found: tuple[Named, Tensor] = jvp(self._gradient, (self._weights,), (tangent,))[1]
+    def _values(self, weights: Named) -> Tensor:
+        """Return the losses (B,)."""
+        found: Tensor = functional_call(self._losses, weights, (self.batch,))
         return found
 
     def _gradient(self, weights: Named) -> tuple[Named, Tensor]:
         """Return the batch gradient and the losses (B,)."""
-
-        def losses(weights: Named) -> Tensor:
-            found: Tensor = functional_call(self._losses, weights, (self.batch,))
-            return found
-
-        losses_B, pull, *_ = vjp(losses, weights)
+        losses_B, pull, *_ = vjp(self._values, weights)
         share = torch.full_like(losses_B, 1.0 / self.training.batch_size(self.step))
         with torch.set_grad_enabled(self.graph):
             (gradient,) = pull(share, retain_graph=self.graph, create_graph=self.graph)
@@ -163,22 +204,17 @@ class GraphedTangentTile(TangentTile):
     graph = True
 
 
-@contextmanager
-def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Let the model work on copies of its buffers (running statistics), and put its own back.
+class FieldTangentTile(TangentTile):
+    """J v where something is detached; see ``update_field``. The losses' own derivatives stop there."""
 
-    Copies are swapped in, not written back: a graph that saw a buffer must find it as it was.
-    """
-    own = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        for module, name, buffer in own:
-            module._buffers[name] = buffer.clone()
-        yield
-    finally:
-        for module, name, buffer in own:
-            module._buffers[name] = buffer
+    def _tangents(self, tangents: Named, count: int) -> tuple[Named, Tensor]:
+        with forward_through():
+            products: Named = self._along(lambda weights: self._gradient(weights)[0], tangents, count)
+        values: Tensor = self._along(self._values, tangents, count)
+        return products, values
+
+
+class GraphedFieldTangentTile(FieldTangentTile):
+    """The same for models whose backward pass must be recorded; see ``GraphedTangentTile``."""
+
+    graph = True

@@ -24,9 +24,9 @@ from .eigengradients import EigenGradients
 from .exact import recorded_settings
 from .persample.engine import TILE, PerSampleGradients
 from .recipe import Batch
-from .replay import probe_training
 from .segments import Segment, Segments
 from .training import Training
+from .trials import tried_ways
 from .verified import Rows, VerifiedReplay
 
 TABLE_BYTES = 64 << 20
@@ -95,7 +95,9 @@ class SegmentReplay(VerifiedReplay):
     ) -> None:
         super().__init__(training, trajectory, tracked)
         layout = training.layout
-        self.engine = PerSampleGradients(training.recipe, training.model, layout, probe_training(training))
+        self.engine = PerSampleGradients(
+            training.recipe, training.model, layout, tried_ways(training, trajectory)
+        )
         columns = Columns(layout, training.dtype, training.device)
         like = torch.empty(0, layout.dimension, dtype=training.dtype, device=training.device)
 
@@ -160,7 +162,7 @@ class EkfacSegmentReplay(SegmentReplay):
         like = torch.empty(0, layout.dimension, dtype=dtype, device=device)
         self.sums = [SegmentSums(len(tracked), like, segments, lambda on: on.to(dtype))]
         self.engine = EigenGradients(
-            training.recipe, training.model, layout, probe_training(training), self.basis
+            training.recipe, training.model, layout, tried_ways(training, trajectory), self.basis
         )
         longest = max(1, TABLE_BYTES // (2 * layout.dimension * dtype.itemsize))
         pairs = zip(self.borders[:-1], self.borders[1:], strict=True)

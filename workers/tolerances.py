@@ -25,5 +25,8 @@ ROUNDINGS = 4.0
 STORED: dict[str, float] = {"float64": 1e-6, "float32": 1e-4}
 """Contributions in Parquet, float32 there, against the products of the stores."""
 
+DIFFERENCES = 1e-4
+"""Products with the derivative of the update, against differences of the gradient."""
+
 LOSS: dict[str, float] = {"float64": 1e-12, "float32": 1e-4}
 """Batch losses at the recorded weights, computed in float64, against the recorded ones."""

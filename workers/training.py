@@ -7,9 +7,8 @@ model's buffers or the random generators between steps.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,15 @@ from ..storage.errors import DoesNotFit, NonFiniteLoss, RecipeError
 from .data import Indices, batch_order, step_batches, to_device
 from .determinism import derived_seed, prepare_process, resolve_device, seed_everything
 from .layout import Layout, checksum, flatten, load_flat
+from .module_state import Kept, buffers_from, kept_buffers, load_buffers
 from .persample.engine import Watch
 from .persample.reference import constant_statistics, couples_samples
 from .recipe import Batch, Recipe
+from .update import TrainableSet, check_optimizer
+
+ADD_UP = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""How far per-sample gradients of a batch may add up to something else than its gradient, relative to the
+largest sum of their sizes: rounding in layers of low precision included."""
 
 SETTINGS = {
     "learning_rate": "lr",
@@ -82,14 +87,8 @@ class Training:
         self.model: nn.Module = recipe.model().to(device=self.device, dtype=self.dtype)
         self.model.train()
         self.optimizer = recipe.optimizer(self.model)
-        if type(self.optimizer) is not torch.optim.SGD:
-            raise RecipeError(
-                f"optimizer {type(self.optimizer).__name__} has no rule for its hypergradient; "
-                "use torch.optim.SGD (any momentum, dampening, Nesterov, weight decay, groups)"
-            )
-        for group in self.optimizer.param_groups:
-            if group.get("maximize"):
-                raise RecipeError("SGD(maximize=True) is not supported; negate the losses instead")
+        check_optimizer(self.optimizer, self.model)
+        self.trainable = TrainableSet(self.model)
         self.layout = Layout.of(self.model, self.optimizer.param_groups)
         self.parameters = self.layout.parameters(self.model)
         self.batches: Indices = batch_order(self.n_train, recipe.batch_size, recipe.epochs, recipe.seed)
@@ -140,30 +139,63 @@ class Training:
         size = self.batch_size(step)
         separate = watch is not None and self.compute.batch_norm == "constant" and couples_samples(self.model)
         seed_everything(derived_seed(self.recipe.seed, "step", step))
-        self.optimizer.zero_grad(set_to_none=True)
-        listen = watch.engine.capture.listen() if watch and not separate else contextlib.nullcontext()
-        with listen:
-            losses_B = self.losses(batch, size)
-            if watch and not separate:
-                watch.engine.before_backward(losses_B, watch.positions)
-            loss = losses_B.mean()
+        for parameter in self.parameters:
+            parameter.grad = None
+        if watch is None:
+            loss = self.losses(batch, size).mean()
             loss.backward()
-        if watch and separate:
-            self._second_pass(step, batch, size, watch)
+        elif separate:
+            kept = kept_buffers(self.model, statistics=False)
+            loss = self.losses(batch, size).mean()
+            loss.backward()
+            self._second_pass(step, batch, size, watch, kept)
+        else:
+            losses_B = watch.engine.trace(
+                batch, watch.positions, size, lambda: self.losses(batch, size), lambda mean: mean.backward()
+            )
+            loss = losses_B.mean()
+        self.trainable.check(step, self.steps)
         if watch:
-            with constant_statistics(self.model) if separate else contextlib.nullcontext():
-                watch.engine.after_backward(batch, watch.positions, size, watch.sink, watch.factors)
+            watch.engine.hand_over(watch.positions, size, watch.sink, watch.factors)
         self._check_gradients(step)
         self.optimizer.step()
         return loss.detach()
 
-    def _second_pass(self, step: int, batch: Batch, size: int, watch: Watch) -> None:
-        """Run the batch again, same dropout, with BatchNorm statistics as constants."""
+    def _second_pass(self, step: int, batch: Batch, size: int, watch: Watch, kept: Kept) -> None:
+        """Run the batch again, same dropout and buffers, with BatchNorm statistics as constants."""
         seed_everything(derived_seed(self.recipe.seed, "step", step))
-        with constant_statistics(self.model), watch.engine.capture.listen():
-            losses_B = self.losses(batch, size)
-            watch.engine.before_backward(losses_B, watch.positions)
-            torch.autograd.grad(losses_B.mean(), self.parameters, allow_unused=True)
+        with constant_statistics(self.model), buffers_from(kept):
+            watch.engine.trace(
+                batch,
+                watch.positions,
+                size,
+                lambda: self.losses(batch, size),
+                self.gradient_of,
+            )
+
+    def gradient_of(self, value: Tensor) -> tuple[Tensor | None, ...]:
+        """Return d value / d parameters without touching what the optimiser sees; None where there is no path."""
+        return torch.autograd.grad(value, self.parameters, allow_unused=True)
+
+    def unlike_sum(self, rows_BD: Tensor, whole: Sequence[Tensor | None], size: int) -> list[int]:
+        """Return the entries of which the rows of a whole batch do not add up to its gradient.
+
+        Args:
+            rows_BD: Gradients of each sample's own loss.
+            whole: Gradient of the batch's mean loss, a tensor a parameter; None: zero.
+            size: B.
+        """
+        found = []
+        for i, (entry, gradient) in enumerate(zip(self.layout.entries, whole, strict=True)):
+            rows = rows_BD[:, entry.start : entry.start + self.layout.size(i)]
+            if not rows.numel():
+                continue
+            total, most = rows.sum(0), rows.abs().sum(0).max()
+            if gradient is not None:
+                total = total - gradient.detach().reshape(-1).to(rows) * size
+            if not bool(total.abs().max() <= ADD_UP[self.dtype] * most):
+                found.append(i)
+        return found
 
     def losses(self, batch: Batch, size: int) -> Tensor:
         """Return the recipe's losses after checking their shape, (B,)."""
@@ -245,20 +277,3 @@ class Training:
             start = self.layout.entries[i].start
             view = vector[start : start + parameter.numel()].view_as(parameter)
             self.optimizer.state[parameter]["momentum_buffer"] = view.clone() if present else None
-
-
-def pack_buffers(model: nn.Module) -> bytes:
-    """Return the bytes of all model buffers (BatchNorm statistics and the like), in order."""
-    return b"".join(b.detach().cpu().contiguous().numpy().tobytes() for b in model.buffers())
-
-
-@torch.no_grad()
-def load_buffers(model: nn.Module, packed: bytes) -> None:
-    """Inverse of ``pack_buffers``."""
-    start = 0
-    for buffer in model.buffers():
-        stop = start + buffer.numel() * buffer.element_size()
-        if stop > start:
-            flat = torch.frombuffer(bytearray(packed[start:stop]), dtype=buffer.dtype)
-            buffer.copy_(flat.view(buffer.shape))
-        start = stop

@@ -7,6 +7,7 @@ are multiplied with the targets at once: (N, D) is never held. Shape letters as 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,9 @@ from ..determinism import derived_seed, preserved_generators, seed_everything
 from ..evaluate import evaluating
 from ..layout import load_flat
 from ..persample.engine import PerSampleGradients
-from ..persample.probe import choose_strategies
 from ..persample.reference import constant_statistics
+from ..persample.trials import choose_ways
 from ..recipe import Batch
-from ..replay import PROBE_SAMPLES
 from ..training import Training
 from .base import TARGETS, Integers
 
@@ -58,11 +58,9 @@ class FixedWeights:
         self._test: Dataset[Any] | None = None
         self.load(-1)
         with evaluating(training.model):
-            batch = self.fetch(training.dataset, np.arange(min(PROBE_SAMPLES, training.n_train)))
-            strategies = choose_strategies(
-                training.recipe, training.model, training.layout, batch, constant=True
-            )
-        self._engine = PerSampleGradients(training.recipe, training.model, training.layout, strategies)
+            batch = self.fetch(training.dataset, np.arange(min(SAMPLES, training.n_train)))
+            ways = choose_ways(training.recipe, training.model, training.layout, batch, constant=True)
+        self._engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -108,12 +106,15 @@ class FixedWeights:
                 def keep(start: int, block: Tensor, first: int = first) -> None:
                     sink(first + start, block)
 
-                with self._engine.capture.listen():
-                    losses_B = training.losses(batch, len(chosen))
-                    self._engine.before_backward(losses_B, positions)
-                    torch.autograd.grad(losses_B.mean(), training.parameters, allow_unused=True)
+                losses_B = self._engine.trace(
+                    batch,
+                    positions,
+                    len(chosen),
+                    partial(training.losses, batch, len(chosen)),
+                    training.gradient_of,
+                )
                 _check_finite(losses_B, chosen)
-                self._engine.after_backward(batch, positions, len(chosen), keep)
+                self._engine.hand_over(positions, len(chosen), keep)
 
     def rows(self, dataset: Dataset[Any], indices: Integers) -> Tensor:
         """Return the gradients of a few samples, (R, D)."""

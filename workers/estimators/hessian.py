@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
 
 from ..evaluate import evaluating
-from ..persample.reference import constant_statistics
+from ..persample.reference import constant_statistics, twice_differentiable_layers
 from ..recipe import Batch
 from .base import Integers
 from .fixed import FixedWeights
@@ -84,7 +84,12 @@ class LossHessian:
         training = self.fixed.training
         layout, parameters = training.layout, training.parameters
         # Fused attention kernels have no second derivative; the plain formula has.
-        with evaluating(training.model), constant_statistics(training.model), sdpa_kernel(SDPBackend.MATH):
+        with (
+            evaluating(training.model),
+            constant_statistics(training.model),
+            twice_differentiable_layers(training.model),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             loss = training.losses(batch, size).mean()
             gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
             used = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]

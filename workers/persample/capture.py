@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...storage.errors import RecipeError
@@ -17,12 +18,15 @@ from .rules import Prepare, Rule, rule_for
 
 
 class Call:
-    """One call of one layer: ``x_B`` its input, ``d_B`` the loss gradient at its output or None."""
+    """One call of one layer: ``x_B`` its input, ``d_B`` the loss gradient at its output or None.
 
-    __slots__ = ("d_B", "module", "name", "version", "x_B")
+    ``shape`` is that of the output, known before any gradient is.
+    """
 
-    def __init__(self, name: str, module: nn.Module, x_B: Tensor) -> None:
-        self.name, self.module, self.x_B = name, module, x_B
+    __slots__ = ("d_B", "module", "name", "shape", "version", "x_B")
+
+    def __init__(self, name: str, module: nn.Module, x_B: Tensor, shape: torch.Size) -> None:
+        self.name, self.module, self.x_B, self.shape = name, module, x_B, shape
         self.version = x_B._version
         self.d_B: Tensor | None = None
 
@@ -52,8 +56,10 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not self.listening or not isinstance(output, Tensor) or not output.requires_grad:
                 return
-            x = args[0] if args else next(iter(kwargs.values()))
-            call = Call(name, module, x.detach())
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, Tensor):
+                return
+            call = Call(name, module, x.detach(), output.shape)
             self.calls.append(call)
 
             def keep(gradient: Tensor) -> None:

@@ -1,14 +1,19 @@
 """Per-sample gradients of chosen rows of a batch, handed over in blocks of a few rows.
 
-Three strategies, chosen per parameter by ``probe``: ``rule`` (products of what hooks caught in the
+Three strategies, chosen per parameter by ``trials``: ``rule`` (products of what hooks caught in the
 training step itself), ``func`` (``vmap(grad)``) and ``vjp`` (one backward pass a row). Rows are
 worked on in tiles of a fixed size, so that a row's bits do not depend on which other rows are asked
 for: the number of shards then changes nothing.
+
+A strategy that a trial found right may still not fit a later step, and what is cheap to see is looked
+at in every one: a layer that gets something else than the batch, samples whose loss alone is not
+their loss in the batch, random numbers. There the step's rows go by ``vjp``, which is always right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,10 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ...storage.errors import RecipeError
+from ..determinism import generator_states
 from ..layout import Layout
+from ..module_state import Kept, buffers_from, kept_buffers
 from ..recipe import Batch, Recipe
 from .capture import Call, Capture
-from .reference import func, vjp
+from .reference import func, same_losses, vjp
+
+logger = logging.getLogger(__name__)
 
 Strategy = Literal["outer", "rule", "func", "vjp"]
 """``outer``: a rule whose result is one outer product a row, so that it may be kept as factors."""
@@ -27,14 +36,45 @@ Strategy = Literal["outer", "rule", "func", "vjp"]
 Sink = Callable[[int, Tensor], None]
 """Takes (first row, block): per-sample gradients of rows first, first + 1, … of those asked for."""
 
-FactorSink = Callable[[int, Tensor, Tensor], None]
-"""Takes (entry, d_R, x_R): the gradient of row r is the outer product of d_R[r] and x_R[r]."""
+FactorSink = Callable[[int, Tensor, Tensor | None], None]
+"""Takes (entry, d_R, x_R): the gradient of row r is the outer product of d_R[r] and x_R[r]; where x_R is
+None, d_R holds the gradients themselves, (R, *parameter shape)."""
 
 TILE = 16
 """Rows worked on at a time on a CPU: the block stays in cache. Larger also wastes padding."""
 
 DEVICE_TILE = 64
 """The same on an accelerator, where every call costs a launch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ways:
+    """How the gradients of each parameter are had; see ``trials``.
+
+    Attributes:
+        strategies: One per entry of the layout.
+        untried: Entries (``vjp``) whose gradients were zero in every trial: a pass with random weights says
+            in each step whether there is anything to compute.
+        random: Whether the losses draw random numbers.
+        coupled: Whether samples see each other in the losses; None where that could not be tried.
+        trials: How many batches were tried.
+        rows: How many gradients of single samples were held against autograd.
+    """
+
+    strategies: tuple[Strategy, ...]
+    untried: frozenset[int] = frozenset()
+    random: bool = False
+    coupled: bool | None = None
+    trials: int = 0
+    rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Before:
+    """What a step began with: generators and buffers, where a pass of its own may need them."""
+
+    generators: object
+    buffers: Kept
 
 
 class PerSampleGradients:
@@ -44,12 +84,13 @@ class PerSampleGradients:
         recipe: Gives the losses.
         model: The model being trained; hooks are put on it.
         layout: Where each parameter lies in the flat vector.
-        strategies: One strategy per entry of the layout.
+        ways: One strategy per entry of the layout.
         factored: Entries (weights of Linear layers) handed over as factors instead of in the block.
 
     Attributes:
         columns: Per entry, its first column in the block; None for factored entries.
         width: Columns of the block, D when nothing is factored.
+        repaired: Names of parameters that had to go by ``vjp`` in a step where their strategy did not fit.
     """
 
     def __init__(
@@ -57,11 +98,11 @@ class PerSampleGradients:
         recipe: Recipe,
         model: nn.Module,
         layout: Layout,
-        strategies: Sequence[Strategy],
+        ways: Ways,
         factored: frozenset[int] = frozenset(),
     ) -> None:
-        self.recipe, self.model, self.layout = recipe, model, layout
-        self.strategies = tuple(strategies)
+        self.recipe, self.model, self.layout, self.ways = recipe, model, layout, ways
+        self.strategies = ways.strategies
         self._parameters = layout.parameters(model)
         self.index = {id(p): i for i, p in enumerate(self._parameters)}
         self._by = {
@@ -79,56 +120,179 @@ class PerSampleGradients:
         self._ready: dict[int, Tensor] = {}
         self._dense = {i for i in self._by["rule"] if i not in factored}
         self.capture = Capture(model, {id(self._parameters[i]): names[i] for i in self._by["rule"]})
+        self.repaired: set[str] = set()
 
     def watch(self, positions: Tensor, sink: Sink, factors: FactorSink | None = None) -> Watch:
         """Return what a training step needs to hand the rows at ``positions`` (R,) to the sinks."""
         return Watch(engine=self, positions=positions, sink=sink, factors=factors)
 
-    def before_backward(self, losses_B: Tensor, positions: Tensor) -> None:
-        """Do what needs the graph: rows of the ``vjp`` parameters. Call before ``backward``."""
-        self._ready = {}
-        chosen = self._by["vjp"]
-        if not chosen:
-            return
-        self.capture.pause()
-        parameters = [self._parameters[i] for i in chosen]
-        self._fill(chosen, positions, len(losses_B), lambda span: vjp(losses_B, parameters, span))
-        self.capture.resume()
+    def before(self) -> Before | None:
+        """Note what a step begins with; to be called once its generators are seeded.
 
-    def after_backward(
+        Returns:
+            None where no pass of its own will follow.
+        """
+        if not self._by["func"]:
+            return None
+        kept = kept_buffers(self.model, statistics=False)
+        return Before(generators=generator_states(), buffers=kept)
+
+    def trace(
         self,
         batch: Batch,
         positions: Tensor,
-        batch_size: int,
-        sink: Sink,
-        factors: FactorSink | None = None,
-    ) -> None:
-        """Hand over the rows, a tile at a time; weights must not have moved yet.
+        size: int,
+        compute: Callable[[], Tensor],
+        back: Callable[[Tensor], object],
+        before: Before | None = None,
+    ) -> Tensor:
+        """Run a batch forward and backward and note what its rows are made of; see ``hand_over``.
 
         Args:
-            batch: The batch the step ran on, on the model's device.
-            positions: (R,) batch positions of the rows.
-            batch_size: B, the real number of samples in the batch.
+            batch: The batch, on the model's device.
+            positions: (R,) batch positions of the rows wanted.
+            size: B, the real number of samples in the batch.
+            compute: Returns the losses, (B,).
+            back: Runs the backward pass of their mean.
+            before: What the step began with, where the pass repeats a step; None: as it is now.
+
+        Returns:
+            The losses, (B,).
+        """
+        before = before or self.before()
+        with self.capture.listen():
+            losses_B = compute()
+            self.capture.pause()
+            self._slow_rows(batch, losses_B, positions, size, before)
+            self.capture.resume()
+            back(losses_B.mean())
+        return losses_B
+
+    def _slow_rows(
+        self, batch: Batch, losses_B: Tensor, positions: Tensor, size: int, before: Before | None
+    ) -> None:
+        """Get the rows that need the graph of the batch, or passes of their own."""
+        self._ready = {}
+        chosen = [i for i in self._by["vjp"] if i not in self.ways.untried]
+        chosen += self._misfits(size)
+        if self.ways.untried:
+            chosen += self._moving(sorted(self.ways.untried), losses_B)
+        alone = self._by["func"]
+        if alone and before is not None and before.generators != generator_states():
+            self._repair(alone, "random numbers are drawn")
+            chosen, alone = chosen + alone, []
+        for span, slots in self._spans(sorted(chosen + alone), positions, size):
+            if chosen:
+                self._put(chosen, slots, self._by_vjp(losses_B, chosen, span), positions, span)
+            if alone:
+                assert before is not None
+                rows = self._by_func(batch, losses_B, alone, span, before)
+                self._put(alone, slots, rows, positions, span)
+
+    def _by_vjp(self, losses_B: Tensor, chosen: Sequence[int], span: Tensor) -> list[Tensor]:
+        return vjp(losses_B, [self._parameters[i] for i in chosen], span)
+
+    def _by_func(
+        self, batch: Batch, losses_B: Tensor, chosen: Sequence[int], span: Tensor, before: Before
+    ) -> list[Tensor]:
+        """Return rows of samples taken alone, if they lose alone what they lose in the batch."""
+        names = [self.layout.entries[i].name for i in chosen]
+        together = losses_B.detach()
+        try:
+            with buffers_from(before.buffers):
+                rows, losses = func(self.recipe, self.model, names, batch, span)
+            if same_losses(losses, together[span], float(together.abs().max())):
+                return rows
+            why = "a sample's loss alone is not its loss in the batch"
+        except Exception as error:  # noqa: BLE001 - whatever torch.func cannot do is what vjp is for
+            why = f"torch.func fails: {type(error).__name__}"
+        self._repair(chosen, why)
+        return self._by_vjp(losses_B, chosen, span)
+
+    def _repair(self, entries: Sequence[int], why: str) -> None:
+        names = {self.layout.entries[i].name for i in entries}
+        if not names <= self.repaired:
+            logger.info("gradients inside the batch for %s: %s", ", ".join(sorted(names)), why)
+        self.repaired |= names
+
+    def _misfits(self, size: int) -> list[int]:
+        """Return entries whose layers got something in this step that their rules do not know."""
+        found: set[int] = set()
+        seen: set[int] = set()
+        for call in self.capture.calls:
+            whole = call.x_B.shape[:1] == (size,) == call.shape[:1]
+            for parameter in call.module.parameters(recurse=False):
+                i = self.index.get(id(parameter), -1)
+                if i < 0 or self.strategies[i] not in ("outer", "rule"):
+                    continue
+                if not whole or (i in self.factored and (len(call.shape) != 2 or i in seen)):
+                    found.add(i)
+                seen.add(i)
+        if found:
+            self._repair(
+                sorted(found), "their layer does not see the batch on its leading axis in every step"
+            )
+        return sorted(found)
+
+    def _moving(self, entries: Sequence[int], losses_B: Tensor) -> list[int]:
+        """Return those of the entries that any sample of the batch has a gradient for.
+
+        One backward pass with random weights: what cancels in the mean does not cancel here.
+        """
+        generator = torch.Generator().manual_seed(len(losses_B))
+        weights = torch.rand(len(losses_B), generator=generator, dtype=torch.float64) + 0.5
+        found = torch.autograd.grad(
+            losses_B,
+            [self._parameters[i] for i in entries],
+            weights.to(losses_B),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return [i for i, g in zip(entries, found, strict=True) if g is not None and bool(g.any())]
+
+    def _spans(self, chosen: Sequence[int], positions: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (positions of a span of the batch, which rows lie in it) for fixed spans.
+
+        What autograd does inside a span is not ours to align, so a span that holds a wanted row is
+        computed whole: its bits then depend on the batch alone.
+        """
+        if not chosen:
+            return
+        for i in chosen:
+            shape = (len(positions), *self.layout.entries[i].shape)
+            self._ready[i] = self._block.new_zeros(shape)
+        for start in range(0, size, self.tile):
+            stop = min(start + self.tile, size)
+            slots = torch.nonzero((positions >= start) & (positions < stop)).flatten()
+            if len(slots):
+                yield torch.arange(start, stop, device=positions.device), slots
+
+    def _put(
+        self, chosen: Sequence[int], slots: Tensor, rows: Sequence[Tensor], positions: Tensor, span: Tensor
+    ) -> None:
+        for i, values in zip(chosen, rows, strict=True):
+            self._ready[i][slots] = values[positions[slots] - span[0]].to(self._block.dtype)
+
+    def hand_over(self, positions: Tensor, size: int, sink: Sink, factors: FactorSink | None = None) -> None:
+        """Hand over the rows of the batch that was traced last, a tile at a time.
+
+        Args:
+            positions: (R,) batch positions of the rows, as they were given to ``trace``.
+            size: B, the real number of samples in the batch.
             sink: Gets the first row's number and a (rows, width) block, only valid during the call.
             factors: Gets the factors of factored entries, for all rows at once.
-
-        Raises:
-            RecipeError: A layer's tensors do not have the batch on their leading axis.
         """
-        chosen = self._by["func"]
-        names = [self.layout.entries[i].name for i in chosen]
-        self._fill(
-            chosen, positions, batch_size, lambda span: func(self.recipe, self.model, names, batch, span)
-        )
-        calls = [call for call in self.capture.take() if call.d_B is not None]
-        inputs = [self.prepared(call, batch_size) for call in calls]
-        handed: set[int] = set()
+        calls = [call for call in self.capture.take() if call.d_B is not None and self._owned(call)]
+        inputs = [self.prepared(call, size) for call in calls]
         for call in calls:
             assert call.d_B is not None
             # The batch loss is a mean: times B gives the gradient of each sample's own loss.
-            call.d_B = call.d_B * batch_size
+            call.d_B = call.d_B * size
             if self.factored and factors:
-                self._hand_factors(call, positions, factors, handed)
+                self._hand_factors(call, positions, factors)
+        if factors:
+            for i in self.factored & self._ready.keys():
+                factors(i, self._ready[i], None)
         for start in range(0, len(positions), self.tile):
             rows = positions[start : start + self.tile]
             count = len(rows)
@@ -140,10 +304,23 @@ class PerSampleGradients:
             for i in self._dense:
                 if i not in written:
                     self.views[i].zero_()
+            for i in self.ways.untried - self._ready.keys():
+                self.views[i].zero_()
             for i, values in self._ready.items():
-                self.views[i][:count] = values[start : start + count]
+                if i not in self.factored:
+                    self.views[i][:count] = values[start : start + count]
             sink(start, self._block[:count])
         self._ready = {}
+
+    def _owned(self, call: Call) -> list[tuple[str, int]]:
+        """Return (name in the layer, entry) of what a call's rule gives in this step."""
+        return [
+            (name, i)
+            for name, parameter in call.module.named_parameters(recurse=False)
+            if (i := self.index.get(id(parameter), -1)) >= 0
+            and self.strategies[i] in ("outer", "rule")
+            and i not in self._ready
+        ]
 
     def prepared(self, call: Call, batch_size: int) -> Tensor:
         """Return what a call's rule takes as input, for the whole batch, after checking shapes."""
@@ -156,19 +333,11 @@ class PerSampleGradients:
         _rule, prepare = self.capture.rules[call.module]
         return call.x_B if prepare is None else prepare(call.module, call.x_B)
 
-    def _hand_factors(self, call: Call, positions: Tensor, factors: FactorSink, handed: set[int]) -> None:
-        for _name, parameter in call.module.named_parameters(recurse=False):
-            i = self.index.get(id(parameter), -1)
+    def _hand_factors(self, call: Call, positions: Tensor, factors: FactorSink) -> None:
+        for _name, i in self._owned(call):
             if i not in self.factored:
                 continue
             assert call.d_B is not None
-            if call.d_B.ndim != 2 or i in handed:
-                raise RecipeError(
-                    f"layer {call.name!r} saw one (batch, features) input a step when the run began, and now "
-                    f"{'a second call' if i in handed else f'{call.d_B.ndim} axes'}; "
-                    "let every step use it the same way"
-                )
-            handed.add(i)
             d_B, x_B = self.factors_of(call, i, call.d_B)
             factors(i, d_B.index_select(0, positions), x_B.index_select(0, positions))
 
@@ -180,11 +349,7 @@ class PerSampleGradients:
         """Write (or add to) one call's products in the tile; ``written`` collects the entries hit."""
         assert call.d_B is not None
         rule, _prepare = self.capture.rules[call.module]
-        owned = [
-            (name, self.index[id(parameter)])
-            for name, parameter in call.module.named_parameters(recurse=False)
-            if self.index.get(id(parameter)) in self._dense
-        ]
+        owned = [(name, i) for name, i in self._owned(call) if i in self._dense]
         if not owned:
             return
         x_R = x_B.index_select(0, positions)
@@ -197,32 +362,6 @@ class PerSampleGradients:
             else:
                 rule(call.module, name, x_R, d_R, self.views[i])
                 written.add(i)
-
-    def _fill(
-        self,
-        chosen: Sequence[int],
-        positions: Tensor,
-        batch_size: int,
-        compute: Callable[[Tensor], list[Tensor]],
-    ) -> None:
-        """Get rows of slow parameters, in fixed spans of the batch, for ``after_backward``.
-
-        What autograd does inside a span is not ours to align, so a span that holds a wanted row is
-        computed whole: its bits then depend on the batch alone.
-        """
-        if not chosen:
-            return
-        for i in chosen:
-            shape = (len(positions), *self.layout.entries[i].shape)
-            self._ready[i] = self._block.new_empty(shape)
-        for start in range(0, batch_size, self.tile):
-            stop = min(start + self.tile, batch_size)
-            slots = torch.nonzero((positions >= start) & (positions < stop)).flatten()
-            if not len(slots):
-                continue
-            found = compute(torch.arange(start, stop, device=positions.device))
-            for i, values in zip(chosen, found, strict=True):
-                self._ready[i][slots] = values[positions[slots] - start]
 
     def close(self) -> None:
         """Take the hooks off the model."""

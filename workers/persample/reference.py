@@ -9,26 +9,32 @@ samples do not see each other and nothing is random.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.utils.parametrizations import _WeightNorm
 from torch.utils._pytree import tree_map
 
 from ..recipe import Batch, Recipe
 from .rules import batch_statistics, uses_batch_statistics
 
+LOSSES_ALIKE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest difference of a sample's loss alone and in its batch, relative to the batch's largest loss."""
 
-def vjp(losses_B: Tensor, parameters: Sequence[nn.Parameter], positions: Tensor) -> list[Tensor]:
-    """Return d losses_B[r] / d parameter for each position r: tensors (R, *parameter shape).
+
+def vjp(
+    losses_B: Tensor, parameters: Sequence[nn.Parameter], positions: Tensor, weight: float = 1.0
+) -> list[Tensor]:
+    """Return d (weight losses_B[r]) / d parameter for each position r: tensors (R, *parameter shape).
 
     The graph is kept for a later backward pass.
     """
-    ones = F.one_hot(positions, losses_B.shape[0]).to(losses_B.dtype)
+    ones = F.one_hot(positions, losses_B.shape[0]).to(losses_B.dtype) * weight
     inputs = list(parameters)
     try:
         grads: Sequence[Tensor | None] = torch.autograd.grad(
@@ -63,8 +69,8 @@ class LossModule(nn.Module):
 
 def func(
     recipe: Recipe, model: nn.Module, names: Sequence[str], batch: Batch, positions: Tensor
-) -> list[Tensor]:
-    """Return each sample's gradient by ``vmap(grad)``: tensors (R, *parameter shape)."""
+) -> tuple[list[Tensor], Tensor]:
+    """Return each sample's gradient by ``vmap(grad)``, (R, *parameter shape) each, and its loss alone, (R,)."""
     module = LossModule(recipe, model)
     parameters = dict(model.named_parameters())
     chosen = {f"model.{name}": parameters[name].detach() for name in names}
@@ -76,8 +82,18 @@ def func(
         return losses[0]
 
     axes = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, rows)
-    grads = vmap(grad(one), in_dims=(None, axes), randomness="different")(chosen, rows)
-    return [grads[f"model.{name}"].detach() for name in names]
+    grads, losses = vmap(grad_and_value(one), in_dims=(None, axes), randomness="different")(chosen, rows)
+    return [grads[f"model.{name}"].detach() for name in names], losses.detach()
+
+
+def same_losses(alone_R: Tensor, together_R: Tensor, scale: float) -> bool:
+    """Whether losses of samples alone are those they have in their batch, to rounding.
+
+    Where they are not, the samples see each other (mining, batch negatives, weights normalised over the
+    batch), and a sample's gradient must be taken inside the batch.
+    """
+    allowed = LOSSES_ALIKE[together_R.dtype] * scale
+    return bool(((alone_R - together_R).abs() <= allowed).all())
 
 
 def _constant_forward(module: Any, x: Tensor) -> Tensor:
@@ -111,22 +127,44 @@ def _embedding_forward(module: Any, tokens: Tensor) -> Tensor:
     return torch.where((tokens == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
 
 
-def _as_backward_sees_it(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+def _weight_norm_forward(module: Any, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+    axes = [axis for axis in range(weight_v.ndim) if axis != module.dim]
+    return weight_v * (weight_g / weight_v.square().sum(axes, keepdim=module.dim >= 0).sqrt())
+
+
+def _with_second_derivative(module: nn.Module) -> Callable[..., Tensor] | None:
+    if isinstance(module, _WeightNorm):  # torch._weight_norm's double backward is wrong (2.13)
+        return _weight_norm_forward
+    return None
+
+
+def _as_backward_sees_it(module: nn.Module) -> Callable[..., Tensor] | None:
     if uses_batch_statistics(module):
         return _coupled_forward
     if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.max_norm is None:
         return _embedding_forward
-    return None
+    return _with_second_derivative(module)
 
 
-@contextmanager
-def differentiable_layers(model: nn.Module) -> Iterator[None]:
+def twice_differentiable_layers(model: nn.Module) -> AbstractContextManager[None]:
+    """Let layers compute what they do in a form whose double backward is right."""
+    return _other_forwards(model, _with_second_derivative)
+
+
+def differentiable_layers(model: nn.Module) -> AbstractContextManager[None]:
     """Let layers compute what they do in training in a form whose forward-mode derivative is backward's.
 
     BatchNorm does not note the batch in its buffers, which ``torch.func`` refuses; rows of an Embedding
     at ``padding_idx`` count as constants, as they do in its backward pass.
     """
-    found = [(module, _as_backward_sees_it(module)) for module in model.modules()]
+    return _other_forwards(model, _as_backward_sees_it)
+
+
+@contextmanager
+def _other_forwards(
+    model: nn.Module, of: Callable[[nn.Module], Callable[..., Tensor] | None]
+) -> Iterator[None]:
+    found = [(module, of(module)) for module in model.modules()]
     changed = [(module, forward) for module, forward in found if forward is not None]
     for module, forward in changed:
         module.__dict__["forward"] = partial(forward, module)
@@ -142,4 +180,13 @@ def couples_samples(model: nn.Module) -> bool:
     return any(uses_batch_statistics(module) for module in model.modules())
 
 
-__all__ = ["LossModule", "constant_statistics", "couples_samples", "differentiable_layers", "func", "vjp"]
+__all__ = [
+    "LossModule",
+    "constant_statistics",
+    "couples_samples",
+    "differentiable_layers",
+    "func",
+    "same_losses",
+    "twice_differentiable_layers",
+    "vjp",
+]

@@ -1,0 +1,77 @@
+"""A model's buffers (running statistics, power iterations, centres) around passes that are not the step.
+
+Only the training step may move them: every other pass of the model works on copies, of what they were
+before the step where it repeats the step's forward pass, and the model gets its own back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .persample.rules import uses_batch_statistics
+
+Kept: TypeAlias = list[tuple[nn.Module, str, Tensor]]
+"""(module, name, copy of its buffer)."""
+
+
+def kept_buffers(model: nn.Module, *, statistics: bool = True) -> Kept:
+    """Return copies of all buffers; a buffer that several modules hold is copied once.
+
+    Args:
+        model: The model.
+        statistics: Whether those of BatchNorm layers are wanted, which stay as they are where the layer
+            normalises with constant statistics.
+    """
+    copies: dict[int, Tensor] = {}
+    return [
+        (module, name, copies.setdefault(id(buffer), buffer.detach().clone()))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and (statistics or not uses_batch_statistics(module))
+    ]
+
+
+@contextmanager
+def buffers_from(kept: Kept) -> Iterator[None]:
+    """Let the modules work on copies of ``kept`` and put their own buffers back.
+
+    Copies are swapped in, not written back: a graph that saw a buffer must find it as it was.
+    """
+    own = [(module, name, module._buffers[name]) for module, name, _copy in kept]
+    copies: dict[int, Tensor] = {}
+    try:
+        for module, name, buffer in kept:
+            module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+        yield
+    finally:
+        for module, name, buffer_or_none in own:
+            module._buffers[name] = buffer_or_none
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Let the model work on copies of its buffers, and put its own back."""
+    with buffers_from(kept_buffers(model)):
+        yield
+
+
+def pack_buffers(model: nn.Module) -> bytes:
+    """Return the bytes of all model buffers (BatchNorm statistics and the like), in order."""
+    return b"".join(b.detach().cpu().contiguous().numpy().tobytes() for b in model.buffers())
+
+
+@torch.no_grad()
+def load_buffers(model: nn.Module, packed: bytes) -> None:
+    """Inverse of ``pack_buffers``."""
+    start = 0
+    for buffer in model.buffers():
+        stop = start + buffer.numel() * buffer.element_size()
+        if stop > start:
+            flat = torch.frombuffer(bytearray(packed[start:stop]), dtype=buffer.dtype)
+            buffer.copy_(flat.view(buffer.shape))
+        start = stop

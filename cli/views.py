@@ -56,6 +56,8 @@ def summary_tables(found: Mapping[str, Any]) -> list[Table | str]:
         for kind in ("helpful", "harmful"):
             title = f"most {kind} training samples, C(i)"
             parts += [samples_table(title, found[kind], found.get("targets")), ""]
+    if found["trust"]:
+        parts += ["trust:", *(f"  {plain(line)}" for line in found["trust"]), ""]
     return [*parts, "next:", *(f"  {command}" for command in found["next"])]
 
 

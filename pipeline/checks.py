@@ -233,6 +233,7 @@ CHECKS: dict[str, Check] = {
     "device": _one_of("auto", "cpu", "cuda"),
     "overwrite": _flag,
     "batch_norm": _one_of("constant", "coupled"),
+    "per_sample": _one_of("auto", "vjp"),
     "memory": _size(optional=True),
     "reduce_memory": _size(),
     "checkpoint_every": _whole(1, optional=True),

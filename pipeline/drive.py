@@ -48,6 +48,7 @@ from .tasks import (
     TEST_GRADIENTS,
     Tasks,
 )
+from .trust import trust_of
 from .units import Executor, Unit
 
 __all__ = ["STAGES", "run"]
@@ -216,8 +217,22 @@ class _Driver(GradientStages, CurvatureStages):
         exact = self.form == "hydra-exact"
         self._preflight(self.base, self.collect_stage, [unit.name for unit in units], vectors, exact)
         self._stage(self.collect_stage, units, self.plan.steps * len(units), "step", extra=1)
+        self._trust()
         if self.spec.exact_rank:
             self._correct()
+
+    def _trust(self) -> None:
+        """Note what speaks for the numbers; a run whose hypergradients do not add up ends here."""
+        plan, reason = self.plan, None
+        if self.form != "hydra":
+            reason = "it is that of the form without the Hessian"
+        elif plan.n_tracked != plan.n_train:
+            reason = f"{plan.n_tracked} of {plan.n_train} samples are tracked; whole batches were added up in the trials"
+        elif not self.looked.conservation:
+            reason = "batch statistics are held constant"
+        found = trust_of(self.directory, self.collect_stage, n_train=plan.n_train, lawful=reason)
+        self.info.setdefault("trust", {})[self.base] = found
+        self.directory.write(self.info)
 
     def _reduce(self) -> None:
         self._needs(RECORD, "trajectory", "record")

@@ -66,6 +66,7 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
         },
         "plan": plan.as_dict(),
         "methods": methods,
+        "trust": dict(stored.get("trust", {})),
         "stages": {k: dict(v) for k, v in stored.get("stages", {}).items()},
         "summary": dict(stored.get("summary", {})),
         **({"seeds": dict(stored["seeds"])} if "seeds" in stored else {}),

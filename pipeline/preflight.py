@@ -17,8 +17,8 @@ from ..storage.curvature import Curvature, read_curvature
 from ..storage.errors import NonFiniteTangents
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import Trajectory, open_trajectory
+from ..workers.coefficients import recorded_settings
 from ..workers.eigencoefficients import stability_limit
-from ..workers.exact import recorded_settings
 from .events import Note
 from .plan import Plan
 from .spec import RunSpec

@@ -52,6 +52,8 @@ class RunSpec:
         overwrite: Replace a run whose spec differs.
         batch_norm: ``constant``: batch statistics held constant in per-sample gradients;
             ``coupled``: differentiated through.
+        per_sample: ``auto``: the fastest way to each parameter's per-sample gradients that agrees with
+            autograd when tried; ``vjp``: autograd itself, one backward pass a sample.
         memory: Main memory one worker may use, bytes; None: measured. Text such as ``"4GiB"`` is
             turned into bytes.
         reduce_memory: Memory of one reduce worker's tile, bytes or text; fixes the tiles.
@@ -92,6 +94,7 @@ class RunSpec:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     overwrite: bool = False
     batch_norm: Literal["constant", "coupled"] = "constant"
+    per_sample: Literal["auto", "vjp"] = "auto"
     memory: int | None = None
     reduce_memory: int = 1 << 30
     checkpoint_every: int | None = None
@@ -180,6 +183,8 @@ class RunSpec:
             "reduce_memory": self.reduce_memory,
             "checkpoint_every": self.checkpoint_every,
         }
+        if self.per_sample != "auto":  # rounding alone: runs of before it existed go on
+            identity["per_sample"] = self.per_sample
         return {name: _plain(name, value) for name, value in identity.items()}
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:

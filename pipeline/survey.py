@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from ..workers.determinism import preserved_generators, seed_everything
 from ..workers.hessian_tiles import activation_bytes
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.persample.engine import PerSampleGradients, Ways
-from ..workers.persample.reference import couples_samples
 from ..workers.recipe import Recipe
 from ..workers.replay import factored_entries
 from ..workers.training import Compute, Training
@@ -102,7 +101,11 @@ def resolve_recipe(spec: RunSpec) -> Recipe:
 def compute_of(spec: RunSpec) -> Compute:
     """Return how every process of this run computes."""
     return Compute(
-        device=spec.device, dtype=spec.dtype, threads=spec.torch_threads, batch_norm=spec.batch_norm
+        device=spec.device,
+        dtype=spec.dtype,
+        threads=spec.torch_threads,
+        batch_norm=spec.batch_norm,
+        per_sample=spec.per_sample,
     )
 
 
@@ -148,7 +151,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     del model, train, test, validation, optimizer
     # The driver may have no GPU where the workers have one; what it tries, it tries on what it has.
     device = "cpu" if spec.device == "cuda" and not torch.cuda.is_available() else spec.device
-    compute = Compute(device=device, dtype=spec.dtype, threads=spec.torch_threads, batch_norm=spec.batch_norm)
+    compute = replace(compute_of(spec), device=device)
     try:
         training = Training(recipe, compute)
         ways = tried_ways(training)
@@ -159,7 +162,6 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         raise RecipeError(
             f"the first training step failed: {_one_line(error)}; correct the recipe (--debug shows where)"
         ) from error
-    coupled = couples_samples(training.model)
     return Survey(
         recipe=recipe,
         n_train=n_train,
@@ -170,7 +172,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         tested=tested,
         train_labels=_array(train_labels, n_train),
         test_labels=_array(test_labels, n_test),
-        conservation=not (coupled and spec.batch_norm == "constant"),
+        conservation=not training.holds_statistics,
         strategies={
             e.name: s
             for e, s in zip(training.layout.entries, ways.strategies, strict=True)

@@ -19,6 +19,7 @@ from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import Trajectory, open_trajectory
 from ..workers.adjoint import Adjoint
+from ..workers.conservation import RowSums, check_sums
 from ..workers.curvature import CurvatureEstimate
 from ..workers.determinism import prepare_process, resolve_device
 from ..workers.directions import spanning_directions
@@ -26,6 +27,7 @@ from ..workers.ekfac import EkfacReplay
 from ..workers.exact import ExactReplay
 from ..workers.gradients import TestGradients
 from ..workers.growth import Growth, check_finite
+from ..workers.hessian_tiles import HessianTiles
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.projection import ProjectedReplay
 from ..workers.recipe import Recipe
@@ -131,6 +133,7 @@ class Tasks:
         return files, {
             "rows": stop - start,
             "start": start,
+            "ways": gradients.engine.told() | {"repaired_blocks": gradients.repaired},
             "loss": rows.loss.tolist(),
             "label": rows.label.tolist(),
             "prediction": rows.prediction.tolist(),
@@ -160,13 +163,27 @@ class Tasks:
             replay = (ExactReplay if self.form == "hydra-exact" else Replay)(training, trajectory, tracked)
         buffers = replay.run(report)
         store = RowStore.open(run.path("hypergradients", f"method={self.method}.zarr"), "hypergradient")
+        sums = RowSums(training.layout.entries)
         for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
-            store.write(start + first, self._finite(buffers.numpy(first, last), "hypergradients", trajectory))
+            rows = self._finite(buffers.numpy(first, last), "hypergradients", trajectory)
+            store.write(start + first, rows)
+            if self._lawful(training):
+                sums.add(rows)
         replay.engine.close()
         base = f"hypergradients/method={self.method}.zarr"
         files = [f"{base}/{name}" for name in store.files(start, stop)]
-        notes = {"products": replay.tiles.choice} if isinstance(replay, ExactReplay) else {}
+        notes: dict[str, Any] = {"ways": replay.engine.told()}
+        if isinstance(replay, ExactReplay):
+            notes |= told_products(replay.tiles)
+        if self._lawful(training):
+            notes["law"] = sums.values()
         return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
+
+    def _lawful(self, training: Training) -> bool:
+        """Whether the rows of all shards must add up to what training did to the weights."""
+        return (
+            self.form == "hydra" and len(self.tracked) == training.n_train and not training.holds_statistics
+        )
 
     def _adjoint(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
@@ -176,15 +193,18 @@ class Tasks:
         notes: dict[str, Any] = {}
         if self.form == "hydra-exact":
             back = Adjoint(training, trajectory, self.tracked)
-            found, notes = back.run(targets, report), {"products": back.tiles.choice}
+            found, notes = back.run(targets, report), told_products(back.tiles)
         elif self.form == "hydra-ekfac":
             bent = EkfacReplay(training, trajectory, self.tracked, self._basis(run), targets)
-            found = bent.run(report).contributions()
+            found, notes = bent.run(report).contributions(), {"ways": bent.engine.told()}
             bent.engine.close()
         else:
             replay = ProjectedReplay(training, trajectory, self.tracked, targets)
-            found = replay.contributions(report)
+            found, notes = replay.contributions(report), {"ways": replay.engine.told()}
             replay.engine.close()
+            if self._lawful(training):
+                check_sums(found, targets, trajectory)
+                notes["lawful"] = True
         base = f"by_test/method={self.method}.zarr"
         store = RowStore.open(run.path(*base.split("/")), "contribution")
         store.write(start, self._finite(found, "contributions", trajectory))
@@ -276,6 +296,11 @@ class Tasks:
         device = resolve_device(self.compute.device)
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         return reduce_rows(run, self.job, unit.name, start, stop, device, report)
+
+
+def told_products(tiles: HessianTiles) -> dict[str, Any]:
+    """Return what a manifest says of Hessian products."""
+    return {"products": tiles.choice, "field": tiles.field, "differences": tiles.checked}
 
 
 def files_under(uri: str) -> list[str]:

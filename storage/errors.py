@@ -12,6 +12,7 @@ remedy. Exceptions carry a single string, so that they survive pickling between 
         NonFiniteLoss              a loss or weight became NaN or infinite
         NonFiniteTangents          the losses are finite, their derivatives are not
         ReplayDiverged             a replay left the recorded trajectory
+        ConservationBroken         hypergradients do not add up to the training
       EstimatorError               an estimator does not apply to this model as it stands
         NegativeCurvature          the Hessian to be inverted is not positive definite
         EstimatorDiverged          an iteration ran away
@@ -69,6 +70,10 @@ class NonFiniteTangents(TrainingError):
 
 class ReplayDiverged(TrainingError):
     """A replay left the recorded trajectory."""
+
+
+class ConservationBroken(TrainingError):
+    """The hypergradients of all samples do not add up to what training did to the weights."""
 
 
 class EstimatorError(HydraError):

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..storage.trajectory import Trajectory
+from .coefficients import recorded_settings
 from .columns import Columns, LinearSteps
-from .exact import recorded_settings
 from .hessian_tiles import TILE, HessianTiles
 from .layout import load_flat
 from .module_state import load_buffers, pack_buffers

@@ -17,10 +17,14 @@ The step of ``torch.optim.SGD`` with learning rate h, momentum p, weight decay L
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from ..storage.trajectory import Trajectory
 
 Float = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
@@ -35,6 +39,11 @@ class Settings:
     weight_decay: Float
     dampening: Float
     nesterov: Bool
+
+
+def recorded_settings(trajectory: Trajectory) -> Settings:
+    """Return the optimiser settings of a record."""
+    return Settings(**{entry.name: getattr(trajectory, entry.name) for entry in fields(Settings)})
 
 
 def linear_form(settings: Settings) -> tuple[Float, Float, Float, Float]:

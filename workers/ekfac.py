@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..storage.curvature import Curvature
 from ..storage.trajectory import Trajectory
+from .coefficients import recorded_settings
 from .eigenbasis import Eigenbasis
 from .eigencoefficients import EigenCoefficients
 from .eigengradients import EigenGradients
-from .exact import recorded_settings
 from .persample.engine import TILE
 from .projection import Projections
 from .recipe import Batch

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..storage.trajectory import Checkpoint, Trajectory
-from .coefficients import coefficients
-from .exact import recorded_settings
+from .coefficients import coefficients, recorded_settings
 from .module_state import pack_buffers
 from .training import SETTINGS, Training
 from .verified import VerifiedReplay

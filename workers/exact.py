@@ -15,19 +15,14 @@ import torch
 from torch import Tensor
 
 from ..storage.trajectory import Trajectory
-from .coefficients import Settings
+from .coefficients import recorded_settings
 from .columns import Columns, LinearSteps
 from .hessian_tiles import TILE, HessianTiles
 from .persample.engine import PerSampleGradients
 from .recipe import Batch
-from .training import SETTINGS, Training
+from .training import Training
 from .trials import tried_ways
 from .verified import Report, Rows, VerifiedReplay
-
-
-def recorded_settings(trajectory: Trajectory) -> Settings:
-    """Return the optimiser settings of a record."""
-    return Settings(**{name: getattr(trajectory, name) for name in SETTINGS})
 
 
 class Tangents:

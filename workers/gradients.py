@@ -16,7 +16,7 @@ from .data import fetch, to_device
 from .determinism import derived_seed, preserved_generators, seed_everything
 from .evaluate import OutputWatch, evaluating, predicted
 from .module_state import unchanged_buffers
-from .persample.engine import PerSampleGradients, Ways
+from .persample.engine import PerSampleGradients, Ways, always_vjp
 from .persample.reference import constant_statistics
 from .persample.trials import choose_ways
 from .recipe import Batch
@@ -67,6 +67,8 @@ class TestGradients:
 
     def _tried(self) -> Ways:
         training = self.training
+        if training.compute.per_sample == "vjp":
+            return always_vjp(training.layout)
         count = min(self.size, len(self.dataset))  # type: ignore[arg-type]
         with evaluating(training.model):
             found = fetch(training.recipe, self.dataset, range(count))

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ..storage.errors import RecipeError
 from .data import step_batch, to_device
 from .determinism import derived_seed, seed_everything
-from .module_state import unchanged_buffers
-from .persample.trials import TOLERANCE, copied
+from .module_state import copied, unchanged_buffers
+from .persample.trials import TOLERANCE
 from .recipe import Batch
 from .second_order import (
     FieldSecondOrder,

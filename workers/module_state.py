@@ -6,6 +6,7 @@ before the step where it repeats the step's forward pass, and the model gets its
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -13,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..storage.errors import RecipeError
 from .persample.rules import uses_batch_statistics
 
 Kept: TypeAlias = list[tuple[nn.Module, str, Tensor]]
@@ -34,6 +36,30 @@ def kept_buffers(model: nn.Module, *, statistics: bool = True) -> Kept:
         for name, buffer in module._buffers.items()
         if buffer is not None and (statistics or not uses_batch_statistics(module))
     ]
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model.
+
+    Raises:
+        RecipeError: It cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise RecipeError(
+            f"the model cannot be copied ({type(error).__name__}: {error}); "
+            "tensors kept on modules must be leaves or buffers"
+        ) from error
+
+
+def same_buffer(buffer: Tensor | None, kept: Tensor) -> bool:
+    """Whether a buffer still has the values of its copy; NaN counts as itself."""
+    if buffer is None or buffer.shape != kept.shape:
+        return False
+    if buffer.is_floating_point() or buffer.is_complex():
+        return bool(torch.isclose(buffer, kept, rtol=0.0, atol=0.0, equal_nan=True).all())
+    return torch.equal(buffer, kept)
 
 
 @contextmanager

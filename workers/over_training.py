@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..storage.curvature import Curvature
 from ..storage.trajectory import Trajectory
+from .coefficients import recorded_settings
 from .ended import with_decay
-from .exact import ExactReplay, recorded_settings
+from .exact import ExactReplay
 from .gradients import TEST_BATCH, TestGradients
 from .module_state import pack_buffers
 from .persample.engine import TILE

@@ -84,6 +84,7 @@ class Recorder:
         steps, groups = training.steps, len(training.optimizer.param_groups)
         self.settings = {name: np.zeros((steps, groups)) for name in SETTINGS}
         self.loss = np.zeros(steps)
+        self.checked = 0
         self.digests: dict[int, int] = {0: training.weight_checksum()}
         self.epoch_digest: list[str] = []
         self.epochs = {name: np.full(recipe.epochs, np.nan) for name in EPOCH_COLUMNS}
@@ -114,7 +115,8 @@ class Recorder:
             self.writer.abort()
             raise
         closing = {name: float(values[-1]) for name, values in self.epochs.items()}
-        return {name: value for name, value in closing.items() if not math.isnan(value)}
+        known = {name: value for name, value in closing.items() if not math.isnan(value)}
+        return {"checked_steps": self.checked, **known}
 
     def _train(self, report: Callable[[int, int], None] | None) -> None:
         training = self.training
@@ -147,6 +149,7 @@ class Recorder:
         training = self.training
         checked = step < CHECKED or (step + 1) % self.digest_every == 0
         if checked:
+            self.checked += 1
             self.update.before()
         self.loss[step] = float(training.step(step, batch))
         training.check_finite(step, float(self.loss[step]))

@@ -116,7 +116,7 @@ class DenseTangents:
         self.forms = tuple(forms)
         self.twin, self.parameters = _twin(training, dtype)
         self.frozen: tuple[nn.Module, list[nn.Parameter]] | None = None
-        if training.compute.batch_norm == "constant" and any(map(_normalizes, training.model.modules())):
+        if training.holds_statistics and any(map(_normalizes, training.model.modules())):
             self.frozen = _twin(training, dtype)
             for module in self.frozen[0].modules():
                 if _normalizes(module):

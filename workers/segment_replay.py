@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ..storage.curvature import Curvature
 from ..storage.trajectory import Trajectory
-from .coefficients import Settings
+from .coefficients import Settings, recorded_settings
 from .columns import Columns
 from .eigenbasis import Eigenbasis
 from .eigencoefficients import EigenCoefficients
 from .eigengradients import EigenGradients
-from .exact import recorded_settings
 from .persample.engine import TILE, PerSampleGradients
 from .recipe import Batch
 from .segments import Segment, Segments

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..storage.errors import DoesNotFit, NonFiniteLoss, RecipeError
-from .data import Indices, batch_order, step_batches, to_device
-from .determinism import derived_seed, prepare_process, resolve_device, seed_everything
+from .data import Indices, batch_order, step_batch, step_batches, to_device
+from .determinism import (
+    derived_seed,
+    prepare_process,
+    preserved_generators,
+    resolve_device,
+    seed_everything,
+)
 from .layout import Layout, checksum, flatten, load_flat
-from .module_state import Kept, buffers_from, kept_buffers, load_buffers
+from .module_state import Kept, buffers_from, copied, kept_buffers, load_buffers, same_buffer
 from .persample.engine import Watch
 from .persample.reference import constant_statistics, couples_samples
 from .recipe import Batch, Recipe
@@ -51,12 +58,15 @@ class Compute:
         dtype: ``float32`` or ``float64``, of weights, inputs and hypergradients.
         threads: CPU threads of torch.
         batch_norm: ``constant`` statistics in per-sample gradients, or ``coupled`` (exact, slow).
+        per_sample: ``auto``: the fastest way to each parameter's per-sample gradients that agrees with
+            autograd; ``vjp``: autograd itself, one backward pass a sample.
     """
 
     device: str = "auto"
     dtype: str = "float32"
     threads: int = 1
     batch_norm: str = "constant"
+    per_sample: str = "auto"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -94,6 +104,28 @@ class Training:
         self.batches: Indices = batch_order(self.n_train, recipe.batch_size, recipe.epochs, recipe.seed)
         self.steps_per_epoch = -(-self.n_train // recipe.batch_size)
         self.steps = len(self.batches)
+
+    @cached_property
+    def holds_statistics(self) -> bool:
+        """Whether the batch statistics of BatchNorm layers count as constants in per-sample gradients.
+
+        Not where other layers keep a state too (power iterations, running statistics, centres): the pass
+        with constant statistics would see another state than the step's own, so samples are traced there
+        as they are, coupled.
+        """
+        if self.compute.batch_norm != "constant" or not couples_samples(self.model):
+            return False
+        others = kept_buffers(self.model, statistics=False)
+        return not others or not self._moves_buffers()
+
+    def _moves_buffers(self) -> bool:
+        """Whether a forward pass of the first batch moves a buffer of a layer that is no BatchNorm."""
+        with preserved_generators(), torch.no_grad():
+            found = step_batch(self.recipe, self.dataset, self.batches, self.recipe.seed, 0)
+            trial = copied(self.model)
+            before = kept_buffers(trial, statistics=False)
+            self.recipe.losses(trial, to_device(found, self.device, self.dtype))
+            return any(not same_buffer(module._buffers.get(name), kept) for module, name, kept in before)
 
     def loader(self, first: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield the batches of steps ``first`` to ``stop`` on the device."""
@@ -137,7 +169,7 @@ class Training:
             RecipeError: The losses are not one finite-length vector per batch, or a parameter got no gradient.
         """
         size = self.batch_size(step)
-        separate = watch is not None and self.compute.batch_norm == "constant" and couples_samples(self.model)
+        separate = watch is not None and self.holds_statistics and couples_samples(self.model)
         seed_everything(derived_seed(self.recipe.seed, "step", step))
         for parameter in self.parameters:
             parameter.grad = None

@@ -15,9 +15,9 @@ from ..storage.trajectory import Trajectory
 from .data import step_batch, to_device
 from .determinism import derived_seed, preserved_generators
 from .layout import load_flat
-from .module_state import load_buffers
-from .persample.engine import Ways
-from .persample.trials import Trial, combined, copied, try_batch
+from .module_state import copied, load_buffers
+from .persample.engine import Ways, always_vjp
+from .persample.trials import Trial, combined, try_batch
 from .training import Training
 
 LEAST, STEPS_A_TRIAL = 3, 150
@@ -34,6 +34,8 @@ def tried_ways(training: Training, trajectory: Trajectory | None = None) -> Ways
     Raises:
         RecipeError: See ``persample.trials``; or a step cannot be differentiated.
     """
+    if training.compute.per_sample == "vjp":
+        return always_vjp(training.layout)
     with preserved_generators():
         trials = [_at(training, None, 0), _at(training, None, 0, as_run=True)]
         if trajectory is not None and trials[0].rows:  # else all goes by vjp
@@ -67,7 +69,7 @@ def _at(training: Training, trajectory: Trajectory | None, k: int, *, as_run: bo
             model,
             training.layout,
             batch,
-            constant=training.compute.batch_norm == "constant",
+            constant=training.holds_statistics,
             seed=derived_seed(recipe.seed, "step", step),
             as_run=as_run,
         )

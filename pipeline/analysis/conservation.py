@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ...workers.coefficients import phi, recorded_settings
+from ...workers.conservation import BASE, UNIT
+
 if TYPE_CHECKING:
     from ...storage.trajectory import Trajectory
     from ..handle import Run
@@ -24,11 +27,6 @@ if TYPE_CHECKING:
 METHOD = "hydra"
 BLOCK_BYTES = 64 << 20
 """How much of the hypergradient store is held at a time while it is streamed."""
-
-BASE = {"float32": 1e-5, "float64": 1e-12}
-"""Relative error allowed for the rounding of per-sample gradients, whatever the length of the run."""
-UNIT = {"float32": 2.0**-20, "float64": 2.0**-49}
-"""Eight units in the last place: times sqrt(T) the drift that T rounded updates of the weights allow."""
 
 
 def not_applicable(run: Run) -> str | None:
@@ -74,16 +72,7 @@ def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: 
         ``applicable`` (True), ``ok``, ``groups``: one mapping a parameter group with ``group``,
         ``error`` = ||sum / N - (w_T - phi_T w_0)|| / ||w_T - phi_T w_0|| and its ``limit``.
     """
-    from ...workers.coefficients import Settings, phi
-
-    settings = Settings(
-        learning_rate=trajectory.learning_rate,
-        momentum=trajectory.momentum,
-        weight_decay=trajectory.weight_decay,
-        dampening=trajectory.dampening,
-        nesterov=trajectory.nesterov,
-    )
-    kept = phi(settings)
+    kept = phi(recorded_settings(trajectory))
     steps = int(trajectory.learning_rate.shape[0])
     initial = trajectory.checkpoint(0).weights
     dtype = str(initial.dtype)

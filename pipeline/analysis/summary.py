@@ -19,6 +19,7 @@ from ...storage.errors import HydraError
 from ...storage.rundir import RESULTS, SEEDS
 from ..targets import MEAN, SAMPLES, kind_of
 from .status import command_line, stage_states, warnings_of
+from .trust_lines import trust_lines
 
 if TYPE_CHECKING:
     from ..handle import Run
@@ -39,7 +40,7 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
     Returns:
         ``run``, ``recipe``, ``method``, ``targets``, ``n_train``, ``n_test``, ``n_tracked``,
         ``n_test_tracked``, ``dimension``; ``accuracy`` with ``train`` and ``test`` (0 to 1);
-        ``memory`` with ``peak_bytes`` and ``predicted_bytes``; ``warnings`` of the preflight; ``stages`` (``stage``, ``units``,
+        ``memory`` with ``peak_bytes`` and ``predicted_bytes``; ``warnings`` of the preflight; ``trust`` (what speaks for the numbers, a line a fact); ``stages`` (``stage``, ``units``,
         ``rows``, ``bytes``, ``seconds``); ``disk`` (``path``, ``bytes``, ``files``); ``helpful``
         and ``harmful`` (rows of `top.top`, with ``original_label`` where a label is wrong on
         purpose); ``next`` (commands to type).
@@ -82,6 +83,7 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
             "predicted_bytes": noted.get("predicted_bytes") or None,
         },
         "warnings": warnings_of(info),
+        "trust": trust_lines(info["trust"][method]) if method in info.get("trust", {}) else [],
         "stages": [
             {"stage": s.stage, "units": s.done, "rows": s.rows, "bytes": s.bytes, "seconds": s.seconds}
             for s in states

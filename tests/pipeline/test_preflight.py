@@ -15,9 +15,8 @@ from hydra_pipe.pipeline.analysis.verify import verify
 from hydra_pipe.pipeline.events import Note, UnitFinished, UnitSkipped
 from hydra_pipe.pipeline.preflight import settings_preflight
 from hydra_pipe.storage.errors import NonFiniteTangents
-from hydra_pipe.workers.coefficients import coefficients
+from hydra_pipe.workers.coefficients import coefficients, recorded_settings
 from hydra_pipe.workers.ekfac import EkfacReplay
-from hydra_pipe.workers.exact import recorded_settings
 from hydra_pipe.workers.training import Compute, Training
 
 from hydra_pipe import RunSpec, open_run, run

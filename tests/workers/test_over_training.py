@@ -10,13 +10,12 @@ import torch
 from hydra_pipe.storage.errors import ReplayDiverged
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers import segment_replay
-from hydra_pipe.workers.coefficients import coefficients
+from hydra_pipe.workers.coefficients import coefficients, recorded_settings
 from hydra_pipe.workers.curvature import CurvatureEstimate
 from hydra_pipe.workers.determinism import seed_everything
 from hydra_pipe.workers.ekfac import EkfacReplay
 from hydra_pipe.workers.ended import ended_at, standing, trained_until, with_decay
 from hydra_pipe.workers.estimators import make
-from hydra_pipe.workers.exact import recorded_settings
 from hydra_pipe.workers.gradients import TestGradients
 from hydra_pipe.workers.influence_over import influence_after
 from hydra_pipe.workers.over_training import EKFAC, EXACT, FAST, RAW, OverTraining, pairs

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hydra_pipe.storage.errors import ReplayDiverged
 from hydra_pipe.storage.trajectory import open_trajectory
+from hydra_pipe.workers.coefficients import recorded_settings
 from hydra_pipe.workers.curvature import CurvatureEstimate
 from hydra_pipe.workers.eigencoefficients import stability_limit
 from hydra_pipe.workers.ekfac import EkfacReplay
-from hydra_pipe.workers.exact import recorded_settings
 from hydra_pipe.workers.record import Recorder
 from hydra_pipe.workers.reference_dense import DenseReference, dense_test_gradients
 from hydra_pipe.workers.reference_ekfac import largest_stable_curvature

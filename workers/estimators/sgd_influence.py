@@ -20,9 +20,8 @@ from typing import Literal
 import numpy as np
 
 from ..adjoint import Adjoint
-from ..coefficients import Settings
+from ..coefficients import Settings, recorded_settings
 from ..columns import Columns, LinearSteps
-from ..exact import recorded_settings
 from .base import Estimator, Found, Ground, Report, Targets, one_of
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,12 @@ class Ways:
     coupled: bool | None = None
     trials: int = 0
     rows: int = 0
+
+
+def always_vjp(layout: Layout) -> Ways:
+    """Return the ways that need no trial."""
+    way: Strategy = "vjp"
+    return Ways(strategies=(way,) * len(layout.entries))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,6 +368,23 @@ class PerSampleGradients:
             else:
                 rule(call.module, name, x_R, d_R, self.views[i])
                 written.add(i)
+
+    def told(self) -> dict[str, Any]:
+        """Return how the rows were had, JSON-able: counts of what is fast, names of what is not."""
+        ways, names = self.ways, [entry.name for entry in self.layout.entries]
+        named = {
+            kind: [names[i] for i in self._by[kind] if i not in ways.untried] for kind in ("func", "vjp")
+        }
+        return {
+            "rule": len(self._by["rule"]),
+            **named,
+            "untried": [names[i] for i in sorted(ways.untried)],
+            "repaired": sorted(self.repaired),
+            "random": ways.random,
+            "coupled": ways.coupled,
+            "trials": ways.trials,
+            "rows": ways.rows,
+        }
 
     def close(self) -> None:
         """Take the hooks off the model."""

@@ -10,7 +10,6 @@ more of the batch's samples are then looked at, and other batches, at other weig
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ...storage.errors import RecipeError
 from ..data import batch_length, to_device
 from ..determinism import generator_states, preserved_generators, seed_everything
 from ..layout import Layout
-from ..module_state import Kept, buffers_from, kept_buffers, unchanged_buffers
+from ..module_state import Kept, buffers_from, copied, kept_buffers, unchanged_buffers
 from ..recipe import Batch, Recipe
 from .engine import PerSampleGradients, Strategy, Ways
 from .reference import constant_statistics, func, same_losses, vjp
@@ -142,21 +141,6 @@ def combined(trials: Sequence[Trial], layout: Layout) -> Ways:
     if slow:
         logger.info("per-sample gradients without a layer rule: %s", slow)
     return ways
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a model.
-
-    Raises:
-        RecipeError: It cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise RecipeError(
-            f"the model cannot be copied ({type(error).__name__}: {error}); "
-            "tensors kept on modules must be leaves or buffers"
-        ) from error
 
 
 class _OneBatch:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +27,17 @@ from .coefficients import recorded_settings
 from .columns import Columns, LinearSteps
 from .hessian_tiles import TILE, HessianTiles
 from .layout import load_flat
-from .module_state import load_buffers, pack_buffers
+from .module_state import Kept, kept_buffers, load_buffers, pack_buffers, put_back
 from .recipe import Batch
 from .training import Training
 from .verified import Report, Rows, VerifiedReplay
 
 SEGMENT_BYTES = 512 << 20
 """Weights of a segment that are kept in memory at a time."""
+
+
+_Held: TypeAlias = tuple[int, Tensor, Kept, Batch]
+"""(step, weights and buffers before it, its batch)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,9 +87,10 @@ class Adjoint(VerifiedReplay):
         on_weight = torch.from_numpy(np.array(targets_KD)).to(training.device)
         on_momentum = torch.zeros_like(on_weight)
         out = torch.zeros(len(on_weight), len(self.tracked) + 1, dtype=training.dtype, device=training.device)
-        for done, (step, weights, batch) in enumerate(self._backwards(), start=1):
+        for done, (step, weights, state, batch) in enumerate(self._backwards(), start=1):
             with torch.no_grad():
                 load_flat(training.parameters, weights)
+            put_back(state)
             self._back_step(step, batch, on_weight, on_momentum, out)
             if report:
                 report(done, training.steps)
@@ -109,8 +115,8 @@ class Adjoint(VerifiedReplay):
             a_u.add_(product).add_(decay * s)
             a_m.mul_(carry)
 
-    def _backwards(self) -> Iterator[tuple[int, Tensor, Batch]]:
-        """Yield (step, weights before it, its batch) from the last step to the first."""
+    def _backwards(self) -> Iterator[_Held]:
+        """Yield (step, weights and buffers before it, its batch) from the last step to the first."""
         stop = self.training.steps
         for k in range(len(self.trajectory.checkpoint_steps) - 2, -1, -1):
             kept = self.trajectory.checkpoint(k)
@@ -124,7 +130,7 @@ class Adjoint(VerifiedReplay):
             yield from self._segment(start, stop)
             stop = kept.step
 
-    def _segment(self, start: _State, stop: int) -> Iterator[tuple[int, Tensor, Batch]]:
+    def _segment(self, start: _State, stop: int) -> Iterator[_Held]:
         if stop - start.step > self.held_steps:
             middle = start.step + (stop - start.step) // 2
             self._restore(start)
@@ -132,21 +138,26 @@ class Adjoint(VerifiedReplay):
             yield from self._segment(self._state(middle), stop)
             yield from self._segment(start, middle)
             return
-        held: list[tuple[int, Tensor, Batch]] = []
+        held: list[_Held] = []
         self._restore(start)
         self._advance(start.step, stop, held)
         while held:
             yield held.pop()
 
-    def _advance(self, first: int, stop: int, held: list[tuple[int, Tensor, Batch]] | None) -> None:
+    def _advance(self, first: int, stop: int, held: list[_Held] | None) -> None:
         training = self.training
         for step, batch in zip(range(first, stop), training.loader(first, stop), strict=True):
             if held is not None:
-                held.append((step, training.weights().clone(), batch))
+                held.append((step, training.weights().clone(), self._state_of_layers(), batch))
             training.apply_settings(self._settings, step)
             training.step(step, batch)
             if step + 1 in self._digests:
                 self.verify(step + 1)
+
+    def _state_of_layers(self) -> Kept:
+        """Return copies of the buffers that a step both moves and reads; batch statistics are not read."""
+        training = self.training
+        return kept_buffers(training.model, statistics=False) if training.keeps_state else []
 
     def _state(self, step: int) -> _State:
         momentum, exists = self.training.momentum()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..storage.errors import RecipeError
 from .data import step_batch, to_device
 from .determinism import derived_seed, seed_everything
-from .module_state import copied, unchanged_buffers
+from .module_state import copied, kept_buffers, put_back, unchanged_buffers
 from .persample.trials import TOLERANCE
 from .recipe import Batch
 from .second_order import (
@@ -47,6 +47,9 @@ SMALL = 1e-3
 
 DIFFERENCES = 1e-4
 """How far a way may be from the differences, relative to the parameter's scale: they are no better."""
+
+STATE = 1e-3
+"""How much of J v may come from past weights by way of a layer's state."""
 
 WIDTHS = (1e-7, 1e-9)
 """h, in standard normals: the smaller one where the larger crosses a kink (ReLU, pooling)."""
@@ -113,11 +116,37 @@ class _Judge:
         self.plain, self.error = self._double_backward(SecondOrder)
 
     def choice(self) -> Choice:
+        if self.training.keeps_state and self.checked:
+            self._check_state()
         if self.plain is not None and (not self.checked or self._difference(self.plain[0]) is None):
             return self._symmetric(self.plain)
         if not self.checked:
             raise _refused(f"it has no second derivative: {self.error}")
         return self._field()
+
+    def _check_state(self) -> None:
+        """Refuse a layer whose state carries past weights into the gradient: tangents would have to follow it.
+
+        With S(w) the buffers after a forward pass, differences of g(w; S(w + h v)) must be nothing beside J v.
+        """
+        trial, size, h = self.trial, self.trial.batch_size(0), WIDTHS[0]
+        share = torch.full((size,), 1.0 / size, dtype=trial.dtype, device=trial.device)
+        before = kept_buffers(trial.model, statistics=False)
+        ends = []
+        for sign in (h, -h):
+            with _moved(trial, sign * self.directions[0]), torch.no_grad():
+                seed_everything(derived_seed(trial.recipe.seed, "step", 0))
+                trial.losses(self.batch, size)
+            ends.append(_gradient(trial, self.batch, share))
+            put_back(before)
+        carried = (ends[0] - ends[1]) / (2.0 * h)
+        name = self._unlike(carried[None] + self.right[0][:1], self.right[0][:1], STATE, SMALL)
+        if name is not None:
+            layers = sorted({f"{type(module).__name__}.{buffer}" for module, buffer, _copy in before})
+            raise _refused(
+                f"the model keeps a state ({', '.join(layers[:4])}) that past weights moved and the gradient of parameter "
+                f"{name!r} reads"
+            )
 
     # ------------------------------------------------------------------ a Hessian
 

@@ -79,6 +79,13 @@ def buffers_from(kept: Kept) -> Iterator[None]:
             module._buffers[name] = buffer_or_none
 
 
+def put_back(kept: Kept) -> None:
+    """Give the modules copies of ``kept`` for good."""
+    copies: dict[int, Tensor] = {}
+    for module, name, buffer in kept:
+        module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+
+
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
     """Let the model work on copies of its buffers, and put its own back."""

@@ -137,7 +137,7 @@ class Recorder:
                 self._end_epoch(done // training.steps_per_epoch - 1, correct / seen if seen else math.nan)
                 correct = seen = 0
             elif self.scheduler is not None and training.recipe.scheduler_interval == "step":
-                self.scheduler.step()
+                self._move_scheduler(None, done)
             if done in self.kept:
                 self._keep(done)
             if report:
@@ -147,7 +147,7 @@ class Recorder:
     def _step(self, step: int, batch: Batch, watch: OutputWatch) -> int | None:
         """Take a step; return how many training samples it predicted right, None where unknown."""
         training = self.training
-        checked = step < CHECKED or (step + 1) % self.digest_every == 0
+        checked = self._checks(step)
         if checked:
             self.checked += 1
             self.update.before()
@@ -179,21 +179,27 @@ class Recorder:
                 self.epochs[f"{name}_loss"][epoch] = loss
                 self.epochs[f"{name}_accuracy"][epoch] = accuracy
         self.epoch_digest.append(training.state_digest())
-        weights = training.weight_checksum()
-        self._move_scheduler(epoch)
-        if training.weight_checksum() != weights:
-            raise RecipeError(
-                f"scheduler.step() changed the weights after epoch {epoch + 1}, which no replay can follow; "
-                "let it change settings of the optimizer alone"
-            )
+        self._move_scheduler(epoch, (epoch + 1) * training.steps_per_epoch)
 
-    def _move_scheduler(self, epoch: int) -> None:
+    def _move_scheduler(self, epoch: int | None, done: int) -> None:
+        """Step the scheduler, after an epoch or between two steps; it may move settings and nothing else."""
         if self.scheduler is None:
             return
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        looked = epoch is not None or self._checks(done - 1)
+        before = self.training.weight_checksum() if looked else None
+        if epoch is not None and isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.scheduler.step(self._watched(epoch))
         else:
             self.scheduler.step()
+        if looked and self.training.weight_checksum() != before:
+            raise RecipeError(
+                f"scheduler.step() changed the weights after step {done - 1}, which no replay can follow; "
+                "let it change settings of the optimizer alone"
+            )
+
+    def _checks(self, step: int) -> bool:
+        """Whether a step is held against the optimiser's formula."""
+        return step < CHECKED or (step + 1) % self.digest_every == 0
 
     def _watched(self, epoch: int) -> float:
         """What ReduceLROnPlateau sees: a loss of this epoch, by the recipe's ``plateau_metric``."""

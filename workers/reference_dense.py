@@ -125,6 +125,7 @@ class DenseTangents:
         self.tangents = {form: [Tangent(self.parameters) for _ in range(samples)] for form in forms}
         self.loss = np.zeros(training.steps)
         self.products = 0
+        self.moved: tuple[nn.Module, list[nn.Parameter]] | None = None
         self.differences = False
         self.deviation = 0.0
 
@@ -221,15 +222,16 @@ class DenseTangents:
     def _difference(self, step: int, batch: Batch, direction: Sequence[Tensor], width: float) -> list[Tensor]:
         """Return the derivative of the batch's gradient along a direction by central differences."""
         h = width / max(max(float(u.abs().max()) for u in direction if u.numel()), 1e-300)
+        self.moved = self.moved or _twin(self.training, self.dtype)
+        model, parameters = self.moved
         ends = []
         for sign in (h, -h):
-            _copy_state(self.training, self.twin, self.parameters)
+            _copy_state(self.training, model, parameters)
             with torch.no_grad():
-                for p, u in zip(self.parameters, direction, strict=True):
+                for p, u in zip(parameters, direction, strict=True):
                     p.add_(u, alpha=sign)
-            losses = self._losses(self.twin, batch, step)
-            ends.append(_gradient(losses.mean(), self.parameters))
-        _copy_state(self.training, self.twin, self.parameters)
+            losses = self._losses(model, batch, step)
+            ends.append(_gradient(losses.mean(), parameters))
         return [(a.detach() - b.detach()) / (2.0 * h) for a, b in zip(*ends, strict=True)]
 
     def _move(

@@ -40,7 +40,7 @@ from .module_state import unchanged_buffers
 from .persample.reference import LossModule, differentiable_layers, twice_differentiable_layers
 from .recipe import Batch
 from .training import Training
-from .update_field import backward_through, forward_through, outer_derivative
+from .update_field import backward_through, forward_through, outer_derivative, stopped
 
 Named = dict[str, Tensor]
 
@@ -210,7 +210,8 @@ class FieldTangentTile(TangentTile):
     def _tangents(self, tangents: Named, count: int) -> tuple[Named, Tensor]:
         with forward_through():
             products: Named = self._along(lambda weights: self._gradient(weights)[0], tangents, count)
-        values: Tensor = self._along(self._values, tangents, count)
+        with stopped():
+            values: Tensor = self._along(self._values, tangents, count)
         return products, values
 
 

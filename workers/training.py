@@ -115,11 +115,13 @@ class Training:
         """
         if self.compute.batch_norm != "constant" or not couples_samples(self.model):
             return False
-        others = kept_buffers(self.model, statistics=False)
-        return not others or not self._moves_buffers()
+        return not self.keeps_state
 
-    def _moves_buffers(self) -> bool:
+    @cached_property
+    def keeps_state(self) -> bool:
         """Whether a forward pass of the first batch moves a buffer of a layer that is no BatchNorm."""
+        if not kept_buffers(self.model, statistics=False):
+            return False
         with preserved_generators(), torch.no_grad():
             found = step_batch(self.recipe, self.dataset, self.batches, self.recipe.seed, 0)
             trial = copied(self.model)

@@ -100,6 +100,13 @@ def backward_through() -> Iterator[None]:
 
 
 @contextmanager
+def stopped() -> Iterator[None]:
+    """Let what is detached be constant for ``jvp`` too; by itself that passes through ``no_grad``."""
+    with _Through(torch.Tensor.detach):
+        yield
+
+
+@contextmanager
 def outer_derivative() -> Iterator[None]:
     """Mark the second ``backward``."""
     _PassesSecond.outer = True

@@ -7,7 +7,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hydra_pipe.storage.errors import RecipeError
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers import hessian_tiles
 from hydra_pipe.workers.adjoint import Adjoint
@@ -227,7 +226,7 @@ def test_the_choice_leaves_weights_buffers_and_generators_alone():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_step_that_differs_from_the_first_is_named(tmp_path):
+def test_the_last_batch_is_tried_too(tmp_path):
     class Moody(Small):
         """Its losses do something else where the batch is small."""
 
@@ -235,11 +234,37 @@ def test_a_step_that_differs_from_the_first_is_named(tmp_path):
             found = super().losses(model, batch)
             return _Cube.apply(found) if len(found) == 5 else found
 
+    tiles = HessianTiles(training_of(Moody()))
+    assert tiles.kind is SecondOrder
+    assert tiles.refusal.startswith("torch.func fails")
+
+
+def test_a_step_that_no_trial_saw_goes_one_direction_at_a_time(tmp_path, caplog):
+    class Moody(Small):
+        """Its losses do something else where sample 13 is in the batch: neither the first nor the last."""
+
+        def train_dataset(self):
+            data = super().train_dataset()
+            data.tensors[0][13, 0] = 50.0
+            return data
+
+        def losses(self, model, batch):
+            found = super().losses(model, (torch.tanh(batch[0]), batch[1]))
+            return _Cube.apply(found) if bool((batch[0][:, 0] > 40).any()) else found
+
     recipe = Moody()
     trajectory = recorded(recipe, tmp_path)
-    back = Adjoint(Training(recipe, EXACT), trajectory, np.arange(45))
-    with pytest.raises(RecipeError, match="worked when the replay began and fail at step 17"):
-        back.run(np.ones((3, len(trajectory.checkpoint(0).weights))))
+    first, last = trajectory.batches[0], trajectory.batches[5]
+    assert 13 not in [*first, *last]
+    tracked = np.array([0, 3, 13, 43])
+    vectors = np.random.default_rng(0).standard_normal((3, len(trajectory.checkpoint(0).weights)))
+    right = oracle.unrolled(recipe, trajectory, tracked).along(vectors)
+    with caplog.at_level("INFO", logger="hydra_pipe.workers.hessian_tiles"):
+        back = Adjoint(Training(recipe, EXACT), trajectory, tracked)
+        found = -back.run(vectors) * 45
+    assert back.tiles.kind is TangentTile
+    assert "one direction at a time at step" in caplog.text
+    assert np.abs(found - right).max() < oracle.EXACT_FLOAT64 * np.abs(right).max()
 
 
 def test_rows_of_padding_count_as_constants():

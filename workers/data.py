@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from .batch_types import know, leaves
+from .cast import cast_tensor
 from .determinism import derived_seed, seed_everything
 from .recipe import Batch, Recipe
 
@@ -84,17 +86,16 @@ def step_batches(
 
 
 def to_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """Move all tensors of a batch to ``device``; floating ones become ``dtype``."""
+    """Move all tensors of a batch to ``device``; floating ones become ``dtype``, complex ones its kind."""
 
     def move(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
+        return cast_tensor(leaf, device, dtype) if isinstance(leaf, torch.Tensor) else leaf
 
+    know(batch)
     return tree_map(move, batch)
 
 
 def batch_length(batch: Batch) -> int:
     """Return B: the leading axis of the first tensor in the batch, 0 when it holds no tensor."""
-    leaves, _ = tree_flatten(batch)
-    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), 0)
+    tensors = (leaf for leaf in leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim)
+    return next((tensor.shape[0] for tensor in tensors), 0)

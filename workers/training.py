@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..storage.errors import DoesNotFit, NonFiniteLoss, RecipeError
+from .cast import cast_model, raw_bytes
 from .data import Indices, batch_order, step_batches, to_device
 from .determinism import derived_seed, prepare_process, resolve_device, seed_everything
 from .layout import Layout, checksum, flatten, load_flat
@@ -79,7 +80,7 @@ class Training:
         self.dataset: Dataset[Any] = recipe.train_dataset()
         self.n_train = len(self.dataset)  # type: ignore[arg-type]
         seed_everything(recipe.seed)
-        self.model: nn.Module = recipe.model().to(device=self.device, dtype=self.dtype)
+        self.model: nn.Module = cast_model(recipe.model(), self.device, self.dtype)
         self.model.train()
         self.optimizer = recipe.optimizer(self.model)
         if type(self.optimizer) is not torch.optim.SGD:
@@ -221,7 +222,7 @@ class Training:
         """Return the sha256 of weights and buffers."""
         digest = hashlib.sha256()
         for tensor in [*self.parameters, *self.model.buffers()]:
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(raw_bytes(tensor))
         return digest.hexdigest()
 
     def momentum(self) -> tuple[Tensor, list[bool]]:
@@ -249,7 +250,7 @@ class Training:
 
 def pack_buffers(model: nn.Module) -> bytes:
     """Return the bytes of all model buffers (BatchNorm statistics and the like), in order."""
-    return b"".join(b.detach().cpu().contiguous().numpy().tobytes() for b in model.buffers())
+    return b"".join(raw_bytes(buffer) for buffer in model.buffers())
 
 
 @torch.no_grad()

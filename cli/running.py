@@ -9,7 +9,7 @@ import click
 
 from .attributing import Methods, estimator_options, read_methods
 from .options import debug_option, format_option, quiet_option
-from .output import Table, emit_csv, emit_json, emit_tables
+from .output import Table, emit_csv, emit_json, emit_tables, plain
 from .progress import watching
 from .spec_options import build_spec, spec_options
 from .views import plan_rows, plan_tables, summary_tables
@@ -112,7 +112,10 @@ def plan(ctx: click.Context, /, output_format: str, **_: Any) -> None:
     spec = build_spec(ctx)
     from ..pipeline.plan import make_plan
 
-    sections: Mapping[str, Any] = make_plan(spec).as_dict()
+    made = make_plan(spec)
+    for text in made.warnings:
+        click.echo(f"warning: {plain(text)}", err=True)
+    sections: Mapping[str, Any] = made.as_dict()
     if output_format == "json":
         emit_json(sections)
     elif output_format == "csv":

@@ -11,10 +11,13 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from ..storage.errors import HydraError
 from .batch_types import know, leaves
 from .cast import cast_tensor
 from .determinism import derived_seed, seed_everything
+from .finite import listed
 from .recipe import Batch, Recipe
+from .user_code import user_code
 
 Indices = npt.NDArray[np.int32]
 
@@ -61,7 +64,26 @@ class _Steps(Dataset[Any]):
     def __getitem__(self, step: int) -> Batch:
         seed_everything(derived_seed(self.seed, "data", step))
         row = self.batches[step]
-        return fetch(self.recipe, self.dataset, row[row >= 0])
+        members = row[row >= 0]
+        what = f"fetching the batch of step {step} (train_index {listed(members.tolist())}) raised"
+        with user_code(what, always=True):
+            return fetch(self.recipe, self.dataset, members)
+
+
+class _Told(Dataset[Any]):
+    """Batches in a process of their own: an error is handed over; raised there it became a traceback's text."""
+
+    def __init__(self, source: _Steps) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, step: int) -> Batch | HydraError:
+        try:
+            return self.source[step]
+        except HydraError as error:
+            return error
 
 
 def step_batches(
@@ -80,9 +102,16 @@ def step_batches(
             yield source[step]
         return
     loader: DataLoader[Any] = DataLoader(
-        source, batch_size=None, sampler=steps, num_workers=recipe.num_workers, persistent_workers=False
+        _Told(source),
+        batch_size=None,
+        sampler=steps,
+        num_workers=recipe.num_workers,
+        persistent_workers=False,
     )
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, HydraError):
+            raise batch
+        yield batch
 
 
 def to_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:

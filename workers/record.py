@@ -17,6 +17,7 @@ from .determinism import fingerprint, preserved_generators, seed_everything
 from .evaluate import OutputWatch, evaluate
 from .recipe import Batch, Recipe
 from .training import SETTINGS, Training, pack_buffers
+from .user_code import user_code
 
 Integers = npt.NDArray[np.int64]
 
@@ -65,6 +66,7 @@ class Recorder:
 
     def __init__(self, training: Training, uri: str, every: int | None = None) -> None:
         self.training, recipe = training, training.recipe
+        training.guarded = True
         self.scheduler = recipe.scheduler(training.optimizer)
         with preserved_generators():
             seed_everything(recipe.seed)
@@ -126,7 +128,8 @@ class Recorder:
                 self._end_epoch(done // training.steps_per_epoch - 1, correct / seen if seen else math.nan)
                 correct = seen = 0
             elif self.scheduler is not None and training.recipe.scheduler_interval == "step":
-                self.scheduler.step()
+                with user_code(f"moving the scheduler after step {step} raised", always=True):
+                    self.scheduler.step()
             if done in self.kept:
                 self._keep(done)
             if report:
@@ -165,10 +168,9 @@ class Recorder:
     def _move_scheduler(self, epoch: int) -> None:
         if self.scheduler is None:
             return
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(self._watched(epoch))
-        else:
-            self.scheduler.step()
+        plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        with user_code(f"moving the scheduler after epoch {epoch} raised", always=True):
+            self.scheduler.step(*([self._watched(epoch)] if plateau else []))
 
     def _watched(self, epoch: int) -> float:
         """What ReduceLROnPlateau sees: a loss of this epoch, by the recipe's ``plateau_metric``."""

@@ -23,10 +23,12 @@ from ..storage.errors import DoesNotFit, NonFiniteLoss, RecipeError
 from .cast import cast_model, raw_bytes
 from .data import Indices, batch_order, step_batches, to_device
 from .determinism import derived_seed, prepare_process, resolve_device, seed_everything
+from .finite import check_gradients, listed
 from .layout import Layout, checksum, flatten, load_flat
 from .persample.engine import Watch
 from .persample.reference import constant_statistics, couples_samples
 from .recipe import Batch, Recipe
+from .user_code import user_code
 
 SETTINGS = {
     "learning_rate": "lr",
@@ -67,9 +69,15 @@ class Training:
         recipe: The user's recipe.
         compute: How to compute.
 
+    Attributes:
+        guarded: Whether each step's gradients are looked at before they move the weights. A replay
+            follows a record whose gradients were.
+
     Raises:
         RecipeError: The optimiser is not a ``torch.optim.SGD`` or does not hold the model's parameters.
     """
+
+    guarded = False
 
     def __init__(self, recipe: Recipe, compute: Compute) -> None:
         prepare_process(compute.threads)
@@ -77,12 +85,15 @@ class Training:
         self.device = resolve_device(compute.device)
         self.dtype = compute.torch_dtype
         seed_everything(recipe.seed)
-        self.dataset: Dataset[Any] = recipe.train_dataset()
-        self.n_train = len(self.dataset)  # type: ignore[arg-type]
+        with user_code(f"{recipe.name}.train_dataset() failed:", always=True):
+            self.dataset: Dataset[Any] = recipe.train_dataset()
+            self.n_train = len(self.dataset)  # type: ignore[arg-type]
         seed_everything(recipe.seed)
-        self.model: nn.Module = cast_model(recipe.model(), self.device, self.dtype)
+        with user_code(f"{recipe.name}.model() failed:"):
+            self.model: nn.Module = cast_model(recipe.model(), self.device, self.dtype)
         self.model.train()
-        self.optimizer = recipe.optimizer(self.model)
+        with user_code(f"{recipe.name}.optimizer() failed:", always=True):
+            self.optimizer = recipe.optimizer(self.model)
         if type(self.optimizer) is not torch.optim.SGD:
             raise RecipeError(
                 f"optimizer {type(self.optimizer).__name__} has no rule for its hypergradient; "
@@ -96,6 +107,7 @@ class Training:
         self.batches: Indices = batch_order(self.n_train, recipe.batch_size, recipe.epochs, recipe.seed)
         self.steps_per_epoch = -(-self.n_train // recipe.batch_size)
         self.steps = len(self.batches)
+        self._own_losses = torch.empty(0)  # of the last step
 
     def loader(self, first: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield the batches of steps ``first`` to ``stop`` on the device."""
@@ -112,8 +124,15 @@ class Training:
 
         Raises:
             DoesNotFit: The device's memory does not hold the step.
-            RecipeError: An operation has no deterministic form on this device, or see ``_step``.
+            RecipeError: An operation has no deterministic form on this device, the recipe's code raised, or
+                see ``_step``.
         """
+        first = ", the first training step," if step == 0 else ""
+        # What only a watched step raises is not the recipe's, unless its code is on the way there.
+        with user_code(f"step {step} of {self.steps}{first} raised", always=watch is None):
+            return self._step_on_device(step, batch, watch)
+
+    def _step_on_device(self, step: int, batch: Batch, watch: Watch | None) -> Tensor:
         try:
             return self._step(step, batch, watch)
         except torch.OutOfMemoryError as error:
@@ -137,6 +156,7 @@ class Training:
 
         Raises:
             RecipeError: The losses are not one finite-length vector per batch, or a parameter got no gradient.
+            NonFiniteTangents: The loss is finite, a gradient is not (where ``guarded``).
         """
         size = self.batch_size(step)
         separate = watch is not None and self.compute.batch_norm == "constant" and couples_samples(self.model)
@@ -148,6 +168,7 @@ class Training:
             if watch and not separate:
                 watch.engine.before_backward(losses_B, watch.positions)
             loss = losses_B.mean()
+            self._own_losses = losses_B.detach()
             loss.backward()
         if watch and separate:
             self._second_pass(step, batch, size, watch)
@@ -155,6 +176,8 @@ class Training:
             with constant_statistics(self.model) if separate else contextlib.nullcontext():
                 watch.engine.after_backward(batch, watch.positions, size, watch.sink, watch.factors)
         self._check_gradients(step)
+        if self.guarded:
+            check_gradients(self, step, batch, loss.detach())
         self.optimizer.step()
         return loss.detach()
 
@@ -200,13 +223,15 @@ class Training:
                 group[key] = bool(value) if name == "nesterov" else float(value)
 
     def check_finite(self, step: int, loss: float) -> None:
-        """Raise NonFiniteLoss when a batch loss is NaN or infinite."""
+        """Raise NonFiniteLoss when a batch loss is NaN or infinite, naming the samples whose own loss is."""
         if not np.isfinite(loss):
             row = self.batches[step]
-            members = row[row >= 0].tolist()
-            shown = ", ".join(map(str, members[:8])) + (", …" if len(members) > 8 else "")
+            members = row[row >= 0]
+            own = self._own_losses.double().cpu().numpy()
+            bad = members[~np.isfinite(own)] if len(own) == len(members) else []
             raise NonFiniteLoss(
-                f"the batch loss is {loss} at step {step} of {self.steps} (train_index {shown}); "
+                f"the batch loss is {loss} at step {step} of {self.steps} (train_index "
+                f"{listed([int(i) for i in (bad if len(bad) else members)])}); "
                 "lower the learning rate or look at these samples"
             )
 

@@ -154,10 +154,16 @@ def _names_read(recipe: Recipe) -> set[str]:
     read: set[str] = set()
     for kind in _classes(recipe):
         module = sys.modules.get(kind.__module__)
-        for value in [*vars(kind).values(), *(vars(module).values() if module else ())]:
+        around = [value for value in vars(module).values() if not _other(value)] if module else []
+        for value in [*vars(kind).values(), *around]:
             for function in _functions(value, kind.__module__):
                 read.update(_attributes(function.__code__))
     return read
+
+
+def _other(value: Any) -> bool:
+    """Whether this is a recipe class: what one reads, another one may have misspelt."""
+    return isinstance(value, type) and issubclass(value, Recipe)
 
 
 def _functions(value: Any, module: str, depth: int = 2) -> Iterator[Callable[..., Any]]:

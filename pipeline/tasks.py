@@ -126,7 +126,8 @@ class Tasks:
         training = Training(self.recipe, self.compute)
         gradients = TestGradients(training, open_trajectory(run.path("trajectory.zarr")))
         rows = gradients.rows(self.tested[start:stop], lambda done: report(done, stop - start))
-        check_test_gradients(rows.gradient, rows.loss, self.tested[start:stop])
+        chosen = self.tested[start:stop]
+        check_test_gradients(training, gradients.dataset, chosen, rows.gradient, rows.loss)
         gradients.engine.close()
         store = RowStore.open(run.path("test_gradients.zarr"), "gradient")
         store.write(start, rows.gradient)

@@ -15,9 +15,8 @@ from ..storage.errors import HydraError
 from .batch_types import know, leaves
 from .cast import cast_tensor
 from .determinism import derived_seed, seed_everything
-from .finite import listed
 from .recipe import Batch, Recipe
-from .user_code import user_code
+from .user_code import listed, user_code
 
 Indices = npt.NDArray[np.int32]
 

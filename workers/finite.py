@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset
 
 from ..storage.errors import NonFiniteTangents
+from .data import fetch, to_device
 from .determinism import derived_seed, seed_everything
+from .evaluate import evaluating
 from .recipe import Batch
+from .user_code import listed
 
 if TYPE_CHECKING:
     from .training import Training
-
-SHOWN = 8
-"""Samples that a message names, at most."""
 
 _REMEDY = (
     "look at these samples and at the derivative of their loss (square root, logarithm, norm or division "
     "at 0, torch.where over such a value), or lower the learning rate"
 )
-
-
-def listed(indices: Sequence[int]) -> str:
-    """Return indices as a message shows them."""
-    return ", ".join(map(str, indices[:SHOWN])) + (", …" if len(indices) > SHOWN else "")
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:
@@ -64,26 +60,49 @@ def check_gradients(training: Training, step: int, batch: Batch, loss: Tensor) -
 
 
 def check_test_gradients(
-    gradient: npt.NDArray[np.floating], loss: npt.NDArray[np.float64], test_index: npt.NDArray[np.int64]
+    training: Training,
+    dataset: Dataset[Any],
+    test_index: npt.NDArray[np.int64],
+    gradient: npt.NDArray[np.floating],
+    loss: npt.NDArray[np.float64],
 ) -> None:
     """Raise where the gradient of a test sample's loss is not finite.
 
     Args:
+        training: At the trained weights.
+        dataset: The test dataset.
+        test_index: (R,).
         gradient: (R, D).
         loss: (R,).
-        test_index: (R,).
 
     Raises:
         NonFiniteTangents: Names the test samples.
     """
     # A row at a time: a mask of the whole block would be another quarter of its memory.
     bad = [r for r, row in enumerate(gradient) if not np.isfinite(row).all()]
-    if bad:
-        indices = [int(test_index[r]) for r in bad]
-        raise NonFiniteTangents(
-            f"the gradient of the loss of test_index {listed(indices)} is not finite at the trained weights, though "
-            f"the loss is {loss[bad[0]]:.3g}; {_REMEDY}, or leave them out with --test"
-        )
+    if not bad:
+        return
+    # One such sample can spoil the rows of others in its batch (0 times infinity): each is tried alone.
+    with evaluating(training.model):
+        own = [r for r in bad if not _alone_finite(training, dataset, int(test_index[r]))]
+    named = own or bad
+    raise NonFiniteTangents(
+        f"the gradient of the loss of test_index {listed([int(test_index[r]) for r in named])} is not finite at the "
+        f"trained weights, though the loss is {loss[named[0]]:.3g}; {_REMEDY}, or leave them out with --test"
+    )
+
+
+def _alone_finite(training: Training, dataset: Dataset[Any], index: int) -> bool:
+    seed_everything(derived_seed(training.recipe.seed, "test", index))
+    batch = to_device(fetch(training.recipe, dataset, [index]), training.device, training.dtype)
+    return _own_finite(training, batch)
+
+
+def _own_finite(training: Training, alone: Batch) -> bool:
+    """Whether a batch of one has a gradient whose numbers are finite."""
+    loss = training.recipe.losses(training.model, alone).sum()
+    grads = torch.autograd.grad(loss, training.parameters, allow_unused=True)
+    return finite([grad for grad in grads if grad is not None])
 
 
 def _guilty(training: Training, step: int, batch: Batch, size: int) -> list[int]:
@@ -104,9 +123,7 @@ def _guilty(training: Training, step: int, batch: Batch, size: int) -> list[int]
             seed_everything(derived_seed(training.recipe.seed, "step", step))
             # Whatever a recipe cannot do with one sample leaves that sample unnamed.
             with suppress(Exception):
-                loss = training.recipe.losses(model, alone).sum()
-                grads = torch.autograd.grad(loss, training.parameters, allow_unused=True)
-                if not finite([grad for grad in grads if grad is not None]):
+                if not _own_finite(training, alone):
                     found.append(position)
                 break
     return found

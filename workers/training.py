@@ -23,12 +23,12 @@ from ..storage.errors import DoesNotFit, NonFiniteLoss, RecipeError
 from .cast import cast_model, raw_bytes
 from .data import Indices, batch_order, step_batches, to_device
 from .determinism import derived_seed, prepare_process, resolve_device, seed_everything
-from .finite import check_gradients, listed
+from .finite import check_gradients
 from .layout import Layout, checksum, flatten, load_flat
 from .persample.engine import Watch
 from .persample.reference import constant_statistics, couples_samples
 from .recipe import Batch, Recipe
-from .user_code import user_code
+from .user_code import listed, user_code
 
 SETTINGS = {
     "learning_rate": "lr",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,10 @@ _THIRD = tuple(
     for packages in ("site-packages", "dist-packages")
     for name in ("torch", "numpy", "ray", "zarr", "numcodecs", "pyarrow", "fsspec", "s3fs", "gcsfs", "click")
 )
+
+
+SHOWN = 8
+"""Samples that a message names, at most."""
 
 
 @contextmanager
@@ -48,6 +52,11 @@ def user_code(what: str, *, always: bool = False) -> Iterator[None]:
         raise RecipeError(
             f"{what} {raised(error)}{where}; correct the recipe (--debug shows where)"
         ) from error
+
+
+def listed(indices: Sequence[int]) -> str:
+    """Return indices as a message shows them."""
+    return ", ".join(map(str, indices[:SHOWN])) + (", …" if len(indices) > SHOWN else "")
 
 
 def raised(error: BaseException) -> str:

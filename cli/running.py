@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -112,13 +112,14 @@ def plan(ctx: click.Context, /, output_format: str, **_: Any) -> None:
     spec = build_spec(ctx)
     from ..pipeline.plan import make_plan
 
-    made = make_plan(spec)
-    for text in made.warnings:
+    sections: dict[str, Any] = dict(make_plan(spec).as_dict())
+    for text in sections.get("warnings", ()):
         click.echo(f"warning: {plain(text)}", err=True)
-    sections: Mapping[str, Any] = made.as_dict()
     if output_format == "json":
         emit_json(sections)
-    elif output_format == "csv":
+        return
+    sections.pop("warnings", None)
+    if output_format == "csv":
         emit_csv(("section", "row", "key", "value"), plan_rows(sections))
     else:
         parts: list[Table | str] = plan_tables(sections)

@@ -81,7 +81,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return JSON-able sections: run, shards, memory (bytes), disk (bytes), time (seconds)."""
+        """Return JSON-able sections: run, shards, memory (bytes), disk (bytes), time (seconds), warnings if any."""
         return {
             "run": {
                 "training samples": self.n_train,
@@ -104,6 +104,7 @@ class Plan:
             "memory": dict(self.memory),
             "disk": dict(self.disk),
             "time": dict(self.seconds),
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
 

@@ -296,7 +296,7 @@ def test_unknown_names_are_said_once(tmp_path, monkeypatch):
     assert notes(tmp_path / "run", bad.Misspelt(), test="4") == right
     planned = cli("plan", f"{BAD}:Misspelt", "--executor", "serial", "--format", "json")
     assert planned.stderr.splitlines() == right
-    assert json.loads(planned.stdout)
+    assert [f"warning: {text}" for text in json.loads(planned.stdout)["warnings"]] == right
 
 
 def test_float64_data_are_cast_as_training_casts_them(tmp_path):

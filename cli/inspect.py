@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .options import debug_option, format_option, method_option, quiet_option
-from .output import emit_csv, emit_json, emit_tables
+from .output import emit_csv, emit_json, emit_tables, plain
 from .progress import reading, watching
 from .spec_options import parse_pairs
 from .verification_views import deep_tables
@@ -76,6 +76,7 @@ def top(
 
     Example: hydra-pipe top runs/digits --test 17 --harmful
     """
+    from ..pipeline.analysis.zeros import zero_warning
     from ..pipeline.handle import open_run
     from ..pipeline.targets import kind_of
 
@@ -83,6 +84,9 @@ def top(
     method = opened.method(method)
     table = opened.top(k, test=test, label=label, harmful=harmful, method=method)
     rows: list[dict[str, Any]] = table.to_pylist()
+    zero = zero_warning(opened.directory, method)
+    if zero:
+        click.echo(f"warning: {plain(zero)}", err=True)
     if output_format == "csv":
         emit_csv(table.column_names, rows)
     elif output_format == "json":

@@ -18,7 +18,7 @@ from .. import __version__
 from ..storage.errors import HydraError
 from . import attributing, inspect, judging, running
 from .options import debug_option, debug_wanted
-from .output import ReaderGone, plain
+from .output import ReaderGone, clean, plain
 
 INTERRUPTED = 130
 
@@ -53,6 +53,12 @@ class HydraGroup(click.Group):
             else:
                 text = plain(f"{type(shown).__name__}: {shown}", limit=500)
                 _report(ctx, f"unexpected error: {text}; rerun with --debug")
+            ctx.exit(1)
+        except BaseException as error:  # noqa: BLE001 - a sys.exit of a recipe: the exit code is ours to say
+            _report(
+                ctx,
+                f"error: {plain(f'{type(error).__name__}: {error}', limit=500)} was raised; correct the recipe",
+            )
             ctx.exit(1)
 
 
@@ -100,4 +106,6 @@ for _command in (
     judging.compare,
     judging.evaluate,
 ):
+    assert _command.callback is not None
+    _command.callback = clean(_command.callback)
     main.add_command(_command)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import io
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_RESULTS: ContextVar[TextIO | None] = ContextVar("results", default=None)
+"""Where results go while standard output is kept clean; None: to ``sys.stdout``."""
 
 WIDTH = 80
 """Columns of a table when the terminal does not say, and never fewer than it needs."""
@@ -53,14 +61,67 @@ class Table:
     header: bool = True
 
 
+def clean(function: F) -> F:
+    """Return ``function`` such that nothing but `emit` reaches standard output while it runs.
+
+    What a recipe prints, or anything it starts, goes to standard error.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **given: Any) -> Any:
+        with _results_only():
+            return function(*arguments, **given)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _results_only() -> Iterator[None]:
+    stdout = sys.stdout
+    stdout.flush()
+    with contextlib.ExitStack() as stack:
+        results, number = stdout, _descriptor(stdout)
+        if number is not None and _descriptor(sys.stderr) is not None:
+            # The descriptor too: a process that a recipe starts, or a library in C, knows no sys.stdout.
+            results = open(  # noqa: SIM115 - closed by the stack
+                os.dup(number), "w", encoding=stdout.encoding, errors=stdout.errors
+            )
+            stack.callback(_put_back, results, number)
+            os.dup2(sys.stderr.fileno(), number)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        token = _RESULTS.set(results)
+        stack.callback(_RESULTS.reset, token)
+        yield
+
+
+def _descriptor(stream: Any) -> int | None:
+    """Return a stream's descriptor where it is one of the process's own two, else None."""
+    try:
+        number = int(stream.fileno())
+    except (AttributeError, OSError, ValueError):
+        return None
+    return number if number in (1, 2) else None
+
+
+def _put_back(results: TextIO, number: int) -> None:
+    os.dup2(results.fileno(), number)
+    results.close()
+
+
+def results() -> TextIO:
+    """Return the stream that results are written to."""
+    return _RESULTS.get() or sys.stdout
+
+
 def emit(text: str) -> None:
     """Write ``text`` to stdout and flush, so that a closed pipe shows here and nowhere else."""
+    out = results()
     try:
-        click.echo(text, nl=not text.endswith("\n"))
-        sys.stdout.flush()
+        click.echo(text, nl=not text.endswith("\n"), file=out)
+        out.flush()
     except BrokenPipeError:
         # Python flushes stdout once more when it ends and would complain: give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         raise ReaderGone from None
 
 
@@ -83,7 +144,8 @@ def emit_tables(*parts: Table | str) -> None:
     from rich.console import Console
 
     buffer = io.StringIO()
-    terminal = sys.stdout.isatty()
+    out = results()
+    terminal = out.isatty()
     console = Console(
         file=buffer,
         force_terminal=terminal,
@@ -94,7 +156,7 @@ def emit_tables(*parts: Table | str) -> None:
         legacy_windows=False,
     )
     # The buffer has no encoding of its own; box lines must be those that stdout can take.
-    ascii_only = not (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    ascii_only = not (getattr(out, "encoding", None) or "utf-8").lower().startswith("utf")
     for part in parts:
         if isinstance(part, str):
             buffer.write(part + "\n")

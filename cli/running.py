@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from .attributing import Methods, estimator_options, read_methods
 from .options import debug_option, format_option, quiet_option
-from .output import Table, emit_csv, emit_json, emit_tables
+from .output import Table, emit_csv, emit_json, emit_tables, plain
 from .progress import watching
 from .spec_options import build_spec, spec_options
 from .views import plan_rows, plan_tables, summary_tables
@@ -112,10 +112,14 @@ def plan(ctx: click.Context, /, output_format: str, **_: Any) -> None:
     spec = build_spec(ctx)
     from ..pipeline.plan import make_plan
 
-    sections: Mapping[str, Any] = make_plan(spec).as_dict()
+    sections: dict[str, Any] = dict(make_plan(spec).as_dict())
+    for text in sections.get("warnings", ()):
+        click.echo(f"warning: {plain(text)}", err=True)
     if output_format == "json":
         emit_json(sections)
-    elif output_format == "csv":
+        return
+    sections.pop("warnings", None)
+    if output_format == "csv":
         emit_csv(("section", "row", "key", "value"), plan_rows(sections))
     else:
         parts: list[Table | str] = plan_tables(sections)

@@ -100,8 +100,8 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "recipe_args",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Keyword argument of the recipe's constructor; repeatable. VALUE is a JSON scalar "
-        "(3, 0.1, true, null) or else a string.",
+        help="Keyword argument of the recipe's constructor; repeatable. VALUE is JSON "
+        '(3, 0.1, true, null, [1,2], "text") or else a string.',
     ),
     _option(
         "--batch-norm",
@@ -250,7 +250,11 @@ def build_spec(ctx: click.Context) -> RunSpec:
 
 
 def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read ``KEY=VALUE`` words; a value that is a JSON scalar is one, anything else is a string."""
+    """Read ``KEY=VALUE`` words; a value that is a JSON scalar or list is one, anything else is a string.
+
+    Raises:
+        click.UsageError: A word has no ``=``, or a value begins like a list and is none.
+    """
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -258,12 +262,17 @@ def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
             raise click.UsageError(f"--set {pair}: write KEY=VALUE, KEY being a Python name")
         try:
             value = json.loads(text, parse_constant=_no_scalar)
-        except ValueError:
+        except ValueError as error:
+            if text.lstrip().startswith("["):
+                raise click.UsageError(
+                    f"--set {pair}: {text} begins like a list and is not JSON ({error}); write {key}=[1,2] or "
+                    f'{key}=["a","b"], or quote text: {key}="[..."'
+                ) from None
             value = text
-        found[key] = text if isinstance(value, (list, dict)) else value
+        found[key] = text if isinstance(value, dict) else value
     return found
 
 
 def _no_scalar(text: str) -> None:
     # NaN and Infinity are no JSON, though Python reads them: they stay strings.
-    raise ValueError(text)
+    raise ValueError(f"{text} is none")

@@ -15,6 +15,7 @@ from ..storage.trajectory import open_trajectory
 from ..workers.estimators.base import Estimator, Found, Ground, Targets
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.training import Training
+from ..workers.user_code import user_code
 from .tasks import Tasks
 from .units import Report, Unit
 
@@ -47,6 +48,10 @@ class AttributeTasks(Tasks):
         kind = unit.stage.rsplit("/", 1)[-1]
         if kind not in (PREPARE, ATTRIBUTE):
             return super().__call__(unit, report)
+        with user_code(f"{unit.stage} {unit.name} raised"):
+            return self._estimate(unit, report, kind)
+
+    def _estimate(self, unit: Unit, report: Report, kind: str) -> dict[str, Any]:
         begun = time.perf_counter()
         reset_peak()
         run = RunDirectory(self.uri)

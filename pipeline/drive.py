@@ -21,6 +21,7 @@ from ..storage.trajectory import open_trajectory
 from ..workers.determinism import restored_process
 from ..workers.training import Compute
 from .admission import method_options, place, refuse_unsupported, stored_run
+from .analysis.zeros import zero_warning
 from .curvature_stages import CurvatureStages
 from .events import (
     Note,
@@ -79,6 +80,8 @@ def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str
 def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
     refuse_unsupported(spec)
     looked = survey(spec)
+    for text in looked.warnings:
+        observer(Note(message=f"warning: {text}"))
     executor = make_executor(spec)
     try:
         if spec.seeds > 1:
@@ -257,6 +260,9 @@ class _Driver(GradientStages, CurvatureStages):
         relative = f"interclass/method={method}/part-00000.parquet"
         parquet.write_table(self.directory.path(*relative.split("/")), table, parquet.INTERCLASS)
         self.directory.commit(stage, "interclass", [relative], {})
+        zero = zero_warning(self.directory, method)
+        if zero:
+            self.observer(Note(message=f"warning: {zero}"))
 
     def _tasks(self, stage: str) -> Tasks:
         looked, plan = self.looked, self.plan

@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import cloudpickle
-
 from ..storage.errors import RecipeError, ResourceError, WorkerLost
 from ..workers.actor import actor_class
+from ..workers.recipes.beside import packed
 from . import placement, raysetup
 from .dispatch import Dispatch
 from .events import Note, Observer
@@ -216,7 +215,7 @@ class RayExecutor:
         if not units:
             return {}
         try:
-            payload = cloudpickle.dumps(handler)
+            payload = packed(handler)
         except Exception as error:
             raise RecipeError(
                 f"the recipe cannot be sent to workers: {error}; keep open files, locks and generators out of "

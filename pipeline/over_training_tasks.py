@@ -25,6 +25,7 @@ from ..workers.memory import peak_bytes, reset_peak
 from ..workers.over_training import EKFAC, OverTraining, State
 from ..workers.recipe import Recipe
 from ..workers.training import Compute
+from ..workers.user_code import user_code
 from .units import Report, Unit
 
 Integers = npt.NDArray[np.int64]
@@ -103,7 +104,8 @@ class OverTrainingTasks:
         run = RunDirectory(self.uri)
         kind = unit.stage.rsplit("/", 1)[-1]
         work = self._influence if kind in self.influence else self._states
-        files, values = work(run, kind, unit, report)
+        with user_code(f"{unit.stage} {unit.name} raised"):
+            files, values = work(run, kind, unit, report)
         values = {
             **values,
             "question": dict(self.question[unit.stage]),

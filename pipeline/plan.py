@@ -7,7 +7,7 @@ the work the same way. Letters: N training samples, n tracked, M test samples, D
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..storage.errors import DoesNotFit
@@ -78,9 +78,10 @@ class Plan:
     seconds: Mapping[str, float]
     capacity: Mapping[str, Any]
     seeds: int
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return JSON-able sections: run, shards, memory (bytes), disk (bytes), time (seconds)."""
+        """Return JSON-able sections: run, shards, memory (bytes), disk (bytes), time (seconds), warnings if any."""
         return {
             "run": {
                 "training samples": self.n_train,
@@ -103,6 +104,7 @@ class Plan:
             "memory": dict(self.memory),
             "disk": dict(self.disk),
             "time": dict(self.seconds),
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
 
@@ -122,7 +124,7 @@ def make_plan(spec: RunSpec) -> Plan:
         capacity = executor.capacity(start=False)
     finally:
         executor.close()
-    return cut(spec, looked, capacity)
+    return replace(cut(spec, looked, capacity), warnings=looked.warnings)
 
 
 def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: int | None = None) -> Plan:

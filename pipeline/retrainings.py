@@ -33,6 +33,7 @@ from ..workers.retrain import (
     test_losses,
 )
 from ..workers.training import Compute, Training
+from ..workers.user_code import user_code
 from .units import Report, Unit
 
 Integers = npt.NDArray[np.int64]
@@ -206,8 +207,9 @@ class RetrainTasks:
         reset_peak()
         run = RunDirectory(self.uri)
         change: Change = unit.arguments["change"]
-        training = self._train(run, change, report)
-        found = test_losses(training, self.tested)
+        with user_code(f"{unit.stage} {unit.name} raised"):
+            training = self._train(run, change, report)
+            found = test_losses(training, self.tested)
         files = [self._write(run, unit.name, "retrain", LOSSES, self._losses(found))]
         if len(change.index):
             table = {"train_index": change.index, "weight": change.weight}

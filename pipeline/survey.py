@@ -15,16 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..storage.errors import HydraError, RecipeError
+from ..storage.errors import RecipeError
 from ..workers.buffers import row_numbers
 from ..workers.determinism import preserved_generators, seed_everything
 from ..workers.hessian_tiles import activation_bytes
+from ..workers.last_batch import check_last_batch
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.persample.engine import PerSampleGradients, Ways
 from ..workers.recipe import Recipe
+from ..workers.recipe_names import unknown_names
 from ..workers.replay import factored_entries
 from ..workers.training import Compute, Training
 from ..workers.trials import tried_ways
+from ..workers.user_code import user_code
 from ..workers.validate import (
     check_dataset,
     check_labels,
@@ -60,6 +63,7 @@ class Survey:
         process_bytes: Peak resident set of a process that trains this recipe, without buffers.
         activation_bytes: What the batch's forward pass keeps for its backward pass; 0 where only
             products with the Hessian would need to know.
+        warnings: What in the recipe is likely to be a mistake, one line each.
     """
 
     recipe: Recipe
@@ -77,6 +81,7 @@ class Survey:
     row_numbers: int
     process_bytes: int
     activation_bytes: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def resolve_recipe(spec: RunSpec) -> Recipe:
@@ -139,12 +144,13 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     seed_everything(recipe.seed)
     model = _call(recipe, "model")
     check_layers(model)
-    check_losses(recipe, model, train)
-    check_losses(recipe, model, test, "test")
+    dtype = compute_of(spec).torch_dtype
+    check_losses(recipe, model, train, dtype)
+    check_losses(recipe, model, test, dtype, "test")
     validation = _call(recipe, "validation_dataset")
     if validation is not None:
         check_dataset(validation, "validation")
-        check_losses(recipe, model, validation, "validation")
+        check_losses(recipe, model, validation, dtype, "validation")
     optimizer = _call(recipe, "optimizer", model)
     if isinstance(optimizer, torch.optim.Optimizer):  # else Training refuses it below
         check_scheduler(_call(recipe, "scheduler", optimizer))
@@ -152,16 +158,12 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     # The driver may have no GPU where the workers have one; what it tries, it tries on what it has.
     device = "cpu" if spec.device == "cuda" and not torch.cuda.is_available() else spec.device
     compute = replace(compute_of(spec), device=device)
-    try:
+    with user_code("the first training step failed:", always=True):
         training = Training(recipe, compute)
+        training.guarded = True
+        check_last_batch(training)
         ways = tried_ways(training)
         seconds = _time_steps(training, ways) if trial else None
-    except HydraError:
-        raise
-    except Exception as error:
-        raise RecipeError(
-            f"the first training step failed: {_one_line(error)}; correct the recipe (--debug shows where)"
-        ) from error
     return Survey(
         recipe=recipe,
         n_train=n_train,
@@ -186,23 +188,13 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         ),
         process_bytes=peak_bytes(),
         activation_bytes=activation_bytes(training) if spec.hessian == "exact" or spec.exact_rank else 0,
+        warnings=tuple(unknown_names(recipe)),
     )
 
 
 def _call(recipe: Recipe, method: str, *arguments: Any) -> Any:
-    try:
+    with user_code(f"{recipe.name}.{method}() failed:", always=True):
         return getattr(recipe, method)(*arguments)
-    except HydraError:
-        raise
-    except Exception as error:
-        raise RecipeError(
-            f"{recipe.name}.{method}() failed: {_one_line(error)}; correct the recipe (--debug shows where)"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
 def _array(labels: list[int] | None, count: int) -> Integers:

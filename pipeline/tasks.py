@@ -25,6 +25,7 @@ from ..workers.determinism import prepare_process, resolve_device
 from ..workers.directions import spanning_directions
 from ..workers.ekfac import EkfacReplay
 from ..workers.exact import ExactReplay
+from ..workers.finite import check_test_gradients
 from ..workers.gradients import TestGradients
 from ..workers.growth import Growth, check_finite
 from ..workers.hessian_tiles import HessianTiles
@@ -35,6 +36,7 @@ from ..workers.record import Recorder
 from ..workers.replay import Replay
 from ..workers.targets import mean_gradients
 from ..workers.training import Compute, Training
+from ..workers.user_code import user_code
 from .reduce import ReduceJob, bounds, reduce_rows
 from .sharding import WRITE_CHUNKS
 from .targets import CLASSES, MEAN, stage_of, store_of, target_of_each
@@ -102,7 +104,8 @@ class Tasks:
             CORRECTION: self._correction,
             REDUCE: self._reduce,
         }[unit.stage.rsplit("/", 1)[-1]]
-        files, values = work(run, unit, report)
+        with user_code(f"{unit.stage} {unit.name} raised"):
+            files, values = work(run, unit, report)
         values = {
             **values,
             "seconds": time.perf_counter() - begun,
@@ -125,6 +128,8 @@ class Tasks:
         training = Training(self.recipe, self.compute)
         gradients = TestGradients(training, open_trajectory(run.path("trajectory.zarr")))
         rows = gradients.rows(self.tested[start:stop], lambda done: report(done, stop - start))
+        chosen = self.tested[start:stop]
+        check_test_gradients(training, gradients.dataset, chosen, rows.gradient, rows.loss)
         gradients.engine.close()
         store = RowStore.open(run.path("test_gradients.zarr"), "gradient")
         store.write(start, rows.gradient)

@@ -65,7 +65,7 @@ class NonFiniteLoss(TrainingError):
 
 
 class NonFiniteTangents(TrainingError):
-    """A coefficient, tangent or contribution became NaN or infinite, though the losses are finite."""
+    """A gradient, coefficient, tangent or contribution is NaN or infinite, though the losses are finite."""
 
 
 class ReplayDiverged(TrainingError):

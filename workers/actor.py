@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-import cloudpickle
+from .recipes.beside import unpacked
 
 Progress = tuple[str, int, int]
 """(unit, done, total) of the unit in work."""
@@ -36,14 +36,14 @@ class UnitWorker:
         """Unpickle the handler; replaces one loaded before.
 
         Args:
-            payload: The handler as cloudpickle wrote it.
+            payload: The handler as ``packed`` wrote it.
 
         Returns:
             Host name and process id of this worker.
         """
         self._handler = None
         try:
-            self._handler = cloudpickle.loads(payload)
+            self._handler = unpacked(payload)
         except Exception as error:
             raise portable(error) from error
         return socket.gethostname(), os.getpid()

@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from ..storage.errors import HydraError
+from .batch_types import know, leaves
+from .cast import cast_tensor
 from .determinism import derived_seed, seed_everything
 from .recipe import Batch, Recipe
+from .user_code import listed, user_code
 
 Indices = npt.NDArray[np.int32]
 
@@ -64,7 +68,26 @@ def step_batch(recipe: Recipe, dataset: Dataset[Any], batches: Indices, seed: in
     """Return the batch of one step; moves the global generators."""
     seed_everything(derived_seed(seed, "data", step))
     row = batches[step]
-    return fetch(recipe, dataset, row[row >= 0])
+    members = row[row >= 0]
+    what = f"fetching the batch of step {step} (train_index {listed(members.tolist())}) raised"
+    with user_code(what, always=True):
+        return fetch(recipe, dataset, members)
+
+
+class _Told(Dataset[Any]):
+    """Batches in a process of their own: an error is handed over; raised there it became a traceback's text."""
+
+    def __init__(self, source: _Steps) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, step: int) -> Batch | HydraError:
+        try:
+            return self.source[step]
+        except HydraError as error:
+            return error
 
 
 def step_batches(
@@ -83,23 +106,29 @@ def step_batches(
             yield source[step]
         return
     loader: DataLoader[Any] = DataLoader(
-        source, batch_size=None, sampler=steps, num_workers=recipe.num_workers, persistent_workers=False
+        _Told(source),
+        batch_size=None,
+        sampler=steps,
+        num_workers=recipe.num_workers,
+        persistent_workers=False,
     )
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, HydraError):
+            raise batch
+        yield batch
 
 
 def to_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """Move all tensors of a batch to ``device``; floating ones become ``dtype``."""
+    """Move all tensors of a batch to ``device``; floating ones become ``dtype``, complex ones its kind."""
 
     def move(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
+        return cast_tensor(leaf, device, dtype) if isinstance(leaf, torch.Tensor) else leaf
 
+    know(batch)
     return tree_map(move, batch)
 
 
 def batch_length(batch: Batch) -> int:
     """Return B: the leading axis of the first tensor in the batch, 0 when it holds no tensor."""
-    leaves, _ = tree_flatten(batch)
-    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), 0)
+    tensors = (leaf for leaf in leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim)
+    return next((tensor.shape[0] for tensor in tensors), 0)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..storage.errors import RecipeError
+from .cast import cast_model
 from .data import step_batch, to_device
 from .determinism import derived_seed, seed_everything
 from .module_state import copied, kept_buffers, put_back, unchanged_buffers
@@ -305,7 +306,7 @@ def _refused(why: str) -> RecipeError:
 def _trial(training: Training, dtype: torch.dtype) -> Training:
     """Return a training of a copy of the model, its weights moved."""
     trial = copy.copy(training)
-    trial.model, trial.dtype = copied(training.model).to(dtype), dtype
+    trial.model, trial.dtype = cast_model(copied(training.model), None, dtype), dtype
     trial.parameters = training.layout.parameters(trial.model)
     with torch.no_grad():
         move = MOVED * random_directions((training.layout.dimension,), trial, 2)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..storage.errors import RecipeError
+from .cast import raw_bytes
 from .persample.rules import uses_batch_statistics
 
 Kept: TypeAlias = list[tuple[nn.Module, str, Tensor]]
@@ -95,7 +96,7 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 def pack_buffers(model: nn.Module) -> bytes:
     """Return the bytes of all model buffers (BatchNorm statistics and the like), in order."""
-    return b"".join(b.detach().cpu().contiguous().numpy().tobytes() for b in model.buffers())
+    return b"".join(raw_bytes(buffer) for buffer in model.buffers())
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from .module_state import pack_buffers
 from .recipe import Batch, Recipe
 from .training import SETTINGS, Training
 from .update import UpdateCheck, check_hooks
+from .user_code import user_code
 
 Integers = npt.NDArray[np.int64]
 
@@ -71,6 +72,7 @@ class Recorder:
 
     def __init__(self, training: Training, uri: str, every: int | None = None) -> None:
         self.training, recipe = training, training.recipe
+        training.guarded = True
         self.scheduler = recipe.scheduler(training.optimizer)
         check_hooks(training.optimizer, training.model)  # of a scheduler's making
         names = {id(p): e.name for p, e in zip(training.parameters, training.layout.entries, strict=True)}
@@ -187,10 +189,9 @@ class Recorder:
             return
         looked = epoch is not None or self._checks(done - 1)
         before = self.training.weight_checksum() if looked else None
-        if epoch is not None and isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(self._watched(epoch))
-        else:
-            self.scheduler.step()
+        plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and epoch is not None
+        with user_code(f"moving the scheduler after step {done - 1} raised", always=True):
+            self.scheduler.step(*([self._watched(epoch)] if plateau and epoch is not None else []))
         if looked and self.training.weight_checksum() != before:
             raise RecipeError(
                 f"scheduler.step() changed the weights after step {done - 1}, which no replay can follow; "

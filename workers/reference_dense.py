@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..storage.curvature import Curvature
 from ..storage.trajectory import Trajectory
+from .cast import cast_model
 from .data import fetch, to_device
 from .determinism import derived_seed, seed_everything
 from .recipe import Batch
@@ -298,7 +299,7 @@ def dense_test_gradients(
 
 def _twin(training: Training, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter]]:
     """Return a copy of the model with its own parameters, in the order of the flat vector."""
-    twin = copy.deepcopy(training.model).to(dtype)
+    twin = cast_model(copy.deepcopy(training.model), None, dtype)
     named: Mapping[str, nn.Parameter] = dict(twin.named_parameters())
     return twin, [named[entry.name] for entry in training.layout.entries]
 

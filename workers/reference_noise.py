@@ -45,9 +45,11 @@ class SameNoise(TorchDispatchMode):
 
     @staticmethod
     def _cast(source: torch.dtype, target: torch.dtype) -> Operation:
+        into = {source: target, source.to_complex(): target.to_complex()}
+
         def cast(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
-                return leaf.to(target) if leaf.dtype == source else leaf
-            return target if leaf is source else leaf
+                return leaf.to(into[leaf.dtype]) if leaf.dtype in into else leaf
+            return into.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
         return cast

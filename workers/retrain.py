@@ -120,6 +120,7 @@ def retrain_weighted(
     if (weights_N == 1).all():
         verified.replay(report)
         return training
+    training.guarded = True
     settings = {name: getattr(trajectory, name) for name in SETTINGS}
     for step, batch in enumerate(training.loader()):
         training.apply_settings(settings, step)
@@ -138,6 +139,7 @@ def retrain_subset(
         NonFiniteLoss: A batch loss is NaN or infinite.
     """
     training = Training(only(recipe, kept), compute)
+    training.guarded = True
     scheduler = recipe.scheduler(training.optimizer)
     total, seen = 0.0, 0
     for step, batch in enumerate(training.loader()):

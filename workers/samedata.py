@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten
 from torch.utils.data import Dataset, TensorDataset
 
 from ..storage.errors import RecipeError
+from .batch_types import leaves
+from .cast import raw_bytes
 from .data import fetch
 from .determinism import preserved_generators, seed_everything
 from .recipe import Recipe
@@ -89,7 +90,7 @@ def _samples(recipe: Recipe, dataset: Dataset[Any]) -> str:
     chosen = np.unique(np.linspace(0, count - 1, min(count, SAMPLES)).astype(np.int64))
     for start in range(0, len(chosen), _BLOCK):
         seed_everything(start)
-        for leaf in tree_flatten(fetch(recipe, dataset, chosen[start : start + _BLOCK]))[0]:
+        for leaf in leaves(fetch(recipe, dataset, chosen[start : start + _BLOCK])):
             _add(digest, leaf)
     return digest.hexdigest()
 
@@ -98,7 +99,7 @@ def _add(digest: Any, leaf: Any) -> None:
     """Add a leaf of a batch: numbers and text; what else there is (objects) has no bytes to compare."""
     if isinstance(leaf, torch.Tensor):
         digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-        digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(raw_bytes(leaf))
     elif isinstance(leaf, np.ndarray):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     elif isinstance(leaf, (str, int, float, bytes)):

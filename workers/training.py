@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..storage.errors import DoesNotFit, NonFiniteLoss, RecipeError
+from .cast import cast_model, raw_bytes
 from .data import Indices, batch_order, step_batch, step_batches, to_device
 from .determinism import (
     derived_seed,
@@ -28,12 +29,14 @@ from .determinism import (
     resolve_device,
     seed_everything,
 )
+from .finite import check_gradients
 from .layout import Layout, checksum, flatten, load_flat
 from .module_state import Kept, buffers_from, copied, kept_buffers, load_buffers, same_buffer
 from .persample.engine import Watch
 from .persample.reference import constant_statistics, couples_samples
 from .recipe import Batch, Recipe
 from .update import TrainableSet, check_optimizer
+from .user_code import listed, user_code
 
 ADD_UP = {torch.float64: 1e-9, torch.float32: 1e-3}
 """How far per-sample gradients of a batch may add up to something else than its gradient, relative to the
@@ -81,9 +84,15 @@ class Training:
         recipe: The user's recipe.
         compute: How to compute.
 
+    Attributes:
+        guarded: Whether each step's gradients are looked at before they move the weights. A replay
+            follows a record whose gradients were.
+
     Raises:
         RecipeError: The optimiser is not a ``torch.optim.SGD`` or does not hold the model's parameters.
     """
+
+    guarded = False
 
     def __init__(self, recipe: Recipe, compute: Compute) -> None:
         prepare_process(compute.threads)
@@ -91,12 +100,15 @@ class Training:
         self.device = resolve_device(compute.device)
         self.dtype = compute.torch_dtype
         seed_everything(recipe.seed)
-        self.dataset: Dataset[Any] = recipe.train_dataset()
-        self.n_train = len(self.dataset)  # type: ignore[arg-type]
+        with user_code(f"{recipe.name}.train_dataset() failed:", always=True):
+            self.dataset: Dataset[Any] = recipe.train_dataset()
+            self.n_train = len(self.dataset)  # type: ignore[arg-type]
         seed_everything(recipe.seed)
-        self.model: nn.Module = recipe.model().to(device=self.device, dtype=self.dtype)
+        with user_code(f"{recipe.name}.model() failed:"):
+            self.model: nn.Module = cast_model(recipe.model(), self.device, self.dtype)
         self.model.train()
-        self.optimizer = recipe.optimizer(self.model)
+        with user_code(f"{recipe.name}.optimizer() failed:", always=True):
+            self.optimizer = recipe.optimizer(self.model)
         check_optimizer(self.optimizer, self.model)
         self.trainable = TrainableSet(self.model)
         self.layout = Layout.of(self.model, self.optimizer.param_groups)
@@ -104,6 +116,7 @@ class Training:
         self.batches: Indices = batch_order(self.n_train, recipe.batch_size, recipe.epochs, recipe.seed)
         self.steps_per_epoch = -(-self.n_train // recipe.batch_size)
         self.steps = len(self.batches)
+        self._own_losses = torch.empty(0)  # of the last step
 
     @cached_property
     def holds_statistics(self) -> bool:
@@ -144,8 +157,15 @@ class Training:
 
         Raises:
             DoesNotFit: The device's memory does not hold the step.
-            RecipeError: An operation has no deterministic form on this device, or see ``_step``.
+            RecipeError: An operation has no deterministic form on this device, the recipe's code raised, or
+                see ``_step``.
         """
+        first = ", the first training step," if step == 0 else ""
+        # What only a watched step raises is not the recipe's, unless its code is on the way there.
+        with user_code(f"step {step} of {self.steps}{first} raised", always=watch is None):
+            return self._step_on_device(step, batch, watch)
+
+    def _step_on_device(self, step: int, batch: Batch, watch: Watch | None) -> Tensor:
         try:
             return self._step(step, batch, watch)
         except torch.OutOfMemoryError as error:
@@ -169,6 +189,7 @@ class Training:
 
         Raises:
             RecipeError: The losses are not one finite-length vector per batch, or a parameter got no gradient.
+            NonFiniteTangents: The loss is finite, a gradient is not (where ``guarded``).
         """
         size = self.batch_size(step)
         separate = watch is not None and self.holds_statistics and couples_samples(self.model)
@@ -176,24 +197,31 @@ class Training:
         for parameter in self.parameters:
             parameter.grad = None
         if watch is None:
-            loss = self.losses(batch, size).mean()
+            loss = self._mean(batch, size)
             loss.backward()
         elif separate:
             kept = kept_buffers(self.model, statistics=False)
-            loss = self.losses(batch, size).mean()
+            loss = self._mean(batch, size)
             loss.backward()
             self._second_pass(step, batch, size, watch, kept)
         else:
             losses_B = watch.engine.trace(
                 batch, watch.positions, size, lambda: self.losses(batch, size), lambda mean: mean.backward()
             )
-            loss = losses_B.mean()
+            self._own_losses, loss = losses_B.detach(), losses_B.mean()
         self.trainable.check(step, self.steps)
         if watch:
             watch.engine.hand_over(watch.positions, size, watch.sink, watch.factors)
         self._check_gradients(step)
+        if self.guarded:
+            check_gradients(self, step, batch, loss.detach())
         self.optimizer.step()
         return loss.detach()
+
+    def _mean(self, batch: Batch, size: int) -> Tensor:
+        losses_B = self.losses(batch, size)
+        self._own_losses = losses_B.detach()
+        return losses_B.mean()
 
     def _second_pass(self, step: int, batch: Batch, size: int, watch: Watch, kept: Kept) -> None:
         """Run the batch again, same dropout and buffers, with BatchNorm statistics as constants."""
@@ -225,6 +253,8 @@ class Training:
             if not rows.numel():
                 continue
             total, most = rows.sum(0), rows.abs().sum(0).max()
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                continue  # told elsewhere, by sample
             if gradient is not None:
                 total = total - gradient.detach().reshape(-1).to(rows) * size
             if not bool(total.abs().max() <= ADD_UP[self.dtype] * most):
@@ -265,13 +295,15 @@ class Training:
                 group[key] = bool(value) if name == "nesterov" else float(value)
 
     def check_finite(self, step: int, loss: float) -> None:
-        """Raise NonFiniteLoss when a batch loss is NaN or infinite."""
+        """Raise NonFiniteLoss when a batch loss is NaN or infinite, naming the samples whose own loss is."""
         if not np.isfinite(loss):
             row = self.batches[step]
-            members = row[row >= 0].tolist()
-            shown = ", ".join(map(str, members[:8])) + (", …" if len(members) > 8 else "")
+            members = row[row >= 0]
+            own = self._own_losses.double().cpu().numpy()
+            bad = members[~np.isfinite(own)] if len(own) == len(members) else []
             raise NonFiniteLoss(
-                f"the batch loss is {loss} at step {step} of {self.steps} (train_index {shown}); "
+                f"the batch loss is {loss} at step {step} of {self.steps} (train_index "
+                f"{listed([int(i) for i in (bad if len(bad) else members)])}); "
                 "lower the learning rate or look at these samples"
             )
 
@@ -287,7 +319,7 @@ class Training:
         """Return the sha256 of weights and buffers."""
         digest = hashlib.sha256()
         for tensor in [*self.parameters, *self.model.buffers()]:
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(raw_bytes(tensor))
         return digest.hexdigest()
 
     def momentum(self) -> tuple[Tensor, list[bool]]:

@@ -11,8 +11,11 @@ from torch.utils.data import IterableDataset, Subset
 
 from ..storage.errors import RecipeError
 from ..storage.uri import check_name
-from .data import batch_length, fetch
+from .cast import cast_model
+from .data import batch_length, fetch, to_device
 from .recipe import Recipe
+from .recipe_names import nearest_defined, refuse_unsupported_names
+from .user_code import user_code
 
 INT16_MAX = 32767
 
@@ -41,11 +44,12 @@ def check_numbers(recipe: Recipe) -> None:
                 f"recipe {recipe.name!r}: {name} is {getattr(recipe, name)!r}; use one of {', '.join(allowed)}"
             )
     check_name(recipe.name, "recipe name")
+    refuse_unsupported_names(recipe)
     for method in ("model", "train_dataset", "test_dataset", "losses", "optimizer"):
         if getattr(type(recipe), method) is getattr(Recipe, method):
-            raise RecipeError(
-                f"recipe {recipe.name!r} does not define {method}(); add it (see docs/tutorial.md)"
-            )
+            near = nearest_defined(recipe, method)
+            hint = f"; is {near}() meant? rename it" if near else "; add it (see docs/tutorial.md)"
+            raise RecipeError(f"recipe {recipe.name!r} does not define {method}(){hint}")
 
 
 def check_dataset(dataset: Any, what: str) -> int:
@@ -148,25 +152,24 @@ def check_layers(model: nn.Module) -> None:
             raise RecipeError(f"parameter {name!r} has dtype {parameter.dtype}; use a real floating dtype")
 
 
-def check_losses(recipe: Recipe, model: nn.Module, dataset: Any, what: str = "training") -> None:
+def check_losses(
+    recipe: Recipe, model: nn.Module, dataset: Any, dtype: torch.dtype, what: str = "training"
+) -> None:
     """Try the losses on three samples of the ``what`` set, in eval mode and without gradients.
+
+    Model and batch are cast as training casts them.
 
     Raises:
         RecipeError: ``losses`` or ``collate`` raises, or returns the wrong shape.
     """
     size = min(3, len(dataset))
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    cast_model(model, None, dtype).eval()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
-        batch = fetch(recipe, dataset, range(size))
-        with torch.no_grad():
+        with user_code(f"losses() failed on the first {size} {what} samples:", always=True), torch.no_grad():
+            batch = to_device(fetch(recipe, dataset, range(size)), device, dtype)
             losses = recipe.losses(model, batch)
-    except Exception as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise RecipeError(
-            f"losses() failed on the first {size} {what} samples: {type(error).__name__}: {text}; "
-            "correct the recipe (--debug shows where)"
-        ) from error
     finally:
         for module, mode in modes:
             module.training = mode
@@ -178,6 +181,11 @@ def check_losses(recipe: Recipe, model: nn.Module, dataset: Any, what: str = "tr
         )
     if not losses.is_floating_point():
         raise RecipeError(f"losses() returned dtype {losses.dtype}; losses must be floating point")
+    if not batch_length(batch):
+        raise RecipeError(
+            f"collate gave a batch of type {type(batch).__name__}, in which no tensor can be found; make it a "
+            "tuple, list, dict (or another mutable mapping), NamedTuple, dataclass or SimpleNamespace of tensors"
+        )
     if batch_length(batch) != size:
         raise RecipeError(
             f"collate gave a batch whose first tensor has {batch_length(batch)} rows for {size} samples; "

@@ -238,7 +238,7 @@ def _scalar(value: object) -> str:
     """Spell ``value`` so that ``--set`` reads it back as the same value."""
     import json
 
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value.lstrip().startswith("["):
         return json.dumps(value)
     try:
         json.loads(value)

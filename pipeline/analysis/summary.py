@@ -20,6 +20,7 @@ from ...storage.rundir import RESULTS, SEEDS
 from ..targets import MEAN, SAMPLES, kind_of
 from .status import command_line, stage_states, warnings_of
 from .trust_lines import trust_lines
+from .zeros import zero_warning
 
 if TYPE_CHECKING:
     from ..handle import Run
@@ -40,7 +41,8 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
     Returns:
         ``run``, ``recipe``, ``method``, ``targets``, ``n_train``, ``n_test``, ``n_tracked``,
         ``n_test_tracked``, ``dimension``; ``accuracy`` with ``train`` and ``test`` (0 to 1);
-        ``memory`` with ``peak_bytes`` and ``predicted_bytes``; ``warnings`` of the preflight; ``trust`` (what speaks for the numbers, a line a fact); ``stages`` (``stage``, ``units``,
+        ``memory`` with ``peak_bytes`` and ``predicted_bytes``; ``warnings``, of the preflight and of contributions
+        that are all zero; ``trust`` (what speaks for the numbers, a line a fact); ``stages`` (``stage``, ``units``,
         ``rows``, ``bytes``, ``seconds``); ``disk`` (``path``, ``bytes``, ``files``); ``helpful``
         and ``harmful`` (rows of `top.top`, with ``original_label`` where a label is wrong on
         purpose); ``next`` (commands to type).
@@ -68,6 +70,7 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
         }
         disk[f"{SEEDS}/seed={seed}"] = [sum(inside.values()), len(inside)]
     helpful, harmful = (_extremes(run, method, harmful) for harmful in (False, True))
+    zero = None if method is None else zero_warning(run.directory, method)
     return {
         "run": run.uri,
         "recipe": run.recipe,
@@ -82,7 +85,7 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
             "peak_bytes": noted.get("peak_bytes") or max(peaks, default=None),
             "predicted_bytes": noted.get("predicted_bytes") or None,
         },
-        "warnings": warnings_of(info),
+        "warnings": [*warnings_of(info), *([zero] if zero else [])],
         "trust": trust_lines(info["trust"][method]) if method in info.get("trust", {}) else [],
         "stages": [
             {"stage": s.stage, "units": s.done, "rows": s.rows, "bytes": s.bytes, "seconds": s.seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from hydra_pipe.cli import main
 from hydra_pipe.cli.spec_options import SPEC_OPTIONS, build_spec, parse_pairs, spec_options
+from hydra_pipe.pipeline.analysis.status import command_line
 from hydra_pipe.pipeline.spec import RunSpec
 from hydra_pipe.storage.errors import SpecError
 
@@ -82,11 +84,14 @@ def test_an_unknown_key_is_refused(tmp_path: Any) -> None:
         ('a="3"', "3"),
         ("a=", ""),
         ("a=b=c", "b=c"),
-        ("a=[1]", "[1]"),
+        ("a=[1]", [1]),
+        ('a=[1, "b", [true, null]]', [1, "b", [True, None]]),
+        ('a="[1"', "[1"),
+        ('a={"b": 1}', '{"b": 1}'),
         ("a=NaN", "NaN"),
     ],
 )
-def test_set_reads_json_scalars(pair: str, value: Any) -> None:
+def test_set_reads_json_scalars_and_lists(pair: str, value: Any) -> None:
     assert parse_pairs([pair]) == {"a": value}
 
 
@@ -95,6 +100,20 @@ def test_set_needs_a_name(pair: str) -> None:
     result = CliRunner().invoke(main, ["run", "--set", pair])
     assert result.exit_code == 2
     assert "KEY=VALUE" in result.stderr
+
+
+@pytest.mark.parametrize("pair", ["a=[1,", "a=[1,2", "a=[b]", "a=[NaN]", "a=['b']"])
+def test_set_refuses_what_begins_like_a_list(pair: str) -> None:
+    result = CliRunner().invoke(main, ["run", "--set", pair])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert pair in result.stderr
+    assert "write a=[1,2]" in result.stderr
+
+
+@pytest.mark.parametrize("value", [[1, 2], ["a"], "[1", "[1]", 3, "3", None, "text"])
+def test_a_resuming_command_spells_what_set_reads_back(value: Any) -> None:
+    words = shlex.split(command_line({"recipe_args": {"a": value}}, uri="x"))
+    assert parse_pairs([words[words.index("--set") + 1]]) == {"a": value}
 
 
 def test_the_defaults_that_help_shows_are_those_of_the_spec() -> None:

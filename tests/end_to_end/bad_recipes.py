@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -262,3 +265,166 @@ class ValidationRaises(Small):
 
 class BadName(Small):
     NAME = "../escape"
+
+
+# ---------------------------------------------------------------------- found while they run
+
+
+class Left(Small):
+    """One sample is left over, and BatchNorm cannot normalise it."""
+
+    def model(self):
+        return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+    def train_dataset(self):
+        return gaussian(41, self.shape, self.classes, 1)
+
+
+class Clipped(Small):
+    clip_grad_norm = 1.0
+
+
+class ConstructorExits(Small):
+    def __init__(self) -> None:
+        sys.exit("no")
+
+
+class Lengths(Small):
+    """The derivative of a norm is no number at 0, which its loss never shows."""
+
+    zeros: tuple[int, ...] = (17, 30)
+    test_zeros: tuple[int, ...] = ()
+
+    def train_dataset(self):
+        return self.emptied(super().train_dataset(), self.zeros)
+
+    def test_dataset(self):
+        return self.emptied(super().test_dataset(), self.test_zeros)
+
+    @staticmethod
+    def emptied(dataset, zeros):
+        dataset.tensors[0][list(zeros)] = 0
+        return dataset
+
+    def model(self):
+        return nn.Sequential(nn.Linear(6, 3, bias=False))
+
+    def losses(self, model, batch):
+        scores = model(batch[0])
+        length = scores.square().sum(1).sqrt()
+        return nn.functional.cross_entropy(scores, batch[1], reduction="none") + 0.1 * length
+
+
+class TestLengths(Lengths):
+    __test__ = False
+    zeros = ()
+    test_zeros = (5,)
+
+
+class Calls(Small):
+    """Does ``how`` at the fifth call of ``where``; the first are those of the survey."""
+
+    def __init__(self, where: str = "losses", how: str = "KeyError", after: int = 40) -> None:
+        self.where, self.how, self.after, self.calls = where, how, after, 0
+
+    def misbehave(self, where: str) -> None:
+        if where != self.where:
+            return
+        self.calls += 1
+        if self.calls <= self.after:
+            return
+        if self.how == "exit":
+            raise SystemExit(3)
+        if self.how == "base":
+            raise Halt("stop here\nand there")
+        raise {"KeyError": KeyError("weight"), "ValueError": ValueError("odd")}[self.how]
+
+    def losses(self, model, batch):
+        self.misbehave("losses" if model.training else "test losses")
+        return super().losses(model, batch)
+
+    def train_dataset(self):
+        return Fetched(super().train_dataset(), self, "train item")
+
+    def test_dataset(self):
+        return Fetched(super().test_dataset(), self, "test item")
+
+    def optimizer(self, model):
+        self.misbehave("optimizer")
+        return super().optimizer(model)
+
+    def scheduler(self, optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+
+    def rate(self, epoch):
+        self.misbehave("scheduler")
+        return 1.0
+
+
+class Halt(BaseException):
+    """An exception that is no Exception."""
+
+
+class Fetched:
+    def __init__(self, inner, recipe, where) -> None:
+        self.inner, self.recipe, self.where = inner, recipe, where
+        self.targets = inner.tensors[1]
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        self.recipe.misbehave(self.where)
+        return self.inner[index]
+
+
+class Says(Small):
+    """Prints wherever it can, also past Python."""
+
+    def losses(self, model, batch):
+        print("from losses")
+        return super().losses(model, batch)
+
+    def train_dataset(self):
+        print("from train_dataset")
+        os.write(1, b"from the descriptor\n")
+        subprocess.run(["echo", "from a child"], check=True)
+        return super().train_dataset()
+
+    def optimizer(self, model):
+        sys.stdout.write("from optimizer\n")
+        return super().optimizer(model)
+
+
+class Constant(Small):
+    """Test losses that do not depend on the weights."""
+
+    def losses(self, model, batch):
+        losses = super().losses(model, batch)
+        return losses if model.training else losses.detach() + 0 * model(batch[0]).sum(1)
+
+
+class Still(Small):
+    """A learning rate of 0."""
+
+    def optimizer(self, model):
+        return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
+class Double(Small):
+    """float64 data, as numpy makes them, for a float32 model."""
+
+    def train_dataset(self):
+        return self.widened(super().train_dataset())
+
+    def test_dataset(self):
+        return self.widened(super().test_dataset())
+
+    @staticmethod
+    def widened(dataset):
+        return TensorDataset(dataset.tensors[0].double(), dataset.tensors[1])
+
+
+class Misspelt(Small):
+    epoch = 7
+    sampler = None

@@ -175,6 +175,13 @@ RUNS = {
     "test samples of another shape": bad("OtherTestShape", "first 3 test samples", "shapes"),
     "validation raises": bad("ValidationRaises", r"validation_dataset\(\)", "no split"),
     "bad name": bad("BadName", "'../escape'"),
+    "one sample left over": bad("Left", "41 mod 8", "layer '1'", "another batch_size, such as 7"),
+    "names of later versions": bad("Clipped", "clip_grad_norm = 1.0", "does not support", "remove it"),
+    "gradient that is no number": bad("Lengths", "train_index 17|train_index 30", "'0.weight'", "look at"),
+    "constructor that exits": bad("ConstructorExits", "could not be constructed", "SystemExit"),
+    "losses that exit": bad(
+        "Calls", r"losses\(\)|step", "sys.exit\\(3\\)", words=("--set", "how=exit", "--set", "after=4")
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import cloudpickle
 import pytest
 from hydra_pipe.storage.errors import RecipeError
 from hydra_pipe.workers.recipe import Recipe
+from hydra_pipe.workers.recipes.beside import packed
 from hydra_pipe.workers.recipes.digits import Digits
 from hydra_pipe.workers.recipes.loading import load_recipe
 
@@ -114,6 +116,74 @@ def test_a_worker_needs_neither_the_file_nor_its_sibling(mine, tmp_path):
     mine.unlink()
     (mine.parent / "helper_of_mine.py").unlink()
     assert in_another_process(elsewhere / "recipe.pickle", elsewhere) == "Mine 11 (7, 8) mine"
+
+
+LATE = """
+import importlib
+from hydra_pipe import Recipe
+import torch
+
+class Late(Recipe):
+    def model(self):
+        import late_helper
+        from late_package.inner import DEPTH
+        named = importlib.import_module("late_named")
+        return torch.nn.Linear(late_helper.width(), DEPTH + named.MORE)
+"""
+
+
+@pytest.fixture
+def late(tmp_path, monkeypatch) -> Path:
+    """A recipe whose ``model`` imports what lies beside it; two workers' machines may lack it."""
+    (tmp_path / "late.py").write_text(LATE)
+    (tmp_path / "late_helper.py").write_text(
+        "def width():\n    from late_more import WIDTH\n    return WIDTH\n"
+    )
+    (tmp_path / "late_more.py").write_text("WIDTH = 5\n")
+    (tmp_path / "late_named.py").write_text("MORE = 1\n")
+    (tmp_path / "late_package").mkdir()
+    (tmp_path / "late_package" / "inner.py").write_text("DEPTH = 2\n")
+    yield tmp_path / "late.py"
+    for name in [name for name in sys.modules if name.partition("_")[0] == "late"]:
+        del sys.modules[name]
+
+
+def test_a_module_imported_inside_a_method(late):
+    path = list(sys.path)
+    assert load_recipe(f"{late}:Late", {}).model().weight.shape == (3, 5)
+    assert sys.path == path
+    with pytest.raises(ModuleNotFoundError):  # only code beside it sees it
+        importlib.import_module("late_unknown")
+    del sys.modules["late_more"]
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("late_more")
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_worker_imports_inside_a_method_too(late, tmp_path, gone):
+    recipe = load_recipe(f"{late}:Late", {})
+    assert recipe.model().weight.shape == (3, 5)  # the driver has looked at it: late_named is known
+    payload = packed(recipe)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "payload").write_bytes(payload)
+    if gone:
+        for name in ("late.py", "late_helper.py", "late_more.py", "late_named.py", "late_package/inner.py"):
+            (tmp_path / name).unlink()
+    code = (
+        "import sys; from hydra_pipe.workers.recipes.beside import unpacked; "
+        "recipe = unpacked(open(sys.argv[1], 'rb').read()); "
+        "assert recipe.model().weight.shape == (3, 5); import late_helper"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(elsewhere / "payload")],
+        capture_output=True,
+        text=True,
+        cwd=elsewhere,
+        check=False,
+    )
+    # The helper is in sys.modules: its own code found it, and this line finds it there.
+    assert found.returncode == 0, found.stderr
 
 
 def test_module_in_the_working_directory(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ more of the batch's samples are then looked at, and other batches, at other weig
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ...storage.errors import RecipeError
+from ..cast import cast_model
 from ..data import batch_length, to_device
 from ..determinism import generator_states, preserved_generators, seed_everything
 from ..layout import Layout
@@ -101,7 +103,7 @@ def try_batch(
     dtypes = [parameter.dtype] if as_run else [torch.float64, parameter.dtype]
     with preserved_generators():
         for dtype in dtypes:
-            trial = copied(model).to(dtype)
+            trial = cast_model(copied(model), None, dtype)
             moved = to_device(batch, parameter.device, dtype)
             tolerance = LOOSE if as_run and dtype == torch.float32 else TOLERANCE[dtype]
             try:
@@ -228,6 +230,8 @@ class _OneBatch:
         scaled = vjp(losses_B, self.parameters, self.chosen[:1], 1.0 / self.size)
         for i, (rows, small) in enumerate(zip(self.right, scaled, strict=True)):
             largest = float(rows[0].abs().max()) if rows.numel() else 0.0
+            if not math.isfinite(largest):  # told elsewhere, by step and sample
+                continue
             if not bool(((small[0] * self.size - rows[0]).abs() <= self.tolerance * largest).all()):
                 raise RecipeError(
                     f"the gradient of parameter {self.layout.entries[i].name!r} does not scale with the loss: a hook or "

@@ -22,10 +22,9 @@ from types import ModuleType
 import cloudpickle
 
 from ...storage.errors import HydraError, RecipeError
+from .beside import FOUND, look_beside
 
 _LOCK = threading.RLock()  # sys.path and sys.modules are the whole process's
-_SIBLINGS: dict[str, Path] = {}
-"""Name of every module imported beside a recipe -> the directory searched for it."""
 
 
 def file_module(path: str, reference: str) -> ModuleType:
@@ -65,6 +64,7 @@ def file_module(path: str, reference: str) -> ModuleType:
             del sys.modules[name]
             raise
         cloudpickle.register_pickle_by_value(module)
+        look_beside(file.parent, file)
         return module
 
 
@@ -88,7 +88,10 @@ def searched_module(name: str) -> ModuleType:
             if not known:
                 stack.enter_context(_siblings_of(here))
             stack.enter_context(_explained(name, None))
-            return importlib.import_module(name)
+            module = importlib.import_module(name)
+            if not known and module.__file__:
+                look_beside(here, Path(module.__file__))
+            return module
 
 
 def top_level_classes(path: Path) -> list[str]:
@@ -149,10 +152,10 @@ def _siblings_of(directory: Path) -> Iterator[None]:
     A module that an earlier recipe imported from another directory gives way to one of the same
     name in this directory, which would be silently ignored otherwise.
     """
-    for name, place in list(_SIBLINGS.items()):
+    for name, place in list(FOUND.items()):
         if place != directory and _provides(directory, name.partition(".")[0]):
             sys.modules.pop(name, None)
-            del _SIBLINGS[name]
+            del FOUND[name]
     before = set(sys.modules)
     sys.path.insert(0, str(directory))
     importlib.invalidate_caches()  # the files may be younger than the finders' listing
@@ -164,7 +167,7 @@ def _siblings_of(directory: Path) -> Iterator[None]:
         for name in set(sys.modules) - before:
             module = sys.modules[name]
             if _is_beside(module, directory):
-                _SIBLINGS[name] = directory
+                FOUND[name] = directory
                 cloudpickle.register_pickle_by_value(module)
 
 

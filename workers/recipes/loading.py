@@ -43,7 +43,7 @@ def load_recipe(reference: str, arguments: Mapping[str, object]) -> Recipe:
         return recipe_class(**arguments)
     except HydraError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RecipeError(
             f"{reference} could not be constructed with {_shown(arguments)}: {type(error).__name__}: "
             f"{one_line(error)}{raised_where(error)}; {_accepted(recipe_class)}"

@@ -28,6 +28,7 @@ from .events import (
     RunFinished,
     RunStarted,
     null,
+    warn,
 )
 from .executors import make_executor
 from .gradient_stages import GradientStages
@@ -78,6 +79,8 @@ def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str
 def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
     refuse_unsupported(spec)
     looked = survey(spec)
+    for note in looked.notes:
+        warn(observer, note)
     executor = make_executor(spec)
     try:
         if spec.seeds > 1:
@@ -265,6 +268,7 @@ class _Driver(GradientStages, CurvatureStages):
             final=self.method,
             tracked=looked.tracked,
             tested=looked.tested,
+            test_labels=looked.test_labels,
             checkpoint_every=self.spec.checkpoint_every,
             options=self.options,
             job=ReduceJob(

@@ -18,7 +18,9 @@ import torch
 from ..storage.errors import HydraError, RecipeError
 from ..workers.buffers import row_numbers
 from ..workers.determinism import preserved_generators, seed_everything
+from ..workers.evaluate import OutputWatch, why_unpredicted
 from ..workers.hessian_tiles import activation_bytes
+from ..workers.labels import ClassLabels, class_labels, label_notes
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.persample.engine import PerSampleGradients
 from ..workers.persample.reference import couples_samples
@@ -27,7 +29,6 @@ from ..workers.replay import factored_entries, probe_training
 from ..workers.training import Compute, Training
 from ..workers.validate import (
     check_dataset,
-    check_labels,
     check_layers,
     check_losses,
     check_numbers,
@@ -60,6 +61,7 @@ class Survey:
         process_bytes: Peak resident set of a process that trains this recipe, without buffers.
         activation_bytes: What the batch's forward pass keeps for its backward pass; 0 where only
             products with the Hessian would need to know.
+        notes: What the user should be told of the recipe, one line each.
     """
 
     recipe: Recipe
@@ -77,6 +79,7 @@ class Survey:
     row_numbers: int
     process_bytes: int
     activation_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def resolve_recipe(spec: RunSpec) -> Recipe:
@@ -128,15 +131,18 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     train, test = _call(recipe, "train_dataset"), _call(recipe, "test_dataset")
     n_train, n_test = check_dataset(train, "train"), check_dataset(test, "test")
     check_overlap(train, test)
-    train_labels = check_labels(_call(recipe, "labels", train), n_train, "train")
-    test_labels = check_labels(_call(recipe, "labels", test), n_test, "test")
-    tracked = select(spec.track, total=n_train, labels=train_labels, seed=recipe.seed, what="--track")
-    tested = select(spec.test, total=n_test, labels=test_labels, seed=recipe.seed, what="--test")
     seed_everything(recipe.seed)
     model = _call(recipe, "model")
     check_layers(model)
+    watch = OutputWatch(model)
     check_losses(recipe, model, train)
+    unpredicted = why_unpredicted(recipe, watch, min(3, n_train))
+    watch.close()
     check_losses(recipe, model, test, "test")
+    labels = {what: _labels(recipe, dataset, what) for what, dataset in (("training", train), ("test", test))}
+    train_labels, test_labels = (labels[what].values for what in ("training", "test"))
+    tracked = select(spec.track, total=n_train, labels=train_labels, seed=recipe.seed, what="--track")
+    tested = select(spec.test, total=n_test, labels=test_labels, seed=recipe.seed, what="--test")
     validation = _call(recipe, "validation_dataset")
     if validation is not None:
         check_dataset(validation, "validation")
@@ -182,6 +188,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
             recipe.epochs,
         ),
         process_bytes=peak_bytes(),
+        notes=tuple(label_notes(labels, unpredicted)),
         activation_bytes=activation_bytes(training) if spec.hessian == "exact" or spec.exact_rank else 0,
     )
 
@@ -194,6 +201,18 @@ def _call(recipe: Recipe, method: str, *arguments: Any) -> Any:
     except Exception as error:
         raise RecipeError(
             f"{recipe.name}.{method}() failed: {_one_line(error)}; correct the recipe (--debug shows where)"
+        ) from error
+
+
+def _labels(recipe: Recipe, dataset: Any, what: str) -> ClassLabels:
+    """Return the classes of a dataset, see ``workers.labels``, after explaining what goes wrong."""
+    try:
+        return class_labels(recipe, dataset, what)
+    except HydraError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"{recipe.name}.labels() failed: {_one_line(error)}; correct the recipe (--debug shows where)"
         ) from error
 
 

@@ -35,10 +35,15 @@ def batch_order(n_train: int, batch_size: int, epochs: int, seed: int) -> Indice
     return order
 
 
+def is_plain(recipe: Recipe, dataset: Dataset[Any]) -> bool:
+    """Whether a batch is rows of a ``TensorDataset``'s tensors and nothing else."""
+    plain = isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
+    return plain and type(recipe).collate is Recipe.collate
+
+
 def fetch(recipe: Recipe, dataset: Dataset[Any], indices: Sequence[int] | npt.NDArray[Any]) -> Batch:
     """Return the batch of the given samples, collated as the recipe wants it."""
-    plain = isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
-    if plain and type(recipe).collate is Recipe.collate:
+    if is_plain(recipe, dataset):
         assert isinstance(dataset, TensorDataset)
         chosen = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
         return [tensor.index_select(0, chosen) for tensor in dataset.tensors]

@@ -35,6 +35,7 @@ from .gradient_stages import GradientStages
 from .handle import Run, open_run
 from .notes import closing_notes, run_notes
 from .plan import Plan, cut
+from .provenance import say_cosmetic
 from .reduce import ReduceJob, interclass_table
 from .spec import RunSpec
 from .stages import INDEX, units_of
@@ -114,6 +115,7 @@ def make_driver(spec: RunSpec, looked: Survey, executor: Executor, observer: Obs
         directory.delete_results()
         observer(Note(message=f"replaced the run at {directory.uri}"))
     observer(RunStarted(uri=directory.uri, recipe=looked.recipe.name, resumed=stored is not None))
+    say_cosmetic(stored or {}, looked.made_of, observer)
     return _Driver(spec, looked, plan, directory, executor, observer, stored or {})
 
 

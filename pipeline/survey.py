@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..workers.determinism import preserved_generators, seed_everything
 from ..workers.evaluate import OutputWatch, why_unpredicted
 from ..workers.hessian_tiles import activation_bytes
 from ..workers.labels import ClassLabels, class_labels, label_notes
+from ..workers.madeof import FirstSteps, first_steps, made_of, with_first_steps
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.persample.engine import PerSampleGradients
 from ..workers.persample.reference import couples_samples
@@ -39,8 +40,6 @@ from .selection import select
 from .spec import RunSpec
 
 Integers = npt.NDArray[np.int64]
-
-TRIAL_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +61,7 @@ class Survey:
         activation_bytes: What the batch's forward pass keeps for its backward pass; 0 where only
             products with the Hessian would need to know.
         notes: What the user should be told of the recipe, one line each.
+        made_of: Digests of the recipe, its data and its first steps; see ``workers.madeof``.
     """
 
     recipe: Recipe
@@ -80,6 +80,7 @@ class Survey:
     process_bytes: int
     activation_bytes: int = 0
     notes: tuple[str, ...] = ()
+    made_of: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve_recipe(spec: RunSpec) -> Recipe:
@@ -127,8 +128,11 @@ def survey(spec: RunSpec, *, trial: bool = True) -> Survey:
 
 
 def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
+    # Each as training builds it: a recipe may draw its data from the generators.
     seed_everything(recipe.seed)
-    train, test = _call(recipe, "train_dataset"), _call(recipe, "test_dataset")
+    train = _call(recipe, "train_dataset")
+    seed_everything(recipe.seed)
+    test = _call(recipe, "test_dataset")
     n_train, n_test = check_dataset(train, "train"), check_dataset(test, "test")
     check_overlap(train, test)
     seed_everything(recipe.seed)
@@ -143,6 +147,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     train_labels, test_labels = (labels[what].values for what in ("training", "test"))
     tracked = select(spec.track, total=n_train, labels=train_labels, seed=recipe.seed, what="--track")
     tested = select(spec.test, total=n_test, labels=test_labels, seed=recipe.seed, what="--test")
+    seed_everything(recipe.seed)
     validation = _call(recipe, "validation_dataset")
     if validation is not None:
         check_dataset(validation, "validation")
@@ -150,14 +155,18 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     optimizer = _call(recipe, "optimizer", model)
     if isinstance(optimizer, torch.optim.Optimizer):  # else Training refuses it below
         check_scheduler(_call(recipe, "scheduler", optimizer))
-    del model, train, test, validation, optimizer
+    del model, optimizer
     # The driver may have no GPU where the workers have one; what it tries, it tries on what it has.
     device = "cpu" if spec.device == "cuda" and not torch.cuda.is_available() else spec.device
     compute = Compute(device=device, dtype=spec.dtype, threads=spec.torch_threads, batch_norm=spec.batch_norm)
     try:
         training = Training(recipe, compute)
+        datasets = {"training": train, "test": test, "validation": validation}
+        made = made_of(training, datasets, {what: found.values for what, found in labels.items()})
+        del train, test, validation, datasets
         strategies = probe_training(training)
-        seconds = _time_steps(training, strategies) if trial else None
+        first = first_steps(training)
+        seconds = _time_steps(training, strategies, first) if trial else None
     except HydraError:
         raise
     except Exception as error:
@@ -188,6 +197,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
             recipe.epochs,
         ),
         process_bytes=peak_bytes(),
+        made_of=with_first_steps(made, first),
         notes=tuple(label_notes(labels, unpredicted)),
         activation_bytes=activation_bytes(training) if spec.hessian == "exact" or spec.exact_rank else 0,
     )
@@ -225,18 +235,16 @@ def _array(labels: list[int] | None, count: int) -> Integers:
     return np.full(count, -1, dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
 
 
-def _time_steps(training: Training, strategies: Any) -> tuple[float, float]:
-    """Return median seconds of a plain step and of one that tracks the whole batch."""
+def _time_steps(training: Training, strategies: Any, first: FirstSteps) -> tuple[float, float]:
+    """Return median seconds of a plain step, the first ones, and of one that tracks the whole batch."""
     engine = PerSampleGradients(training.recipe, training.model, training.layout, strategies)
-    taken: dict[bool, list[float]] = {False: [], True: []}
-    steps = min(training.steps, TRIAL_STEPS)
-    for tracked in (False, True):
-        for step, batch in enumerate(training.loader(0, steps)):
-            positions = torch.arange(training.batch_size(step), device=training.device)
-            watch = engine.watch(positions, lambda _start, _block: None)
-            begun = time.perf_counter()
-            float(training.step(step, batch, watch if tracked else None))
-            taken[tracked].append(time.perf_counter() - begun)
+    taken = []
+    for step, batch in enumerate(training.loader(0, len(first.losses))):
+        positions = torch.arange(training.batch_size(step), device=training.device)
+        watch = engine.watch(positions, lambda _start, _block: None)
+        begun = time.perf_counter()
+        float(training.step(step, batch, watch))
+        taken.append(time.perf_counter() - begun)
     engine.close()
-    plain, follow = (float(np.median(taken[k][1:] or taken[k])) for k in (False, True))
+    plain, follow = (float(np.median(seconds[1:] or seconds)) for seconds in (first.seconds, taken))
     return plain, follow

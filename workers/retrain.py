@@ -35,7 +35,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from ..storage.errors import InputError
 from ..storage.trajectory import Trajectory
-from .data import fetch, to_device
+from .data import fetch, holds_tensors, to_device
 from .determinism import derived_seed, preserved_generators, seed_everything
 from .evaluate import EVALUATION_BATCH, OutputWatch, evaluate, evaluating, predicted
 from .labels import Labels
@@ -161,7 +161,7 @@ def only(recipe: Recipe, kept: Integers) -> Recipe:
 
     def dataset() -> Dataset[Any]:
         full = whole()
-        if isinstance(full, TensorDataset) and type(full).__getitem__ is TensorDataset.__getitem__:
+        if holds_tensors(full):
             chosen = torch.from_numpy(kept)
             return TensorDataset(*(tensor.index_select(0, chosen) for tensor in full.tensors))
         return Subset(full, kept.tolist())

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from ..storage.errors import RecipeError
-from .data import fetch
+from .data import fetch, holds_tensors
 from .determinism import preserved_generators, seed_everything
 from .recipe import Recipe
 
@@ -78,18 +78,18 @@ def check_same_data(recipe: Recipe, seed: int, expected: Mapping[str, str]) -> N
             )
 
 
-def leaves_of(recipe: Recipe, dataset: Dataset[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (kind, value) of what the samples hold: all of a ``TensorDataset``, else of `SAMPLES` items.
+def leaves_of(recipe: Recipe, dataset: Dataset[Any], most: int = SAMPLES) -> Iterator[tuple[str, Any]]:
+    """Yield (kind, value) of what the samples hold: all of a ``TensorDataset``, else of ``most`` items.
 
     Values are tensors, numbers and text; what else there is (objects) has no bytes to compare. Moves the
     global generators.
     """
     count = len(dataset)  # type: ignore[arg-type]
     yield "", f"{count}".encode()
-    if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
+    if holds_tensors(dataset):
         yield from (("", tensor) for tensor in dataset.tensors)
         return
-    chosen = np.unique(np.linspace(0, count - 1, min(count, SAMPLES)).astype(np.int64))
+    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
     for start in range(0, len(chosen), _BLOCK):
         seed_everything(start)
         for leaf in tree_flatten(fetch(recipe, dataset, chosen[start : start + _BLOCK]))[0]:

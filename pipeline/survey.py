@@ -21,7 +21,7 @@ from ..workers.determinism import preserved_generators, seed_everything
 from ..workers.evaluate import OutputWatch, why_unpredicted
 from ..workers.hessian_tiles import activation_bytes
 from ..workers.labels import ClassLabels, class_labels, label_notes
-from ..workers.madeof import FirstSteps, first_steps, made_of, with_first_steps
+from ..workers.madeof import FirstSteps, data_of, first_steps, made_of, with_first_steps
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.persample.engine import PerSampleGradients
 from ..workers.persample.reference import couples_samples
@@ -155,15 +155,15 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     optimizer = _call(recipe, "optimizer", model)
     if isinstance(optimizer, torch.optim.Optimizer):  # else Training refuses it below
         check_scheduler(_call(recipe, "scheduler", optimizer))
-    del model, optimizer
+    classes = {what: found.values for what, found in labels.items()}
+    data = _data(recipe, {"training": train, "test": test, "validation": validation}, classes)
+    del model, train, test, validation, optimizer
     # The driver may have no GPU where the workers have one; what it tries, it tries on what it has.
     device = "cpu" if spec.device == "cuda" and not torch.cuda.is_available() else spec.device
     compute = Compute(device=device, dtype=spec.dtype, threads=spec.torch_threads, batch_norm=spec.batch_norm)
     try:
         training = Training(recipe, compute)
-        datasets = {"training": train, "test": test, "validation": validation}
-        made = made_of(training, datasets, {what: found.values for what, found in labels.items()})
-        del train, test, validation, datasets
+        made = made_of(training, data)
         strategies = probe_training(training)
         first = first_steps(training)
         seconds = _time_steps(training, strategies, first) if trial else None
@@ -223,6 +223,19 @@ def _labels(recipe: Recipe, dataset: Any, what: str) -> ClassLabels:
     except Exception as error:
         raise RecipeError(
             f"{recipe.name}.labels() failed: {_one_line(error)}; correct the recipe (--debug shows where)"
+        ) from error
+
+
+def _data(recipe: Recipe, datasets: dict[str, Any], classes: dict[str, list[int] | None]) -> dict[str, Any]:
+    """Return digests of the datasets, see ``workers.madeof``, after explaining what goes wrong."""
+    try:
+        return data_of(recipe, datasets, classes)
+    except HydraError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"an item of the {' or '.join(name for name, held in datasets.items() if held is not None)} set could "
+            f"not be read: {_one_line(error)}; correct the dataset (--debug shows where)"
         ) from error
 
 

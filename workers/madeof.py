@@ -77,28 +77,35 @@ def first_steps(training: Training) -> FirstSteps:
     return FirstSteps(settings=settings, losses=losses, seconds=seconds)
 
 
-def made_of(
-    training: Training,
-    datasets: Mapping[str, Dataset[Any] | None],
-    labels: Mapping[str, list[int] | None],
+def data_of(
+    recipe: Recipe, datasets: Mapping[str, Dataset[Any] | None], labels: Mapping[str, list[int] | None]
 ) -> dict[str, Any]:
-    """Return the digests of a recipe, but for its first steps, JSON-able. Call before any step.
+    """Return digests of a recipe's datasets, by what they are of.
 
     Args:
-        training: Its training, untouched.
+        recipe: The recipe.
         datasets: Its datasets, by name.
         labels: Their classes, by name.
     """
-    recipe = training.recipe
     data: dict[str, Any] = {}
     with preserved_generators():
         for what, dataset in datasets.items():
             data[f"{what} samples"] = None if dataset is None else _samples(recipe, dataset)
             if labels.get(what) is not None:
                 data[f"{what} labels"] = _sha(np.asarray(labels[what], dtype=np.int64).tobytes())
+    return data
+
+
+def made_of(training: Training, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the digests of a recipe, but for its first steps, JSON-able. Call before any step.
+
+    Args:
+        training: Its training, untouched.
+        data: What `data_of` returned.
+    """
     model = training.model
     made = {
-        "source": source_of(type(recipe)),
+        "source": source_of(type(training.recipe)),
         "data": data,
         "model": structure(training),
         "weights": signature([("", tensor) for tensor in (*model.parameters(), *model.buffers())]),

@@ -268,7 +268,7 @@ def test_another_recipe_is_stopped_before_anything_is_measured(evaluated, tmp_pa
     place = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
     shutil.rmtree(place / "manifests" / "evaluate")
     heard = Heard()
-    with pytest.raises(SpecMismatch, match="what differs: .*losses of the first steps"):
+    with pytest.raises(SpecMismatch, match=r"what differs: .*losses of the first steps"):
         evaluate(str(place), Small(), questions=FEW, observer=heard)
     info = json.loads((place / "run.json").read_text())
     del info["made_of"]  # a run of an earlier version: retraining tells

@@ -187,6 +187,23 @@ def test_an_item_that_cannot_be_read_is_named():
         class_labels(Small(), dataset)
 
 
+def test_an_item_that_only_the_digest_reads_is_explained(tmp_path):
+    from hydra_pipe.storage.errors import RecipeError
+
+    class Broken(Items):
+        def __getitem__(self, index: int) -> Any:
+            if index == 7:
+                raise OSError("truncated image")
+            return torch.zeros(6), 1
+
+    class Reading(Small):
+        def test_dataset(self) -> Dataset[Any]:
+            return Broken([0] * 2000, targets=[1] * 2000)
+
+    with pytest.raises(RecipeError, match="test set could not be read: OSError: truncated image"):
+        go(Reading(), tmp_path / "run")
+
+
 def test_labels_that_the_driver_knows():
     recipe = Small()
     assert with_labels(recipe, np.array([2, 1])).labels(None) == [2, 1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra_pipe.workers.madeof import (
     UNSTABLE,
+    data_of,
     differences,
     first_steps,
     made_of,
@@ -26,7 +27,7 @@ from tests.recipes import OneCycle, Small, gaussian
 def look(recipe: Recipe, dtype: str = "float32") -> dict[str, Any]:
     training = Training(recipe, Compute(device="cpu", dtype=dtype))
     datasets = {"training": recipe.train_dataset(), "test": recipe.test_dataset(), "validation": None}
-    made = made_of(training, datasets, {"training": recipe.labels(datasets["training"])})
+    made = made_of(training, data_of(recipe, datasets, {"training": recipe.labels(datasets["training"])}))
     return with_first_steps(made, first_steps(training))
 
 

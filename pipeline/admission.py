@@ -10,6 +10,7 @@ from ..storage.errors import SpecError, SpecMismatch
 from ..storage.place import check_place
 from ..storage.rundir import RunDirectory
 from ..workers.determinism import resolve_device
+from .provenance import adopt, recipe_differences
 from .raysetup import inside_ray_job
 from .spec import RunSpec
 from .survey import Survey
@@ -99,6 +100,7 @@ def stored_run(directory: RunDirectory, spec: RunSpec, looked: Survey) -> dict[s
         check_place(directory.uri)
         return None
     stored = directory.read()
+    adopt(directory, stored, looked.made_of)
     differing = spec.differences(stored.get("identity", {}))
     before = stored.get("chosen", {})
     differing += [
@@ -107,6 +109,7 @@ def stored_run(directory: RunDirectory, spec: RunSpec, looked: Survey) -> dict[s
         if name in before and before[name] != value
     ]
     differing += method_differences(spec, stored.get("methods", {}))
+    differing += recipe_differences(stored, looked.made_of)
     if not differing:
         return stored
     if not spec.overwrite:

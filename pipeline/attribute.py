@@ -26,6 +26,7 @@ from .events import Note, Observer, RunFinished, RunStarted, null
 from .executors import make_executor
 from .handle import Run, open_run
 from .plan import Plan, cut
+from .provenance import check_recipe
 from .seeds import announce, average, check_data, drive_members, naming, seeds_of
 from .sharding import EXACT_TARGETS, spans
 from .spec import RunSpec, averaged
@@ -106,6 +107,7 @@ def _attribute(
     refuse_unsupported(spec)
     looked = survey(spec, trial=False)
     place(spec, looked)
+    check_recipe(found.uri, found.info, looked.made_of, observer)
     stored = stored_run(found.directory, spec, looked)
     assert stored is not None  # the run is there, and what differs has been refused
     data = check_data(spec, looked, found.directory) if seeds > 1 else {}

@@ -31,6 +31,7 @@ from .analysis.status import TEST_GRADIENTS
 from .deep_checks import DeepVerification, Findings, rows_of, spread
 from .events import Note, Observer, StageFinished, StageStarted, UnitFinished, UnitProgress, null
 from .handle import Run
+from .provenance import look_and_check
 from .spec_stored import REPEATED, stored_spec
 from .survey import compute_of, resolve_recipe
 from .units import Report
@@ -102,6 +103,7 @@ class _Deep:
         if not methods:
             raise IncompleteStage(f"{run.uri} has no complete method to verify; finish the run first")
         spec = stored_spec(run, recipe, overrides, command="verify --deep", free=REPEATED)
+        look_and_check(run.uri, run.info, spec, observer)
         self.recipe, self.compute = resolve_recipe(spec), compute_of(spec)
         self.trajectory, self.n_train = run.trajectory(), int(run.info["n_train"])
         self.covered = [name for name in methods if name in FORMS or _corrected(name)]

@@ -29,12 +29,14 @@ from .events import (
     RunFinished,
     RunStarted,
     null,
+    warn,
 )
 from .executors import make_executor
 from .gradient_stages import GradientStages
 from .handle import Run, open_run
 from .notes import closing_notes, run_notes
 from .plan import Plan, cut
+from .provenance import say_cosmetic
 from .reduce import ReduceJob, interclass_table
 from .spec import RunSpec
 from .stages import INDEX, units_of
@@ -80,8 +82,8 @@ def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str
 def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
     refuse_unsupported(spec)
     looked = survey(spec)
-    for text in looked.warnings:
-        observer(Note(message=f"warning: {text}"))
+    for text in (*looked.notes, *looked.warnings):
+        warn(observer, text)
     executor = make_executor(spec)
     try:
         if spec.seeds > 1:
@@ -115,6 +117,7 @@ def make_driver(spec: RunSpec, looked: Survey, executor: Executor, observer: Obs
         directory.delete_results()
         observer(Note(message=f"replaced the run at {directory.uri}"))
     observer(RunStarted(uri=directory.uri, recipe=looked.recipe.name, resumed=stored is not None))
+    say_cosmetic(stored or {}, looked.made_of, observer)
     return _Driver(spec, looked, plan, directory, executor, observer, stored or {})
 
 
@@ -286,6 +289,7 @@ class _Driver(GradientStages, CurvatureStages):
             final=self.method,
             tracked=looked.tracked,
             tested=looked.tested,
+            test_labels=looked.test_labels,
             checkpoint_every=self.spec.checkpoint_every,
             options=self.options,
             job=ReduceJob(

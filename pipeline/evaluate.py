@@ -23,6 +23,7 @@ from .events import Note, Observer, StageFinished, StageStarted, UnitSkipped, nu
 from .evidence import Evidence, tracked_samples
 from .executors import make_executor
 from .handle import Run, open_run
+from .provenance import look_and_check
 from .rankings import removals
 from .retrainings import (
     RETRAIN,
@@ -148,6 +149,7 @@ class _Evaluation:
         self.spec = stored_spec(run, recipe, overrides, command="evaluate", free=REPEATED)
         with preserved_generators():
             self.recipe = resolve_recipe(self.spec)
+        look_and_check(run.uri, run.info, self.spec, observer)
         self.n_train = int(run.info["n_train"])
         self.places = [(run.directory, self.recipe), *recorded(run, self.recipe, questions.seeds)]
 

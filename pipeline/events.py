@@ -8,9 +8,12 @@ in the thread that called ``run``; an observer that raises ends the run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,3 +142,10 @@ Observer = Callable[[Event], None]
 
 def null(event: Event) -> None:
     """Listen to nothing."""
+
+
+def warn(observer: Observer, message: str) -> None:
+    """Say something that nobody should miss: where no one listens it goes to the log."""
+    observer(Note(message=message))
+    if observer is null:
+        logger.warning("%s", message)

@@ -13,6 +13,7 @@ from ..storage.trajectory import open_trajectory
 from .admission import chosen, method_options
 from .analysis.status import SEEDS
 from .plan import Plan
+from .provenance import made_of_notes
 from .spec import RunSpec
 from .survey import Survey
 from .targets import SAMPLES
@@ -56,6 +57,7 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
         "steps": plan.steps,
         "method": spec.method,
         "chosen": chosen(looked),
+        **made_of_notes(stored, looked.made_of),
         "conservation": looked.conservation,
         "strategies": looked.strategies,
         "versions": _versions(),
@@ -113,6 +115,14 @@ def _spec_dict(spec: RunSpec) -> dict[str, Any]:
     return values
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, str | None]:
     names = ("hydra-pipe", "torch", "ray", "zarr", "numcodecs", "pyarrow", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str | None:
+    """Return a package's version; None where it is not installed: the serial executor needs no Ray."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -26,6 +26,7 @@ from .events import Note, Observer, null
 from .executors import make_executor
 from .handle import Run, open_run
 from .over_training_tasks import FOLDER, STAGE, OverTrainingTasks
+from .provenance import check_recipe
 from .sharding import Shard, spans
 from .spec import RunSpec
 from .spec_stored import stored_spec
@@ -118,6 +119,7 @@ def over_training(
         looked = survey(spec, trial=False)
         place(spec, looked)
         _check_same(found, looked)
+        check_recipe(found.uri, found.info, looked.made_of, observer or null)
         executor = make_executor(spec)
         try:
             return _OverTraining(found, spec, looked, course, executor, observer or null).drive()

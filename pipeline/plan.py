@@ -18,6 +18,7 @@ from ..workers.persample.engine import TILE
 from ..workers.record import checkpoint_steps
 from ..workers.targets import PANEL_BYTES as TARGET_PANEL_BYTES
 from .analysis.panels import PANEL_BYTES
+from .events import null, warn
 from .sharding import Shard, Sharding, spans
 from .spec import RunSpec
 from .survey import Survey, survey
@@ -119,6 +120,8 @@ def make_plan(spec: RunSpec) -> Plan:
 
     with restored_process():
         looked = survey(spec)
+    for note in looked.notes:
+        warn(null, note)
     executor = make_executor(spec)
     try:
         capacity = executor.capacity(start=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,11 @@ import torch
 from ..storage.errors import RecipeError
 from ..workers.buffers import row_numbers
 from ..workers.determinism import preserved_generators, seed_everything
+from ..workers.evaluate import OutputWatch, why_unpredicted
 from ..workers.hessian_tiles import activation_bytes
+from ..workers.labels import ClassLabels, class_labels, label_notes
 from ..workers.last_batch import check_last_batch
+from ..workers.madeof import FirstSteps, data_of, first_steps, made_of, with_first_steps
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.persample.engine import PerSampleGradients, Ways
 from ..workers.recipe import Recipe
@@ -30,7 +33,6 @@ from ..workers.trials import tried_ways
 from ..workers.user_code import user_code
 from ..workers.validate import (
     check_dataset,
-    check_labels,
     check_layers,
     check_losses,
     check_numbers,
@@ -41,8 +43,6 @@ from .selection import select
 from .spec import RunSpec
 
 Integers = npt.NDArray[np.int64]
-
-TRIAL_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,8 @@ class Survey:
         activation_bytes: What the batch's forward pass keeps for its backward pass; 0 where only
             products with the Hessian would need to know.
         warnings: What in the recipe is likely to be a mistake, one line each.
+        notes: What the user should be told of the recipe, one line each.
+        made_of: Digests of the recipe, its data and its first steps; see ``workers.madeof``.
     """
 
     recipe: Recipe
@@ -82,6 +84,8 @@ class Survey:
     process_bytes: int
     activation_bytes: int = 0
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    made_of: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve_recipe(spec: RunSpec) -> Recipe:
@@ -133,20 +137,27 @@ def survey(spec: RunSpec, *, trial: bool = True) -> Survey:
 
 
 def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
+    # Each as training builds it: a recipe may draw its data from the generators.
     seed_everything(recipe.seed)
-    train, test = _call(recipe, "train_dataset"), _call(recipe, "test_dataset")
+    train = _call(recipe, "train_dataset")
+    seed_everything(recipe.seed)
+    test = _call(recipe, "test_dataset")
     n_train, n_test = check_dataset(train, "train"), check_dataset(test, "test")
     check_overlap(train, test)
-    train_labels = check_labels(_call(recipe, "labels", train), n_train, "train")
-    test_labels = check_labels(_call(recipe, "labels", test), n_test, "test")
-    tracked = select(spec.track, total=n_train, labels=train_labels, seed=recipe.seed, what="--track")
-    tested = select(spec.test, total=n_test, labels=test_labels, seed=recipe.seed, what="--test")
     seed_everything(recipe.seed)
     model = _call(recipe, "model")
     check_layers(model)
     dtype = compute_of(spec).torch_dtype
+    watch = OutputWatch(model)
     check_losses(recipe, model, train, dtype)
+    unpredicted = why_unpredicted(recipe, watch, min(3, n_train))
+    watch.close()
     check_losses(recipe, model, test, dtype, "test")
+    labels = {what: _labels(recipe, dataset, what) for what, dataset in (("training", train), ("test", test))}
+    train_labels, test_labels = (labels[what].values for what in ("training", "test"))
+    tracked = select(spec.track, total=n_train, labels=train_labels, seed=recipe.seed, what="--track")
+    tested = select(spec.test, total=n_test, labels=test_labels, seed=recipe.seed, what="--test")
+    seed_everything(recipe.seed)
     validation = _call(recipe, "validation_dataset")
     if validation is not None:
         check_dataset(validation, "validation")
@@ -154,6 +165,8 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     optimizer = _call(recipe, "optimizer", model)
     if isinstance(optimizer, torch.optim.Optimizer):  # else Training refuses it below
         check_scheduler(_call(recipe, "scheduler", optimizer))
+    classes = {what: found.values for what, found in labels.items()}
+    data = _data(recipe, {"training": train, "test": test, "validation": validation}, classes)
     del model, train, test, validation, optimizer
     # The driver may have no GPU where the workers have one; what it tries, it tries on what it has.
     device = "cpu" if spec.device == "cuda" and not torch.cuda.is_available() else spec.device
@@ -162,8 +175,10 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         training = Training(recipe, compute)
         training.guarded = True
         check_last_batch(training)
+        made = made_of(training, data)
         ways = tried_ways(training)
-        seconds = _time_steps(training, ways) if trial else None
+        first = first_steps(training)
+        seconds = _time_steps(training, ways, first) if trial else None
     return Survey(
         recipe=recipe,
         n_train=n_train,
@@ -187,6 +202,8 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
             recipe.epochs,
         ),
         process_bytes=peak_bytes(),
+        made_of=with_first_steps(made, first),
+        notes=tuple(label_notes(labels, unpredicted)),
         activation_bytes=activation_bytes(training) if spec.hessian == "exact" or spec.exact_rank else 0,
         warnings=tuple(unknown_names(recipe)),
     )
@@ -197,22 +214,33 @@ def _call(recipe: Recipe, method: str, *arguments: Any) -> Any:
         return getattr(recipe, method)(*arguments)
 
 
+def _labels(recipe: Recipe, dataset: Any, what: str) -> ClassLabels:
+    """Return the classes of a dataset, see ``workers.labels``, after explaining what goes wrong."""
+    with user_code(f"{recipe.name}.labels() failed:", always=True):
+        return class_labels(recipe, dataset, what)
+
+
+def _data(recipe: Recipe, datasets: dict[str, Any], classes: dict[str, list[int] | None]) -> dict[str, Any]:
+    """Return digests of the datasets, see ``workers.madeof``, after explaining what goes wrong."""
+    names = " or ".join(name for name, held in datasets.items() if held is not None)
+    with user_code(f"an item of the {names} set could not be read:", always=True):
+        return data_of(recipe, datasets, classes)
+
+
 def _array(labels: list[int] | None, count: int) -> Integers:
     return np.full(count, -1, dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
 
 
-def _time_steps(training: Training, ways: Ways) -> tuple[float, float]:
-    """Return median seconds of a plain step and of one that tracks the whole batch."""
+def _time_steps(training: Training, ways: Ways, first: FirstSteps) -> tuple[float, float]:
+    """Return median seconds of a plain step, the first ones, and of one that tracks the whole batch."""
     engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
-    taken: dict[bool, list[float]] = {False: [], True: []}
-    steps = min(training.steps, TRIAL_STEPS)
-    for tracked in (False, True):
-        for step, batch in enumerate(training.loader(0, steps)):
-            positions = torch.arange(training.batch_size(step), device=training.device)
-            watch = engine.watch(positions, lambda _start, _block: None)
-            begun = time.perf_counter()
-            float(training.step(step, batch, watch if tracked else None))
-            taken[tracked].append(time.perf_counter() - begun)
+    taken = []
+    for step, batch in enumerate(training.loader(0, len(first.losses))):
+        positions = torch.arange(training.batch_size(step), device=training.device)
+        watch = engine.watch(positions, lambda _start, _block: None)
+        begun = time.perf_counter()
+        float(training.step(step, batch, watch))
+        taken.append(time.perf_counter() - begun)
     engine.close()
-    plain, follow = (float(np.median(taken[k][1:] or taken[k])) for k in (False, True))
+    plain, follow = (float(np.median(seconds[1:] or seconds)) for seconds in (first.seconds, taken))
     return plain, follow

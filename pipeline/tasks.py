@@ -29,6 +29,7 @@ from ..workers.finite import check_test_gradients
 from ..workers.gradients import TestGradients
 from ..workers.growth import Growth, check_finite
 from ..workers.hessian_tiles import HessianTiles
+from ..workers.labels import with_labels
 from ..workers.memory import peak_bytes, reset_peak
 from ..workers.projection import ProjectedReplay
 from ..workers.recipe import Recipe
@@ -69,6 +70,7 @@ class Tasks:
         final: Name of the results: ``method``, or with ``exact_rank`` its corrected form.
         tracked: Train indices asked for, (n,).
         tested: Test indices asked for, (M,).
+        test_labels: Class of every sample of the test dataset, -1 where there is none.
         checkpoint_every: Steps between checkpoints, or None.
         job: What reduce units share.
         options: Of the method, beyond the run's specification.
@@ -82,6 +84,7 @@ class Tasks:
     final: str
     tracked: Integers
     tested: Integers
+    test_labels: Integers
     checkpoint_every: int | None
     job: ReduceJob
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -125,7 +128,7 @@ class Tasks:
         self, run: RunDirectory, unit: Unit, report: Report
     ) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
-        training = Training(self.recipe, self.compute)
+        training = Training(with_labels(self.recipe, self.test_labels), self.compute)
         gradients = TestGradients(training, open_trajectory(run.path("trajectory.zarr")))
         rows = gradients.rows(self.tested[start:stop], lambda done: report(done, stop - start))
         chosen = self.tested[start:stop]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +39,19 @@ def batch_order(n_train: int, batch_size: int, epochs: int, seed: int) -> Indice
     return order
 
 
+def holds_tensors(dataset: Any) -> TypeGuard[TensorDataset]:
+    """Whether the items are rows of a ``TensorDataset``'s tensors and nothing else."""
+    return isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
+
+
+def is_plain(recipe: Recipe, dataset: Dataset[Any]) -> bool:
+    """Whether a batch is, too."""
+    return holds_tensors(dataset) and type(recipe).collate is Recipe.collate
+
+
 def fetch(recipe: Recipe, dataset: Dataset[Any], indices: Sequence[int] | npt.NDArray[Any]) -> Batch:
     """Return the batch of the given samples, collated as the recipe wants it."""
-    plain = isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
-    if plain and type(recipe).collate is Recipe.collate:
-        assert isinstance(dataset, TensorDataset)
+    if is_plain(recipe, dataset) and holds_tensors(dataset):
         chosen = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
         return [tensor.index_select(0, chosen) for tensor in dataset.tensors]
     many = getattr(dataset, "__getitems__", None)

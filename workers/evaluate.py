@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 
 from .data import fetch, to_device
 from .determinism import derived_seed, preserved_generators, seed_everything
+from .labels import Accuracy, Labels
 from .recipe import Batch, Recipe
 
 EVALUATION_BATCH = 256
@@ -53,11 +53,27 @@ class OutputWatch:
         self._handle.remove()
 
 
+def defines_predictions(recipe: Recipe) -> bool:
+    """Whether the recipe says itself how it predicts."""
+    return type(recipe).predictions is not Recipe.predictions
+
+
 def predicted(recipe: Recipe, model: nn.Module, batch: Batch, watch: OutputWatch, size: int) -> Tensor | None:
     """Return predicted classes (B,): from the recipe where it says how, else off the last output."""
-    if type(recipe).predictions is not Recipe.predictions:
+    if defines_predictions(recipe):
         return recipe.predictions(model, batch)
     return watch.classes(size)
+
+
+def why_unpredicted(recipe: Recipe, watch: OutputWatch, size: int) -> str | None:
+    """Return why the last output of a batch of ``size`` samples gives no classes; None: it does."""
+    output = watch.output
+    if defines_predictions(recipe) or watch.classes(size) is not None:
+        return None
+    if output is None:
+        return "calling the model returns no tensor, or losses() does not call it as a whole"
+    shape = ", ".join(map(str, ("B" if n == size else n for n in output.shape)))
+    return f"the model returns shape ({shape}) and not (B, classes)"
 
 
 @torch.no_grad()
@@ -65,13 +81,13 @@ def evaluate(
     recipe: Recipe,
     model: nn.Module,
     dataset: Dataset[Any],
-    labels: Sequence[int] | None,
+    labels: Labels | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[float, float]:
     """Return (mean loss, accuracy); accuracy is NaN where there are no labels or predictions."""
     count = len(dataset)  # type: ignore[arg-type]
-    total, correct, known = 0.0, 0, 0
+    total, accuracy = 0.0, Accuracy()
     with preserved_generators(), evaluating(model):
         watch = OutputWatch(model)
         try:
@@ -81,10 +97,8 @@ def evaluate(
                 batch = to_device(fetch(recipe, dataset, indices), device, dtype)
                 total += float(recipe.losses(model, batch).double().sum())
                 found = predicted(recipe, model, batch, watch, len(indices))
-                if found is not None and labels is not None:
-                    target = torch.tensor([int(labels[i]) for i in indices], device=found.device)
-                    correct += int((found == target).sum())
-                    known += len(indices)
+                if labels is not None:
+                    accuracy.add(found, labels.of(batch, indices))
         finally:
             watch.close()
-    return total / max(count, 1), correct / known if known else math.nan
+    return total / max(count, 1), accuracy.value

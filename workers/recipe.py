@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 Batch = Any
 """What ``collate`` returns: usually a tuple ``(inputs, targets)`` of tensors with leading axis B."""
@@ -86,10 +86,14 @@ class Recipe:
     def labels(self, dataset: Dataset[Any]) -> Sequence[int] | None:
         """Return the class of every sample of ``dataset`` in order, or None where there is none.
 
-        The default looks for ``targets`` or ``labels`` on the dataset and for the second tensor of
-        a ``TensorDataset``, through any ``Subset``.
+        The default is what the batches hold: the second part of a pair, or ``labels``, ``label``,
+        ``targets`` or ``target`` of a mapping, where that is one integer a sample. ``targets`` or
+        ``labels`` of the dataset, or a ``TensorDataset``'s second tensor, stand in for reading all
+        items where they agree with a sample of these.
         """
-        return _find_labels(dataset)
+        from .labels import class_labels  # here: it needs recipes
+
+        return class_labels(self, dataset).values
 
     def predictions(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """Return the predicted class per sample, shape (B,), or None where that has no meaning.
@@ -136,26 +140,3 @@ class Recipe:
 
 def _missing(recipe: Recipe, method: str) -> NotImplementedError:
     return NotImplementedError(f"{type(recipe).__name__} must define {method}()")
-
-
-def _find_labels(dataset: Any) -> Sequence[int] | None:
-    if isinstance(dataset, Subset):
-        inner = _find_labels(dataset.dataset)
-        return None if inner is None else [int(inner[i]) for i in dataset.indices]
-    for attribute in ("targets", "labels"):
-        values = getattr(dataset, attribute, None)
-        if values is not None and not callable(values) and len(values) == len(dataset):
-            return _as_integers(values)
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
-        return _as_integers(dataset.tensors[1])
-    return None
-
-
-def _as_integers(values: Any) -> list[int] | None:
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError):  # class names, say: no integers to be had
-        return None
-    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
-        return None
-    return [int(v) for v in tensor.tolist()]

@@ -15,7 +15,8 @@ from ..storage.errors import RecipeError
 from ..storage.trajectory import TrajectoryWriter
 from .coefficients import Settings, coefficients
 from .determinism import fingerprint, preserved_generators, seed_everything
-from .evaluate import OutputWatch, evaluate
+from .evaluate import OutputWatch, defines_predictions, evaluate
+from .labels import Accuracy, Labels
 from .module_state import pack_buffers
 from .recipe import Batch, Recipe
 from .training import SETTINGS, Training
@@ -82,7 +83,12 @@ class Recorder:
             self.test: Dataset[Any] = recipe.test_dataset()
             seed_everything(recipe.seed)
             self.validation: Dataset[Any] | None = recipe.validation_dataset()
-        self.labels = recipe.labels(training.dataset)
+        self.labels = Labels(recipe, training.dataset)
+        self.judged = [
+            (name, dataset, Labels(recipe, dataset))
+            for name, dataset in (("validation", self.validation), ("test", self.test))
+            if dataset is not None
+        ]
         steps, groups = training.steps, len(training.optimizer.param_groups)
         self.settings = {name: np.zeros((steps, groups)) for name in SETTINGS}
         self.loss = np.zeros(steps)
@@ -123,21 +129,17 @@ class Recorder:
     def _train(self, report: Callable[[int, int], None] | None) -> None:
         training = self.training
         watch = OutputWatch(training.model)
-        correct = seen = 0
+        accuracy = Accuracy()
         for step, batch in enumerate(training.loader()):
             for name, values in training.read_settings().items():
                 self.settings[name][step] = values
-            hits = self._step(step, batch, watch)
-            correct, seen = (
-                correct + (hits or 0),
-                seen + (training.batch_size(step) if hits is not None else 0),
-            )
+            self._step(step, batch, watch, accuracy)
             done = step + 1
             if done % self.digest_every == 0 or done == training.steps:
                 self.digests[done] = training.weight_checksum()
             if done % training.steps_per_epoch == 0:
-                self._end_epoch(done // training.steps_per_epoch - 1, correct / seen if seen else math.nan)
-                correct = seen = 0
+                self._end_epoch(done // training.steps_per_epoch - 1, accuracy.value)
+                accuracy = Accuracy()
             elif self.scheduler is not None and training.recipe.scheduler_interval == "step":
                 self._move_scheduler(None, done)
             if done in self.kept:
@@ -146,8 +148,8 @@ class Recorder:
                 report(done, training.steps)
         watch.close()
 
-    def _step(self, step: int, batch: Batch, watch: OutputWatch) -> int | None:
-        """Take a step; return how many training samples it predicted right, None where unknown."""
+    def _step(self, step: int, batch: Batch, watch: OutputWatch, accuracy: Accuracy) -> None:
+        """Take a step; count how many training samples it predicted right, where that is known."""
         training = self.training
         checked = self._checks(step)
         if checked:
@@ -160,11 +162,10 @@ class Recorder:
             check_hooks(training.optimizer, training.model)
             training.trainable.check_identity(step, training.steps)
         found = watch.classes(training.batch_size(step))
-        if found is None or self.labels is None:
-            return None
-        row = training.batches[step]
-        target = torch.tensor([int(self.labels[i]) for i in row[row >= 0]], device=found.device)
-        return int((found == target).sum())
+        # Predictions of the recipe's own would cost a second forward pass, which may move the model's state.
+        if found is not None and not defines_predictions(training.recipe):
+            row = training.batches[step]
+            accuracy.add(found, self.labels.of(batch, row[row >= 0]))
 
     def _end_epoch(self, epoch: int, train_accuracy: float) -> None:
         training, recipe = self.training, self.training.recipe
@@ -172,14 +173,12 @@ class Recorder:
         sizes = (training.batches[span] >= 0).sum(1)
         self.epochs["train_loss"][epoch] = float(np.average(self.loss[span], weights=sizes))
         self.epochs["train_accuracy"][epoch] = train_accuracy
-        for name, dataset in (("validation", self.validation), ("test", self.test)):
-            if dataset is not None:
-                labels = recipe.labels(dataset)
-                loss, accuracy = evaluate(
-                    recipe, training.model, dataset, labels, training.device, training.dtype
-                )
-                self.epochs[f"{name}_loss"][epoch] = loss
-                self.epochs[f"{name}_accuracy"][epoch] = accuracy
+        for name, dataset, labels in self.judged:
+            loss, accuracy = evaluate(
+                recipe, training.model, dataset, labels, training.device, training.dtype
+            )
+            self.epochs[f"{name}_loss"][epoch] = loss
+            self.epochs[f"{name}_accuracy"][epoch] = accuracy
         self.epoch_digest.append(training.state_digest())
         self._move_scheduler(epoch, (epoch + 1) * training.steps_per_epoch)
 

@@ -35,9 +35,10 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from ..storage.errors import InputError
 from ..storage.trajectory import Trajectory
-from .data import fetch, to_device
+from .data import fetch, holds_tensors, to_device
 from .determinism import derived_seed, preserved_generators, seed_everything
 from .evaluate import EVALUATION_BATCH, OutputWatch, evaluate, evaluating, predicted
+from .labels import Labels
 from .persample.engine import Watch
 from .recipe import Batch, Recipe
 from .training import SETTINGS, Compute, Training
@@ -162,7 +163,7 @@ def only(recipe: Recipe, kept: Integers) -> Recipe:
 
     def dataset() -> Dataset[Any]:
         full = whole()
-        if isinstance(full, TensorDataset) and type(full).__getitem__ is TensorDataset.__getitem__:
+        if holds_tensors(full):
             chosen = torch.from_numpy(kept)
             return TensorDataset(*(tensor.index_select(0, chosen) for tensor in full.tensors))
         return Subset(full, kept.tolist())
@@ -192,9 +193,9 @@ def _move(scheduler: Any, training: Training, train_loss: float) -> None:
 @torch.no_grad()
 def sample_losses(training: Training, dataset: Dataset[Any], indices: Integers) -> SampleLosses:
     """Return loss and correctness of the given samples under the trained model, in eval mode."""
-    recipe, labels = training.recipe, training.recipe.labels(dataset)
+    recipe, labels = training.recipe, Labels(training.recipe, dataset)
     loss = np.empty(len(indices))
-    correct = np.full(len(indices), -1, dtype=np.int8)
+    correct, no_classes = np.full(len(indices), -1, dtype=np.int8), False
     with preserved_generators(), evaluating(training.model):
         watch = OutputWatch(training.model)
         for start in range(0, len(indices), EVALUATION_BATCH):
@@ -205,10 +206,13 @@ def sample_losses(training: Training, dataset: Dataset[Any], indices: Integers) 
             # Not training.losses: those are weighted inside a step.
             loss[span] = recipe.losses(training.model, batch).double().cpu().numpy()
             found = predicted(recipe, training.model, batch, watch, len(chosen))
-            if found is not None and labels is not None:
-                target = torch.tensor([int(labels[int(i)]) for i in chosen], device=found.device)
-                correct[span] = (found == target).cpu().numpy()
+            classes = labels.of(batch, chosen)
+            if found is not None and classes is not None:
+                correct[span] = (found.cpu() == classes).numpy()
+                no_classes = no_classes or bool((classes < 0).any())
         watch.close()
+    if no_classes:
+        correct[:] = -1
     return SampleLosses(loss=loss, correct=correct)
 
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from ..storage.errors import RecipeError
 from .batch_types import leaves
 from .cast import raw_bytes
-from .data import fetch
+from .data import fetch, holds_tensors
 from .determinism import preserved_generators, seed_everything
 from .recipe import Recipe
 
@@ -79,31 +79,39 @@ def check_same_data(recipe: Recipe, seed: int, expected: Mapping[str, str]) -> N
             )
 
 
-def _samples(recipe: Recipe, dataset: Dataset[Any]) -> str:
-    digest = hashlib.sha256()
+def leaves_of(recipe: Recipe, dataset: Dataset[Any], most: int = SAMPLES) -> Iterator[tuple[str, Any]]:
+    """Yield (kind, value) of what the samples hold: all of a ``TensorDataset``, else of ``most`` items.
+
+    Values are tensors, numbers and text; what else there is (objects) has no bytes to compare. Moves the
+    global generators.
+    """
     count = len(dataset)  # type: ignore[arg-type]
-    digest.update(f"{count}".encode())
-    if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
-        for tensor in dataset.tensors:
-            _add(digest, tensor)
-        return digest.hexdigest()
-    chosen = np.unique(np.linspace(0, count - 1, min(count, SAMPLES)).astype(np.int64))
+    yield "", f"{count}".encode()
+    if holds_tensors(dataset):
+        yield from (("", tensor) for tensor in dataset.tensors)
+        return
+    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
     for start in range(0, len(chosen), _BLOCK):
         seed_everything(start)
         for leaf in leaves(fetch(recipe, dataset, chosen[start : start + _BLOCK])):
-            _add(digest, leaf)
-    return digest.hexdigest()
+            if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
+                yield "array", torch.from_numpy(np.ascontiguousarray(leaf))
+            elif isinstance(leaf, np.ndarray) and leaf.dtype.kind != "O":
+                yield "array", leaf.tobytes()
+            elif isinstance(leaf, (torch.Tensor, str, int, float, bytes)):
+                yield "", leaf if isinstance(leaf, torch.Tensor) else repr(leaf).encode()
 
 
-def _add(digest: Any, leaf: Any) -> None:
-    """Add a leaf of a batch: numbers and text; what else there is (objects) has no bytes to compare."""
-    if isinstance(leaf, torch.Tensor):
-        digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+def _samples(recipe: Recipe, dataset: Dataset[Any]) -> str:
+    digest = hashlib.sha256()
+    for kind, leaf in leaves_of(recipe, dataset):
+        if isinstance(leaf, bytes):
+            digest.update(leaf)
+            continue
+        if kind != "array":
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
         digest.update(raw_bytes(leaf))
-    elif isinstance(leaf, np.ndarray):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    elif isinstance(leaf, (str, int, float, bytes)):
-        digest.update(repr(leaf).encode())
+    return digest.hexdigest()
 
 
 def _sha(data: bytes) -> str:

@@ -17,8 +17,6 @@ from .recipe import Recipe
 from .recipe_names import nearest_defined, refuse_unsupported_names
 from .user_code import user_code
 
-INT16_MAX = 32767
-
 
 def check_numbers(recipe: Recipe) -> None:
     """Check epochs, batch size and the other plain attributes of a recipe.
@@ -98,30 +96,6 @@ def _identity(dataset: Any) -> tuple[Any, Sequence[int]]:
         indices = [int(dataset.indices[i]) for i in indices]
         dataset = dataset.dataset
     return dataset, indices
-
-
-def check_labels(labels: Sequence[int] | None, count: int, what: str) -> list[int] | None:
-    """Return labels as a list after checking number and range (int16).
-
-    Raises:
-        RecipeError: Their number is not the dataset's length, or one is out of range.
-    """
-    if labels is None:
-        return None
-    try:
-        values = [int(v) for v in labels]
-    except (TypeError, ValueError) as error:
-        raise RecipeError(
-            f"labels() of the {what} set must give integers ({error}); number the classes from 0, or return None"
-        ) from None
-    if len(values) != count:
-        raise RecipeError(f"labels() gave {len(values)} labels for {count} {what} samples; give one a sample")
-    if values and (min(values) < 0 or max(values) > INT16_MAX):
-        raise RecipeError(
-            f"labels() of the {what} set range from {min(values)} to {max(values)} and must lie in 0 to "
-            f"{INT16_MAX}; number the classes from 0, or return None"
-        )
-    return values
 
 
 def check_layers(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from hydra_pipe.pipeline.deep import verify_deep
 from hydra_pipe.pipeline.deep_checks import Findings, spread
 from hydra_pipe.pipeline.events import Note, UnitProgress
 from hydra_pipe.storage import contributions as parquet
-from hydra_pipe.storage.errors import IncompleteStage, InputError, ReplayDiverged, SpecError
+from hydra_pipe.storage.errors import IncompleteStage, InputError, ReplayDiverged, SpecError, SpecMismatch
 from hydra_pipe.storage.rows import RowStore
 from hydra_pipe.storage.rundir import RunDirectory
 from hydra_pipe.workers import tolerances
@@ -159,8 +159,12 @@ def test_what_cannot_be_verified_is_said(made, tmp_path):
         verify_deep(open_run(made))
     with pytest.raises(SpecError, match="rows 0: must be at least 1"):
         verify_deep(open_run(made), Small(), rows=0)
-    with pytest.raises(ReplayDiverged):
+    with pytest.raises(SpecMismatch, match="what differs: training samples"):
         verify_deep(open_run(made), Augmented())
+    older = open_run(made)
+    del older.info["made_of"]  # a run of an earlier version: replaying tells
+    with pytest.raises(ReplayDiverged):
+        verify_deep(older, Augmented())
     part = run(spec(Small(), tmp_path / "part"), stages=["record"])
     with pytest.raises(IncompleteStage, match="no complete method"):
         verify_deep(part, Small())

@@ -21,7 +21,7 @@ from hydra_pipe.pipeline.evaluate import Questions, evaluate, read_summary
 from hydra_pipe.pipeline.handle import open_run
 from hydra_pipe.pipeline.retrainings import removal, subsets, unchanged
 from hydra_pipe.pipeline.spec_stored import REPEATED, stored_spec
-from hydra_pipe.storage.errors import IncompleteStage, InputError, ReplayDiverged, SpecError
+from hydra_pipe.storage.errors import IncompleteStage, InputError, ReplayDiverged, SpecError, SpecMismatch
 from hydra_pipe.workers.retrain import only, retrain_subset, retrain_weighted, test_losses
 from hydra_pipe.workers.training import Compute
 
@@ -268,6 +268,11 @@ def test_another_recipe_is_stopped_before_anything_is_measured(evaluated, tmp_pa
     place = Path(shutil.copytree(evaluated[0], tmp_path / "r"))
     shutil.rmtree(place / "manifests" / "evaluate")
     heard = Heard()
+    with pytest.raises(SpecMismatch, match=r"what differs: .*losses of the first steps"):
+        evaluate(str(place), Small(), questions=FEW, observer=heard)
+    info = json.loads((place / "run.json").read_text())
+    del info["made_of"]  # a run of an earlier version: retraining tells
+    (place / "run.json").write_text(json.dumps(info))
     with pytest.raises(ReplayDiverged):
         evaluate(str(place), Small(), questions=FEW, observer=heard)
     assert heard.done == []

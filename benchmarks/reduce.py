@@ -124,6 +124,7 @@ def _store(
         columns=columns,
         dtype="float32",
         chunk_rows=chunk_rows_for(columns, 4, rows),
+        dimensions=("row", "parameter"),
         row_columns=columns_of,
         attrs={},
     )

@@ -149,6 +149,7 @@ def form_and_write(buffers: HypergradientBuffers, chunk: int, uri: str) -> None:
         columns=buffers.layout.dimension,
         dtype="float32",
         chunk_rows=chunk,
+        dimensions=("train_index", "parameter"),
         row_columns={"train_index": np.arange(buffers.rows, dtype=np.int32)},
         attrs={},
     )

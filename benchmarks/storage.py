@@ -33,6 +33,7 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
         columns=columns,
         dtype="float32",
         chunk_rows=chunk_rows_for(columns, 4, rows),
+        dimensions=("train_index", "parameter"),
         row_columns={"train_index": np.arange(rows, dtype=np.int32)},
         attrs={},
     )

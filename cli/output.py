@@ -9,6 +9,8 @@ import io
 import json
 import math
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -208,6 +210,20 @@ def show(value: Any, kind: str = "auto", key: str = "") -> str:
     if isinstance(value, (Mapping, list, tuple)):
         return plain(json.dumps(_finite(value), default=str))
     return plain(str(value))
+
+
+def typed(command: str) -> str:
+    """Return a command that, copied into the shell, starts the ``hydra-pipe`` that runs now.
+
+    After ``make run`` that is ``.venv/bin/hydra-pipe``, as it was typed: nothing put it on the PATH.
+    """
+    program, started = "hydra-pipe", sys.argv[0]
+    if not command.startswith(f"{program} ") or os.path.basename(started) != program:
+        return command
+    found = shutil.which(program)
+    if found is not None and os.path.abspath(found) == os.path.abspath(started):
+        return command
+    return shlex.quote(started) + command.removeprefix(program)
 
 
 def show_bytes(count: float) -> str:

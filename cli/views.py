@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .output import Column, Table, plain, show, show_bytes
+from .output import Column, Table, plain, show, show_bytes, typed
 
 SHOWN_ROWS = 20
 """Rows of a plan's or status' list that a table shows; JSON and CSV show all."""
@@ -58,7 +58,7 @@ def summary_tables(found: Mapping[str, Any]) -> list[Table | str]:
             parts += [samples_table(title, found[kind], found.get("targets")), ""]
     if found["trust"]:
         parts += ["trust:", *(f"  {plain(line)}" for line in found["trust"]), ""]
-    return [*parts, "next:", *(f"  {command}" for command in found["next"])]
+    return [*parts, "next:", *(f"  {typed(command)}" for command in found["next"])]
 
 
 def samples_table(title: str, rows: list[dict[str, Any]], targets: str | None = None) -> Table:
@@ -118,7 +118,7 @@ def status_tables(found: Mapping[str, Any]) -> list[Table | str]:
     facts["other seeds"] = ", ".join(f"{r['seed']} ({r['state']})" for r in found["seeds"]) or None
     parts: list[Table | str] = [*_warnings(found), _facts(None, facts), "", stages]
     if found["resume"]:
-        parts += ["", "to do what is missing:", f"  {found['resume']}"]
+        parts += ["", "to do what is missing:", f"  {typed(found['resume'])}"]
     return parts
 
 

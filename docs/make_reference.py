@@ -25,6 +25,7 @@ HEAD = """\
 
 <!-- Made by docs/make_reference.py from the commands; change those, then run it again. -->
 
+After `make run` the command is `.venv/bin/hydra-pipe`; `source .venv/bin/activate` puts it on your `PATH`.
 Every command takes `--help`. Results go to stdout, progress and messages to stderr.
 
 | exit code | meaning |

@@ -256,6 +256,7 @@ class _Attribution(_Driver):
             columns=1,
             dtype="float64",
             chunk_rows=rows,
+            dimensions=("train_index", "column"),
             row_columns={"train_index": self.looked.tracked.astype("int32")},
             attrs={"method": self.method},
         )
@@ -277,6 +278,7 @@ class _Attribution(_Driver):
             columns=plan.n_tracked,
             dtype=self.spec.dtype,
             chunk_rows=plan.chunk_rows,
+            dimensions=("test_index", "tracked"),
             row_columns={"test_index": self.looked.tested.astype("int32")},
             attrs={"n_train": plan.n_train, "method": self.method},
         )

@@ -41,6 +41,7 @@ class CurvatureStages(PreflightStages):
             columns=self.plan.n_tracked,
             dtype=self.spec.dtype,
             chunk_rows=EXACT_TARGETS,
+            dimensions=("rank", "tracked"),
             row_columns={},
             attrs={"method": self.method},
         )

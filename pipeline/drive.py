@@ -180,6 +180,7 @@ class _Driver(GradientStages, CurvatureStages):
             columns=plan.dimension,
             dtype=self.spec.dtype,
             chunk_rows=plan.chunk_rows,
+            dimensions=("train_index", "parameter"),
             row_columns={"train_index": self.looked.tracked.astype(np.int32)},
             attrs={"n_train": plan.n_train, "method": self.base},
         )
@@ -199,6 +200,7 @@ class _Driver(GradientStages, CurvatureStages):
             columns=plan.n_tracked,
             dtype=self.spec.dtype,
             chunk_rows=plan.chunk_rows,
+            dimensions=(plan.targets.axis, "tracked"),
             row_columns=self._by_test_columns(),
             attrs={"n_train": plan.n_train, "method": self.base},
         )

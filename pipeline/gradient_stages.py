@@ -31,6 +31,7 @@ class GradientStages(Stages):
             columns=plan.dimension,
             dtype=self.spec.dtype,
             chunk_rows=plan.test_chunk_rows,
+            dimensions=("test_index", "parameter"),
             row_columns={
                 "test_index": looked.tested.astype(np.int32),
                 "loss": np.full(plan.n_tested, np.nan),
@@ -62,6 +63,7 @@ class GradientStages(Stages):
             columns=plan.dimension,
             dtype=self.spec.dtype,
             chunk_rows=plan.target_chunk_rows,
+            dimensions=(plan.targets.axis, "parameter"),
             row_columns=plan.targets.columns(),
             attrs={"targets": kind, "n_test": plan.n_tested},
         )

@@ -48,6 +48,11 @@ class TargetSet:
         found: Floats = self.count / self.count.sum()
         return found
 
+    @property
+    def axis(self) -> str:
+        """Name of the axis that runs over them; ``test_index`` labels it where that column tells them apart."""
+        return "test_index" if self.kind == SAMPLES else "target"
+
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return the columns of a store with one row a target."""
         return {

@@ -258,7 +258,10 @@ class Tasks:
             gradients.read, gradients.rows, unit.arguments["rank"]
         )
         files = []
-        for name, array in (("direction", found), ("coordinate", coordinates)):
+        for name, array, axes in (
+            ("direction", found, ("rank", "parameter")),
+            ("coordinate", coordinates, ("target", "rank")),
+        ):
             base = f"corrections/method={self.final}/{name}s.zarr"
             store = RowStore.create(
                 run.path(*base.split("/")),
@@ -267,6 +270,7 @@ class Tasks:
                 columns=array.shape[1],
                 dtype="float64",
                 chunk_rows=array.shape[0],
+                dimensions=axes,
                 row_columns={},
                 attrs={"share": share},
             )

@@ -90,6 +90,7 @@ class StoredArray:
         shape: tuple[int, ...],
         dtype: npt.DTypeLike,
         chunk: tuple[int, ...],
+        dimensions: tuple[str, ...],
         fill: Any = None,
     ) -> StoredArray:
         """Create an array (and the groups above it), replacing an older one.
@@ -100,6 +101,8 @@ class StoredArray:
             shape: Shape.
             dtype: bool, integer or float type.
             chunk: Shape of a chunk; at most 2 GiB.
+            dimensions: Name of each axis, for readers that label axes (xarray). Within a group a name has
+                one length, and only a 1-D array may be named as its axis: it then labels that axis.
             fill: Value of what was never written; NaN for floats, else 0.
 
         Raises:
@@ -122,6 +125,7 @@ class StoredArray:
                 chunks=chunk,
                 compressors=chunks.compressors(kind.itemsize),
                 fill_value=fill,
+                dimension_names=dimensions,
                 zarr_format=3,
                 overwrite=True,
             )

@@ -83,18 +83,19 @@ def write_curvature(uri: str, curvature: Curvature) -> list[str]:
     uri = check_uri(uri)
     files.remove(uri, recursive=True)
     write_group(uri, {})
-    _put(uri, "steps", curvature.steps)
-    _put(uri, "eigenvalues", curvature.eigenvalues)
+    _put(uri, "steps", curvature.steps, "checkpoint")
+    _put(uri, "eigenvalues", curvature.eigenvalues, "checkpoint", "coordinate")
     described = []
     for k, block in enumerate(curvature.blocks):
         described.append({"entries": list(block.entries), "rows": block.rows, "columns": block.columns})
         for side, matrix in (("left", block.left), ("right", block.right)):
             described[-1][side] = matrix is not None
             if matrix is not None:
-                _put(uri, f"block{k:04d}_{side}", matrix)
+                name = f"block{k:04d}_{side}"
+                _put(uri, name, matrix, f"{name}_entry", f"{name}_eigenvector")
     if curvature.core is not None:
-        _put(uri, "core_coordinates", curvature.core.coordinates)
-        _put(uri, "core_vectors", curvature.core.vectors)
+        _put(uri, "core_coordinates", curvature.core.coordinates, "core")
+        _put(uri, "core_vectors", curvature.core.vectors, "core", "core_eigenvector")
     write_group(uri, {**curvature.attrs, MARK: {"blocks": described, "core": curvature.core is not None}})
     return files.list_files(uri)
 
@@ -139,7 +140,9 @@ def read_curvature(uri: str) -> Curvature:
     )
 
 
-def _put(uri: str, name: str, values: Sequence[Any] | npt.NDArray[Any]) -> None:
+def _put(uri: str, name: str, values: Sequence[Any] | npt.NDArray[Any], *dimensions: str) -> None:
     array = np.ascontiguousarray(values)
-    stored = StoredArray.create(uri, name, shape=array.shape, dtype=array.dtype, chunk=array.shape, fill=None)
+    stored = StoredArray.create(
+        uri, name, shape=array.shape, dtype=array.dtype, chunk=array.shape, dimensions=dimensions
+    )
     stored.write(0, array)

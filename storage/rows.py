@@ -78,6 +78,7 @@ class RowStore:
         columns: int,
         dtype: str,
         chunk_rows: int,
+        dimensions: tuple[str, str],
         row_columns: Mapping[str, npt.NDArray[Any]],
         attrs: Mapping[str, Any],
     ) -> RowStore:
@@ -90,6 +91,8 @@ class RowStore:
             columns: D, at least 1.
             dtype: ``float32`` or ``float64``.
             chunk_rows: Rows a chunk; see `chunk_rows_for`.
+            dimensions: Names of the two axes. A column of the first one's name labels the rows; a store
+                that is there keeps its own, also none.
             row_columns: One value a row each, shape (n,). A column whose values are all the same is
                 taken as a placeholder: it costs no file, and blocks of it, aligned like rows, can be
                 filled by `write_column`. Any other column is stored at once.
@@ -114,7 +117,7 @@ class RowStore:
         row_bytes = columns * np.dtype(dtype).itemsize
         pieces = math.ceil(row_bytes / _WIDE_ROW_BYTES)
         chunk = (chunk_rows, math.ceil(columns / pieces))
-        StoredArray.create(uri, name, shape=(rows, columns), dtype=dtype, chunk=chunk)
+        StoredArray.create(uri, name, shape=(rows, columns), dtype=dtype, chunk=chunk, dimensions=dimensions)
         for key, values in given.items():
             uniform = _is_uniform(values)
             array = StoredArray.create(
@@ -123,6 +126,7 @@ class RowStore:
                 shape=(rows,),
                 dtype=values.dtype,
                 chunk=(chunk_rows if uniform else min(rows, _COLUMN_CHUNK_ROWS),),
+                dimensions=dimensions[:1],
                 fill=values[0] if uniform else None,
             )
             if not uniform:

@@ -1,6 +1,6 @@
 """What ``trajectory.zarr`` is made of, shared by its reader and its writer.
 
-T steps, B batch size, G parameter groups.
+T steps, B batch size, G parameter groups, K checkpoints, D parameters in P tensors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,19 @@ PER_STEP = {
 }
 """Arrays with one row a step, and their types."""
 NOISE = ("label_noise/train_index", "label_noise/original_label")
+DIMENSIONS = {
+    "batches": ("step", "slot"),
+    **dict.fromkeys(("learning_rate", "momentum", "weight_decay"), ("step", "group")),
+    **dict.fromkeys(("dampening", "nesterov", "coefficient"), ("step", "group")),
+    "loss": ("step",),
+    **dict.fromkeys(("digest_step", "digest"), ("digest_step",)),
+    "checkpoint/step": ("checkpoint",),
+    **dict.fromkeys(("checkpoint/weights", "checkpoint/momentum"), ("checkpoint", "parameter")),
+    "checkpoint/has_momentum": ("checkpoint", "tensor"),
+    "checkpoint/buffers": ("checkpoint", "byte"),
+    **dict.fromkeys(NOISE, ("train_index",)),
+}
+"""Names of the axes of each array; arrays below ``epochs/`` have the axis ``epoch``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from . import files
 from .arrays import StoredArray, write_group
 from .documents import plain
 from .errors import StoreError
-from .trajectory_format import MARK, NOISE, PER_STEP, ParameterEntry
+from .trajectory_format import DIMENSIONS, MARK, NOISE, PER_STEP, ParameterEntry
 from .uri import check_name, check_uri, is_local
 
 _CHUNK_BYTES = 16 << 20
@@ -176,7 +176,7 @@ class TrajectoryWriter:
         self._put("digest", digest, "uint32")
         self._put("checkpoint/step", np.array(self._steps), "int64")
         for name, values in epochs.items():
-            self._put(f"epochs/{check_name(name, 'epoch column')}", values, "float64")
+            self._put(f"epochs/{check_name(name, 'epoch column')}", values, "float64", ("epoch",))
         if noisy is not None:
             for path, values in zip(NOISE, noisy, strict=True):
                 self._put(path, values, "int64")
@@ -207,14 +207,21 @@ class TrajectoryWriter:
         columns = max(1, min(width, _CHECKPOINT_CHUNK_BYTES // np.dtype(dtype).itemsize))
         shape = (len(self._steps), width)
         path = f"checkpoint/{name}"
-        return StoredArray.create(self._place, path, shape=shape, dtype=dtype, chunk=(1, columns))
+        return StoredArray.create(
+            self._place, path, shape=shape, dtype=dtype, chunk=(1, columns), dimensions=DIMENSIONS[path]
+        )
 
-    def _put(self, name: str, values: npt.NDArray[Any], dtype: str) -> None:
+    def _put(
+        self, name: str, values: npt.NDArray[Any], dtype: str, dimensions: tuple[str, ...] | None = None
+    ) -> None:
         data = np.ascontiguousarray(values, dtype=dtype)
         row_bytes = max(1, data[:1].nbytes)
         rows = max(1, min(len(data), _CHUNK_BYTES // row_bytes))
         chunk = (rows, *(max(1, n) for n in data.shape[1:]))
-        StoredArray.create(self._place, name, shape=data.shape, dtype=dtype, chunk=chunk).write(0, data)
+        names = dimensions or DIMENSIONS[name]
+        StoredArray.create(
+            self._place, name, shape=data.shape, dtype=dtype, chunk=chunk, dimensions=names
+        ).write(0, data)
 
     def _give_name(self) -> None:
         if is_local(self.uri):

@@ -183,6 +183,7 @@ class Built:
             columns=D,
             dtype=self.dtype,
             chunk_rows=CHUNK_ROWS,
+            dimensions=("test_index", "parameter"),
             row_columns={
                 "test_index": self.tested.astype(np.int32),
                 "loss": np.linspace(0, 1, M),
@@ -207,6 +208,7 @@ class Built:
             columns=D,
             dtype=self.dtype,
             chunk_rows=CHUNK_ROWS,
+            dimensions=("train_index", "parameter"),
             row_columns={"train_index": self.tracked.astype(np.int32)},
             attrs={"n_train": N, "method": self.method},
         )

@@ -8,8 +8,12 @@ of the record's per-epoch columns is taken, without ``peak_bytes`` the largest m
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -149,11 +153,16 @@ def _next(run: Run, method: str | None, methods: list[str]) -> list[str]:
     column, option = ("test_index", "--test") if kind == SAMPLES else ("test_label", "--class")
     test = f" {option} {first[0][column]}" if first and kind != MEAN else ""
     chosen = "" if method == methods[0] else f" --method {method}"
-    glob = run.directory.path("contributions", f"method={method}", "*.parquet").replace("'", "''")
-    other = "" if kind == MEAN else "WHERE train_label <> test_label "
-    query = f"SELECT train_index, avg(contribution) AS c FROM '{glob}' {other}GROUP BY 1 ORDER BY c LIMIT 10"
-    return [
-        f"hydra-pipe top {where}{test} --harmful{chosen}",
-        f"hydra-pipe verify {where}",
-        f'duckdb -c "{query}"',
-    ]
+    commands = [f"hydra-pipe top {where}{test} --harmful{chosen}", f"hydra-pipe verify {where}"]
+    if importlib.util.find_spec("duckdb"):  # an extra; its package has no command of its own
+        glob = json.dumps(run.directory.path("contributions", f"method={method}", "*.parquet"))
+        other = "" if kind == MEAN else '.filter("train_label <> test_label")'
+        query = f'{other}.aggregate("train_index, avg(contribution) AS c").order("c").limit(10).show()'
+        code = f"import duckdb; duckdb.read_parquet({glob}){query}"
+        commands.append(f"{_python()} -c {shlex.quote(code)}")
+    return commands
+
+
+def _python() -> str:
+    """Return what a shell has to be given to start this Python."""
+    return "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)

@@ -188,7 +188,7 @@ def test_run_ends_with_a_summary(driver: Driver, built: Built) -> None:
         "most helpful training samples",
         "most harmful training samples",
         f"hydra-pipe top {built.uri} --test 1 --harmful",
-        "duckdb -c ",
+        " -c 'import duckdb; ",
     ):
         assert text in out
     assert fits(out)

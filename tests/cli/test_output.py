@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import math
+import shutil
+import sys
 from typing import Any
 
 import pytest
-from hydra_pipe.cli.output import Column, Table, emit_csv, emit_json, emit_tables, plain, show
+from hydra_pipe.cli.output import Column, Table, emit_csv, emit_json, emit_tables, plain, show, typed
 from hydra_pipe.cli.views import plan_rows, plan_tables
 
 
@@ -39,6 +41,25 @@ def test_show(value: Any, kind: str, key: str, text: str) -> None:
 def test_long_lines_are_cut_only_on_request() -> None:
     assert plain("x" * 600) == "x" * 600
     assert plain("x" * 600, limit=10) == "x" * 7 + "..."
+
+
+@pytest.mark.parametrize(
+    ("started", "on_path", "expected"),
+    [
+        (".venv/bin/hydra-pipe", None, ".venv/bin/hydra-pipe top r"),
+        (".venv/bin/hydra-pipe", "/usr/bin/hydra-pipe", ".venv/bin/hydra-pipe top r"),
+        ("my env/bin/hydra-pipe", None, "'my env/bin/hydra-pipe' top r"),
+        ("/usr/bin/hydra-pipe", "/usr/bin/hydra-pipe", "hydra-pipe top r"),
+        ("/usr/lib/python3/pytest/__main__.py", None, "hydra-pipe top r"),
+    ],
+)
+def test_a_command_to_copy_starts_the_same_program(
+    started: str, on_path: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started])
+    monkeypatch.setattr(shutil, "which", lambda name: on_path)
+    assert typed("hydra-pipe top r") == expected
+    assert typed("python -c 1") == "python -c 1"
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,27 @@ def test_every_mark_stands_right_before_a_block(page):
     assert text.count("\n```") + text.startswith("```") == 2 * len(blocks(page))
 
 
+def test_the_two_commands_stand_at_the_top_of_the_readme():
+    """Under the first heading, with what to ask next."""
+    name, text = re.split(r"^## (.*)$", text_of("README.md"), flags=re.MULTILINE)[1:3]
+    assert name == "Two commands"
+    for command in ("make run", "make test", ".venv/bin/hydra-pipe top runs/digits"):
+        assert re.search(rf"^{command}\b", text, re.MULTILINE), command
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_who_types_hydra_pipe_is_told_where_it_is(page):
+    """After make run it is not on the PATH: every page says so before its first command."""
+    text = page.read_text(encoding="utf-8")
+    typed = [match.start() for match in re.finditer(r"^(hydra-pipe|ray|python) ", text, re.MULTILINE)]
+    inside = [at for at in typed if any(m.start() < at < m.end() for m in _FENCED.finditer(text))]
+    if page.name == "README.md":  # spelled out; short only after pip install
+        assert len(inside) == 1
+        assert "pip install ." in text[: inside[0]].rpartition("```bash")[2]
+    elif inside:
+        assert ".venv/bin/" in text[: inside[0]]
+
+
 def test_the_index_names_every_page():
     listed = {(ROOT / "docs" / link).resolve() for link in _LINK.findall(text_of("docs/index.md"))}
     assert {page for page in pages() if page.name != "index.md"} <= listed

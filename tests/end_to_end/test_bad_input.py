@@ -226,9 +226,17 @@ def check_refused(result: Any, code: int, says: tuple[str, ...]) -> None:
         assert re.search(part, message), f"{part!r} is not in {message!r}"
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory: what lies in the checkout does not matter, and litter shows."""
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
 @pytest.mark.parametrize("case", RUNS.values(), ids=RUNS.keys())
-def test_run_refuses(case, lists, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_run_refuses(case, lists, tmp_path, elsewhere):
     out = tmp_path / "out"
     words = [word.format(**lists) for word in case.words]
     executor = () if "--executor" in words else ("--executor", "serial")
@@ -236,7 +244,7 @@ def test_run_refuses(case, lists, tmp_path, monkeypatch):
     result = cli("run", *recipe, "--out", out, *executor, *words)
     check_refused(result, case.code, case.says)
     assert not out.exists()
-    assert not (ROOT / "runs").exists()
+    assert list(elsewhere.iterdir()) == []
 
 
 TAKES_A_RUN: dict[str, tuple[str, ...]] = {
@@ -373,14 +381,14 @@ def test_an_empty_directory_is_taken(tmp_path):
         ("[set]\nwidth = 3\n", ("width", "accepts no arguments")),
     ],
 )
-def test_configuration_files(text, says, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_configuration_files(text, says, tmp_path, elsewhere):
     config = tmp_path / "run.toml"
     config.write_text(text)
     out = tmp_path / "out"
     result = cli("run", GOOD, "--executor", "serial", "--out", out, "--config", config)
     check_refused(result, 1, says)
     assert not out.exists()
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_a_configuration_file_that_is_missing(tmp_path):
@@ -429,7 +437,7 @@ def test_only_what_is_selected_may_be_wrong_in_a_run_that_exists(finished):
     assert {name: Path(finished, name).read_bytes() for name in files(finished)} == before
 
 
-def test_the_installed_command_prints_one_line_too(tmp_path):
+def test_the_installed_command_prints_one_line_too(tmp_path, elsewhere):
     """Through a real process: no traceback, no warning, nothing on standard output."""
     code = "from hydra_pipe.cli import main; main()"
     words = ["run", f"{BAD}:UsesAdam", "--executor", "serial", "--out", str(tmp_path / "out")]
@@ -437,8 +445,8 @@ def test_the_installed_command_prints_one_line_too(tmp_path):
         [sys.executable, "-c", code, *words],
         capture_output=True,
         text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=elsewhere,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         timeout=120,
         check=False,
     )

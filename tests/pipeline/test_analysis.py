@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,11 +249,42 @@ def test_the_summary_says_what_happened(run: Run, built: Built) -> None:
     assert found["next"][0] == f"hydra-pipe top {built.uri} --test 1 --harmful"
 
 
-def test_the_duckdb_line_of_the_summary_works(run: Run) -> None:
-    duckdb = pytest.importorskip("duckdb")
-    words = shlex.split(summary(run)["next"][-1])
-    assert words[:2] == ["duckdb", "-c"]
-    assert len(duckdb.sql(words[2]).fetchall()) == 10
+def test_every_hint_of_the_summary_is_a_command_that_is_there(run: Run, tmp_path: Path) -> None:
+    """Each is typed into a shell; the directory's name needs quotes, and DuckDB's sums are those of numpy."""
+    place = tmp_path / 'it\'s a "run"'
+    shutil.copytree(run.uri, place)
+    hints = summary(open_run(str(place)))["next"]
+    assert [shlex.split(hint)[:2] for hint in hints[:2]] == [["hydra-pipe", "top"], ["hydra-pipe", "verify"]]
+    # The tests' own hydra-pipe, whether or not it is installed as a command.
+    program = shlex.join([sys.executable, "-c", "from hydra_pipe.cli import main; main()"])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    shown = []
+    for hint in hints:
+        command = hint.replace("hydra-pipe", program, 1) if hint.startswith("hydra-pipe ") else hint
+        done = subprocess.run(
+            command, shell=True, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (hint, done.stderr)
+        shown.append(done.stdout)
+    pairs = run.contributions().to_table().to_pandas()
+    other = pairs[pairs.train_label != pairs.test_label].groupby("train_index").contribution.mean()
+    order = [int(line.split("│")[1]) for line in shown[-1].splitlines() if re.match(r"│ +\d", line)]
+    assert order == other.sort_values().index[:10].tolist()
+
+
+def test_the_python_that_is_not_on_the_path_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: sys.executable)
+    assert summary(run)["next"][-1].startswith("python -c 'import duckdb; ")
+    monkeypatch.setattr(shutil, "which", lambda name: "/another/python")
+    assert shlex.split(summary(run)["next"][-1])[0] == sys.executable
+
+
+def test_without_duckdb_nothing_asks_for_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert [hint.split()[:2] for hint in summary(run)["next"]] == [
+        ["hydra-pipe", "top"],
+        ["hydra-pipe", "verify"],
+    ]
 
 
 def test_the_summary_of_a_record_alone(tmp_path: Path) -> None:

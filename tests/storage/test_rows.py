@@ -28,6 +28,7 @@ def a_store(place: str, **changes: Any) -> RowStore:
         "columns": D,
         "dtype": "float32",
         "chunk_rows": CHUNK,
+        "dimensions": ("train_index", "parameter"),
         "row_columns": {
             "train_index": np.arange(N, dtype=np.int32) * 3,
             "loss": np.full(N, np.nan),
@@ -328,7 +329,9 @@ def test_one_value(place: str) -> None:
 
 
 def test_a_full_disk(tmp_path: Path, full_writes: None) -> None:
-    array = StoredArray.create(str(tmp_path), "x", shape=(8, 4), dtype="float32", chunk=(2, 4))
+    array = StoredArray.create(
+        str(tmp_path), "x", shape=(8, 4), dtype="float32", chunk=(2, 4), dimensions=("row", "column")
+    )
     before = files.list_files(str(tmp_path))
     with pytest.raises(StorageFull, match=r"x/c/\d/0"):
         array.write(0, np.zeros((8, 4), np.float32))

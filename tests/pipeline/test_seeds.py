@@ -357,7 +357,7 @@ def test_built_in_noise_does_not_follow_the_seed():
 
 def test_other_data_than_the_first_seeds_had(place, monkeypatch):
     monkeypatch.setattr(Small, "train_dataset", lambda self: gaussian(45, (6,), 3, 17))
-    with pytest.raises(SpecMismatch, match="another specification .training samples; training labels"):
+    with pytest.raises(SpecMismatch, match=r"another specification .training samples; training labels"):
         run(spec(place, seeds=4))
     info = json.loads((place / "run.json").read_text())
     del info["made_of"]  # a run of an earlier version knows the digests of its seeds' data alone

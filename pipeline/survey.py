@@ -234,8 +234,10 @@ def _array(labels: list[int] | None, count: int) -> Integers:
 def _time_steps(training: Training, ways: Ways, first: FirstSteps) -> tuple[float, float]:
     """Return median seconds of a plain step, the first ones, and of one that tracks the whole batch."""
     engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
-    taken = []
-    for step, batch in enumerate(training.loader(0, len(first.losses))):
+    taken, done = [], len(first.losses)
+    start = done if done + 1 < training.steps else 0  # go on from there: what a layer counts, it counts on
+    stop = min(training.steps, start + done)
+    for step, batch in enumerate(training.loader(start, stop), start=start):
         positions = torch.arange(training.batch_size(step), device=training.device)
         watch = engine.watch(positions, lambda _start, _block: None)
         begun = time.perf_counter()

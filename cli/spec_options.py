@@ -111,6 +111,13 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=click.Choice(["constant", "coupled"]),
     ),
     _option(
+        "--per-sample",
+        "auto",
+        "Gradients of single samples: the fastest way that agrees with autograd when tried, or autograd "
+        "itself, one backward pass a sample (slow, always right).",
+        type=click.Choice(["auto", "vjp"]),
+    ),
+    _option(
         "--executor",
         "ray",
         "Where shards run: on Ray, or in this process.",

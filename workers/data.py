@@ -140,3 +140,14 @@ def batch_length(batch: Batch) -> int:
     """Return B: the leading axis of the first tensor in the batch, 0 when it holds no tensor."""
     tensors = (leaf for leaf in leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim)
     return next((tensor.shape[0] for tensor in tensors), 0)
+
+
+def rows_of(batch: Batch, positions: torch.Tensor, size: int) -> Batch:
+    """Return the samples at ``positions`` of a batch of ``size``: tensors with that leading axis are cut."""
+
+    def cut(leaf: object) -> object:
+        if isinstance(leaf, torch.Tensor) and leaf.shape[:1] == (size,):
+            return leaf.index_select(0, positions)
+        return leaf
+
+    return tree_map(cut, batch)

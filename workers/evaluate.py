@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .data import fetch, to_device
-from .determinism import derived_seed, preserved_generators, seed_everything
+from .data import fetch, rows_of, to_device
+from .determinism import derived_seed, generator_states, preserved_generators, seed_everything
 from .labels import Accuracy, Labels
+from .module_state import unchanged_buffers
+from .persample.reference import same_losses
 from .recipe import Batch, Recipe
 
 EVALUATION_BATCH = 256
@@ -58,6 +60,45 @@ def defines_predictions(recipe: Recipe) -> bool:
     return type(recipe).predictions is not Recipe.predictions
 
 
+def evaluation_size(
+    recipe: Recipe,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    indices: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Return how many samples go together: one where their losses would depend on how the set is cut."""
+    first = list(indices[:EVALUATION_BATCH])
+    seed_everything(derived_seed(recipe.seed, "evaluate", 0))
+    batch = to_device(fetch(recipe, dataset, first), device, dtype)
+    return 1 if see_each_other(recipe, model, batch, len(first)) else EVALUATION_BATCH
+
+
+@torch.no_grad()
+def see_each_other(recipe: Recipe, model: nn.Module, batch: Batch, size: int) -> bool:
+    """Whether a sample's loss alone is another than in its batch (weights or negatives of the batch).
+
+    Moves the generators. Losses that draw random numbers cannot be asked, and count as losses of their own.
+    """
+    if size < 2:
+        return False
+    fresh = generator_states()
+    with unchanged_buffers(model):
+        together = recipe.losses(model, batch)
+        if fresh != generator_states():
+            return False
+        chosen = [0, size - 1]
+        try:
+            alone = [
+                recipe.losses(model, rows_of(batch, torch.tensor([k], device=together.device), size))[0]
+                for k in chosen
+            ]
+        except Exception:  # noqa: BLE001 - a loss that needs company
+            return True
+    return not same_losses(torch.stack(alone), together[chosen], float(together.abs().max()))
+
+
 def predicted(recipe: Recipe, model: nn.Module, batch: Batch, watch: OutputWatch, size: int) -> Tensor | None:
     """Return predicted classes (B,): from the recipe where it says how, else off the last output."""
     if defines_predictions(recipe):
@@ -84,15 +125,20 @@ def evaluate(
     labels: Labels | None,
     device: torch.device,
     dtype: torch.dtype,
+    size: int | None = None,
 ) -> tuple[float, float]:
-    """Return (mean loss, accuracy); accuracy is NaN where there are no labels or predictions."""
+    """Return (mean loss, accuracy); accuracy is NaN where there are no labels or predictions.
+
+    ``size`` is how many samples go together, where ``evaluation_size`` has been asked before.
+    """
     count = len(dataset)  # type: ignore[arg-type]
     total, accuracy = 0.0, Accuracy()
     with preserved_generators(), evaluating(model):
+        size = size or evaluation_size(recipe, model, dataset, range(count), device, dtype)
         watch = OutputWatch(model)
         try:
-            for start in range(0, count, EVALUATION_BATCH):
-                indices = range(start, min(start + EVALUATION_BATCH, count))
+            for start in range(0, count, size):
+                indices = range(start, min(start + size, count))
                 seed_everything(derived_seed(recipe.seed, "evaluate", start))
                 batch = to_device(fetch(recipe, dataset, indices), device, dtype)
                 total += float(recipe.losses(model, batch).double().sum())

@@ -18,6 +18,8 @@ import copy
 import logging
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -96,7 +98,57 @@ def chosen_way(training: Training, *, transposed: bool, narrow: str | None) -> C
     return _Judge(training, transposed, narrow).choice()
 
 
-class _Judge:
+class _Probe:
+    """A trial of a training on one batch in float64, and J v by differences for a few directions.
+
+    Args:
+        trial: See ``_trial``; used up.
+        batch: On its device, in its dtype.
+    """
+
+    def __init__(self, trial: Training, batch: Batch) -> None:
+        self.trial, self.batch = trial, batch
+        self.directions = _directions(trial)
+        self.right = [_differences(trial, batch, self.directions, WIDTHS[0])]
+
+    def double_backward(self, kind: type[SecondOrder]) -> tuple[tuple[Tensor, Tensor] | None, str]:
+        try:
+            return _both(kind(self.trial, 0, self.batch), self.directions), ""
+        except RuntimeError as error:
+            return None, one_line(error)
+
+    def difference(self, tried: Tensor) -> str | None:
+        """Return a parameter of which ``tried`` is not J v by differences, or None."""
+        name: str | None = None
+        for k, h in enumerate(WIDTHS):
+            if k == len(self.right):
+                self.right.append(_differences(self.trial, self.batch, self.directions, h))
+            name = self.unlike(tried, self.right[k], DIFFERENCES, SMALL)
+            if name is None:
+                return None
+        return name
+
+    def unlike(self, tried: Tensor, right: Tensor, tolerance: float, small: float) -> str | None:
+        layout = self.trial.layout
+        floor = small * float(right.abs().max())
+        for i, entry in enumerate(layout.entries):
+            span = slice(entry.start, entry.start + layout.size(i))
+            a, b = tried[:, span], right[:, span]
+            if a.numel() and not bool((a - b).abs().max() <= tolerance * max(float(b.abs().max()), floor)):
+                return entry.name
+        return None
+
+    def values_agree(self, values_KB: Tensor) -> bool:
+        """Whether the <g_i, v>, weighted at random, are the products of a weighted gradient."""
+        size = values_KB.shape[1]
+        weights = torch.rand(size, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.5
+        weights = weights.to(values_KB)
+        gradient = _gradient(self.trial, self.batch, weights)
+        right, found = self.directions @ gradient, values_KB @ weights
+        return bool((right - found).abs().max() <= 1e-7 * float(right.abs().max()) + 1e-12)
+
+
+class _Judge(_Probe):
     def __init__(self, training: Training, transposed: bool, narrow: str | None) -> None:
         self.training, self.transposed, self.narrow = training, transposed, narrow
         self.checked = True
@@ -110,16 +162,14 @@ class _Judge:
             self._prepare(training.dtype)
 
     def _prepare(self, dtype: torch.dtype) -> None:
-        self.trial = _trial(self.training, dtype)
-        self.batch = first_samples(self.trial, 0)
-        self.directions = _directions(self.trial)
-        self.right = [_differences(self.trial, self.batch, self.directions, h) for h in WIDTHS[:1]]
-        self.plain, self.error = self._double_backward(SecondOrder)
+        trial = _trial(self.training, dtype)
+        super().__init__(trial, first_samples(trial, 0))
+        self.plain, self.error = self.double_backward(SecondOrder)
 
     def choice(self) -> Choice:
         if self.training.keeps_state and self.checked:
             self._check_state()
-        if self.plain is not None and (not self.checked or self._difference(self.plain[0]) is None):
+        if self.plain is not None and (not self.checked or self.difference(self.plain[0]) is None):
             return self._symmetric(self.plain)
         if not self.checked:
             raise _refused(f"it has no second derivative: {self.error}")
@@ -141,7 +191,7 @@ class _Judge:
             ends.append(_gradient(trial, self.batch, share))
             put_back(before)
         carried = (ends[0] - ends[1]) / (2.0 * h)
-        name = self._unlike(carried[None] + self.right[0][:1], self.right[0][:1], STATE, SMALL)
+        name = self.unlike(carried[None] + self.right[0][:1], self.right[0][:1], STATE, SMALL)
         if name is not None:
             layers = sorted({f"{type(module).__name__}.{buffer}" for module, buffer, _copy in before})
             raise _refused(
@@ -172,7 +222,7 @@ class _Judge:
         except Exception as error:  # noqa: BLE001 - whatever torch.func cannot do, SecondOrder can
             return f"torch.func fails: {one_line(error)}"
         tolerance = TOLERANCE[self.trial.dtype]
-        name = self._unlike(tried[0], right[0], tolerance, 1e-4)
+        name = self.unlike(tried[0], right[0], tolerance, 1e-4)
         if name is not None:
             return f"its Hessian products of parameter {name!r} differ from those of double backward"
         scale = float(right[1].abs().max())
@@ -191,7 +241,7 @@ class _Judge:
             except Exception as error:  # noqa: BLE001 - as above
                 logger.debug("%s fails: %s", kind.__name__, error)
                 continue
-            if self._difference(tried[0]) is None and self._values_agree(tried[1]):
+            if self.difference(tried[0]) is None and self.values_agree(tried[1]):
                 found = kind
                 break
         why = self._what()
@@ -208,7 +258,7 @@ class _Judge:
     def _what(self) -> str:
         if self.plain is None:
             return f"double backward fails ({self.error})"
-        name = self._difference(self.plain[0])
+        name = self.difference(self.plain[0])
         return (
             f"the derivative of the update of parameter {name!r} is not what double backward gives (something is "
             "detached, or a backward pass has no right derivative)"
@@ -220,8 +270,8 @@ class _Judge:
 
     def _is_transpose(self, kind: type[SecondOrder], of: type[TangentTile]) -> bool:
         """Whether <J^T a, v> = <a, J v> for v in every single parameter."""
-        found, _ = self._double_backward(kind)
-        return found is not None and self._pairs(of, found[0]) and self._values_agree(found[1])
+        found, _ = self.double_backward(kind)
+        return found is not None and self._pairs(of, found[0]) and self.values_agree(found[1])
 
     def _pairs(self, kind: type[TangentTile], back: Tensor) -> bool:
         """Whether ``back`` (K, D) is J^T of the directions, J being what ``kind`` gives."""
@@ -244,44 +294,6 @@ class _Judge:
     def _products(self, kind: type[TangentTile], directions: Tensor) -> Tensor:
         return _both(kind(self.trial, 0, self.batch), directions)[0]
 
-    # ------------------------------------------------------------------ shared
-
-    def _double_backward(self, kind: type[SecondOrder]) -> tuple[tuple[Tensor, Tensor] | None, str]:
-        try:
-            return _both(kind(self.trial, 0, self.batch), self.directions), ""
-        except RuntimeError as error:
-            return None, one_line(error)
-
-    def _difference(self, tried: Tensor) -> str | None:
-        """Return a parameter of which ``tried`` is not J v by differences, or None."""
-        name: str | None = None
-        for k, h in enumerate(WIDTHS):
-            if k == len(self.right):
-                self.right.append(_differences(self.trial, self.batch, self.directions, h))
-            name = self._unlike(tried, self.right[k], DIFFERENCES, SMALL)
-            if name is None:
-                return None
-        return name
-
-    def _unlike(self, tried: Tensor, right: Tensor, tolerance: float, small: float) -> str | None:
-        layout = self.trial.layout
-        floor = small * float(right.abs().max())
-        for i, entry in enumerate(layout.entries):
-            span = slice(entry.start, entry.start + layout.size(i))
-            a, b = tried[:, span], right[:, span]
-            if a.numel() and not bool((a - b).abs().max() <= tolerance * max(float(b.abs().max()), floor)):
-                return entry.name
-        return None
-
-    def _values_agree(self, values_KB: Tensor) -> bool:
-        """Whether the <g_i, v>, weighted at random, are the products of a weighted gradient."""
-        size = values_KB.shape[1]
-        weights = torch.rand(size, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.5
-        weights = weights.to(values_KB)
-        gradient = _gradient(self.trial, self.batch, weights)
-        right, found = self.directions @ gradient, values_KB @ weights
-        return bool((right - found).abs().max() <= 1e-7 * float(right.abs().max()) + 1e-12)
-
     def _fails(self, kind: Way) -> str | None:
         """Return why a way does not work in the run itself: its dtype, its first and its last batch."""
         training = self.training
@@ -295,6 +307,24 @@ class _Judge:
                 what = "torch.func" if issubclass(kind, TangentTile) else "double backward"
                 return f"{what} fails: {one_line(error)}"
         return None
+
+
+def unlike_differences(training: Training, batch: Batch, indices: npt.NDArray[np.int64]) -> str | None:
+    """Return a parameter whose double backward is not the derivative of its gradient, or None.
+
+    Tried on the given batch, in the mode that the model is in; None too where differences mean nothing,
+    because the model does not compute in float64.
+    """
+    trial = _trial(training, torch.float64)
+    trial.batches = indices[None].astype(np.int32)
+    wide = to_device(batch, training.device, torch.float64)
+    try:
+        probe = _Probe(trial, wide)
+    except RuntimeError as error:
+        logger.debug("differences in float64 failed: %s", error)
+        return None
+    found, _ = probe.double_backward(SecondOrder)
+    return None if found is None else probe.difference(found[0])
 
 
 def _refused(why: str) -> RecipeError:

@@ -15,7 +15,7 @@ from ..storage.errors import RecipeError
 from ..storage.trajectory import TrajectoryWriter
 from .coefficients import Settings, coefficients
 from .determinism import fingerprint, preserved_generators, seed_everything
-from .evaluate import OutputWatch, defines_predictions, evaluate
+from .evaluate import OutputWatch, defines_predictions, evaluate, evaluating, evaluation_size
 from .labels import Accuracy, Labels
 from .module_state import pack_buffers
 from .recipe import Batch, Recipe
@@ -93,6 +93,7 @@ class Recorder:
         self.settings = {name: np.zeros((steps, groups)) for name in SETTINGS}
         self.loss = np.zeros(steps)
         self.checked = 0
+        self.sizes: dict[str, int] = {}
         self.digests: dict[int, int] = {0: training.weight_checksum()}
         self.epoch_digest: list[str] = []
         self.epochs = {name: np.full(recipe.epochs, np.nan) for name in EPOCH_COLUMNS}
@@ -173,10 +174,13 @@ class Recorder:
         sizes = (training.batches[span] >= 0).sum(1)
         self.epochs["train_loss"][epoch] = float(np.average(self.loss[span], weights=sizes))
         self.epochs["train_accuracy"][epoch] = train_accuracy
+        place = (training.device, training.dtype)
         for name, dataset, labels in self.judged:
-            loss, accuracy = evaluate(
-                recipe, training.model, dataset, labels, training.device, training.dtype
-            )
+            if name not in self.sizes:
+                with preserved_generators(), evaluating(training.model):
+                    count = range(len(dataset))  # type: ignore[arg-type]
+                    self.sizes[name] = evaluation_size(recipe, training.model, dataset, count, *place)
+            loss, accuracy = evaluate(recipe, training.model, dataset, labels, *place, self.sizes[name])
             self.epochs[f"{name}_loss"][epoch] = loss
             self.epochs[f"{name}_accuracy"][epoch] = accuracy
         self.epoch_digest.append(training.state_digest())

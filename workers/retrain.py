@@ -37,7 +37,7 @@ from ..storage.errors import InputError
 from ..storage.trajectory import Trajectory
 from .data import fetch, holds_tensors, to_device
 from .determinism import derived_seed, preserved_generators, seed_everything
-from .evaluate import EVALUATION_BATCH, OutputWatch, evaluate, evaluating, predicted
+from .evaluate import OutputWatch, evaluate, evaluating, evaluation_size, predicted
 from .labels import Labels
 from .persample.engine import Watch
 from .recipe import Batch, Recipe
@@ -197,9 +197,11 @@ def sample_losses(training: Training, dataset: Dataset[Any], indices: Integers) 
     loss = np.empty(len(indices))
     correct, no_classes = np.full(len(indices), -1, dtype=np.int8), False
     with preserved_generators(), evaluating(training.model):
+        place = (training.device, training.dtype)
+        size = evaluation_size(recipe, training.model, dataset, indices.tolist(), *place)
         watch = OutputWatch(training.model)
-        for start in range(0, len(indices), EVALUATION_BATCH):
-            chosen = indices[start : start + EVALUATION_BATCH]
+        for start in range(0, len(indices), size):
+            chosen = indices[start : start + size]
             span = slice(start, start + len(chosen))
             seed_everything(derived_seed(recipe.seed, "evaluate", start))
             batch = to_device(fetch(recipe, dataset, chosen), training.device, training.dtype)

@@ -38,7 +38,7 @@ def test_nothing_given_is_the_default_spec() -> None:
 def test_every_field_of_the_spec_can_be_given() -> None:
     text = "mod:Recipe --out o --shards 3 --track 10% --test 0:5 --mode adjoint --hessian ekfac "
     text += "--targets classes --exact-rank 4 --dtype float64 --epochs 2 --batch-size 8 --seed 0 --seeds 3 "
-    text += "--batch-norm coupled "
+    text += "--batch-norm coupled --per-sample vjp "
     text += "--executor serial --address 10.0.0.1:6379 --gpus-per-actor 0.5 --cpus-per-actor 2 "
     text += "--workers 3 --threads 1 --device cpu --memory 4GiB --reduce-memory 1GiB --overwrite "
     text += "--checkpoint-every 7 --curvature-checkpoints 3 --curvature-at 0,5 --curvature-samples 9 --curvature-core 8 --max-attempts 5 --start-timeout 9 --set a=1"

@@ -60,6 +60,8 @@ class FixedWeights:
         with evaluating(training.model):
             batch = self.fetch(training.dataset, np.arange(min(SAMPLES, training.n_train)))
             ways = choose_ways(training.recipe, training.model, training.layout, batch, constant=True)
+        # Where samples see each other in the losses, each is taken alone: a result must not depend on blocks.
+        self.size = 1 if ways.coupled else SAMPLES
         self._engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
 
     def close(self) -> None:
@@ -98,8 +100,8 @@ class FixedWeights:
         """
         training = self.training
         with evaluating(training.model), constant_statistics(training.model):
-            for first in range(0, len(indices), SAMPLES):
-                chosen = indices[first : first + SAMPLES]
+            for first in range(0, len(indices), self.size):
+                chosen = indices[first : first + self.size]
                 batch = self.fetch(dataset, chosen)
                 positions = torch.arange(len(chosen), device=training.device)
 
@@ -162,8 +164,8 @@ class FixedWeights:
         """Return each sample's loss by forward passes alone, (R,) float64."""
         training, found = self.training, []
         with evaluating(training.model):
-            for first in range(0, len(indices), SAMPLES):
-                chosen = indices[first : first + SAMPLES]
+            for first in range(0, len(indices), self.size):
+                chosen = indices[first : first + self.size]
                 losses_B = training.losses(self.fetch(dataset, chosen), len(chosen))
                 _check_finite(losses_B, chosen)
                 found.append(losses_B.double())

@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten
 
+from ...storage.errors import EstimatorError
+from ..determinism import preserved_generators
 from ..evaluate import evaluating
+from ..hessian_probe import unlike_differences
 from ..persample.reference import constant_statistics, twice_differentiable_layers
 from ..recipe import Batch
 from .base import Integers
@@ -46,6 +49,24 @@ class LossHessian:
         self._kept: dict[int, Batch] = {}
         self._room = KEPT_BYTES
         self.calls = 0
+        self._check()
+
+    def _check(self) -> None:
+        """Hold the Hessian against differences of the gradient, once, on one batch of the recipe's size.
+
+        Raises:
+            EstimatorError: The loss's second derivatives are not those of its gradient; names the parameter.
+        """
+        training = self.fixed.training
+        indices = np.arange(min(training.recipe.batch_size, training.n_train))
+        with evaluating(training.model), preserved_generators():
+            name = unlike_differences(training, self.fixed.fetch(training.dataset, indices), indices)
+        if name is not None:
+            raise EstimatorError(
+                f"the second derivative of the loss by parameter {name!r} is not the derivative of its gradient: something "
+                "in losses() is detached, or a backward pass has no right derivative; use tracin or gradient-dot, which "
+                "need none"
+            )
 
     def __call__(self, vectors_KD: Tensor) -> Tensor:
         """Return A v for each row, (K, D) float64; each row's bits are its own."""

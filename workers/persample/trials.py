@@ -18,11 +18,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ...storage.errors import RecipeError
 from ..cast import cast_model
-from ..data import batch_length, to_device
+from ..data import batch_length, rows_of, to_device
 from ..determinism import generator_states, preserved_generators, seed_everything
 from ..layout import Layout
 from ..module_state import Kept, buffers_from, copied, kept_buffers, unchanged_buffers
@@ -366,14 +365,3 @@ class _Compared:
             return True
         allowed = self.batch.tolerance * float(self.size[i].max())
         return bool(((self.sum[i] - self.batch.whole[i]).abs() <= allowed).all())
-
-
-def rows_of(batch: Batch, positions: Tensor, size: int) -> Batch:
-    """Return the samples at ``positions`` of a batch of ``size``: tensors with that leading axis are cut."""
-
-    def cut(leaf: object) -> object:
-        if isinstance(leaf, Tensor) and leaf.shape[:1] == (size,):
-            return leaf.index_select(0, positions)
-        return leaf
-
-    return tree_map(cut, batch)

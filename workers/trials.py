@@ -20,7 +20,7 @@ from .persample.engine import Ways, always_vjp
 from .persample.trials import Trial, combined, try_batch
 from .training import Training
 
-LEAST, STEPS_A_TRIAL = 3, 150
+LEAST, STEPS_A_TRIAL = 3, 200
 """A trial costs about six steps: one in so many steps of the record, but at least so many."""
 
 
@@ -72,6 +72,7 @@ def _at(training: Training, trajectory: Trajectory | None, k: int, *, as_run: bo
             constant=training.holds_statistics,
             seed=derived_seed(recipe.seed, "step", step),
             as_run=as_run,
+            first=trajectory is None and not as_run,
         )
     except RuntimeError as error:
         first = (str(error).strip().splitlines() or ["no message"])[0]

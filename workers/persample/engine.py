@@ -126,6 +126,15 @@ class PerSampleGradients:
         self._ready: dict[int, Tensor] = {}
         self._dense = {i for i in self._by["rule"] if i not in factored}
         self.capture = Capture(model, {id(self._parameters[i]): names[i] for i in self._by["rule"]})
+        ruled = set(self._by["rule"])
+        self._entries = {
+            module: [
+                (name, i)
+                for name, parameter in module.named_parameters(recurse=False)
+                if (i := self.index.get(id(parameter), -1)) in ruled
+            ]
+            for module in self.capture.rules
+        }
         self.repaired: set[str] = set()
 
     def watch(self, positions: Tensor, sink: Sink, factors: FactorSink | None = None) -> Watch:
@@ -227,10 +236,7 @@ class PerSampleGradients:
         seen: set[int] = set()
         for call in self.capture.calls:
             whole = call.x_B.shape[:1] == (size,) == call.shape[:1]
-            for parameter in call.module.parameters(recurse=False):
-                i = self.index.get(id(parameter), -1)
-                if i < 0 or self.strategies[i] not in ("outer", "rule"):
-                    continue
+            for _name, i in self._entries[call.module]:
                 if not whole or (i in self.factored and (len(call.shape) != 2 or i in seen)):
                     found.add(i)
                 seen.add(i)
@@ -320,13 +326,8 @@ class PerSampleGradients:
 
     def _owned(self, call: Call) -> list[tuple[str, int]]:
         """Return (name in the layer, entry) of what a call's rule gives in this step."""
-        return [
-            (name, i)
-            for name, parameter in call.module.named_parameters(recurse=False)
-            if (i := self.index.get(id(parameter), -1)) >= 0
-            and self.strategies[i] in ("outer", "rule")
-            and i not in self._ready
-        ]
+        owned = self._entries[call.module]
+        return [(name, i) for name, i in owned if i not in self._ready] if self._ready else owned
 
     def prepared(self, call: Call, batch_size: int) -> Tensor:
         """Return what a call's rule takes as input, for the whole batch, after checking shapes."""

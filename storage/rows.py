@@ -270,7 +270,7 @@ class RowStore:
         array = self._column(name)
         if array.dtype != values.dtype or self._given[name] == _is_uniform(values):
             return False
-        stored = np.full(1, array.array.fill_value, array.dtype) if not self._given[name] else array.read()
+        stored = np.full(1, array.fill, array.dtype) if not self._given[name] else array.read()
         expected = values[:1] if not self._given[name] else values
         return bool(np.array_equal(stored, expected, equal_nan=values.dtype.kind == "f"))
 

@@ -21,6 +21,7 @@ WIDE = 170
 
 NAMES = (
     "replay",
+    "checks",
     "reduce",
     "hessian",
     "speedup",

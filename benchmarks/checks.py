@@ -1,0 +1,92 @@
+"""Checks: what a replay pays for trying its per-sample gradients, and what a step of it dispatches.
+
+Every part of the checks that is paid for by rules alone lies in the trials before a replay (see
+``workers.trials``): a step runs the same operators with and without them, which is counted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra_pipe.storage.trajectory import open_trajectory
+from hydra_pipe.workers.recipes.digits import Digits
+from hydra_pipe.workers.record import Recorder
+from hydra_pipe.workers.replay import Replay
+from hydra_pipe.workers.training import Compute, Training
+from hydra_pipe.workers.trials import tried_ways
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .report import Result
+from .timing import ratio, take_turns
+
+SIZES: Mapping[str, Any] = {"rounds": 7, "epochs": 20, "threads": 1}
+QUICK: Mapping[str, Any] = {"rounds": 3, "epochs": 1, "threads": 1}
+
+COUNTED = 10
+"""Steps whose operators are counted."""
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def run(sizes: Mapping[str, Any], folder: Path) -> Result:
+    """Measure on LeNet-5 and digits, all samples tracked."""
+    recipe, compute = Digits(), Compute(device="cpu", threads=sizes["threads"])
+    recipe.epochs = sizes["epochs"]
+    uri = tempfile.mkdtemp(dir=folder) + "/trajectory.zarr"
+    Recorder(Training(recipe, compute), uri).run()
+    trajectory = open_trajectory(uri)
+    everyone = np.arange(Training(recipe, compute).n_train)
+
+    def replay() -> None:
+        made = Replay(Training(recipe, compute), trajectory, everyone)
+        made.run()
+        made.engine.close()
+
+    training = Training(recipe, compute)
+    taken = take_turns(
+        {"trials": lambda: tried_ways(training, trajectory), "replay": replay}, rounds=sizes["rounds"]
+    )
+    ways = tried_ways(training, trajectory)
+    result = Result(name="checks", sizes=sizes)
+    note = f"{ways.trials} batches, {len(trajectory.loss)} steps"
+    result.add("trials before a replay", taken["trials"], "s", note=note)
+    result.add("the whole replay, trials included", taken["replay"], "s")
+    result.add("trials / replay", ratio(taken["trials"], taken["replay"]), "", at_most=0.03)
+    result.add("operators of a plain step", [_plain(recipe, compute)], "")
+    result.add("operators of a step of the replay", [_tracked(recipe, compute, trajectory, everyone)], "")
+    return result
+
+
+def _plain(recipe: Digits, compute: Compute) -> float:
+    training = Training(recipe, compute)
+    batches = list(training.loader(0, COUNTED))
+    with Operators() as operators:
+        for step, batch in enumerate(batches):
+            training.step(step, batch)
+    return operators.count / COUNTED
+
+
+def _tracked(recipe: Digits, compute: Compute, trajectory: Any, everyone: np.ndarray) -> float:
+    made = Replay(Training(recipe, compute), trajectory, everyone)
+    batches = list(made.training.loader(0, COUNTED))
+    with Operators() as operators, torch.enable_grad():
+        for step, batch in enumerate(batches):
+            made.training.apply_settings(made._settings, step)
+            made.step(step, batch, made.rows(step))
+    made.engine.close()
+    return operators.count / COUNTED

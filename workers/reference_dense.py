@@ -85,11 +85,6 @@ class DenseReference(VerifiedReplay):
 class DenseTangents:
     """The two tangents of n samples in each form, moved step by step beside a training.
 
-    Attributes:
-        differences: Whether exact products are differences of the gradient, since double backward is not
-            the derivative of the update.
-        deviation: The largest deviation of double backward from differences, relative.
-
     Args:
         training: Gives the weights of every step; it is not changed.
         trajectory: The record, for the optimiser's settings.
@@ -102,6 +97,9 @@ class DenseTangents:
         tangents: By form, n of them.
         loss: (T,) batch losses at the recorded weights, in ``dtype``.
         products: Hessian products taken.
+        differences: Whether exact products are differences of the gradient, since double backward is not
+            the derivative of the update.
+        deviation: The largest deviation of double backward from differences, relative.
     """
 
     def __init__(

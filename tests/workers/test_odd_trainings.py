@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hydra_pipe.storage.errors import ConservationBroken, RecipeError
+from hydra_pipe.storage.errors import ConservationBroken, DoesNotFit, RecipeError
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.conservation import RowSums, check_sums, law_of
 from hydra_pipe.workers.gradients import TestGradients
+from hydra_pipe.workers.persample import trials
 from hydra_pipe.workers.persample.engine import PerSampleGradients
 from hydra_pipe.workers.record import Recorder
 from hydra_pipe.workers.replay import Replay
@@ -243,6 +244,27 @@ def test_the_law_finds_a_wrong_row_and_names_the_parameter(tmp_path):
     right[1, 3] *= 1.001
     with pytest.raises(ConservationBroken, match="target 1 of this block"):
         check_sums(right, targets, trajectory)
+
+
+def test_a_trial_that_does_not_fit_takes_half_of_the_samples(monkeypatch):
+    right, tried = trials._OneBatch.trial, []
+
+    def trial(self, constant):
+        tried.append((self.size, self.parameters[0].dtype))
+        if self.size > 3:
+            raise torch.OutOfMemoryError("no room")
+        return right(self, constant)
+
+    monkeypatch.setattr(trials._OneBatch, "trial", trial)
+    single = Compute(device="cpu")
+    assert set(tried_ways(Training(Small(), single)).strategies) <= {"outer", "rule"}
+    double, float32 = torch.float64, torch.float32
+    assert tried[:5] == [(8, double), (8, float32), (4, double), (4, float32), (2, double)]
+    monkeypatch.setattr(
+        trials._OneBatch, "trial", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+    )
+    with pytest.raises(DoesNotFit, match="the gradients of single samples do not fit"):
+        tried_ways(Training(Small(), single))
 
 
 def test_extra_passes_leave_the_model_alone(tmp_path):

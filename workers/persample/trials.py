@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...storage.errors import RecipeError
+from ...storage.errors import DoesNotFit, RecipeError
 from ..cast import cast_model
 from ..data import batch_length, rows_of, to_device
 from ..determinism import generator_states, preserved_generators, seed_everything
@@ -104,16 +104,26 @@ def try_batch(
     dtypes = [parameter.dtype] if as_run else [torch.float64, parameter.dtype]
     with preserved_generators():
         for dtype in dtypes:
-            trial = cast_model(copied(model), None, dtype)
-            moved = to_device(batch, parameter.device, dtype)
             tolerance = LOOSE if as_run and dtype == torch.float32 else TOLERANCE[dtype]
             try:
+                trial = cast_model(copied(model), None, dtype)
+                moved = to_device(batch, parameter.device, dtype)
                 return _OneBatch(recipe, trial, layout, moved, seed, tolerance, first).trial(constant)
+            except torch.OutOfMemoryError:
+                if dtype == dtypes[-1]:
+                    break
             except RuntimeError as error:
                 if dtype == dtypes[-1]:
                     raise
                 logger.debug("trial in float64 failed, trying the run's dtype: %s", error)
-    raise AssertionError("unreachable")
+    size = batch_length(batch)
+    if size < 2:
+        raise DoesNotFit(
+            f"the gradients of single samples do not fit into the memory of {parameter.device}; use a larger device"
+        )
+    logger.info("a trial of %d samples does not fit, trying half of them", size)
+    half = rows_of(batch, torch.arange(size // 2, device=parameter.device), size)
+    return try_batch(recipe, model, layout, half, constant=constant, seed=seed, as_run=as_run, first=first)
 
 
 def combined(trials: Sequence[Trial], layout: Layout) -> Ways:

@@ -31,6 +31,7 @@ from ..workers.growth import Growth, check_finite
 from ..workers.hessian_tiles import HessianTiles
 from ..workers.labels import with_labels
 from ..workers.memory import peak_bytes, reset_peak
+from ..workers.persample.rules import uses_batch_statistics
 from ..workers.projection import ProjectedReplay
 from ..workers.recipe import Recipe
 from ..workers.record import Recorder
@@ -312,7 +313,13 @@ class Tasks:
 
 def told_products(tiles: HessianTiles) -> dict[str, Any]:
     """Return what a manifest says of Hessian products."""
-    return {"products": tiles.choice, "field": tiles.field, "differences": tiles.checked}
+    norms = any(uses_batch_statistics(module) for module in tiles.training.model.modules())
+    return {
+        "products": tiles.choice,
+        "field": tiles.field,
+        "differences": tiles.checked,
+        "running_statistics": norms,
+    }
 
 
 def files_under(uri: str) -> list[str]:

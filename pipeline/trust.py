@@ -36,7 +36,7 @@ def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str |
         "test_ways": _joined(tests),
         "law": {"checked": False, "reason": lawful},
     }
-    for name in ("products", "field", "differences"):
+    for name in ("products", "field", "differences", "running_statistics"):
         if units and name in units[0]:
             found[name] = units[0][name]
     if lawful is None:

@@ -13,11 +13,15 @@ from torch.utils.data import Dataset
 
 from ..storage.errors import RecipeError
 from ..storage.trajectory import TrajectoryWriter
+from .cast import cast_model
 from .coefficients import Settings, coefficients
-from .determinism import fingerprint, preserved_generators, seed_everything
+from .data import fetch, to_device
+from .determinism import derived_seed, fingerprint, preserved_generators, seed_everything
 from .evaluate import OutputWatch, defines_predictions, evaluate, evaluating, evaluation_size
 from .labels import Accuracy, Labels
-from .module_state import pack_buffers
+from .layout import checksum, load_flat
+from .module_state import load_buffers, pack_buffers
+from .persample.reference import same_losses
 from .recipe import Batch, Recipe
 from .training import SETTINGS, Training
 from .update import UpdateCheck, check_hooks
@@ -33,6 +37,9 @@ CHECKPOINT_BYTES = 2 << 30
 
 DIGEST_EVERY = 10
 """Steps between two digests of the weights; 50 for models over 5 million parameters."""
+
+REBUILT = 64
+"""Test samples on which a model built anew must lose what the trained one loses."""
 
 CHECKED = 16
 """So many first steps are held against the optimiser's formula; later those after which a digest is taken."""
@@ -191,15 +198,20 @@ class Recorder:
         if self.scheduler is None:
             return
         looked = epoch is not None or self._checks(done - 1)
-        before = self.training.weight_checksum() if looked else None
+        before = self._state_checksums() if looked else None
         plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and epoch is not None
         with user_code(f"moving the scheduler after step {done - 1} raised", always=True):
             self.scheduler.step(*([self._watched(epoch)] if plateau and epoch is not None else []))
-        if looked and self.training.weight_checksum() != before:
+        if before is not None and self._state_checksums() != before:
             raise RecipeError(
-                f"scheduler.step() changed the weights after step {done - 1}, which no replay can follow; "
+                f"scheduler.step() changed the weights or momentum after step {done - 1}, which no replay can follow; "
                 "let it change settings of the optimizer alone"
             )
+
+    def _state_checksums(self) -> tuple[int, int]:
+        training = self.training
+        buffers = [training.optimizer.state.get(p, {}).get("momentum_buffer") for p in training.parameters]
+        return training.weight_checksum(), checksum([b for b in buffers if b is not None])
 
     def _checks(self, step: int) -> bool:
         """Whether a step is held against the optimiser's formula."""
@@ -224,7 +236,36 @@ class Recorder:
             pack_buffers(self.training.model),
         )
 
+    def _check_rebuilt(self) -> None:
+        """Refuse a model that keeps what it learns outside of its parameters and buffers.
+
+        Later stages build it anew and load both: in eval mode it must lose what the trained one loses.
+
+        Raises:
+            RecipeError: It does not.
+        """
+        training, recipe = self.training, self.training.recipe
+        count = min(REBUILT, len(self.test))  # type: ignore[arg-type]
+        with preserved_generators():
+            seed_everything(recipe.seed)
+            rebuilt = cast_model(recipe.model(), training.device, training.dtype)
+            load_flat(training.layout.parameters(rebuilt), training.weights())
+            load_buffers(rebuilt, pack_buffers(training.model))
+            losses = []
+            for model in (training.model, rebuilt):
+                with evaluating(model), torch.no_grad():
+                    seed_everything(derived_seed(recipe.seed, "evaluate", 0))
+                    batch = to_device(fetch(recipe, self.test, range(count)), training.device, training.dtype)
+                    losses.append(recipe.losses(model, batch))
+        if not same_losses(losses[1], losses[0], float(losses[0].abs().max())):
+            worst = float((losses[1] - losses[0]).abs().max())
+            raise RecipeError(
+                f"a model that is built anew and given the trained weights and buffers loses something else on the first "
+                f"{count} test samples (off by {worst:.1e}): it keeps a state in plain attributes; register_buffer() them"
+            )
+
     def _finish(self) -> None:
+        self._check_rebuilt()
         training, recipe = self.training, self.training.recipe
         taken = self.settings
         settings = Settings(

@@ -52,9 +52,10 @@ def check_hooks(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     Raises:
         RecipeError: Names the hook.
     """
-    step = vars(optimizer).get("step")
-    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
-        raise RecipeError(f"the optimizer's step() was replaced ({_named(step)}); {PLAIN}")
+    for name in ("step", "zero_grad"):
+        found = vars(optimizer).get(name)
+        if found is not None and not hasattr(found, "_wrapped_by_lr_sched"):
+            raise RecipeError(f"the optimizer's {name}() was replaced ({_named(found)}); {PLAIN}")
     hooks: dict[str, Any] = {
         "step_pre_hook": optimizer._optimizer_step_pre_hooks,
         "step_post_hook": optimizer._optimizer_step_post_hooks,

@@ -119,6 +119,11 @@ def check_layers(model: nn.Module) -> None:
                 )
             if module.sparse:
                 raise RecipeError(f"layer {name!r} has sparse=True gradients; use sparse=False")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise RecipeError(
+                f"layer {name!r} has track_running_stats=False and normalises with batch statistics in testing too, so that "
+                "test losses depend on how the test set is cut; use track_running_stats=True, or GroupNorm"
+            )
         if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
             raise RecipeError(f"layer {name!r} is lazy ({type(module).__name__}); give it its sizes")
     for name, parameter in model.named_parameters():

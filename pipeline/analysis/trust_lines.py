@@ -33,6 +33,8 @@ def trust_lines(trust: Mapping[str, Any]) -> list[str]:
         lines.append(f"the update is no gradient: {trust['field']}")
     elif trust.get("differences"):
         lines.append("Hessian products agree with differences of the gradient")
+    if trust.get("running_statistics"):
+        lines.append("running statistics of BatchNorm count as constants in test losses")
     law = trust["law"]
     if not law["checked"]:
         lines.append(f"conservation law: not applicable, {law['reason']}")

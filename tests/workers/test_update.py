@@ -64,6 +64,13 @@ class Patched(Odd):
         return found
 
 
+class Accumulating(Odd):
+    def optimizer(self, model):
+        found = super().optimizer(model)
+        found.zero_grad = lambda set_to_none=True: None
+        return found
+
+
 class Foreign(Odd):
     def optimizer(self, model):
         temperature = nn.Parameter(torch.ones(()))
@@ -78,6 +85,7 @@ class Foreign(Odd):
         (GradientHook, "parameter '0.weight' has a gradient hook"),
         (AccumulateHook, "parameter '0.bias' has a gradient hook"),
         (Patched, "step\\(\\) was replaced \\(Patched.optimizer.<locals>.step\\)"),
+        (Accumulating, "zero_grad\\(\\) was replaced"),
         (Foreign, "holds a parameter of shape \\(\\) that is not the model's"),
     ],
 )
@@ -131,6 +139,20 @@ class _Lookahead(LambdaLR):
 class Lookahead(Odd):
     def scheduler(self, optimizer):
         return _Lookahead(optimizer, lambda _epoch: 1.0)
+
+
+class _Restarts(LambdaLR):
+    def step(self, *arguments):
+        super().step(*arguments)
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+
+class Restarts(Odd):
+    momentum = 0.9
+
+    def scheduler(self, optimizer):
+        return _Restarts(optimizer, lambda _epoch: 1.0)
 
 
 class LookaheadByStep(Lookahead):
@@ -205,8 +227,9 @@ class Grown(Odd):
     [
         (Clamped, "step 0 moved parameter 'fc.weight' elsewhere than SGD does"),
         (HookedLater, "step_post_hook"),
-        (Lookahead, "scheduler.step\\(\\) changed the weights after step 2"),
-        (LookaheadByStep, "scheduler.step\\(\\) changed the weights after step 0"),
+        (Lookahead, "scheduler.step\\(\\) changed the weights or momentum after step 2"),
+        (Restarts, "scheduler.step\\(\\) changed the weights or momentum after step 2"),
+        (LookaheadByStep, "scheduler.step\\(\\) changed the weights or momentum after step 0"),
         (Released, "parameter 'body.weight' began to require gradients at step 3 of 6"),
         (Frozen, "parameter 'body.weight' stopped requiring gradients at step 3 of 6"),
         (Replaced, "parameter 'body.weight' was replaced or removed by step 3 of 6"),
@@ -217,6 +240,28 @@ def test_what_changes_on_the_way_is_refused_by_step_and_name(kind, said, tmp_pat
     with pytest.raises(RecipeError, match=said):
         record(kind(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class _Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.center = nn.Linear(6, 3), torch.zeros(3)
+
+    def forward(self, x):
+        z = self.fc(x)
+        if self.training:
+            self.center = 0.9 * self.center + 0.1 * z.detach().mean(0)
+        return z - self.center.to(z)
+
+
+class Remembering(Odd):
+    def model(self):
+        return _Remembering()
+
+
+def test_a_state_in_plain_attributes_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"keeps a state in plain attributes; register_buffer\(\) them"):
+        record(Remembering(), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -17,7 +17,7 @@ from .determinism import derived_seed, preserved_generators
 from .layout import load_flat
 from .module_state import copied, load_buffers
 from .persample.engine import Ways, always_vjp
-from .persample.trials import Trial, combined, try_batch
+from .persample.trials import Trial, combined, try_batch, with_judge
 from .training import Training
 
 LEAST, STEPS_A_TRIAL = 3, 200
@@ -40,7 +40,8 @@ def tried_ways(training: Training, trajectory: Trajectory | None = None) -> Ways
         trials = [_at(training, None, 0), _at(training, None, 0, as_run=True)]
         if trajectory is not None and trials[0].rows:  # else all goes by vjp
             trials += [_at(training, trajectory, k) for k in _checkpoints(trajectory, training.steps)]
-    return combined(trials, training.layout)
+    ways = combined(trials, training.layout)
+    return with_judge(ways, training.recipe, training.layout, constant=training.holds_statistics)
 
 
 def _checkpoints(trajectory: Trajectory, steps: int) -> list[int]:

@@ -275,3 +275,62 @@ def test_extra_passes_leave_the_model_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], b) for name, b in training.model.named_buffers())
     PerSampleGradients(training.recipe, training.model, training.layout, ways).close()
+
+
+def test_a_step_with_another_graph_is_tried_before_its_rows_are_believed(tmp_path):
+    """Samples see each other in a few batches that no trial saw: all rows are wrong, and they add up."""
+
+    class Seldom(Odd):
+        count = 128
+
+        def train_dataset(self):
+            data = super().train_dataset()
+            data.tensors[0][13, 0] = 50.0
+            return data
+
+        def losses(self, model, batch):
+            found = super().losses(model, (torch.tanh(batch[0]), batch[1]))
+            if bool((batch[0][:, 0] > 40).any()):
+                found = found * 0.5 + 0.5 * found.flip(0).square()
+            return found
+
+    recipe = Seldom()
+    Recorder(Training(recipe, DOUBLE), str(tmp_path / "trajectory.zarr"), 31).run()
+    trajectory = open_trajectory(str(tmp_path / "trajectory.zarr"))
+    everyone = list(range(recipe.count))
+    right = oracle.dense(recipe, trajectory, everyone)
+    rows, replay = replayed(recipe, trajectory, everyone)
+    assert set(replay.engine.strategies) <= {"outer", "rule"}
+    assert replay.engine.repaired == {entry.name for entry in trajectory.parameters}
+    assert oracle.relative_error(rows, right.hypergradient) < oracle.DENSE_FLOAT64
+
+
+def test_layers_that_are_dropped_at_random_are_tried_once_a_form(tmp_path):
+    """The graph changes from step to step, the rules stay right: no step goes sample by sample."""
+
+    class Depth(Odd):
+        batch_size, count, epochs = 16, 128, 3
+
+        def model(self):
+            class Net(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+                    self.out = nn.Linear(6, 3)
+
+                def forward(self, x):
+                    for layer in self.layers:
+                        y = torch.tanh(layer(x))
+                        x = x + y if not self.training or float(torch.rand(())) < 0.5 else x + 0 * y.square()
+                    return self.out(x)
+
+            return Net()
+
+    recipe = Depth()
+    trajectory = recorded(recipe, tmp_path)
+    everyone = list(range(recipe.count))
+    right = oracle.dense(recipe, trajectory, everyone)
+    rows, replay = replayed(recipe, trajectory, everyone)
+    assert 2 <= len(replay.engine._forms) <= 4
+    assert not replay.engine.repaired
+    assert oracle.relative_error(rows, right.hypergradient) < oracle.DENSE_FLOAT64

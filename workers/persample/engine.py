@@ -7,13 +7,14 @@ for: the number of shards then changes nothing.
 
 A strategy that a trial found right may still not fit a later step, and what is cheap to see is looked
 at in every one: a layer that gets something else than the batch, samples whose loss alone is not
-their loss in the batch, random numbers. There the step's rows go by ``vjp``, which is always right.
+their loss in the batch, random numbers. There the step's rows go by ``vjp``, which is always right. And a
+step whose graph has another form than those that were tried is tried itself, before its rows are believed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,6 +58,9 @@ class Ways:
             in each step whether there is anything to compute.
         random: Whether the losses draw random numbers.
         coupled: Whether samples see each other in the losses; None where that could not be tried.
+        graphs: Forms of the graphs of the batches that were tried; see ``form_of``.
+        judge: Tries a step whose graph has another form: given the model, the batch and what the step began
+            with, the entries whose way is not right there.
         trials: How many batches were tried.
         rows: How many gradients of single samples were held against autograd.
     """
@@ -65,6 +69,8 @@ class Ways:
     untried: frozenset[int] = frozenset()
     random: bool = False
     coupled: bool | None = None
+    graphs: frozenset[int] = frozenset()
+    judge: Judge | None = None
     trials: int = 0
     rows: int = 0
 
@@ -77,10 +83,39 @@ def always_vjp(layout: Layout) -> Ways:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Before:
-    """What a step began with: generators and buffers, where a pass of its own may need them."""
+    """What a step began with: generators and buffers, for passes of its own.
+
+    ``generators`` is None where no way alone (``func``) asks whether anything was drawn.
+    """
 
     generators: object
+    random: Tensor
     buffers: Kept
+
+
+Judge = Callable[[nn.Module, Batch, Before], frozenset[int]]
+
+
+def form_of(losses_B: Tensor, entries: Mapping[int, int]) -> int:
+    """Return a hash of the form of a graph: its operations, how they hang together, the parameters used.
+
+    Args:
+        losses_B: Its end.
+        entries: Entry of each parameter, by id.
+    """
+    numbers: dict[Any, int] = {}
+    waiting = [losses_B.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in numbers:
+            numbers[node] = len(numbers)
+            waiting += [following for following, _ in node.next_functions]
+    parts = []
+    for node in numbers:
+        variable = getattr(node, "variable", None)
+        leaf = None if variable is None else entries.get(id(variable), -1)
+        parts.append((node.name(), leaf, tuple(numbers.get(f, -1) for f, _ in node.next_functions)))
+    return hash(tuple(parts))
 
 
 class PerSampleGradients:
@@ -136,6 +171,7 @@ class PerSampleGradients:
             for module in self.capture.rules
         }
         self.repaired: set[str] = set()
+        self._forms: dict[int, frozenset[int]] = dict.fromkeys(ways.graphs, frozenset())
 
     def watch(self, positions: Tensor, sink: Sink, factors: FactorSink | None = None) -> Watch:
         """Return what a training step needs to hand the rows at ``positions`` (R,) to the sinks."""
@@ -145,12 +181,15 @@ class PerSampleGradients:
         """Note what a step begins with; to be called once its generators are seeded.
 
         Returns:
-            None where no pass of its own will follow.
+            None where no pass of its own can follow: all goes by ``vjp``.
         """
-        if not self._by["func"]:
+        if not self._by["func"] and not self._by["rule"]:
             return None
-        kept = kept_buffers(self.model, statistics=False)
-        return Before(generators=generator_states(), buffers=kept)
+        return Before(
+            generators=generator_states() if self._by["func"] else None,
+            random=torch.get_rng_state(),
+            buffers=kept_buffers(self.model, statistics=False),
+        )
 
     def trace(
         self,
@@ -189,10 +228,11 @@ class PerSampleGradients:
         """Get the rows that need the graph of the batch, or passes of their own."""
         self._ready = {}
         chosen = [i for i in self._by["vjp"] if i not in self.ways.untried]
-        chosen += self._misfits(size)
+        unfit = {*self._misfits(size), *self._unproven(batch, losses_B, before)}
+        chosen += sorted(unfit)
         if self.ways.untried:
             chosen += self._moving(sorted(self.ways.untried), losses_B)
-        alone = self._by["func"]
+        alone = [i for i in self._by["func"] if i not in unfit]
         if alone and before is not None and before.generators != generator_states():
             self._repair(alone, "random numbers are drawn")
             chosen, alone = chosen + alone, []
@@ -245,6 +285,17 @@ class PerSampleGradients:
                 sorted(found), "their layer does not see the batch on its leading axis in every step"
             )
         return sorted(found)
+
+    def _unproven(self, batch: Batch, losses_B: Tensor, before: Before | None) -> frozenset[int]:
+        """Return entries whose way is not right for a graph of this form, which is tried where it is new."""
+        if before is None or self.ways.judge is None:
+            return frozenset()
+        form = form_of(losses_B, self.index)
+        if form not in self._forms:
+            self._forms[form] = bad = self.ways.judge(self.model, batch, before)
+            if bad:
+                self._repair(sorted(bad), "a step with another graph than those tried before disagrees")
+        return self._forms[form]
 
     def _moving(self, entries: Sequence[int], losses_B: Tensor) -> list[int]:
         """Return those of the entries that any sample of the batch has a gradient for.

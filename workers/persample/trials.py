@@ -13,20 +13,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...storage.errors import DoesNotFit, RecipeError
+from ...storage.errors import DoesNotFit, HydraError, RecipeError
 from ..cast import cast_model
 from ..data import batch_length, rows_of, to_device
 from ..determinism import generator_states, preserved_generators, seed_everything
 from ..layout import Layout
 from ..module_state import Kept, buffers_from, copied, kept_buffers, unchanged_buffers
 from ..recipe import Batch, Recipe
-from .engine import PerSampleGradients, Strategy, Ways
+from .engine import Before, PerSampleGradients, Strategy, Ways, form_of
 from .reference import constant_statistics, func, same_losses, vjp
 from .rules import uses_batch_statistics
 
@@ -54,12 +54,14 @@ class Trial:
         random: Whether the losses drew random numbers.
         coupled: Whether samples see each other; None where it could not be tried.
         rows: How many samples were differentiated alone.
+        graph: The form of the batch's graph; None where there is nothing to compare it for.
     """
 
     verdicts: tuple[Verdict, ...]
     random: bool
     coupled: bool | None
     rows: int
+    graph: int | None = None
 
 
 def choose_ways(
@@ -78,7 +80,30 @@ def choose_ways(
     Raises:
         RecipeError: The model cannot be copied, or the gradient of no sample can be told from the batch's.
     """
-    return combined([try_batch(recipe, model, layout, batch, constant=constant, seed=seed)], layout)
+    trial = try_batch(recipe, model, layout, batch, constant=constant, seed=seed)
+    return with_judge(combined([trial], layout), recipe, layout, constant=constant)
+
+
+def with_judge(ways: Ways, recipe: Recipe, layout: Layout, *, constant: bool) -> Ways:
+    """Return the ways with what tries steps whose graph has another form."""
+
+    def judge(model: nn.Module, batch: Batch, before: Before) -> frozenset[int]:
+        fast = [i for i, way in enumerate(ways.strategies) if way != "vjp"]
+        try:
+            with buffers_from(before.buffers):
+                trial = try_batch(
+                    recipe, model, layout, batch, constant=constant, seed=0, random=before.random, first=False
+                )
+        except (HydraError, RuntimeError) as error:
+            logger.debug("a step with another graph cannot be tried: %s", error)
+            return frozenset(fast)
+        return frozenset(
+            i
+            for i in fast
+            if trial.verdicts[i] == "vjp" or (trial.verdicts[i] == "func" != ways.strategies[i])
+        )
+
+    return replace(ways, judge=judge)
 
 
 def try_batch(
@@ -91,6 +116,7 @@ def try_batch(
     seed: int,
     as_run: bool = False,
     first: bool = True,
+    random: Tensor | None = None,
 ) -> Trial:
     """Return what one batch shows; arguments as for ``choose_ways``.
 
@@ -99,6 +125,7 @@ def try_batch(
     Args:
         as_run: Try in the dtype of the run instead, where a wrong result must be wrong by much.
         first: Whether to try too that gradients scale with the loss.
+        random: State of torch's generator to begin with, in place of the seed.
     """
     parameter = next(model.parameters())
     dtypes = [parameter.dtype] if as_run else [torch.float64, parameter.dtype]
@@ -108,7 +135,8 @@ def try_batch(
             try:
                 trial = cast_model(copied(model), None, dtype)
                 moved = to_device(batch, parameter.device, dtype)
-                return _OneBatch(recipe, trial, layout, moved, seed, tolerance, first).trial(constant)
+                one = _OneBatch(recipe, trial, layout, moved, seed, tolerance, first, random)
+                return one.trial(constant)
             except torch.OutOfMemoryError:
                 if dtype == dtypes[-1]:
                     break
@@ -123,7 +151,9 @@ def try_batch(
         )
     logger.info("a trial of %d samples does not fit, trying half of them", size)
     half = rows_of(batch, torch.arange(size // 2, device=parameter.device), size)
-    return try_batch(recipe, model, layout, half, constant=constant, seed=seed, as_run=as_run, first=first)
+    return try_batch(
+        recipe, model, layout, half, constant=constant, seed=seed, as_run=as_run, first=first, random=random
+    )
 
 
 def combined(trials: Sequence[Trial], layout: Layout) -> Ways:
@@ -147,6 +177,7 @@ def combined(trials: Sequence[Trial], layout: Layout) -> Ways:
         untried=frozenset(untried),
         random=drew,
         coupled=any(known) if known else None,
+        graphs=frozenset(trial.graph for trial in trials if trial.graph is not None),
         trials=len(trials),
         rows=sum(trial.rows for trial in trials),
     )
@@ -168,10 +199,11 @@ class _OneBatch:
         seed: int,
         tolerance: float,
         first: bool,
+        random: Tensor | None,
     ) -> None:
         self.recipe, self.model, self.layout, self.batch = recipe, model, layout, batch
         self.seed, self.tolerance, self.size = seed, tolerance, batch_length(batch)
-        self.first = first
+        self.first, self.random = first, random
         self.parameters = layout.parameters(model)
         device = next(model.parameters()).device
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -195,11 +227,12 @@ class _OneBatch:
     def _trial(self) -> Trial:
         capture = self.engine.capture
         kept = kept_buffers(self.model)
-        seed_everything(self.seed)
+        self._seed()
         fresh = generator_states()
         with capture.listen():
             losses_B = self.recipe.losses(self.model, self.batch)
             drew = fresh != generator_states()
+            graph = form_of(losses_B, self.engine.index)
             capture.pause()
             self.right = vjp(losses_B, self.parameters, self.chosen)
             if self.first:
@@ -233,7 +266,13 @@ class _OneBatch:
             random=drew,
             coupled=None if drew else self._coupled(losses_B, kept),
             rows=len(self.chosen),
+            graph=graph,
         )
+
+    def _seed(self) -> None:
+        seed_everything(self.seed)
+        if self.random is not None:
+            torch.set_rng_state(self.random)
 
     def _check_linear(self, losses_B: Tensor) -> None:
         """Refuse a backward pass whose result does not scale with what goes in.
@@ -342,7 +381,7 @@ class _OneBatch:
                 for k in self.chosen.tolist():
                     one = torch.tensor([k], device=self.chosen.device)
                     with buffers_from(kept), unchanged_buffers(self.model):
-                        seed_everything(self.seed)
+                        self._seed()
                         alone.append(self.recipe.losses(self.model, rows_of(self.batch, one, self.size))[0])
         except Exception as error:  # noqa: BLE001 - a loss that needs company
             logger.debug("a sample alone has no loss: %s", error)

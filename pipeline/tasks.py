@@ -142,7 +142,12 @@ class Tasks:
         return files, {
             "rows": stop - start,
             "start": start,
-            "ways": gradients.engine.told() | {"repaired_blocks": gradients.repaired},
+            "ways": gradients.engine.told()
+            | {
+                "repaired_blocks": gradients.repaired,
+                "through": gradients.through,
+                "derivative": gradients.derivative,
+            },
             "loss": rows.loss.tolist(),
             "label": rows.label.tolist(),
             "prediction": rows.prediction.tolist(),

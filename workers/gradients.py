@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,17 +14,22 @@ import torch
 
 from ..storage.errors import NonFiniteLoss, RecipeError
 from ..storage.trajectory import Trajectory
+from .cast import cast_model
 from .data import fetch, to_device
-from .determinism import derived_seed, preserved_generators, seed_everything
+from .determinism import derived_seed, generator_states, preserved_generators, seed_everything
 from .evaluate import OutputWatch, evaluating, predicted
-from .module_state import unchanged_buffers
+from .module_state import copied, unchanged_buffers
 from .persample.engine import PerSampleGradients, Ways, always_vjp
 from .persample.reference import constant_statistics
 from .persample.trials import choose_ways
 from .recipe import Batch
 from .training import Training
+from .update_field import seen_through
 
 logger = logging.getLogger(__name__)
+
+DIFFERENCED, DERIVATIVE = 16, 1e-3
+"""Test samples whose mean loss is differenced, and how far from its gradient that may be, relative to its norm."""
 
 TEST_BATCH = 64
 """Test samples a forward pass; fixed, so that the bits of a row depend on nothing else."""
@@ -64,6 +71,45 @@ class TestGradients:
             ways = replace(self._tried(), coupled=True)
         self.engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
         self.repaired = 0
+        self.through, self.derivative = False, self._is_derivative(through=False)
+        if (
+            self.derivative is False
+        ):  # something is detached: what is asked for is how the loss itself changes
+            self.through = self.derivative = bool(self._is_derivative(through=True))
+
+    def _is_derivative(self, *, through: bool) -> bool | None:
+        """Whether the gradient is the derivative of the loss, by differences; None where they say nothing."""
+        training = self.training
+        with preserved_generators(), evaluating(training.model):
+            try:
+                model = cast_model(copied(training.model), None, torch.float64)
+                parameters = training.layout.parameters(model)
+                count = min(self.size, DIFFERENCED, len(self.dataset))  # type: ignore[arg-type]
+                found = fetch(training.recipe, self.dataset, range(count))
+                batch = to_device(found, training.device, torch.float64)
+                with seen_through() if through else nullcontext():
+                    loss = training.recipe.losses(model, batch).mean()
+                slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+            except RuntimeError:
+                return None
+            generator = torch.Generator().manual_seed(3)
+            moves = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in parameters]
+            pairs = [(g, v) for g, v in zip(slopes, moves, strict=True) if g is not None]
+            along = float(sum((g * v).sum() for g, v in pairs))
+            size = math.sqrt(float(sum(g.square().sum() for g, _ in pairs)))
+            fresh = generator_states()
+            for width in (1e-7, 1e-9):  # the smaller where the larger crosses a kink
+                ends = []
+                for step in (width, -2 * width, width):
+                    with torch.no_grad():
+                        for p, v in zip(parameters, moves, strict=True):
+                            p.add_(v, alpha=step)
+                        ends.append(float(training.recipe.losses(model, batch).mean()))
+                if fresh != generator_states():
+                    return None  # random losses
+                if abs((ends[0] - ends[1]) / (2 * width) - along) <= DERIVATIVE * max(size, 1e-3):
+                    return True
+        return False
 
     def _tried(self) -> Ways:
         training = self.training
@@ -113,7 +159,8 @@ class TestGradients:
         found: list[torch.Tensor | None] = []
 
         def compute() -> torch.Tensor:
-            losses_B = training.losses(batch, size)
+            with seen_through() if self.through else nullcontext():
+                losses_B = training.losses(batch, size)
             # Before anything else calls the model: the watch notes its last output.
             with torch.no_grad():
                 found.append(predicted(training.recipe, training.model, batch, watch, size))

@@ -29,6 +29,10 @@ def trust_lines(trust: Mapping[str, Any]) -> list[str]:
             lines.append("  training samples see each other in the losses: traced inside their batch")
     if tests and tests["coupled"]:
         lines.append("test losses depend on the other samples of a batch: each was computed alone")
+    if tests and tests.get("through"):
+        lines.append("test losses detach something: differentiated through, as the loss itself changes")
+    if tests and tests.get("derivative") is False:
+        lines.append("test gradients are those of backward, which is not the derivative of the test loss")
     if trust.get("field"):
         lines.append(f"the update is no gradient: {trust['field']}")
     elif trust.get("differences"):

@@ -334,3 +334,29 @@ def test_layers_that_are_dropped_at_random_are_tried_once_a_form(tmp_path):
     assert 2 <= len(replay.engine._forms) <= 4
     assert not replay.engine.repaired
     assert oracle.relative_error(rows, right.hypergradient) < oracle.DENSE_FLOAT64
+
+
+def test_test_losses_that_detach_are_differentiated_as_they_change(tmp_path):
+    class Focal(Odd):
+        def losses(self, model, batch):
+            found = super().losses(model, batch)
+            return (1 - torch.exp(-found)).detach() ** 2 * found
+
+    recipe = Focal()
+    trajectory = recorded(recipe, tmp_path)
+    found = TestGradients(Training(recipe, DOUBLE), trajectory)
+    assert found.through
+    rows = found.rows(np.arange(5)).gradient
+    model = oracle.dense(recipe, trajectory, [0]).model.eval()
+    inputs, targets = (tensor[:5] for tensor in recipe.test_dataset().tensors)
+    vector = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    for k in (0, 11, len(vector) - 1):
+        ends = []
+        for h in (1e-6, -1e-6):
+            moved = vector.clone()
+            moved[k] += h
+            torch.nn.utils.vector_to_parameters(moved, model.parameters())
+            ends.append(recipe.losses(model, (inputs.double(), targets)).detach().numpy())
+        right = (ends[0] - ends[1]) / 2e-6
+        assert np.abs(rows[:, k] - right).max() < 1e-6 * np.abs(rows).max()
+    assert TestGradients(Training(Small(), DOUBLE), recorded(Small(), tmp_path / "small")).derivative is True

@@ -59,7 +59,8 @@ class Capture:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor):
                 return
-            call = Call(name, module, x.detach(), output.shape)
+            with torch._C.DisableTorchFunction():  # the losses may be computed where detach does nothing
+                call = Call(name, module, x.detach(), output.shape)
             self.calls.append(call)
 
             def keep(gradient: Tensor) -> None:

@@ -217,7 +217,7 @@ class Tasks:
             found, notes = replay.contributions(report), {"ways": replay.engine.told()}
             replay.engine.close()
             if self._lawful(training):
-                check_sums(found, targets, trajectory)
+                check_sums(found, targets, trajectory, replay.ways.noise)
                 notes["lawful"] = True
         base = f"by_test/method={self.method}.zarr"
         store = RowStore.open(run.path(*base.split("/")), "contribution")

@@ -34,6 +34,9 @@ BASE = {"float32": 1e-5, "float64": 1e-12}
 UNIT = {"float32": 2.0**-20, "float64": 2.0**-49}
 """Eight units in the last place: times sqrt(T) the drift that T rounded updates of the weights allow."""
 
+NOISY = 4.0
+"""How many times as much as in the trials rows may add up to something else."""
+
 SPREAD = 6.0
 """Along a random direction an error of norm e may show as up to so many times e."""
 
@@ -95,13 +98,16 @@ class Law:
         return self.error <= self.limit
 
 
-def law_of(trajectory: Trajectory, shards: Sequence[Mapping[str, Sequence[object]]], n_train: int) -> Law:
+def law_of(
+    trajectory: Trajectory, shards: Sequence[Mapping[str, Sequence[object]]], n_train: int, noise: float = 0.0
+) -> Law:
     """Compare the sums that the shards noted with the record.
 
     Args:
         trajectory: The record.
         shards: What ``RowSums.values`` gave, one a shard; together they hold every training sample.
         n_train: N.
+        noise: How exactly rows of a batch added up in the trials, relative; see ``Ways``.
     """
     sums = np.sum([np.asarray(s["sum"], dtype=np.float64) for s in shards], axis=0) / n_train
     sizes = np.sqrt(np.mean([np.square(np.asarray(s["size"], dtype=np.float64)) for s in shards], axis=0))
@@ -119,7 +125,8 @@ def law_of(trajectory: Trajectory, shards: Sequence[Mapping[str, Sequence[object
         weights = math.sqrt(float(after @ after) + factor**2 * float(before @ before))
         scale = max(float(np.linalg.norm(expected)), float(sizes[k]))
         error = float(np.abs(sums[k] - projections(expected, k)).max())
-        allowed = SPREAD * (BASE[dtype] * scale + UNIT[dtype] * math.sqrt(steps) * weights)
+        base = max(BASE[dtype], NOISY * noise)
+        allowed = SPREAD * (base * scale + UNIT[dtype] * math.sqrt(steps) * weights)
         found.append((entry.name, error / scale if scale else error, allowed / scale if scale else 0.0))
     # NaN counts as farthest.
     name, error, limit = max(found, key=lambda f: math.inf if not f[1] <= math.inf else f[1] - f[2])
@@ -130,6 +137,7 @@ def check_sums(
     contributions_Kn: npt.NDArray[np.floating],
     targets_KD: npt.NDArray[np.floating],
     trajectory: Trajectory,
+    noise: float = 0.0,
 ) -> None:
     """Hold the contributions of all samples to each target against the law.
 
@@ -158,7 +166,7 @@ def check_sums(
         / BASE[dtype]
     )
     error = np.abs(found.sum(1) - right)
-    allowed = SPREAD * BASE[dtype] * size
+    allowed = SPREAD * max(BASE[dtype], NOISY * noise) * size
     if not (error <= allowed).all():
         k = int(np.argmax(np.where(np.isnan(error), np.inf, error - allowed)))
         raise ConservationBroken(

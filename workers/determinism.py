@@ -155,4 +155,11 @@ def fingerprint_differences(recorded: Mapping[str, Any], here: Mapping[str, Any]
         for key in sorted(set(recorded) | set(here))
         if recorded.get(key) != here.get(key)
     ]
-    return "; ".join(lines) if lines else "the environments are the same (did the recipe or its data change?)"
+    return (
+        "; ".join(lines)
+        if lines
+        else (
+            "the environments are the same (did the recipe or its data change, or does it keep a state outside of the "
+            "model's buffers and the optimizer?)"
+        )
+    )

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 DIFFERENCED, DERIVATIVE = 16, 1e-3
 """Test samples whose mean loss is differenced, and how far from its gradient that may be, relative to its norm."""
 
+GROSS = 0.2
+"""How far gradients taken one by one may add up to something else than the block's, relative."""
+
 TEST_BATCH = 64
 """Test samples a forward pass; fixed, so that the bits of a row depend on nothing else."""
 
@@ -178,7 +181,8 @@ class TestGradients:
                 self.engine.ways, strategies=tuple(strategies), untried=self.engine.ways.untried - {*wrong}
             )
             engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
-            losses_B, wrong = self._trace(engine, batch, size, seed, compute, out)
+            # By autograd itself: what still does not add up must be more than a low precision's rounding.
+            losses_B, wrong = self._trace(engine, batch, size, seed, compute, out, GROSS)
             engine.close()
         loss[:] = losses_B.detach().double().cpu().numpy()
         if not np.isfinite(loss).all():
@@ -201,6 +205,7 @@ class TestGradients:
         seed: int,
         compute: Callable[[], torch.Tensor],
         out: torch.Tensor,
+        allowed: float | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
         """Write a block's gradients and return its losses, and the entries whose rows do not add up."""
         training = self.training
@@ -216,4 +221,4 @@ class TestGradients:
                 batch, positions, size, compute, lambda mean: whole.extend(training.gradient_of(mean))
             )
             engine.hand_over(positions, size, keep)
-        return losses_B, training.unlike_sum(out, whole, size)
+        return losses_B, training.unlike_sum(out, whole, size, allowed)

@@ -122,8 +122,11 @@ class Recipe:
         inputs, targets = batch
         if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
             return None
-        with torch.no_grad():
-            scores = model(inputs)
+        try:
+            with torch.no_grad():
+                scores = model(inputs)
+        except (TypeError, NotImplementedError):  # a model that is not called with the inputs
+            return None
         if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[0] != len(targets):
             return None
         drawn = torch.multinomial(scores.double().softmax(1), 1).squeeze(1)

@@ -261,7 +261,7 @@ class Recorder:
             worst = float((losses[1] - losses[0]).abs().max())
             raise RecipeError(
                 f"a model that is built anew and given the trained weights and buffers loses something else on the first "
-                f"{count} test samples (off by {worst:.1e}): it keeps a state in plain attributes; register_buffer() them"
+                f"{count} test samples (off by {worst:.1e}): it keeps a state in plain attributes, or moves frozen parameters; register_buffer() them"
             )
 
     def _finish(self) -> None:

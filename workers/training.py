@@ -34,6 +34,7 @@ from .layout import Layout, checksum, flatten, load_flat
 from .module_state import Kept, buffers_from, copied, kept_buffers, load_buffers, same_buffer
 from .persample.engine import Watch
 from .persample.reference import constant_statistics, couples_samples
+from .persample.trials import NOISE
 from .recipe import Batch, Recipe
 from .update import TrainableSet, check_optimizer
 from .user_code import listed, user_code
@@ -239,25 +240,30 @@ class Training:
         """Return d value / d parameters without touching what the optimiser sees; None where there is no path."""
         return torch.autograd.grad(value, self.parameters, allow_unused=True)
 
-    def unlike_sum(self, rows_BD: Tensor, whole: Sequence[Tensor | None], size: int) -> list[int]:
+    def unlike_sum(
+        self, rows_BD: Tensor, whole: Sequence[Tensor | None], size: int, allowed: float | None = None
+    ) -> list[int]:
         """Return the entries of which the rows of a whole batch do not add up to its gradient.
 
         Args:
             rows_BD: Gradients of each sample's own loss.
             whole: Gradient of the batch's mean loss, a tensor a parameter; None: zero.
             size: B.
+            allowed: How far they may, relative; None: ``ADD_UP``.
         """
         found = []
+        floor = NOISE * float(rows_BD.abs().sum(0).max()) if rows_BD.numel() else 0.0
+        allowed = ADD_UP[self.dtype] if allowed is None else allowed
         for i, (entry, gradient) in enumerate(zip(self.layout.entries, whole, strict=True)):
             rows = rows_BD[:, entry.start : entry.start + self.layout.size(i)]
             if not rows.numel():
                 continue
-            total, most = rows.sum(0), rows.abs().sum(0).max()
+            total, most = rows.sum(0), max(float(rows.abs().sum(0).max()), floor)
             if gradient is not None and not bool(torch.isfinite(gradient).all()):
                 continue  # told elsewhere, by sample
             if gradient is not None:
                 total = total - gradient.detach().reshape(-1).to(rows) * size
-            if not bool(total.abs().max() <= ADD_UP[self.dtype] * most):
+            if not bool(total.abs().max() <= allowed * most):
                 found.append(i)
         return found
 

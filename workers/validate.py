@@ -106,6 +106,10 @@ def check_layers(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model() returned {type(model).__name__} and must return a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RecipeError(
+            "model() returned a TorchScript module, which takes no hooks; return the plain module"
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise RecipeError(
@@ -116,6 +120,10 @@ def check_layers(model: nn.Module) -> None:
                 raise RecipeError(
                     f"layer {name!r} has max_norm={module.max_norm}, which rewrites weights in the forward "
                     "pass outside the optimiser; remove max_norm"
+                )
+            if module.scale_grad_by_freq:
+                raise RecipeError(
+                    f"layer {name!r} has scale_grad_by_freq=True, so that a sample's gradient depends on its batch; remove it"
                 )
             if module.sparse:
                 raise RecipeError(f"layer {name!r} has sparse=True gradients; use sparse=False")

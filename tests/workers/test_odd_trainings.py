@@ -17,6 +17,7 @@ from hydra_pipe.workers.training import Compute, Training
 from hydra_pipe.workers.trials import tried_ways
 from torch import nn
 
+from hydra_pipe import RunSpec, run
 from tests import oracle
 from tests.odd_recipes import SIMPLE, Adapters, Mining, Odd, RareDrop, RareRow, Stateful, Weighted
 from tests.recipes import BatchNormed, Small
@@ -360,3 +361,53 @@ def test_test_losses_that_detach_are_differentiated_as_they_change(tmp_path):
         right = (ends[0] - ends[1]) / 2e-6
         assert np.abs(rows[:, k] - right).max() < 1e-6 * np.abs(rows).max()
     assert TestGradients(Training(Small(), DOUBLE), recorded(Small(), tmp_path / "small")).derivative is True
+
+
+class _Keyed(nn.Module):
+    """The key's bias has a gradient of zero, but for rounding: softmax does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        weights = (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1)
+        return self.out((weights @ self.v(x)).mean(1))
+
+
+class Keyed(Odd):
+    shape = (5, 6)
+
+    def model(self):
+        return _Keyed()
+
+
+class Lowered(Odd):
+    """Part of the model computes in float32 whatever the run does."""
+
+    def losses(self, model, batch):
+        hidden = torch.tanh(model[0](batch[0]))
+        scores = model[2](hidden).float().log_softmax(1)
+        return torch.nn.functional.nll_loss(scores, batch[1], reduction="none").to(hidden)
+
+
+class Autocast(Odd):
+    def losses(self, model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().losses(model, batch).float()
+
+
+@pytest.mark.parametrize("kind", [Keyed, Lowered])
+def test_rounding_is_not_taken_for_a_hook(kind, tmp_path):
+    recipe = kind()
+    trajectory = recorded(recipe, tmp_path)
+    everyone = list(range(recipe.count))
+    right = oracle.dense(recipe, trajectory, everyone)
+    rows, _ = replayed(recipe, trajectory, everyone)
+    assert oracle.relative_error(rows, right.hypergradient) < (1e-12 if kind is Keyed else 1e-6)
+
+
+def test_autocast_runs_whole_and_knows_its_noise(tmp_path):
+    found = run(RunSpec(recipe=Autocast(), out=str(tmp_path / "run"), executor="serial", device="cpu"))
+    assert found.info["trust"]["hydra"]["law"]["checked"]
+    assert found.info["trust"]["hydra"]["ways"]["noise"] > 1e-5

@@ -260,7 +260,10 @@ class Remembering(Odd):
 
 
 def test_a_state_in_plain_attributes_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"keeps a state in plain attributes; register_buffer\(\) them"):
+    with pytest.raises(
+        RecipeError,
+        match=r"keeps a state in plain attributes, or moves frozen parameters; register_buffer\(\) them",
+    ):
         record(Remembering(), tmp_path)
 
 

@@ -61,6 +61,8 @@ class Ways:
         graphs: Forms of the graphs of the batches that were tried; see ``form_of``.
         judge: Tries a step whose graph has another form: given the model, the batch and what the step began
             with, the entries whose way is not right there.
+        noise: How far rows added up to something else than a batch's gradient, relative: more than rounding of
+            the run's dtype where layers compute in a lower precision.
         trials: How many batches were tried.
         rows: How many gradients of single samples were held against autograd.
     """
@@ -71,6 +73,7 @@ class Ways:
     coupled: bool | None = None
     graphs: frozenset[int] = frozenset()
     judge: Judge | None = None
+    noise: float = 0.0
     trials: int = 0
     rows: int = 0
 
@@ -434,6 +437,7 @@ class PerSampleGradients:
             "repaired": sorted(self.repaired),
             "random": ways.random,
             "coupled": ways.coupled,
+            "noise": ways.noise,
             "trials": ways.trials,
             "rows": ways.rows,
         }

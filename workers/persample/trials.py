@@ -38,6 +38,9 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 LOOSE = 5e-2
 """The same for a second trial in float32 of what agreed in float64: lower precision may be the model's own."""
 
+NOISE = 1e-4
+"""Share of the largest gradient below which a parameter's own scale is not used."""
+
 SAMPLES = 2
 """Samples of a batch that are differentiated one by one."""
 
@@ -55,6 +58,7 @@ class Trial:
         coupled: Whether samples see each other; None where it could not be tried.
         rows: How many samples were differentiated alone.
         graph: The form of the batch's graph; None where there is nothing to compare it for.
+        noise: How far the rows of a batch add up to something else than its gradient, relative.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -62,6 +66,7 @@ class Trial:
     coupled: bool | None
     rows: int
     graph: int | None = None
+    noise: float = 0.0
 
 
 def choose_ways(
@@ -178,6 +183,7 @@ def combined(trials: Sequence[Trial], layout: Layout) -> Ways:
         random=drew,
         coupled=any(known) if known else None,
         graphs=frozenset(trial.graph for trial in trials if trial.graph is not None),
+        noise=max((trial.noise for trial in trials), default=0.0),
         trials=len(trials),
         rows=sum(trial.rows for trial in trials),
     )
@@ -235,6 +241,10 @@ class _OneBatch:
             graph = form_of(losses_B, self.engine.index)
             capture.pause()
             self.right = vjp(losses_B, self.parameters, self.chosen)
+            # What is smaller than this, in all of a parameter, is what rounding leaves of zero.
+            self.floor = NOISE * max(
+                (float(rows.abs().max()) for rows in self.right if rows.numel()), default=0.0
+            )
             if self.first:
                 self._check_linear(losses_B)
             capture.resume()
@@ -250,7 +260,7 @@ class _OneBatch:
             for g, p in zip(found, self.parameters, strict=True)
         ]
         outer = self._outer_entries()
-        good = self._by_rule()
+        good, noise = self._by_rule()
         missing = [i for i in range(len(self.parameters)) if i not in good]
         alone = self._by_func(missing, losses_B, kept) if missing and not drew else set()
         verdicts: list[Verdict] = []
@@ -267,6 +277,7 @@ class _OneBatch:
             coupled=None if drew else self._coupled(losses_B, kept),
             rows=len(self.chosen),
             graph=graph,
+            noise=noise,
         )
 
     def _seed(self) -> None:
@@ -280,12 +291,14 @@ class _OneBatch:
         Raises:
             RecipeError: Gradients are changed on their way (clipped, signed, made noisy).
         """
-        scaled = vjp(losses_B, self.parameters, self.chosen[:1], 1.0 / self.size)
+        # About 1 / B, as in the step; a power of two, so that layers of low precision round alike.
+        scale = 2.0 ** -math.ceil(math.log2(self.size)) if self.size > 1 else 0.5
+        scaled = vjp(losses_B, self.parameters, self.chosen[:1], scale)
         for i, (rows, small) in enumerate(zip(self.right, scaled, strict=True)):
             largest = float(rows[0].abs().max()) if rows.numel() else 0.0
             if not math.isfinite(largest):  # told elsewhere, by step and sample
                 continue
-            if not bool(((small[0] * self.size - rows[0]).abs() <= self.tolerance * largest).all()):
+            if not bool(((small[0] / scale - rows[0]).abs() <= LOOSE * max(largest, self.floor)).all()):
                 raise RecipeError(
                     f"the gradient of parameter {self.layout.entries[i].name!r} does not scale with the loss: a hook or "
                     "a custom backward changes gradients on their way (clips or signs them), which the recursion does "
@@ -318,8 +331,11 @@ class _OneBatch:
                     calls.setdefault(self.engine.index[id(parameter)], []).append(flat and name == "weight")
         return {i for i, flat in calls.items() if flat == [True]}
 
-    def _by_rule(self) -> set[int]:
-        """Return the entries whose rows by rule agree, one layer at a time so that no misfit hides others."""
+    def _by_rule(self) -> tuple[set[int], float]:
+        """Return the entries whose rows by rule agree, and how exactly they add up.
+
+        One layer at a time, so that no misfit hides others.
+        """
         engine, size = self.engine, self.size
         calls, inputs, bad = [], [], set()
         for call in engine.capture.take():
@@ -348,7 +364,8 @@ class _OneBatch:
                 engine.products(call, x_B, rows, written)
             for i, view in enumerate(engine.views):
                 found.add(i, view[:count], start)
-        return {i for i in range(len(self.parameters)) if i not in bad and found.agrees(i)}
+        good = {i for i in range(len(self.parameters)) if i not in bad and found.agrees(i)}
+        return good, found.noise
 
     def _by_func(self, missing: Sequence[int], losses_B: Tensor, kept: Kept) -> set[int]:
         """Return those of the entries whose rows by ``torch.func`` agree."""
@@ -397,6 +414,7 @@ class _Compared:
         self.sum = [torch.zeros_like(p) for p in batch.parameters]
         self.size = [torch.zeros_like(p) for p in batch.parameters]
         self.bad: set[int] = set()
+        self.noise = 0.0
 
     def add(self, i: int, rows: Tensor, start: int) -> None:
         """Take rows ``start``, … of entry ``i``."""
@@ -407,7 +425,7 @@ class _Compared:
         right, of = self.batch.right[i], self.batch.of[i]
         here = (of >= start) & (of < start + len(rows))
         if bool(here.any()):
-            allowed = self.batch.tolerance * float(right.abs().max())
+            allowed = self.batch.tolerance * max(float(right.abs().max()), self.batch.floor)
             if not bool(((rows[of[here] - start] - right[here]).abs() <= allowed).all()):
                 self.bad.add(i)
 
@@ -417,5 +435,9 @@ class _Compared:
             return False
         if not self.sum[i].numel():
             return True
-        allowed = self.batch.tolerance * float(self.size[i].max())
-        return bool(((self.sum[i] - self.batch.whole[i]).abs() <= allowed).all())
+        scale = max(float(self.size[i].max()), self.batch.floor)
+        off = float((self.sum[i] - self.batch.whole[i]).abs().max())
+        if not off <= self.batch.tolerance * scale:
+            return False
+        self.noise = max(self.noise, off / scale if scale else 0.0)
+        return True

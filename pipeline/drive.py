@@ -82,8 +82,10 @@ def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str
 def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
     refuse_unsupported(spec)
     looked = survey(spec)
-    for text in (*looked.notes, *looked.warnings):
-        warn(observer, text)
+    for note in looked.notes:
+        warn(observer, note)
+    for text in looked.warnings:
+        observer(Note(message=f"warning: {text}"))
     executor = make_executor(spec)
     try:
         if spec.seeds > 1:

@@ -200,7 +200,8 @@ class Recorder:
         looked = epoch is not None or self._checks(done - 1)
         before = self._state_checksums() if looked else None
         plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and epoch is not None
-        with user_code(f"moving the scheduler after step {done - 1} raised", always=True):
+        moment = f"step {done - 1}" if epoch is None else f"epoch {epoch}"
+        with user_code(f"moving the scheduler after {moment} raised", always=True):
             self.scheduler.step(*([self._watched(epoch)] if plateau and epoch is not None else []))
         if before is not None and self._state_checksums() != before:
             raise RecipeError(

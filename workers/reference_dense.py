@@ -124,6 +124,9 @@ class DenseTangents:
         self.tangents = {form: [Tangent(self.parameters) for _ in range(samples)] for form in forms}
         self.loss = np.zeros(training.steps)
         self.products = 0
+        # A row at a padding_idx is a constant to double backward. Where a read-out shares it, it moves all the
+        # same, and differences see more than the form that is defined here.
+        self.padded = _shares_padding(self.twin)
         self.moved: tuple[nn.Module, list[nn.Parameter]] | None = None
         self.differences = False
         self.deviation = 0.0
@@ -197,7 +200,7 @@ class DenseTangents:
         Double backward gives J^T du, and J is not symmetric where the update is no gradient; it also has
         rules of its own that may be wrong. (g(w + h du) - g(w - h du)) / 2h knows nothing of that.
         """
-        if self.dtype != torch.float64:
+        if self.dtype != torch.float64 or self.padded:
             return bent
         if not self.differences and self.products > DIFFERENCES_FIRST and self.products % DIFFERENCES_EVERY:
             return bent
@@ -318,6 +321,18 @@ def _gradient(value: Tensor, parameters: Sequence[nn.Parameter], graph: bool = F
         value, list(parameters), retain_graph=True, create_graph=graph, allow_unused=True
     )
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def _shares_padding(model: nn.Module) -> bool:
+    """Whether another layer uses the table of an Embedding that has a ``padding_idx``."""
+    users: dict[int, int] = {}
+    padded = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            padded.add(id(module.weight))
+    return any(users[key] > 1 for key in padded)
 
 
 def _normalizes(module: nn.Module) -> bool:

@@ -36,7 +36,7 @@ from .persample.engine import Watch
 from .persample.reference import constant_statistics, couples_samples
 from .persample.trials import NOISE
 from .recipe import Batch, Recipe
-from .update import TrainableSet, check_optimizer
+from .update import TrainableSet, check_optimizer, check_owned
 from .user_code import listed, user_code
 
 ADD_UP = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -113,6 +113,7 @@ class Training:
         check_optimizer(self.optimizer, self.model)
         self.trainable = TrainableSet(self.model)
         self.layout = Layout.of(self.model, self.optimizer.param_groups)
+        check_owned(self.optimizer, self.model)
         self.parameters = self.layout.parameters(self.model)
         self.batches: Indices = batch_order(self.n_train, recipe.batch_size, recipe.epochs, recipe.seed)
         self.steps_per_epoch = -(-self.n_train // recipe.batch_size)

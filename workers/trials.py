@@ -76,6 +76,8 @@ def _at(training: Training, trajectory: Trajectory | None, k: int, *, as_run: bo
             first=trajectory is None and not as_run,
         )
     except RuntimeError as error:
+        if trajectory is None:
+            raise  # told as what it is, the first step
         first = (str(error).strip().splitlines() or ["no message"])[0]
         raise RecipeError(
             f"the gradients of the samples of step {step} cannot be computed: {type(error).__name__}: {first}; "

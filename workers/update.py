@@ -26,24 +26,33 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Refuse an optimiser whose update is not that of its class.
 
     Raises:
-        RecipeError: Its class has no rule, or hooks, a patched ``step`` or foreign parameters change what it does.
+        RecipeError: Its class has no rule, or hooks or a patched ``step`` change what it does.
     """
     if type(optimizer) is not torch.optim.SGD:
         raise RecipeError(
             f"optimizer {type(optimizer).__name__} has no rule for its hypergradient; "
             "use torch.optim.SGD (any momentum, dampening, Nesterov, weight decay, groups)"
         )
-    own = {id(p) for p in model.parameters()}
-    for k, group in enumerate(optimizer.param_groups):
+    for group in optimizer.param_groups:
         if group.get("maximize"):
             raise RecipeError("SGD(maximize=True) is not supported; negate the losses instead")
+    check_hooks(optimizer, model)
+
+
+def check_owned(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse parameters that the optimiser trains and the model does not have.
+
+    Raises:
+        RecipeError: Names their group and shape.
+    """
+    own = {id(p) for p in model.parameters()}
+    for k, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
             if id(p) not in own and p.requires_grad:
                 raise RecipeError(
                     f"group {k} of the optimizer holds a parameter of shape {tuple(p.shape)} that is not the model's, so "
-                    "its training would not be followed; register it on the model"
+                    "its training would not be followed; register it on the model and build the optimizer from that"
                 )
-    check_hooks(optimizer, model)
 
 
 def check_hooks(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

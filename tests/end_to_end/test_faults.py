@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ def words(out: Path, data: Path) -> tuple[Any, ...]:
     return (recipe, "--set", f"path={data}", "--executor", "serial", "--device", "cpu", "--out", out, "-q")
 
 
+def forget_what_it_was_made_from(out: Path) -> None:
+    """Make a run one of an earlier version: only replaying then tells that its data are others."""
+    info = json.loads((out / "run.json").read_text())
+    del info["made_of"]
+    (out / "run.json").write_text(json.dumps(info))
+
+
 def test_data_that_change_between_record_and_replay(tmp_path):
     data, out = tmp_path / "data.npy", tmp_path / "run"
     FromFile.write(data)
@@ -33,6 +41,10 @@ def test_data_that_change_between_record_and_replay(tmp_path):
     inputs = np.load(data)
     inputs[7, 2] += 1e-3
     np.save(data, inputs)
+    refused = cli("run", *words(out, data))
+    assert refused.exit_code == 1
+    assert "(training samples)" in refused.stderr
+    forget_what_it_was_made_from(out)
     before = manifests(out)
     failed = cli("run", *words(out, data))
     assert failed.exit_code == 1
@@ -61,6 +73,7 @@ def test_a_divergence_says_what_differs_between_the_machines(tmp_path, monkeypat
     FromFile.write(data)
     assert cli("record", *words(out, data)).exit_code == 0
     np.save(data, np.load(data) * 1.01)
+    forget_what_it_was_made_from(out)
     monkeypatch.setattr(torch, "__version__", "9.9")
     with pytest.raises(ReplayDiverged, match=r"torch: recorded '\d.*', here '9\.9'"):
         serial(out, "tests.end_to_end.slow_recipes:FromFile", recipe_args={"path": str(data)})

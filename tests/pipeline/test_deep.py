@@ -53,6 +53,9 @@ def by_name(found):
     return {(check.method, check.check): check for check in found.checks}
 
 
+DIFFERENCED = "double backward and differences of the gradient"
+
+
 def test_every_method_of_a_run_is_covered_or_named(made):
     heard = []
     found = verify_deep(open_run(made), Small(), observer=heard.append)
@@ -67,7 +70,9 @@ def test_every_method_of_a_run_is_covered_or_named(made):
     assert checks["hydra", "hypergradients"].limit == 1e-12
     assert checks["hydra-exact", "hypergradients"].limit == 1e-9
     assert [note for note in found.notes if note.startswith("tracin: not covered")]
-    assert max(c.deviation for c in found.checks if c.check != "contributions in Parquet") < 1e-13
+    rough = ("contributions in Parquet", DIFFERENCED)
+    assert max(c.deviation for c in found.checks if c.check not in rough) < 1e-13
+    assert checks["hydra-exact", DIFFERENCED].deviation < 1e-6
     cost = next(event.message for event in heard if isinstance(event, Note))
     assert "3 training samples; 18 training steps again" in cost
     assert "54 at most" in cost
@@ -88,7 +93,8 @@ def test_adjoint_mode_dropout_and_batch_statistics(kind, dtype, tmp_path):
     assert len(found.train_index) == 5
     assert max(found.train_index) < 30
     for check in found.checks:
-        assert check.limit <= (1e-3 if dtype == "float32" else 1e-6)
+        if check.check != DIFFERENCED:
+            assert check.limit <= (1e-3 if dtype == "float32" else 1e-6)
 
 
 def test_coupled_statistics_are_those_of_the_run(tmp_path):

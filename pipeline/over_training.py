@@ -15,7 +15,7 @@ from typing import Any
 from ..storage import layout
 from ..storage.documents import dump, load
 from ..storage.errors import DoesNotFit, IncompleteStage, SpecError, SpecMismatch
-from ..storage.files import read_bytes, write_bytes
+from ..storage.files import read_bytes, remove, write_bytes
 from ..workers.determinism import restored_process
 from ..workers.estimators import make
 from ..workers.influence_over import INFLUENCE
@@ -270,6 +270,8 @@ class _OverTraining(Stages):
                 message = f"{stage} {manifest.unit} is done again: it was made with other options"
                 self.observer(Note(message=message))
                 self.directory.drop(stage, manifest.unit)
+                for entry in manifest.files:  # the new answer may have fewer
+                    remove(self.directory.path(entry.path))
         others = [name for name in self.directory.units(stage) if name not in wanted]
         self._stage(stage, units, total, label, extra=len(others) + 1)
 

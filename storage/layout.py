@@ -76,9 +76,12 @@ KINDS = (
 DIRECTIONS, COORDINATES, CORRECTED = "directions", "coordinates", "contributions"
 """Stores of a correction, see `corrections`."""
 LOSSES, WEIGHTS, TRAINING_LOSS = "retrain", "weights", "training_loss"
-"""Tables of retrainings, see `evaluation`."""
+"""Tables that a retraining writes, see `evaluation`."""
+LDS, TRIALS = "lds", "trials"
+"""Tables over all retrainings."""
 EVALUATION_SUMMARY = f"{EVALUATION}/summary.json"
 BY_EPOCH_SUMMARY = f"{BY_EPOCH}/summary.json"
+SUMMARIES = (EVALUATION_SUMMARY, BY_EPOCH_SUMMARY)
 
 
 def hypergradients(method: str) -> str:

@@ -15,9 +15,17 @@ from ...storage.errors import CorruptStore, HydraError, RunNotFound
 from ...storage.files import PARTIAL, list_files
 from ..targets import store_of
 from ..vocabulary import (
+    ADJOINT,
+    ATTRIBUTE,
+    BY_EPOCH,
     BY_EPOCH_SCORES,
+    CORRECTION,
+    CURVATURE,
+    DIRECTIONS,
+    EVALUATE,
     EVALUATE_SCORES,
     KINDS,
+    PREPARE,
     RECORD,
     REDUCE,
     REPLAY,
@@ -26,6 +34,7 @@ from ..vocabulary import (
     stages_of,
 )
 from . import conservation as law
+from . import contents_between as between
 from .conservation import conservation
 from .contents import Contents
 from .status import method_names, stage_states
@@ -158,6 +167,8 @@ class _Verifier:
                     self._guard(
                         layout.table("contributions_spread", method), partial(contents.average, method)
                     )
+        for stage in self.states:
+            self._between(stage, contents)
         if not found:
             reason = law.not_applicable(self.run) or "the stores it needs are damaged"
             found = {"applicable": False, "reason": reason}
@@ -171,6 +182,27 @@ class _Verifier:
             notes=tuple(self.notes),
             conservation=found,
         )
+
+    def _between(self, stage: str, contents: Contents) -> None:
+        """Judge what a stage left that is no table of a method."""
+        if stage.startswith((f"{EVALUATE}/", f"{BY_EPOCH}/")):
+            if self._state(stage) == "complete":
+                self._guard(stage, partial(between.judging, contents, stage, self.damaged))
+            return
+        owner, _, part = stage.rpartition("/")
+        if part in (ADJOINT, ATTRIBUTE):
+            check, names = between.by_test, [layout.by_test(owner)]
+        elif part == PREPARE:
+            check, names = between.prepared, [layout.prepared(owner)]
+        elif part == CURVATURE:
+            check, names = between.curvature, [layout.curvature(owner)]
+        elif part == CORRECTION and self._state(f"{owner}/{DIRECTIONS}") == "complete":
+            stores = (layout.DIRECTIONS, layout.COORDINATES, layout.CORRECTED)
+            check, names = between.corrections, [layout.corrections(owner, name) for name in stores]
+        else:
+            return
+        if self._readable(stage, *names):
+            self._guard(names[0], partial(check, contents, owner))
 
     def _stages(self) -> None:
         """Note what is not complete; it is a problem where ``run.json`` claims that it is."""

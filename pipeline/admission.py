@@ -14,7 +14,7 @@ from .provenance import adopt, recipe_differences
 from .raysetup import inside_ray_job
 from .spec import RunSpec
 from .survey import Survey
-from .targets import KINDS
+from .vocabulary import KINDS
 
 
 def refuse_unsupported(spec: RunSpec) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from ..storage import layout
 from ..storage.errors import SpecError, SpecMismatch
 from ..storage.rundir import RunDirectory
 from ..workers.determinism import restored_process
@@ -20,7 +21,7 @@ from ..workers.estimators.base import TARGETS, Estimator
 from ..workers.recipe import Recipe
 from ..workers.training import Compute
 from .admission import place, refuse_unsupported, stored_run
-from .attribute_tasks import ATTRIBUTE, PREPARE, AttributeTasks, by_test, prepared
+from .attribute_tasks import AttributeTasks
 from .drive import _Driver
 from .events import Note, Observer, RunFinished, RunStarted, null
 from .executors import make_executor
@@ -31,10 +32,21 @@ from .seeds import announce, average, check_data, drive_members, naming, seeds_o
 from .sharding import EXACT_TARGETS, spans
 from .spec import RunSpec, averaged
 from .spec_stored import PLACEMENT, stored_spec
-from .stages import INDEX, units_of
+from .stages import units_of
 from .survey import Survey, survey
-from .tasks import RECORD, REDUCE, TEST_GRADIENTS, Tasks
+from .tasks import Tasks
 from .units import Executor
+from .vocabulary import (
+    ADJOINT,
+    ATTRIBUTE,
+    INDEX,
+    INTERCLASS,
+    PREPARE,
+    RECORD,
+    REDUCE,
+    TEST_GRADIENTS,
+    TRAJECTORY,
+)
 
 MOST_TARGETS = 64
 """Test samples of a block, at most: also what a killed worker loses."""
@@ -202,7 +214,7 @@ def _plan(
         each = max(TARGETS, each)
         count = max(math.ceil(tested / each), min(slots, math.ceil(tested / TARGETS)))
     # Blocks of targets are the exact adjoint's shards; how many fit was decided here.
-    shaped = replace(spec, mode="adjoint", hessian="exact", exact_rank=0, memory=None, seeds=1)
+    shaped = replace(spec, mode=ADJOINT, hessian="exact", exact_rank=0, memory=None, seeds=1)
     return cut(shaped, looked, {**capacity, "memory_per_worker": 0}, shards=count)
 
 
@@ -221,7 +233,7 @@ class _Attribution(_Driver):
         estimator: Estimator,
     ) -> None:
         self.estimator = estimator
-        shaped = replace(spec, mode="adjoint", hessian="exact", exact_rank=0)
+        shaped = replace(spec, mode=ADJOINT, hessian="exact", exact_rank=0)
         super().__init__(shaped, looked, plan, directory, executor, observer, stored)
         self.method = self.base = self.form = estimator.NAME
         self.options = estimator.options()
@@ -231,13 +243,13 @@ class _Attribution(_Driver):
 
     def drive(self, stages: Sequence[str] = ()) -> None:
         """Prepare, attribute, reduce."""
-        self._needs(RECORD, "trajectory", "record")
+        self._needs(RECORD, TRAJECTORY, "record")
         self._needs(TEST_GRADIENTS, INDEX, "replay")
         self.directory.clear_litter()
         self.directory.write(self.info)
         if self.estimator.PREPARES:
             self._prepare()
-        self._fill(by_test(self.method))
+        self._fill(layout.by_test(self.method))
         self._reduce()
         self._close()
 
@@ -247,7 +259,7 @@ class _Attribution(_Driver):
         slots = int(plan.capacity.get("slots") or 1)
         rows = math.ceil(plan.n_tracked / slots / TARGETS) * TARGETS
         rows = entry.setdefault("prepare_rows", min(PREPARE_ROWS, rows))
-        base = prepared(self.method)
+        base = layout.prepared(self.method)
         store = self._make_store(
             self.prepare_stage,
             base,
@@ -308,6 +320,6 @@ class _Attribution(_Driver):
         return info
 
     def _close(self) -> None:
-        if self.directory.manifest(self.reduce_stage, "interclass") is not None:
+        if self.directory.manifest(self.reduce_stage, INTERCLASS) is not None:
             self.info["methods"][self.method]["state"] = "complete"
         self.directory.write(self.info)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..storage import layout
 from ..storage.errors import EstimatorDiverged
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
@@ -18,19 +19,7 @@ from ..workers.training import Training
 from ..workers.user_code import user_code
 from .tasks import Tasks
 from .units import Report, Unit
-
-PREPARE = "prepare"
-ATTRIBUTE = "attribute"
-
-
-def by_test(method: str) -> str:
-    """Return where a method's contributions by test sample lie in the run."""
-    return f"by_test/method={method}.zarr"
-
-
-def prepared(method: str) -> str:
-    """Return where what a method prepared for each tracked sample lies in the run."""
-    return f"prepared/method={method}.zarr"
+from .vocabulary import ATTRIBUTE, PREPARE
 
 
 @dataclass(kw_only=True)
@@ -62,15 +51,15 @@ class AttributeTasks(Tasks):
             report(rows * min(done, total) // max(total, 1), rows)  # what an estimator counts varies
 
         if kind == PREPARE:
-            base, name = prepared(self.method), "value"
+            base, name = layout.prepared(self.method), "value"
             found = self.estimator.prepare(self._ground(run), slice(start, stop), scaled)
             block = found.values[:, None]
         else:
-            base, name = by_test(self.method), "contribution"
+            base, name = layout.by_test(self.method), "contribution"
             found = self._contributions(run, start, stop, scaled)
             block = found.values
         _check_finite(self.method, block, start)
-        store = RowStore.open(run.path(*base.split("/")), name)
+        store = RowStore.open(run.path(base), name)
         store.write(start, np.ascontiguousarray(block, dtype=store.dtype))
         files = [f"{base}/{path}" for path in store.files(start, stop)]
         values = {
@@ -84,18 +73,18 @@ class AttributeTasks(Tasks):
         return values
 
     def _contributions(self, run: RunDirectory, start: int, stop: int, report: Report) -> Found:
-        gradients = RowStore.open(run.path("test_gradients.zarr"), "gradient").read(start, stop)
+        gradients = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient").read(start, stop)
         targets = Targets(index=self.tested[start:stop], gradient=gradients)
         values = None
         if self.estimator.PREPARES:
-            store = RowStore.open(run.path(*prepared(self.method).split("/")), "value")
+            store = RowStore.open(run.path(layout.prepared(self.method)), "value")
             values = store.read(0, store.rows)[:, 0]
         return self.estimator.contributions(self._ground(run, values), targets, report)
 
     def _ground(self, run: RunDirectory, values: Any = None) -> Ground:
         return Ground(
             training=Training(self.recipe, self.compute),
-            trajectory=open_trajectory(run.path("trajectory.zarr")),
+            trajectory=open_trajectory(run.path(layout.TRAJECTORY)),
             tracked=self.tracked,
             prepared=values,
         )

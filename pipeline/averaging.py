@@ -17,12 +17,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..storage import contributions as parquet
+from ..storage import layout
 from ..storage.rundir import RunDirectory
 from .analysis.panels import panel_width, read_block, targets
 from .handle import Run, open_run
-from .reduce import ReduceJob, bounds, write_rows, write_tiles
-from .tasks import REDUCE, Tasks
+from .reduce import ReduceJob, bounds, number_of, write_rows, write_tiles
+from .tasks import Tasks
 from .units import Report, Unit
+from .vocabulary import REDUCE
 
 Floats = npt.NDArray[np.float64]
 
@@ -116,7 +118,7 @@ def _write_samples_spread(
             "contribution_spread": own.std(0, ddof=1),
         }
     )
-    relative = f"samples_spread/method={job.method}/part-{name.split('-')[-1]}.parquet"
+    relative = layout.table_part("samples_spread", job.method, number_of(name))
     schema = parquet.SAMPLES_SPREAD
-    parquet.write_table(run.path(*relative.split("/")), table.cast(schema), schema)
+    parquet.write_table(run.path(relative), table.cast(schema), schema)
     return relative

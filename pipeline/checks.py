@@ -8,9 +8,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from ..storage.errors import SpecError
+from . import vocabulary
 
 Check = Callable[[str, Any], Any]
 
@@ -215,9 +216,9 @@ CHECKS: dict[str, Check] = {
     "shards": _shards,
     "track": _samples,
     "test": _samples,
-    "mode": _one_of("forward", "adjoint"),
-    "hessian": _one_of("none", "ekfac", "exact"),
-    "targets": _one_of("samples", "classes", "mean"),
+    "mode": _one_of(*get_args(vocabulary.Mode)),
+    "hessian": _one_of(*get_args(vocabulary.Hessian)),
+    "targets": _one_of(*vocabulary.KINDS),
     "exact_rank": _whole(0),
     "dtype": _one_of("float32", "float64"),
     "epochs": _whole(1, optional=True),

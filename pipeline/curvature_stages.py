@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from ..storage import layout
 from ..storage.rows import RowStore
 from .preflight import PreflightStages
 from .sharding import EXACT_TARGETS, spans
-from .stages import INDEX, units_of
-from .tasks import CORRECTION, CURVATURE, DIRECTIONS, TEST_GRADIENTS
+from .stages import units_of
 from .times import curvature_passes
 from .units import Unit
+from .vocabulary import CORRECTION, CURVATURE, DIRECTIONS, INDEX, TEST_GRADIENTS
 
 
 class CurvatureStages(PreflightStages):
@@ -30,9 +31,9 @@ class CurvatureStages(PreflightStages):
         unit = Unit(stage=stage, name=DIRECTIONS, arguments={"rank": self.spec.exact_rank})
         self._stage(stage, [unit], 1, "set")
         found = RowStore.open(
-            self.directory.path("corrections", f"method={self.method}", "directions.zarr"), "direction"
+            self.directory.path(layout.corrections(self.method, layout.DIRECTIONS)), "direction"
         )
-        stage, base = f"{self.method}/{CORRECTION}", f"corrections/method={self.method}/contributions.zarr"
+        stage, base = f"{self.method}/{CORRECTION}", layout.corrections(self.method, layout.CORRECTED)
         store = self._make_store(
             stage,
             base,

@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.dataset as pa_dataset
 
+from ..storage import layout
 from ..storage.curvature import read_curvature
 from ..storage.errors import IncompleteStage, SpecError
 from ..storage.rows import RowStore
@@ -27,7 +29,6 @@ from ..workers.reference_dense import DenseReference, DenseTangents, dense_test_
 from ..workers.tolerances import Form
 from ..workers.training import Training
 from .analysis.panels import tested
-from .analysis.status import TEST_GRADIENTS
 from .deep_checks import DeepVerification, Findings, rows_of, spread
 from .events import Note, Observer, StageFinished, StageStarted, UnitFinished, UnitProgress, null
 from .handle import Run
@@ -35,11 +36,12 @@ from .provenance import look_and_check
 from .spec_stored import REPEATED, stored_spec
 from .survey import compute_of, resolve_recipe
 from .units import Report
+from .vocabulary import ADJOINT, EKFAC, EXACT, FORMS, REPLAY, TEST_GRADIENTS
 
-FORMS: dict[str, Form] = {"hydra": "none", "hydra-ekfac": "ekfac", "hydra-exact": "exact"}
+HESSIANS: dict[str, Form] = {form: hessian for hessian, form in FORMS.items()}
 """Methods whose tangents the reference computes, by the form of their Hessian."""
 
-CORRECTED = "hydra-ekfac-rank"
+CORRECTED = f"{EKFAC}-rank"
 """How methods begin that correct EKFAC along directions of the test gradients."""
 
 TARGETS = 4
@@ -106,24 +108,24 @@ class _Deep:
         look_and_check(run.uri, run.info, spec, observer)
         self.recipe, self.compute = resolve_recipe(spec), compute_of(spec)
         self.trajectory, self.n_train = run.trajectory(), int(run.info["n_train"])
-        self.covered = [name for name in methods if name in FORMS or _corrected(name)]
+        self.covered = [name for name in methods if name in HESSIANS or _corrected(name)]
         self.notes = [
-            f"{name}: not covered; the reference knows {', '.join(FORMS)}, corrected or not"
+            f"{name}: not covered; the reference knows {', '.join(HESSIANS)}, corrected or not"
             for name in methods
             if name not in self.covered
         ]
         tracked = run.samples(methods[0])["train_index"].to_numpy().astype(np.int64)
         tests = tested(run, methods[0]).astype(np.int64)
         generator = np.random.default_rng(derived_seed(seed, "verify/rows"))
-        self.rows = spread(self._spans("replay", len(tracked)), rows, generator)
-        self.columns = spread(self._spans("adjoint", len(tests)), TARGETS, generator)
+        self.rows = spread(self._spans(REPLAY, len(tracked)), rows, generator)
+        self.columns = spread(self._spans(ADJOINT, len(tests)), TARGETS, generator)
         self.samples, self.tests = tracked[self.rows], tests[self.columns]
         self.found = Findings(spec.dtype, self.samples, self.tests)
         self.exact_limits: Mapping[str, float] = tolerances.FORM["exact"]
 
     def verify(self) -> DeepVerification:
-        needed = [FORMS[name] for name in self.covered if name in FORMS]
-        if any(name not in FORMS for name in self.covered):
+        needed = [HESSIANS[name] for name in self.covered if name in HESSIANS]
+        if any(name not in HESSIANS for name in self.covered):
             needed += ["ekfac", "exact"]
         forms = list(dict.fromkeys(needed))
         self._say_cost(forms)
@@ -141,8 +143,8 @@ class _Deep:
             self._differences(reference)
         tangents = {form: reference.hypergradients(form) for form in forms}
         for name in self.covered:
-            if name in FORMS:
-                self._method(name, FORMS[name], tangents[FORMS[name]])
+            if name in HESSIANS:
+                self._method(name, HESSIANS[name], tangents[HESSIANS[name]])
             else:
                 self._corrected(name, tangents["ekfac"], tangents["exact"])
         return DeepVerification(
@@ -184,7 +186,7 @@ class _Deep:
     def _reference(self, forms: Sequence[Form]) -> DenseTangents:
         curvature = None
         if "ekfac" in forms:
-            curvature = read_curvature(self.run.directory.path("curvature", "method=hydra-ekfac.zarr"))
+            curvature = read_curvature(self.run.directory.path(layout.curvature(EKFAC)))
         training = Training(self.recipe, self.compute)
         with self._stage("verify/reference", training.steps) as report:
             return DenseReference(training, self.trajectory, self.samples, forms, curvature).run(report)
@@ -195,7 +197,7 @@ class _Deep:
         """Say where double backward is not the derivative of the update; the exact form's limits are wider then."""
         if not reference.differences:
             self.found.limit(
-                "hydra-exact",
+                EXACT,
                 "double backward and differences of the gradient",
                 reference.deviation,
                 tolerances.DIFFERENCES,
@@ -215,8 +217,8 @@ class _Deep:
     def _method(self, method: str, form: Form, tangents: Floats) -> None:
         """Hold what a method stored against the reference, and its tables against what it stored."""
         limits, expected = self._limits(form), self._products(tangents)
-        if self.run.info["methods"][method].get("mode") == "adjoint":
-            store = RowStore.open(self.run.directory.path("by_test", f"method={method}.zarr"), "contribution")
+        if self.run.info["methods"][method].get("mode") == ADJOINT:
+            store = RowStore.open(self.run.directory.path(layout.by_test(method)), "contribution")
             products = rows_of(store, self.columns)[:, self.rows].T
             kept = "contributions (adjoint = forward)"
             self.found.numbers(method, kept, products, expected, limits, self.found.pair)
@@ -236,11 +238,10 @@ class _Deep:
 
     def _corrected(self, method: str, ekfac: Floats, exact: Floats) -> None:
         """Hold the correction along R directions V, and what it comes to, against the reference."""
-        where = ("corrections", f"method={method}")
-        path = self.run.directory.path
-        directions = RowStore.open(path(*where, "directions.zarr"), "direction")
+        path, where = self.run.directory.path, partial(layout.corrections, method)
+        directions = RowStore.open(path(where(layout.DIRECTIONS)), "direction")
         along = directions.read(0, directions.rows).astype(np.float64)
-        store = RowStore.open(path(*where, "contributions.zarr"), "contribution")
+        store = RowStore.open(path(where(layout.CORRECTED)), "contribution")
         corrections = store.read(0, store.rows)[:, self.rows].T.astype(np.float64)
         right = -((exact - ekfac) @ along.T) / self.n_train
         scale = float(np.abs(exact @ along.T).max() / self.n_train)
@@ -282,7 +283,7 @@ class _Deep:
         """Return the shards of the rows (``replay``) or targets (``adjoint``): the finest cut there is."""
         stages = [f"{name}/{kind}" for name in self.run.methods()]
         found = [[(0, total)]]
-        for stage in stages if kind == "replay" else [*stages, TEST_GRADIENTS]:
+        for stage in stages if kind == REPLAY else [*stages, TEST_GRADIENTS]:
             values = [m.values for m in self.run.directory.manifests(stage) if "start" in m.values]
             found.append([(int(v["start"]), int(v["start"]) + int(v["rows"])) for v in values])
         return max(found, key=len)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..storage import layout
 from ..storage.errors import SpecError
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
@@ -39,20 +40,27 @@ from .plan import Plan, cut
 from .provenance import say_cosmetic
 from .reduce import ReduceJob, interclass_table
 from .spec import RunSpec
-from .stages import INDEX, units_of
+from .stages import units_of
 from .survey import Survey, compute_of, survey
-from .targets import SAMPLES, stage_of
-from .tasks import (
+from .tasks import Tasks
+from .trust import trust_of
+from .units import Executor, Unit
+from .vocabulary import (
     ADJOINT,
+    EKFAC,
+    EXACT,
+    FAST,
+    INDEX,
+    INTERCLASS,
     RECORD,
     REDUCE,
     REPLAY,
+    SAMPLES,
     STAGES,
     TEST_GRADIENTS,
-    Tasks,
+    TRAJECTORY,
+    stage_of,
 )
-from .trust import trust_of
-from .units import Executor, Unit
 
 __all__ = ["STAGES", "run"]
 
@@ -138,7 +146,7 @@ class _Driver(GradientStages, CurvatureStages):
     ) -> None:
         self.spec, self.looked, self.plan = spec, looked, plan
         self.method: str = spec.method
-        adjoint = spec.mode == "adjoint"
+        adjoint = spec.mode == ADJOINT
         self.base: str = spec.base_method
         self.form: str = spec.form
         self.collect_stage = f"{self.base}/{ADJOINT if adjoint else REPLAY}"
@@ -156,7 +164,7 @@ class _Driver(GradientStages, CurvatureStages):
         steps: dict[str, Callable[[], None]] = {
             RECORD: self._record,
             TEST_GRADIENTS: self._test_gradients,
-            REPLAY: self._adjoint if self.spec.mode == "adjoint" else self._replay,
+            REPLAY: self._adjoint if self.spec.mode == ADJOINT else self._replay,
             REDUCE: self._reduce,
         }
         for stage in STAGES:
@@ -167,13 +175,13 @@ class _Driver(GradientStages, CurvatureStages):
     # ------------------------------------------------------------------ stages
 
     def _record(self) -> None:
-        units = [Unit(stage=RECORD, name="trajectory", arguments={})]
+        units = [Unit(stage=RECORD, name=TRAJECTORY, arguments={})]
         self._stage(RECORD, units, self.plan.steps, "step")
 
     def _replay(self) -> None:
-        self._needs(RECORD, "trajectory", "record")
+        self._needs(RECORD, TRAJECTORY, "record")
         plan = self.plan
-        base = f"hypergradients/method={self.base}.zarr"
+        base = layout.hypergradients(self.base)
         store = self._make_store(
             self.collect_stage,
             base,
@@ -193,7 +201,7 @@ class _Driver(GradientStages, CurvatureStages):
         if self.spec.targets != SAMPLES:
             self._target_gradients()
         plan = self.plan
-        base = f"by_test/method={self.base}.zarr"
+        base = layout.by_test(self.base)
         store = self._make_store(
             self.collect_stage,
             base,
@@ -214,7 +222,7 @@ class _Driver(GradientStages, CurvatureStages):
 
     def _collect(self, base: str, store: RowStore) -> None:
         """Fill a store shard by shard: hypergradients, or in adjoint mode contributions by target."""
-        if self.form == "hydra-ekfac" and self._curvature():
+        if self.form == EKFAC and self._curvature():
             for later in (self.collect_stage, self.reduce_stage):
                 self.directory.drop(later)  # made with another basis
         if not self._valid(self.collect_stage, INDEX):
@@ -224,7 +232,7 @@ class _Driver(GradientStages, CurvatureStages):
         entry["shards"] = len(units)
         entry.setdefault("asked_shards", self.spec.shards)
         vectors = sum(shard.stop - shard.start for shard in self.plan.shards)
-        exact = self.form == "hydra-exact"
+        exact = self.form == EXACT
         self._preflight(self.base, self.collect_stage, [unit.name for unit in units], vectors, exact)
         self._stage(self.collect_stage, units, self.plan.steps * len(units), "step", extra=1)
         self._trust()
@@ -234,7 +242,7 @@ class _Driver(GradientStages, CurvatureStages):
     def _trust(self) -> None:
         """Note what speaks for the numbers; a run whose hypergradients do not add up ends here."""
         plan, reason = self.plan, None
-        if self.form != "hydra":
+        if self.form != FAST:
             reason = "it is that of the form without the Hessian"
         elif plan.n_tracked != plan.n_train:
             reason = f"{plan.n_tracked} of {plan.n_train} samples are tracked; whole batches were added up in the trials"
@@ -245,7 +253,7 @@ class _Driver(GradientStages, CurvatureStages):
         self.directory.write(self.info)
 
     def _reduce(self) -> None:
-        self._needs(RECORD, "trajectory", "record")
+        self._needs(RECORD, TRAJECTORY, "record")
         self._needs(TEST_GRADIENTS, INDEX, "replay")
         if self.spec.targets != SAMPLES:
             self._needs(stage_of(self.spec.targets), INDEX, "replay")
@@ -258,15 +266,15 @@ class _Driver(GradientStages, CurvatureStages):
         stage = f"{method}/{REDUCE}"
         units = units_of(stage, self.plan.reduce_blocks)
         done = self._stage(stage, units, self.plan.n_tracked, "row", extra=1)
-        if not done and self._valid(stage, "interclass"):
+        if not done and self._valid(stage, INTERCLASS):
             return
         from ..storage import contributions as parquet
 
         manifests = [self.directory.manifest(stage, unit.name) for unit in units]
         table = interclass_table([m.values["interclass"] for m in manifests if m is not None])
-        relative = f"interclass/method={method}/part-00000.parquet"
-        parquet.write_table(self.directory.path(*relative.split("/")), table, parquet.INTERCLASS)
-        self.directory.commit(stage, "interclass", [relative], {})
+        relative = layout.table_part("interclass", method, "00000")
+        parquet.write_table(self.directory.path(relative), table, parquet.INTERCLASS)
+        self.directory.commit(stage, INTERCLASS, [relative], {})
         zero = zero_warning(self.directory, method)
         if zero:
             self.observer(Note(message=f"warning: {zero}"))
@@ -275,10 +283,10 @@ class _Driver(GradientStages, CurvatureStages):
         looked, plan = self.looked, self.plan
         visits = np.zeros(plan.n_tracked, dtype=np.int64)
         if stage.endswith(f"/{REDUCE}"):
-            batches = open_trajectory(self.directory.path("trajectory.zarr")).batches
+            batches = open_trajectory(self.directory.path(layout.TRAJECTORY)).batches
             counts = np.bincount(batches[batches >= 0], minlength=plan.n_train)
             visits = counts[looked.tracked]
-        if self.spec.mode == "adjoint":  # shards are blocks of targets: every sample was in all of them
+        if self.spec.mode == ADJOINT:  # shards are blocks of targets: every sample was in all of them
             shard_of = np.full(plan.n_tracked, -1, dtype=np.int64)
         else:
             shard_of = np.concatenate(
@@ -313,7 +321,7 @@ class _Driver(GradientStages, CurvatureStages):
     def _compute(self, stage: str) -> Compute:
         """The exact form differentiates through batch statistics; nothing else changes by stage."""
         compute = compute_of(self.spec)
-        exact = self.form == "hydra-exact" and stage == self.collect_stage
+        exact = self.form == EXACT and stage == self.collect_stage
         return replace(compute, batch_norm="coupled") if exact else compute
 
     def _info(self, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +330,7 @@ class _Driver(GradientStages, CurvatureStages):
     def _close(self) -> None:
         """Note states and how close the plan was."""
         for method in (self.base, self.method):
-            if self.directory.manifest(f"{method}/{REDUCE}", "interclass") is not None:
+            if self.directory.manifest(f"{method}/{REDUCE}", INTERCLASS) is not None:
                 self.info["methods"][method]["state"] = "complete"
         closing_notes(self.directory, self.plan, self.info)
         self.directory.write(self.info)

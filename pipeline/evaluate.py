@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+from ..storage import layout
 from ..storage.contributions import write_table
 from ..storage.documents import dump, load
 from ..storage.errors import IncompleteStage, SpecError
@@ -25,26 +26,14 @@ from .executors import make_executor
 from .handle import Run, open_run
 from .provenance import look_and_check
 from .rankings import removals
-from .retrainings import (
-    RETRAIN,
-    Change,
-    RetrainTasks,
-    Trial,
-    Way,
-    leave_one_out,
-    perturbations,
-    subsets,
-    unchanged,
-)
+from .retrainings import Change, RetrainTasks, Trial, leave_one_out, perturbations, subsets, unchanged
 from .seeds import naming, recorded
 from .spec_stored import REPEATED, stored_spec
 from .survey import compute_of, resolve_recipe
 from .targets import kind_of
 from .units import Executor
 from .verdict import summarize, tables
-
-SCORES = "evaluate/scores"
-SUMMARY = "evaluate/summary.json"
+from .vocabulary import EVALUATE_SCORES, RETRAIN, SUMMARY, Way
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,14 +238,14 @@ class _Evaluation:
     def _store(self, summary: dict[str, Any], evidence: Evidence) -> None:
         directory = self.run.directory
         large = tables(summary, evidence)
-        directory.drop(SCORES)
-        write_bytes(directory.path(*SUMMARY.split("/")), dump(summary))
-        files = [SUMMARY]
+        directory.drop(EVALUATE_SCORES)
+        write_bytes(directory.path(layout.EVALUATION_SUMMARY), dump(summary))
+        files = [layout.EVALUATION_SUMMARY]
         for name, (table, schema) in large.items():
-            relative = f"evaluate/{name}.parquet"
-            write_table(directory.path(*relative.split("/")), table, schema)
+            relative = layout.evaluation(name)
+            write_table(directory.path(relative), table, schema)
             files.append(relative)
-        directory.commit(SCORES, "summary", files, {})
+        directory.commit(EVALUATE_SCORES, SUMMARY, files, {})
 
 
 def read_summary(run: Run) -> dict[str, Any]:
@@ -265,10 +254,10 @@ def read_summary(run: Run) -> dict[str, Any]:
     Raises:
         IncompleteStage: It was never evaluated.
     """
-    if run.directory.manifest(SCORES, "summary") is None:
+    if run.directory.manifest(EVALUATE_SCORES, SUMMARY) is None:
         raise IncompleteStage(f"{run.uri} was not evaluated yet; run `hydra-pipe evaluate {run.uri}`")
-    address = run.directory.path(*SUMMARY.split("/"))
+    address = run.directory.path(layout.EVALUATION_SUMMARY)
     return load(read_bytes(address), address)
 
 
-__all__ = ["SCORES", "SUMMARY", "Questions", "evaluate", "read_summary"]
+__all__ = ["Questions", "evaluate", "read_summary"]

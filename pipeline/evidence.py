@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..storage import layout
 from ..storage.errors import InputError
 from ..storage.rundir import RunDirectory
 from .analysis.panels import targets, tested
 from .analysis.scores import predict
 from .retrainings import Trial, read_part
-from .targets import KINDS, SAMPLES, coarsened, kind_of, target_set
+from .targets import coarsened, kind_of, target_set
+from .vocabulary import KINDS, SAMPLES
 
 if TYPE_CHECKING:
     from .handle import Run
@@ -63,7 +65,7 @@ class Evidence:
         labels = np.full(len(tests), -1) if kind == SAMPLES else run.test_gradients().column("label")
         self.targets, self._of_tests = coarsened(target_set(SAMPLES, tests, labels), kind)
         self.base_loss, self.base_accuracy = self._outcome(baseline)
-        own = [read_part(place, "training_loss", baseline) for place in self.places]
+        own = [read_part(place, layout.TRAINING_LOSS, baseline) for place in self.places]
         self.final_loss: Floats = np.mean([table["final_loss"].to_numpy() for table in own], axis=0)
         self.mean_loss: Floats = np.mean([table["mean_loss"].to_numpy() for table in own], axis=0)
         noisy = run.noisy()
@@ -127,7 +129,7 @@ class Evidence:
 
     def _outcome(self, unit: str) -> tuple[Floats, float]:
         """Return test losses (M,) and accuracy after a retraining, means over the seeds."""
-        tables = [read_part(place, "retrain", unit) for place in self.places]
+        tables = [read_part(place, layout.LOSSES, unit) for place in self.places]
         losses = np.mean([table["loss"].to_numpy() for table in tables], axis=0)
         return losses, float(np.mean([_accuracy(table["correct"].to_numpy()) for table in tables]))
 

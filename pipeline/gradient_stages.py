@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..storage import layout
 from .plan import Plan
 from .spec import RunSpec
-from .stages import INDEX, Stages, units_of
+from .stages import Stages, units_of
 from .survey import Survey
-from .targets import stage_of, store_of
-from .tasks import RECORD, TEST_GRADIENTS
+from .targets import store_of
+from .vocabulary import INDEX, RECORD, TEST_GRADIENTS, TRAJECTORY, stage_of
 
 
 class GradientStages(Stages):
@@ -20,12 +21,12 @@ class GradientStages(Stages):
     plan: Plan
 
     def _test_gradients(self) -> None:
-        self._needs(RECORD, "trajectory", "record")
+        self._needs(RECORD, TRAJECTORY, "record")
         plan, looked = self.plan, self.looked
         unknown = np.full(plan.n_tested, -1, dtype=np.int16)
         store = self._make_store(
             TEST_GRADIENTS,
-            "test_gradients.zarr",
+            layout.TEST_GRADIENTS,
             name="gradient",
             rows=plan.n_tested,
             columns=plan.dimension,
@@ -50,7 +51,7 @@ class GradientStages(Stages):
             for column, dtype in (("loss", np.float64), ("label", np.int16), ("prediction", np.int16)):
                 values = np.asarray(manifest.values[column], dtype=dtype)
                 store.write_column(column, values, start=int(manifest.values["start"]))
-        self._commit_index(TEST_GRADIENTS, "test_gradients.zarr", store)
+        self._commit_index(TEST_GRADIENTS, layout.TEST_GRADIENTS, store)
 
     def _target_gradients(self) -> None:
         """Make the gradients of classes or of the mean, once for all forms of the Hessian."""

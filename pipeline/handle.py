@@ -11,10 +11,12 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..storage import layout
 from ..storage.errors import IncompleteStage, InputError, RunNotFound
 from ..storage.rundir import RunDirectory
 from ..storage.uri import check_uri
-from .analysis.status import SEEDS, TEST_GRADIENTS, method_names, stage_state
+from .analysis.status import method_names, stage_state
+from .vocabulary import FAST, RECORD, REDUCE, REPLAY, SEEDS, TEST_GRADIENTS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +54,7 @@ class Run:
 
     def methods(self) -> list[str]:
         """Return the estimators whose results are complete, ``hydra`` first."""
-        return [m for m in method_names(self.info) if self._state(f"{m}/reduce") == "complete"]
+        return [m for m in method_names(self.info) if self._state(f"{m}/{REDUCE}") == "complete"]
 
     def method(self, method: str | None = None) -> str:
         """Return ``method``, or the default one: the only one there is, otherwise ``hydra`` first.
@@ -65,11 +67,11 @@ class Run:
         if method is None:
             if complete:
                 return complete[0]
-            method = known[0] if known else "hydra"
+            method = known[0] if known else FAST
         elif method not in known:
             raise InputError(f"{self.uri} has no method {method!r}; it has {', '.join(known) or 'none'}")
         if method not in complete:
-            raise self._incomplete(f"{method}/reduce")
+            raise self._incomplete(f"{method}/{REDUCE}")
         return method
 
     def contributions(self, method: str | None = None) -> pa_dataset.Dataset:
@@ -125,16 +127,16 @@ class Run:
         entry = self.info.get("methods", {}).get(method, {})
         return [int(seed) for seed in entry.get("seeds", [])] if entry.get("mode") == SEEDS else []
 
-    def hypergradients(self, method: str = "hydra") -> zarr.Array[Any]:
+    def hypergradients(self, method: str = FAST) -> zarr.Array[Any]:
         """Return the hypergradients, shape (n_tracked, D); row r is that of ``train_index[r]``."""
         return self.hypergradient_store(method).array
 
-    def hypergradient_store(self, method: str = "hydra") -> RowStore:
+    def hypergradient_store(self, method: str = FAST) -> RowStore:
         """Return the store behind `hypergradients`, with its ``train_index`` column."""
         from ..storage.rows import RowStore
 
-        self._require(f"{method}/replay")
-        return RowStore.open(self.directory.path("hypergradients", f"method={method}.zarr"), "hypergradient")
+        self._require(f"{method}/{REPLAY}")
+        return RowStore.open(self.directory.path(layout.hypergradients(method)), "hypergradient")
 
     def test_gradients(self) -> RowStore:
         """Return the test gradients, (n_test_tracked, D), as a `RowStore`.
@@ -144,7 +146,7 @@ class Run:
         from ..storage.rows import RowStore
 
         self._require(TEST_GRADIENTS)
-        return RowStore.open(self.directory.path("test_gradients.zarr"), "gradient")
+        return RowStore.open(self.directory.path(layout.TEST_GRADIENTS), "gradient")
 
     def targets(self, method: str | None = None) -> pa.Table:
         """Return what the columns of a method's contributions are: one row a target.
@@ -164,8 +166,8 @@ class Run:
         """Return the recorded training run."""
         from ..storage.trajectory import open_trajectory
 
-        self._require("record")
-        return open_trajectory(self.directory.path("trajectory.zarr"))
+        self._require(RECORD)
+        return open_trajectory(self.directory.path(layout.TRAJECTORY))
 
     def noisy(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return (train_index, original_label) of labels that are wrong on purpose, or None."""

@@ -8,16 +8,15 @@ from dataclasses import fields
 from importlib import metadata
 from typing import Any
 
+from ..storage import layout
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
 from .admission import chosen, method_options
-from .analysis.status import SEEDS
 from .plan import Plan
 from .provenance import made_of_notes
 from .spec import RunSpec
 from .survey import Survey
-from .targets import SAMPLES
-from .tasks import RECORD
+from .vocabulary import RECORD, SAMPLES, SEEDS, TRAJECTORY
 
 
 def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def average_entry(source: str, seeds: Sequence[int]) -> dict[str, Any]:
 def closing_notes(directory: RunDirectory, plan: Plan, info: dict[str, Any]) -> None:
     """Add to ``info`` what the stages came to: losses, sizes, seconds, memory beside the plan's."""
     manifests = [m for stage in directory.stages() for m in directory.manifests(stage)]
-    record = directory.manifest(RECORD, "trajectory")
+    record = directory.manifest(RECORD, TRAJECTORY)
     closing = dict(record.values) if record else {}
     predicted = plan.memory
     info["summary"] = {
@@ -101,7 +100,7 @@ def closing_notes(directory: RunDirectory, plan: Plan, info: dict[str, Any]) -> 
         "predicted_seconds": plan.seconds.get("total"),
     }
     if record is not None:
-        trajectory = open_trajectory(directory.path("trajectory.zarr"))
+        trajectory = open_trajectory(directory.path(layout.TRAJECTORY))
         info["environment"] = trajectory.attrs.get("environment", {})
 
 

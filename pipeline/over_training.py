@@ -12,31 +12,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..storage import layout
 from ..storage.documents import dump, load
 from ..storage.errors import DoesNotFit, IncompleteStage, SpecError, SpecMismatch
-from ..storage.files import read_bytes, write_bytes
+from ..storage.files import read_bytes, remove, write_bytes
 from ..workers.determinism import restored_process
 from ..workers.estimators import make
 from ..workers.influence_over import INFLUENCE
-from ..workers.over_training import EKFAC, EXACT, FAST
 from ..workers.recipe import Recipe
 from .admission import chosen, place, refuse_unsupported
 from .analysis.over_training import FollowedForms, measure
 from .events import Note, Observer, null
 from .executors import make_executor
 from .handle import Run, open_run
-from .over_training_tasks import FOLDER, STAGE, OverTrainingTasks
+from .over_training_tasks import OverTrainingTasks
 from .provenance import check_recipe
 from .sharding import Shard, spans
 from .spec import RunSpec
 from .spec_stored import stored_spec
 from .stages import Stages, units_of
 from .survey import Survey, compute_of, survey
-from .tasks import CURVATURE, RECORD
 from .units import Executor, Unit
+from .vocabulary import (
+    BY_EPOCH_SCORES,
+    CURVATURE,
+    EKFAC,
+    EXACT,
+    FAST,
+    RECORD,
+    SUMMARY,
+    TRAJECTORY,
+    by_epoch_stage,
+)
 
-SCORES = f"{STAGE}/scores"
-SUMMARY = f"{FOLDER}/summary.json"
 METHODS = (FAST, EKFAC, *INFLUENCE)
 """What can be followed beside the exact form."""
 
@@ -155,7 +163,7 @@ class _OverTraining(Stages):
         super().__init__(run.directory, executor, observer, run.directory.read())
         self.info.setdefault("stages", {})
         self.run, self.spec, self.looked, self.course = run, spec, looked, course
-        self._needs(RECORD, "trajectory", "record")
+        self._needs(RECORD, TRAJECTORY, "record")
         basis = run.directory.manifest(f"{EKFAC}/{CURVATURE}", CURVATURE)
         self.methods = list(dict.fromkeys(course.methods or self._usual(basis is not None)))
         if EKFAC in self.methods and basis is None:
@@ -189,7 +197,7 @@ class _OverTraining(Stages):
         }
         for name, options in self.influence.items():
             asked = {**record, "options": dict(options), "by_test": course.by_test}
-            self.question[f"{STAGE}/{name}"] = asked
+            self.question[by_epoch_stage(name)] = asked
 
     def drive(self) -> dict[str, Any]:
         self.directory.clear_litter()
@@ -198,7 +206,7 @@ class _OverTraining(Stages):
         steps = self.looked.steps * len(shards) * replays
         self._done(self.stage, units_of(self.stage, shards), steps, "step")
         for name in self.influence:
-            stage = f"{STAGE}/{name}"
+            stage = by_epoch_stage(name)
             units = [
                 Unit(stage=stage, name=f"epoch-{epoch:05d}", arguments={"epoch": epoch})
                 for epoch in self.late
@@ -214,9 +222,9 @@ class _OverTraining(Stages):
             by_test=self.course.by_test,
         )
         found = measure(self.run, forms, seconds=self._seconds())
-        self.directory.drop(SCORES)
-        write_bytes(self.directory.path(*SUMMARY.split("/")), dump(found))
-        self.directory.commit(SCORES, "summary", [SUMMARY], {})
+        self.directory.drop(BY_EPOCH_SCORES)
+        write_bytes(self.directory.path(layout.BY_EPOCH_SUMMARY), dump(found))
+        self.directory.commit(BY_EPOCH_SCORES, SUMMARY, [layout.BY_EPOCH_SUMMARY], {})
         return found
 
     @staticmethod
@@ -228,7 +236,7 @@ class _OverTraining(Stages):
         words = [f"every-{self.course.every}"]
         words += ["ekfac"] if EKFAC in self.methods else []
         words += ["raw-decay"] if self.course.raw_decay else []
-        return f"{STAGE}/{'-'.join(words)}"
+        return by_epoch_stage("-".join(words))
 
     def _shards(self) -> tuple[Shard, ...]:
         """Cut the tracked samples by memory and workers; a comparison that goes on keeps its cut."""
@@ -262,6 +270,8 @@ class _OverTraining(Stages):
                 message = f"{stage} {manifest.unit} is done again: it was made with other options"
                 self.observer(Note(message=message))
                 self.directory.drop(stage, manifest.unit)
+                for entry in manifest.files:  # the new answer may have fewer
+                    remove(self.directory.path(entry.path))
         others = [name for name in self.directory.units(stage) if name not in wanted]
         self._stage(stage, units, total, label, extra=len(others) + 1)
 
@@ -269,7 +279,7 @@ class _OverTraining(Stages):
         """Return the work spent on what was followed, by stage."""
         return {
             stage: sum(float(m.values.get("seconds", 0.0)) for m in self.directory.manifests(stage))
-            for stage in (self.stage, *(f"{STAGE}/{name}" for name in self.influence))
+            for stage in (self.stage, *(by_epoch_stage(name) for name in self.influence))
         }
 
     def _tasks(self, stage: str) -> OverTrainingTasks:
@@ -294,9 +304,9 @@ def read_over_training(run: Run) -> dict[str, Any]:
     Raises:
         IncompleteStage: There was none.
     """
-    if run.directory.manifest(SCORES, "summary") is None:
+    if run.directory.manifest(BY_EPOCH_SCORES, SUMMARY) is None:
         raise IncompleteStage(
             f"{run.uri} was not compared over training yet; run `hydra-pipe compare {run.uri} --every 1`"
         )
-    address = run.directory.path(*SUMMARY.split("/"))
+    address = run.directory.path(layout.BY_EPOCH_SUMMARY)
     return load(read_bytes(address), address)

@@ -1,6 +1,6 @@
 """What a worker does for a comparison over training, and the tables it writes.
 
-Files of a stage lie below ``over_training/<last part of the stage's name>``.
+Where its files lie: `storage.layout.by_epoch`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..storage import layout
 from ..storage.contributions import write_table
 from ..storage.curvature import read_curvature
 from ..storage.errors import NonFiniteLoss
@@ -22,16 +23,14 @@ from ..storage.trajectory import open_trajectory
 from ..workers.estimators import make
 from ..workers.influence_over import influence_after
 from ..workers.memory import peak_bytes, reset_peak
-from ..workers.over_training import EKFAC, OverTraining, State
+from ..workers.over_training import OverTraining, State
 from ..workers.recipe import Recipe
 from ..workers.training import Compute
 from ..workers.user_code import user_code
 from .units import Report, Unit
+from .vocabulary import EKFAC
 
 Integers = npt.NDArray[np.int64]
-
-STAGE = "over-training"
-FOLDER = "over_training"
 
 SAMPLES = pa.schema(
     [
@@ -122,12 +121,12 @@ class OverTrainingTasks:
         tracked = self.tracked[start:stop]
         curvature = None
         if self.ekfac:
-            curvature = read_curvature(run.path("curvature", f"method={EKFAC}.zarr"))
+            curvature = read_curvature(run.path(layout.curvature(EKFAC)))
         following = OverTraining(
             self.recipe,
             self.compute,
             replace(self.compute, batch_norm="coupled"),
-            open_trajectory(run.path("trajectory.zarr")),
+            open_trajectory(run.path(layout.TRAJECTORY)),
             tracked=tracked,
             first_row=start,
             tested=self.tested,
@@ -156,7 +155,7 @@ class OverTrainingTasks:
                 ("errors", ERRORS, errors),
                 ("contributions", CONTRIBUTIONS, pairs),
             ):
-                files.append(_write(run, f"{FOLDER}/{kind}/{table}/part-{name}.parquet", schema, parts))
+                files.append(_write(run, layout.by_epoch(kind, table, name), schema, parts))
         following.close()
         return files, {"start": start, "rows": stop - start}
 
@@ -167,7 +166,7 @@ class OverTrainingTasks:
         found = influence_after(
             self.recipe,
             self.compute,
-            open_trajectory(run.path("trajectory.zarr")),
+            open_trajectory(run.path(layout.TRAJECTORY)),
             epoch,
             make(kind, self.influence[kind]),
             tracked=self.tracked,
@@ -177,10 +176,10 @@ class OverTrainingTasks:
         )
         none = np.full(len(self.tracked), np.nan)
         table = _table(SAMPLES, epoch, kind, self.tracked, contribution=found.mean, norm=none)
-        files = [_write(run, f"{FOLDER}/{kind}/samples/part-{unit.name}.parquet", SAMPLES, [table])]
+        files = [_write(run, layout.by_epoch(kind, "samples", unit.name), SAMPLES, [table])]
         if found.contribution is not None:
             table = self._pairs(epoch, kind, self.tracked, found.contribution)
-            name = f"{FOLDER}/{kind}/contributions/part-{unit.name}.parquet"
+            name = layout.by_epoch(kind, "contributions", unit.name)
             files.append(_write(run, name, CONTRIBUTIONS, [table]))
         return files, {"epoch": epoch}
 
@@ -212,7 +211,7 @@ def _table(schema: pa.Schema, epoch: int, method: str, tracked: Integers, **colu
 
 
 def _write(run: RunDirectory, relative: str, schema: pa.Schema, parts: list[pa.Table]) -> str:
-    write_table(run.path(*relative.split("/")), pa.concat_tables(parts), schema)
+    write_table(run.path(relative), pa.concat_tables(parts), schema)
     return relative
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..storage import layout
 from ..storage.errors import DoesNotFit
 from ..storage.rows import chunk_rows_for
 from ..workers.determinism import restored_process
@@ -22,8 +23,9 @@ from .events import null, warn
 from .sharding import Shard, Sharding, spans
 from .spec import RunSpec
 from .survey import Survey, survey
-from .targets import SAMPLES, TargetSet
+from .targets import TargetSet
 from .times import seconds_of
+from .vocabulary import FORWARD, SAMPLES
 
 TEST_BLOCK_BYTES = 64 << 20
 """Test gradients of one unit."""
@@ -169,7 +171,7 @@ def cut(spec: RunSpec, looked: Survey, capacity: Mapping[str, Any], *, shards: i
     units = spans(n, tiles.unit_rows, "rows")
     disk = {
         "trajectory": len(kept) * dimension * 2 * itemsize + looked.steps * (spec_batch(looked) * 4 + 60),
-        **({"hypergradients": n * row} if spec.mode == "forward" else {"by_test": n * k * itemsize}),
+        **({layout.HYPERGRADIENTS: n * row} if spec.mode == FORWARD else {layout.BY_TEST: n * k * itemsize}),
         "test_gradients": m * row,
         "contributions": int(n * k * BYTES_PER_VALUE),
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..storage import layout
 from ..storage.curvature import Curvature, read_curvature
 from ..storage.errors import NonFiniteTangents
 from ..storage.rundir import RunDirectory
@@ -23,9 +24,9 @@ from .events import Note
 from .plan import Plan
 from .spec import RunSpec
 from .stages import Stages
-from .tasks import PREFLIGHT
 from .times import ENOUGH
 from .units import Unit
+from .vocabulary import EKFAC, PREFLIGHT
 
 
 class PreflightStages(Stages):
@@ -41,11 +42,11 @@ class PreflightStages(Stages):
         Raises:
             NonFiniteTangents: What follows would not be numbers.
         """
-        trajectory = open_trajectory(self.directory.path("trajectory.zarr"))
+        trajectory = open_trajectory(self.directory.path(layout.TRAJECTORY))
         if not exact:
             curvature = None
-            if self.form == "hydra-ekfac":
-                uri = self.directory.path("curvature", f"method={self.form}.zarr")
+            if self.form == EKFAC:
+                uri = self.directory.path(layout.curvature(self.form))
                 curvature = read_curvature(uri)
             found = settings_preflight(trajectory, self.spec.dtype, curvature)
         else:

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .evidence import Evidence
-from .retrainings import Trial, Way, draw, removal
+from .retrainings import Trial, draw, removal
+from .vocabulary import Way
 
 RANDOM_DRAWS = 3
 """Random orders that a curve is compared with."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ import pyarrow as pa
 import torch
 
 from ..storage import contributions as parquet
+from ..storage import layout
 from ..storage.errors import CorruptStore, NonFiniteTangents
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
 from ..workers.join import Panels, contributions
 from .plan import ReduceTiles
-from .targets import SAMPLES, store_of
+from .targets import store_of
+from .vocabulary import ADJOINT, SAMPLES
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
@@ -81,8 +84,8 @@ def reduce_rows(
         CorruptStore: A contribution is not finite.
         NonFiniteTangents: A contribution is beyond float32.
     """
-    gradients = RowStore.open(run.path(*store_of(job.targets).split("/")), "gradient")
-    if job.mode == "adjoint":
+    gradients = RowStore.open(run.path(store_of(job.targets)), "gradient")
+    if job.mode == ADJOINT:
         block = _turned(run, job, start, stop, report)
     else:
         block = _joined(run, job, gradients, start, stop, device, report)
@@ -95,7 +98,7 @@ def write_rows(
     run: RunDirectory, job: ReduceJob, name: str, block: Floats, start: int, stop: int
 ) -> tuple[list[str], dict[str, Any]]:
     """Write the contributions (rows, M) of tracked rows ``start`` to ``stop``; see `reduce_rows`."""
-    gradients = RowStore.open(run.path(*store_of(job.targets).split("/")), "gradient")
+    gradients = RowStore.open(run.path(store_of(job.targets)), "gradient")
     if not np.isfinite(block).all():
         row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))
         raise CorruptStore(
@@ -128,7 +131,7 @@ def _joined(
     report: Callable[[int, int], None],
 ) -> Floats:
     """Multiply strips of hypergradients with panels of test gradients: (rows, M)."""
-    hypergradients = RowStore.open(run.path("hypergradients", f"method={job.base}.zarr"), "hypergradient")
+    hypergradients = RowStore.open(run.path(layout.hypergradients(job.base)), "hypergradient")
     tests = bounds(gradients.rows, job.tiles.panel_rows)
     panels = Panels(gradients.read, tests, gradients.columns, gradients.dtype, device)
     strips = [(start + first, start + last) for first, last in bounds(stop - start, job.tiles.strip_rows)]
@@ -144,7 +147,7 @@ def _turned(
     run: RunDirectory, job: ReduceJob, start: int, stop: int, report: Callable[[int, int], None]
 ) -> Floats:
     """Read the adjoint's rows (a test sample each) and turn them: (rows, M)."""
-    store = RowStore.open(run.path("by_test", f"method={job.base}.zarr"), "contribution")
+    store = RowStore.open(run.path(layout.by_test(job.base)), "contribution")
     block = np.empty((stop - start, store.rows), dtype=store.dtype)
     for first, last in bounds(store.rows, store.chunk_rows):
         block[:, first:last] = store.read(first, last)[:, start:stop].T
@@ -154,9 +157,9 @@ def _turned(
 
 def _correct(run: RunDirectory, job: ReduceJob, block: Floats, start: int, stop: int) -> None:
     """Add ``coordinates (exact - ekfac)(V)`` to the rows' contributions; see ``workers.directions``."""
-    where = ("corrections", f"method={job.method}")
-    coordinates = RowStore.open(run.path(*where, "coordinates.zarr"), "coordinate")
-    corrections = RowStore.open(run.path(*where, "contributions.zarr"), "contribution")
+    where = partial(layout.corrections, job.method)
+    coordinates = RowStore.open(run.path(where(layout.COORDINATES)), "coordinate")
+    corrections = RowStore.open(run.path(where(layout.CORRECTED)), "contribution")
     along = corrections.read(0, corrections.rows)[:, start:stop].astype(np.float64)
     block += (coordinates.read(0, coordinates.rows) @ along).T.astype(block.dtype)
 
@@ -175,9 +178,9 @@ def write_tiles(
     """Write (rows, M) numbers of tracked samples ``index`` file by file; return the files' names."""
     files = []
     for k, (first, last) in enumerate(bounds(block.shape[1], job.tiles.file_tests)):
-        relative = f"{kind}/method={job.method}/part-{name.split('-')[-1]}-{k:05d}.parquet"
+        relative = layout.table_part(kind, job.method, f"{number_of(name)}-{k:05d}")
         parquet.write_tile(
-            run.path(*relative.split("/")),
+            run.path(relative),
             train_index=index,
             test_index=test_index[first:last],
             train_label=labels,
@@ -199,7 +202,7 @@ def _write_samples(
     start: int,
     stop: int,
 ) -> str:
-    relative = f"samples/method={job.method}/part-{name.split('-')[-1]}.parquet"
+    relative = layout.table_part("samples", job.method, number_of(name))
     # A few rows at a time: float64 copies of the whole block would double its memory.
     spread = [_spread(block[a:b], count) for a, b in bounds(len(block), 64)]
     table = pa.table(
@@ -212,7 +215,7 @@ def _write_samples(
             "shard": job.shard_of[start:stop],
         }
     )
-    parquet.write_table(run.path(*relative.split("/")), table.cast(parquet.SAMPLES), parquet.SAMPLES)
+    parquet.write_table(run.path(relative), table.cast(parquet.SAMPLES), parquet.SAMPLES)
     return relative
 
 
@@ -227,6 +230,11 @@ def _spread(block: Floats, count: Integers | None) -> tuple[Floats, Floats]:
     wide, weight = block.astype(np.float64), count / count.sum()
     mean = (wide * weight).sum(1)
     return mean, np.sqrt(((wide - mean[:, None]) ** 2 * weight).sum(1))
+
+
+def number_of(unit: str) -> str:
+    """Return the number at the end of a unit's name."""
+    return unit.rsplit("-", 1)[-1]
 
 
 def class_sums(

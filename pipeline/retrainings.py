@@ -11,13 +11,14 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..storage import layout
 from ..storage.contributions import write_table
 from ..storage.files import read_bytes
 from ..storage.rundir import RunDirectory
@@ -35,14 +36,10 @@ from ..workers.retrain import (
 from ..workers.training import Compute, Training
 from ..workers.user_code import user_code
 from .units import Report, Unit
+from .vocabulary import RETRAIN, Way
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-Way = Literal["weighted", "rescaled", "subset"]
-"""How the rest is trained when samples are removed; see ``workers.retrain``."""
-
-RETRAIN = "evaluate/retrain"
-
 LOSSES = pa.schema(
     [
         pa.field("unit", pa.string(), nullable=False),
@@ -210,12 +207,14 @@ class RetrainTasks:
         with user_code(f"{unit.stage} {unit.name} raised"):
             training = self._train(run, change, report)
             found = test_losses(training, self.tested)
-        files = [self._write(run, unit.name, "retrain", LOSSES, self._losses(found))]
+        files = [self._write(run, unit.name, layout.LOSSES, LOSSES, self._losses(found))]
         if len(change.index):
             table = {"train_index": change.index, "weight": change.weight}
-            files.append(self._write(run, unit.name, "weights", WEIGHTS, table))
+            files.append(self._write(run, unit.name, layout.WEIGHTS, WEIGHTS, table))
         if isinstance(training, WeightedTraining) and not len(change.index):
-            files.append(self._write(run, unit.name, "training_loss", TRAINING_LOSS, self._own(training)))
+            files.append(
+                self._write(run, unit.name, layout.TRAINING_LOSS, TRAINING_LOSS, self._own(training))
+            )
         known = found.correct[found.correct >= 0]
         values = {
             "way": change.way,
@@ -232,7 +231,7 @@ class RetrainTasks:
         if change.way == "subset":
             kept = np.setdiff1d(np.arange(self.n_train), change.index)
             return retrain_subset(self.recipe, self.compute, kept, report)
-        trajectory = open_trajectory(run.path("trajectory.zarr"))
+        trajectory = open_trajectory(run.path(layout.TRAJECTORY))
         return retrain_weighted(self.recipe, self.compute, trajectory, change.weights(self.n_train), report)
 
     def _losses(self, found: SampleLosses) -> dict[str, npt.NDArray[Any]]:
@@ -252,13 +251,13 @@ class RetrainTasks:
         schema: pa.Schema,
         columns: Mapping[str, npt.NDArray[Any]],
     ) -> str:
-        relative = f"evaluate/{kind}/part-{unit}.parquet"
+        relative = layout.evaluation(kind, unit)
         rows = len(next(iter(columns.values())))
         table = pa.table({"unit": pa.array([unit] * rows, pa.string()), **columns})
-        write_table(run.path(*relative.split("/")), table.cast(schema), schema)
+        write_table(run.path(relative), table.cast(schema), schema)
         return relative
 
 
 def read_part(run: RunDirectory, kind: str, unit: str) -> pa.Table:
     """Return the table that a retraining wrote: ``retrain``, ``weights`` or ``training_loss``."""
-    return pq.read_table(pa.BufferReader(read_bytes(run.path("evaluate", kind, f"part-{unit}.parquet"))))
+    return pq.read_table(pa.BufferReader(read_bytes(run.path(layout.evaluation(kind, unit)))))

@@ -27,10 +27,10 @@ from .handle import Run, open_run
 from .notes import average_entry, target_notes
 from .plan import cut
 from .spec import RunSpec, averaged
-from .stages import INDEX
 from .survey import Survey
-from .tasks import RECORD, REDUCE, TEST_GRADIENTS, Tasks
+from .tasks import Tasks
 from .units import Executor, Report, Unit
+from .vocabulary import ADJOINT, INDEX, RECORD, REDUCE, TEST_GRADIENTS, TRAJECTORY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +78,7 @@ def check_data(spec: RunSpec, looked: Survey, directory: RunDirectory) -> Mappin
                 "or use another --out"
             )
     for seed in _others(spec, looked):
-        there = stored is not None and directory.of_seed(seed).manifest(RECORD, "trajectory") is not None
+        there = stored is not None and directory.of_seed(seed).manifest(RECORD, TRAJECTORY) is not None
         if not there:
             check_same_data(looked.recipe, seed, data)
     return data
@@ -131,7 +131,7 @@ def average(
     Raises:
         IncompleteStage: One of them does not.
     """
-    shaped = replace(spec, mode="adjoint", hessian="none", exact_rank=0, seeds=1, memory=None)
+    shaped = replace(spec, mode=ADJOINT, hessian="none", exact_rank=0, seeds=1, memory=None)
     _Average(shaped, looked, directory, executor, observer, source, seeds_of(spec, looked)).drive()
 
 
@@ -189,7 +189,7 @@ def _others(spec: RunSpec, looked: Survey) -> range:
 
 def _has(directory: RunDirectory, stages: Sequence[str]) -> bool:
     """Whether record and test gradients, as far as they are asked for, are committed."""
-    needed = {RECORD: "trajectory", TEST_GRADIENTS: INDEX}
+    needed = {RECORD: TRAJECTORY, TEST_GRADIENTS: INDEX}
     return all(stage in needed and directory.manifest(stage, needed[stage]) for stage in stages)
 
 
@@ -214,7 +214,7 @@ class _RecordTasks:
     def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
         seed, task = self.tasks[unit.name]
         with naming(seed):
-            return task(Unit(stage=RECORD, name="trajectory", arguments={}), report)
+            return task(Unit(stage=RECORD, name=TRAJECTORY, arguments={}), report)
 
 
 def _record_ahead(drivers: Mapping[int, _Driver], executor: Executor, observer: Observer) -> None:

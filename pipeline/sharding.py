@@ -18,6 +18,7 @@ from ..workers.projection import TARGET_TILE
 from .spec import RunSpec
 from .survey import Survey
 from .targets import target_set
+from .vocabulary import ADJOINT
 
 WRITE_CHUNKS = 4
 """Chunks of hypergradients formed and written at a time: they are encoded in parallel."""
@@ -65,7 +66,7 @@ class Sharding:
         self.itemsize = 8 if spec.dtype == "float64" else 4
         self.row = looked.dimension * self.itemsize
         tracked = len(looked.tracked)
-        self.adjoint = spec.mode == "adjoint"
+        self.adjoint = spec.mode == ADJOINT
         self.targets = target_set(spec.targets, looked.tested, looked.test_labels[looked.tested])
         if self.adjoint:
             self.items, self.held = len(self.targets), 2 * self.row + 2 * tracked * self.itemsize
@@ -103,7 +104,7 @@ class Sharding:
 
     def correction(self) -> int:
         """Return the bytes that a worker uses for a chunk of the directions of ``exact_rank``."""
-        exact = Sharding(replace(self.spec, mode="adjoint", hessian="exact", exact_rank=0), self.looked)
+        exact = Sharding(replace(self.spec, mode=ADJOINT, hessian="exact", exact_rank=0), self.looked)
         return exact._bytes(min(self.spec.exact_rank, EXACT_TARGETS), EXACT_TARGETS)
 
     def _bytes(self, widest: int, chunk_rows: int) -> int:

@@ -12,11 +12,7 @@ from typing import Any, Literal
 
 from ..storage.errors import SpecError
 from . import checks
-
-Form = Literal["hydra", "hydra-ekfac", "hydra-exact"]
-Targets = Literal["samples", "classes", "mean"]
-
-_FORMS: dict[str, Form] = {"none": "hydra", "ekfac": "hydra-ekfac", "exact": "hydra-exact"}
+from .vocabulary import ADJOINT, FORMS, FORWARD, SAMPLES, Form, Hessian, Mode, Targets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +72,9 @@ class RunSpec:
     shards: int | str = "auto"
     track: str | int | Sequence[int] = "all"
     test: str | int | Sequence[int] = "all"
-    mode: Literal["forward", "adjoint"] = "forward"
-    hessian: Literal["none", "ekfac", "exact"] = "none"
-    targets: Targets = "samples"
+    mode: Mode = FORWARD
+    hessian: Hessian = "none"
+    targets: Targets = SAMPLES
     exact_rank: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     epochs: int | None = None
@@ -119,7 +115,7 @@ class RunSpec:
                 f"exact_rank {self.exact_rank}: only hessian='ekfac' is corrected, not {self.hessian!r}; "
                 "use hessian='ekfac' or exact_rank=0"
             )
-        if self.targets != "samples" and self.mode != "adjoint":
+        if self.targets != SAMPLES and self.mode != ADJOINT:
             raise SpecError(
                 f"targets {self.targets!r}: only mode='adjoint' carries targets, {self.mode!r} has every test "
                 "sample at the same price; use mode='adjoint', or targets='samples' and the table interclass"
@@ -128,12 +124,12 @@ class RunSpec:
     @property
     def form(self) -> Form:
         """Name of this Hessian's form, and of the curvature that its methods share."""
-        return _FORMS[self.hessian]
+        return FORMS[self.hessian]
 
     @property
     def base_method(self) -> str:
         """Name of the stores of this form and these targets, before any correction by ``exact_rank``."""
-        return self.form if self.targets == "samples" else f"{self.form}-{self.targets}"
+        return self.form if self.targets == SAMPLES else f"{self.form}-{self.targets}"
 
     @property
     def method(self) -> str:

@@ -13,11 +13,8 @@ from ..storage.uri import is_local
 from .events import Note, Observer, StageFinished, StageStarted, UnitSkipped
 from .sharding import Shard
 from .stores import rebuild
-from .tasks import RECORD
 from .units import Executor, Handler, Unit
-
-INDEX = "index"
-"""Unit that commits a store's metadata and per-row columns."""
+from .vocabulary import INDEX, RECORD
 
 
 class Stages:
@@ -62,7 +59,7 @@ class Stages:
 
     def _make_store(self, stage: str, base: str, **described: Any) -> RowStore:
         """Return a stage's store: as committed, made anew where its metadata are damaged, or fresh."""
-        uri = self.directory.path(*base.split("/"))
+        uri = self.directory.path(base)
         known = INDEX in self.directory.units(stage)
         if self._valid(stage, INDEX):
             return RowStore.open(uri, described["name"])

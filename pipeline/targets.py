@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..storage import layout
 from ..storage.errors import SpecError
+from .vocabulary import KINDS, MEAN, SAMPLES
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-
-SAMPLES, CLASSES, MEAN = "samples", "classes", "mean"
-KINDS = (SAMPLES, CLASSES, MEAN)
-"""From fine to coarse."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,12 +108,7 @@ def coarsened(fine: TargetSet, kind: str) -> tuple[TargetSet, Floats | None]:
 
 def store_of(kind: str) -> str:
     """Return where the gradients of the targets lie in a run."""
-    return "test_gradients.zarr" if kind == SAMPLES else f"target_gradients/targets={kind}.zarr"
-
-
-def stage_of(kind: str) -> str:
-    """Return the stage that makes them from the test gradients."""
-    return f"target-gradients-{kind}"
+    return layout.TEST_GRADIENTS if kind == SAMPLES else layout.target_gradients(kind)
 
 
 def kind_of(info: Mapping[str, Any], method: str) -> str:

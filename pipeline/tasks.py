@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..storage import layout
 from ..storage.curvature import Curvature, read_curvature, write_curvature
 from ..storage.rows import RowStore
 from ..storage.rundir import RunDirectory
@@ -41,21 +42,27 @@ from ..workers.training import Compute, Training
 from ..workers.user_code import user_code
 from .reduce import ReduceJob, bounds, reduce_rows
 from .sharding import WRITE_CHUNKS
-from .targets import CLASSES, MEAN, stage_of, store_of, target_of_each
+from .targets import store_of, target_of_each
 from .units import Report, Unit
+from .vocabulary import (
+    ADJOINT,
+    CLASSES,
+    CORRECTION,
+    CURVATURE,
+    DIRECTIONS,
+    EKFAC,
+    EXACT,
+    FAST,
+    MEAN,
+    PREFLIGHT,
+    RECORD,
+    REDUCE,
+    REPLAY,
+    TEST_GRADIENTS,
+    stage_of,
+)
 
 Integers = npt.NDArray[np.int64]
-
-RECORD = "record"
-TEST_GRADIENTS = "test-gradients"
-REPLAY = "replay"
-REDUCE = "reduce"
-ADJOINT = "adjoint"
-CURVATURE = "curvature"
-DIRECTIONS = "directions"
-CORRECTION = "correction"
-PREFLIGHT = "preflight"
-STAGES = (RECORD, TEST_GRADIENTS, REPLAY, REDUCE)
 
 
 @dataclass(kw_only=True)
@@ -120,9 +127,9 @@ class Tasks:
 
     def _record(self, run: RunDirectory, _unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         training = Training(self.recipe, self.compute)
-        uri = run.path("trajectory.zarr")
+        uri = run.path(layout.TRAJECTORY)
         closing = Recorder(training, uri, self.checkpoint_every).run(report)
-        files = [f"trajectory.zarr/{name}" for name in files_under(uri)]
+        files = [f"{layout.TRAJECTORY}/{name}" for name in files_under(uri)]
         return files, {"steps": training.steps, "dimension": training.layout.dimension, **closing}
 
     def _test_gradients(
@@ -130,14 +137,14 @@ class Tasks:
     ) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         training = Training(with_labels(self.recipe, self.test_labels), self.compute)
-        gradients = TestGradients(training, open_trajectory(run.path("trajectory.zarr")))
+        gradients = TestGradients(training, open_trajectory(run.path(layout.TRAJECTORY)))
         rows = gradients.rows(self.tested[start:stop], lambda done: report(done, stop - start))
         chosen = self.tested[start:stop]
         check_test_gradients(training, gradients.dataset, chosen, rows.gradient, rows.loss)
         gradients.engine.close()
-        store = RowStore.open(run.path("test_gradients.zarr"), "gradient")
+        store = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient")
         store.write(start, rows.gradient)
-        files = [f"test_gradients.zarr/{name}" for name in store.files(start, stop)]
+        files = [f"{layout.TEST_GRADIENTS}/{name}" for name in store.files(start, stop)]
         # The per-row columns are whole arrays: the driver writes them once every block is there.
         return files, {
             "rows": stop - start,
@@ -157,7 +164,7 @@ class Tasks:
         self, run: RunDirectory, unit: Unit, report: Report
     ) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
-        gradients, store = RowStore.open(run.path("test_gradients.zarr"), "gradient"), self._targets(run)
+        gradients, store = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient"), self._targets(run)
         group = target_of_each(store.column("label"), gradients.column("label"), start, stop)
         mean = mean_gradients(gradients.read, group, gradients.columns, stop - start, report)
         store.write(start, mean.astype(store.dtype))
@@ -168,15 +175,15 @@ class Tasks:
     def _replay(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         training = Training(self.recipe, self.compute)
-        trajectory = open_trajectory(run.path("trajectory.zarr"))
+        trajectory = open_trajectory(run.path(layout.TRAJECTORY))
         tracked = self.tracked[start:stop]
         replay: Replay | ExactReplay | EkfacReplay
-        if self.form == "hydra-ekfac":
+        if self.form == EKFAC:
             replay = EkfacReplay(training, trajectory, tracked, self._basis(run))
         else:
-            replay = (ExactReplay if self.form == "hydra-exact" else Replay)(training, trajectory, tracked)
+            replay = (ExactReplay if self.form == EXACT else Replay)(training, trajectory, tracked)
         buffers = replay.run(report)
-        store = RowStore.open(run.path("hypergradients", f"method={self.method}.zarr"), "hypergradient")
+        store = RowStore.open(run.path(layout.hypergradients(self.method)), "hypergradient")
         sums = RowSums(training.layout.entries)
         for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
             rows = self._finite(buffers.numpy(first, last), "hypergradients", trajectory)
@@ -184,7 +191,7 @@ class Tasks:
             if self._lawful(training):
                 sums.add(rows)
         replay.engine.close()
-        base = f"hypergradients/method={self.method}.zarr"
+        base = layout.hypergradients(self.method)
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         notes: dict[str, Any] = {"ways": replay.engine.told()}
         if isinstance(replay, ExactReplay):
@@ -195,20 +202,18 @@ class Tasks:
 
     def _lawful(self, training: Training) -> bool:
         """Whether the rows of all shards must add up to what training did to the weights."""
-        return (
-            self.form == "hydra" and len(self.tracked) == training.n_train and not training.holds_statistics
-        )
+        return self.form == FAST and len(self.tracked) == training.n_train and not training.holds_statistics
 
     def _adjoint(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         training = Training(self.recipe, self.compute)
-        trajectory = open_trajectory(run.path("trajectory.zarr"))
+        trajectory = open_trajectory(run.path(layout.TRAJECTORY))
         targets = self._targets(run).read(start, stop)
         notes: dict[str, Any] = {}
-        if self.form == "hydra-exact":
+        if self.form == EXACT:
             back = Adjoint(training, trajectory, self.tracked)
             found, notes = back.run(targets, report), told_products(back.tiles)
-        elif self.form == "hydra-ekfac":
+        elif self.form == EKFAC:
             bent = EkfacReplay(training, trajectory, self.tracked, self._basis(run), targets)
             found, notes = bent.run(report).contributions(), {"ways": bent.engine.told()}
             bent.engine.close()
@@ -219,24 +224,24 @@ class Tasks:
             if self._lawful(training):
                 check_sums(found, targets, trajectory, replay.ways.noise)
                 notes["lawful"] = True
-        base = f"by_test/method={self.method}.zarr"
-        store = RowStore.open(run.path(*base.split("/")), "contribution")
+        base = layout.by_test(self.method)
+        store = RowStore.open(run.path(base), "contribution")
         store.write(start, self._finite(found, "contributions", trajectory))
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
 
     def _curvature(self, run: RunDirectory, _unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         training = Training(self.recipe, self.compute)
-        trajectory = open_trajectory(run.path("trajectory.zarr"))
+        trajectory = open_trajectory(run.path(layout.TRAJECTORY))
         estimate = CurvatureEstimate(training, trajectory, **dict(self.options))
         curvature = estimate.run(report)
-        base = f"curvature/method={self.form}.zarr"
-        files = [f"{base}/{name}" for name in write_curvature(run.path(*base.split("/")), curvature)]
+        base = layout.curvature(self.form)
+        files = [f"{base}/{name}" for name in write_curvature(run.path(base), curvature)]
         return files, {"steps": curvature.steps.tolist(), **curvature.attrs}
 
     def _preflight(self, run: RunDirectory, _unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         training = Training(self.recipe, replace(self.compute, batch_norm="coupled"))
-        trajectory = open_trajectory(run.path("trajectory.zarr"))
+        trajectory = open_trajectory(run.path(layout.TRAJECTORY))
         return [], Growth(training, trajectory, self.tracked).run(report)
 
     def _finite(
@@ -255,7 +260,7 @@ class Tasks:
             compute=self.compute,
             trajectory=trajectory,
             tracked=self.tracked,
-            exact=self.form == "hydra-exact" if exact is None else exact,
+            exact=self.form == EXACT if exact is None else exact,
         )
 
     def _directions(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
@@ -264,13 +269,13 @@ class Tasks:
             gradients.read, gradients.rows, unit.arguments["rank"]
         )
         files = []
-        for name, array, axes in (
-            ("direction", found, ("rank", "parameter")),
-            ("coordinate", coordinates, ("target", "rank")),
+        for name, place, array, axes in (
+            ("direction", layout.DIRECTIONS, found, ("rank", "parameter")),
+            ("coordinate", layout.COORDINATES, coordinates, ("target", "rank")),
         ):
-            base = f"corrections/method={self.final}/{name}s.zarr"
+            base = layout.corrections(self.final, place)
             store = RowStore.create(
-                run.path(*base.split("/")),
+                run.path(base),
                 name=name,
                 rows=array.shape[0],
                 columns=array.shape[1],
@@ -287,9 +292,8 @@ class Tasks:
 
     def _correction(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
-        trajectory = open_trajectory(run.path("trajectory.zarr"))
-        base = f"corrections/method={self.final}"
-        stored = RowStore.open(run.path(*base.split("/"), "directions.zarr"), "direction")
+        trajectory = open_trajectory(run.path(layout.TRAJECTORY))
+        stored = RowStore.open(run.path(layout.corrections(self.final, layout.DIRECTIONS)), "direction")
         directions = stored.read(start, stop).astype(self.compute.dtype)
         coupled = replace(self.compute, batch_norm="coupled")
         exact = Adjoint(Training(self.recipe, coupled), trajectory, self.tracked).run(directions, report)
@@ -298,16 +302,17 @@ class Tasks:
         difference = exact - bent.run().contributions()
         bent.engine.close()
         self._finite(difference, "contributions", trajectory, exact=True)
-        store = RowStore.open(run.path(*base.split("/"), "contributions.zarr"), "contribution")
+        base = layout.corrections(self.final, layout.CORRECTED)
+        store = RowStore.open(run.path(base), "contribution")
         store.write(start, difference)
-        files = [f"{base}/contributions.zarr/{name}" for name in store.files(start, stop)]
+        files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, {"rows": stop - start, "start": start}
 
     def _basis(self, run: RunDirectory) -> Curvature:
-        return read_curvature(run.path("curvature", f"method={self.form}.zarr"))
+        return read_curvature(run.path(layout.curvature(self.form)))
 
     def _targets(self, run: RunDirectory) -> RowStore:
-        return RowStore.open(run.path(*store_of(self.job.targets).split("/")), "gradient")
+        return RowStore.open(run.path(store_of(self.job.targets)), "gradient")
 
     def _reduce(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
         prepare_process(self.compute.threads)

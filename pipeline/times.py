@@ -12,6 +12,7 @@ from ..workers.curvature import passes
 from .sharding import Shard
 from .spec import RunSpec
 from .survey import Survey
+from .vocabulary import ADJOINT, CORRECTION, CURVATURE, PREFLIGHT, RECORD, REDUCE, REPLAY, TEST_GRADIENTS
 
 MATMUL_RATE = 40e9
 """Multiply-adds of float32 a second and thread assumed for the reduce stage."""
@@ -19,7 +20,7 @@ MATMUL_RATE = 40e9
 PRODUCT = 1.4
 """Plain steps that a Hessian product in a tile takes, with what surrounds it."""
 
-PREFLIGHT = 13
+PREFLIGHT_TRAININGS = 13
 """Plain trainings that the preflight of the exact form takes."""
 
 ENOUGH = 128
@@ -49,21 +50,21 @@ def seconds_of(
     plain, tracked = looked.step_seconds
     n, m, steps, batch = len(looked.tracked), len(looked.tested), looked.steps, int(looked.recipe.batch_size)
     widest = max(shard.stop - shard.start for shard in shards)
-    times = {"record": steps * plain, "test-gradients": tracked * m / batch / slots}
+    times = {RECORD: steps * plain, TEST_GRADIENTS: tracked * m / batch / slots}
     if spec.hessian == "ekfac":
         sampled = math.ceil(min(spec.curvature_samples, looked.n_train) / batch)
-        times["curvature"] = curvature_passes(spec) * sampled * tracked
+        times[CURVATURE] = curvature_passes(spec) * sampled * tracked
     exact = shards[-1].stop if spec.hessian == "exact" else spec.exact_rank
     if exact >= ENOUGH:
-        times["preflight"] = PREFLIGHT * steps * plain
+        times[PREFLIGHT] = PREFLIGHT_TRAININGS * steps * plain
     if spec.hessian == "exact":
         one = steps * plain * (2 + PRODUCT * widest)
-    elif spec.mode == "adjoint" or spec.hessian == "ekfac":
+    elif spec.mode == ADJOINT or spec.hessian == "ekfac":
         one = steps * tracked
     else:
         one = steps * (plain + (tracked - plain) * min(1.0, widest / looked.n_train))
-    times["replay"] = one * math.ceil(len(shards) / slots)
+    times[REPLAY] = one * math.ceil(len(shards) / slots)
     if spec.exact_rank:
-        times["correction"] = steps * plain * (2 + PRODUCT) * spec.exact_rank / slots
-    times["reduce"] = n * targets * looked.dimension / (MATMUL_RATE * spec.torch_threads) / slots
+        times[CORRECTION] = steps * plain * (2 + PRODUCT) * spec.exact_rank / slots
+    times[REDUCE] = n * targets * looked.dimension / (MATMUL_RATE * spec.torch_threads) / slots
     return {**times, "total": sum(times.values())}

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..storage import layout
 from ..storage.errors import ConservationBroken
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
 from ..workers.conservation import REMEDY, law_of
-from .tasks import RECORD, TEST_GRADIENTS
+from .vocabulary import RECORD, TEST_GRADIENTS, TRAJECTORY
 
 
 def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str | None) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str |
     """
     units = [m.values for m in directory.manifests(stage) if "rows" in m.values]
     tests = [m.values["ways"] for m in directory.manifests(TEST_GRADIENTS) if "ways" in m.values]
-    record = directory.manifest(RECORD, "trajectory")
+    record = directory.manifest(RECORD, TRAJECTORY)
     found: dict[str, Any] = {
         "update": None if record is None else record.values.get("checked_steps"),
         "ways": _joined([u["ways"] for u in units if "ways" in u]),
@@ -53,8 +54,12 @@ def _law(directory: RunDirectory, units: Sequence[Mapping[str, Any]], n_train: i
             "checked": False,
             "reason": "shards of an older version did not note it; verify reads the store",
         }
+<<<<<<< HEAD
     noise = max((unit["ways"].get("noise", 0.0) for unit in units if "ways" in unit), default=0.0)
     law = law_of(open_trajectory(directory.path("trajectory.zarr")), shards, n_train, noise)
+=======
+    law = law_of(open_trajectory(directory.path(layout.TRAJECTORY)), shards, n_train)
+>>>>>>> help-e
     if not law.ok:
         raise ConservationBroken(
             f"the hypergradients of all samples do not add up to what training did to parameter {law.worst!r} "

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .analysis.compare import REFERENCE, seconds
+from .analysis.compare import seconds
 from .analysis.ranking import sign_errors, spearman
 from .analysis.scores import Lds, agreement, detection, harm, lds, recommendation
 from .evidence import Evidence
-from .retrainings import RETRAIN
-from .targets import MEAN, SAMPLES, kind_of
+from .targets import kind_of
+from .vocabulary import EXACT, MEAN, RETRAIN, SAMPLES
 
 LDS = pa.schema(
     [
@@ -155,11 +155,11 @@ def _smoothness(evidence: Evidence, methods: Sequence[str]) -> list[dict[str, An
 
 def _foretold(smoothness: Sequence[Mapping[str, Any]], methods: Sequence[str], way: str) -> list[str]:
     """Say how far the derivative reaches, and what it means where it does not."""
-    method = REFERENCE if REFERENCE in methods else methods[0]
+    method = EXACT if EXACT in methods else methods[0]
     own = [row for row in smoothness if row["method"] == method]
     removed = [row for row in own if row["what"] == "removal"]
     gentle = [row for row in own if row["what"] != "removal"]
-    what = "the derivative" if method == REFERENCE else method
+    what = "the derivative" if method == EXACT else method
     lines = []
     for row in removed or gentle:
         share = f"{100 * row['removed']:.3g}%"
@@ -169,7 +169,7 @@ def _foretold(smoothness: Sequence[Mapping[str, Any]], methods: Sequence[str], w
             lines.append(
                 f"{what} misses the size of the change at removal of {share} (slope {row['slope']:.2g})"
             )
-    if method != REFERENCE or not own:
+    if method != EXACT or not own:
         return lines
     # The smallest change of weights asks about smoothness alone: the batches are the recorded ones.
     if (gentle or removed)[0]["explained"] < TRUSTED:

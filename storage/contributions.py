@@ -19,9 +19,9 @@ import pyarrow.dataset as pa_dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from . import files
+from . import files, layout
 from .errors import IncompleteStage, StoreError
-from .uri import check_name, check_uri, is_local, join, parent
+from .uri import check_uri, is_local, join, parent
 
 Kind = Literal["contributions", "samples", "interclass", "contributions_spread", "samples_spread"]
 
@@ -198,7 +198,7 @@ def dataset(run_uri: str, kind: Kind, method: str | None = None) -> pa_dataset.D
     """
     top = join(check_uri(run_uri), kind)
     schema = SCHEMAS[kind]
-    folder = top if method is None else join(top, f"method={check_name(method, 'method')}")
+    folder = top if method is None else join(check_uri(run_uri), layout.table(kind, method))
     names = [name for name in files.list_files(folder) if name.rsplit("/", 1)[-1].startswith("part-")]
     if not names:
         raise IncompleteStage(
@@ -209,9 +209,9 @@ def dataset(run_uri: str, kind: Kind, method: str | None = None) -> pa_dataset.D
     if not is_local(top):
         fs, base = files.filesystem(top)
         filesystem = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs))
-    prefix = "" if method is None else f"method={method}/"
+    inside = folder.removeprefix(top)  # "" or the method's partition
     return pa_dataset.dataset(
-        [f"{base}/{prefix}{name}" for name in names],
+        [f"{base}{inside}/{name}" for name in names],
         schema=schema.append(pa.field("method", pa.string())),
         format="parquet",
         filesystem=filesystem,

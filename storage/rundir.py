@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import files as disk
+from . import layout
 from .documents import dump, load
 from .errors import CorruptStore, IncompleteStage, RunNotFound, SpecError, StoreError
 from .uri import check_name, check_uri, is_local, join
@@ -20,28 +21,6 @@ from .uri import check_name, check_uri, is_local, join
 FORMAT = 1
 """Version of the layout; ``run.json`` carries it under `MARK`."""
 MARK = "hydra_pipe_run"
-SEEDS = "seeds"
-"""Where the runs with other seeds lie, each a run directory of its own: ``seeds/seed=N``."""
-RESULTS = (
-    "trajectory.zarr",
-    "hypergradients",
-    "by_test",
-    "prepared",
-    "curvature",
-    "corrections",
-    "test_gradients.zarr",
-    "target_gradients",
-    "contributions",
-    "samples",
-    "interclass",
-    "contributions_spread",
-    "samples_spread",
-    "evaluate",
-    "over_training",
-    SEEDS,
-)
-"""Top-level names that hold results; `RunDirectory.delete_results` removes them."""
-
 _THREADS = 8
 
 
@@ -93,7 +72,7 @@ class RunDirectory:
 
     def of_seed(self, seed: int) -> RunDirectory:
         """Return the run directory inside this one that holds the same run with another seed."""
-        return RunDirectory(self.path(SEEDS, f"seed={seed}"))
+        return RunDirectory(self.path(layout.of_seed(seed)))
 
     def exists(self) -> bool:
         """Return whether there is a run here, that is, a ``run.json``."""
@@ -221,7 +200,7 @@ class RunDirectory:
         found = set()
         for name in [*disk.list_files(self.uri), *self._directories()]:
             parts = name.split("/")
-            if parts[0] == SEEDS:
+            if parts[0] == layout.SEEDS:
                 continue
             for depth, part in enumerate(parts, start=1):
                 if disk.PARTIAL in part:
@@ -257,8 +236,8 @@ class RunDirectory:
         disk.remove(self.path("manifests"), recursive=True)
         if is_local(self.uri):
             disk.flush(self.uri)
-        for name in RESULTS:
-            disk.remove(self.path(name), recursive=True)
+        for kind in layout.KINDS:
+            disk.remove(self.path(kind.folder), recursive=True)
         for name in sorted(listed):
             disk.remove(self.path(name))
         self.clear_litter()

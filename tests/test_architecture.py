@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,94 @@ def test_only_the_cli_prints(room):
             assert called != "print", f"{path}:{node.lineno} prints"
 
 
+PATHS = re.compile(r"\.zarr|\.parquet|\b(method|targets|seed)=")
+SPELLS_PATHS = "storage/layout.py"
+
+
+def texts(path: Path) -> list[tuple[int, str]]:
+    """Every text constant of a file but docstrings; of an f-string what is constant in it, in one."""
+    tree = ast.parse(path.read_text())
+    skipped = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [n for n in node.values if isinstance(n, ast.Constant)]
+            skipped |= {id(part) for part in parts}
+            found.append((node.lineno, "_".join(part.value for part in parts)))
+    plain = (n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in skipped)
+    found += [(n.lineno, n.value) for n in plain if isinstance(n.value, str)]
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_only_the_layout_spells_paths_inside_a_run(room):
+    spelled = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in sources(room)
+        if str(path.relative_to(ROOT)) != SPELLS_PATHS
+        for line, text in texts(path)
+        # Messages and help, which are sentences, may mention such a path; FILE.… is a file of the user's own.
+        if PATHS.search(text) and " " not in text and not text.startswith("FILE.")
+    ]
+    assert spelled == []
+
+
+def test_paths_are_found_in_texts_and_not_in_docstrings(tmp_path):
+    file = tmp_path / "m.py"
+    file.write_text(
+        '"""x.zarr"""\nNAME = "a"\n"""y.zarr"""\n'
+        'def f(m):\n    """z.parquet"""\n    return f"samples/method={m}/part.parquet", "t.zarr"\n'
+    )
+    assert [text for _, text in texts(file) if PATHS.search(text)] == [
+        "samples/method=_/part.parquet",
+        "t.zarr",
+    ]
+
+
+def vocabulary_words() -> dict[str, str]:
+    """The stages, modes and forms that a text could spell again: those that are no everyday word or key."""
+    from hydra_pipe.pipeline import vocabulary
+
+    names = (
+        "TEST_GRADIENTS",
+        "RETRAIN",
+        "EVALUATE_SCORES",
+        "BY_EPOCH",
+        "BY_EPOCH_SCORES",
+        "EKFAC",
+        "EXACT",
+        "ADJOINT",
+    )
+    return {getattr(vocabulary, name): name for name in names}
+
+
+def test_only_the_vocabulary_spells_stages_modes_and_forms():
+    words = vocabulary_words()
+    spelled = [
+        f"{path.relative_to(ROOT)}:{line}: {text}, which is vocabulary.{words[text]}"
+        for path in sources("pipeline")
+        if path.name != "vocabulary.py"
+        for line, text in texts(path)
+        if text in words
+    ]
+    assert spelled == []
+
+
+def test_the_vocabulary_declares_what_nothing_else_in_the_pipeline_does():
+    """No second ``RECORD = "record"``; a name for something else, such as a schema, may be the same."""
+    from hydra_pipe.pipeline import vocabulary
+
+    for path in sources("pipeline"):
+        for node in ast.parse(path.read_text()).body:
+            if path.name != "vocabulary.py" and isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    same = isinstance(node.value, ast.Constant) and hasattr(
+                        vocabulary, getattr(target, "id", "")
+                    )
+                    assert not same, f"{path}:{node.lineno} declares {ast.unparse(target)} again"
+
+
 def test_every_package_is_listed_for_the_wheel():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {"hydra_pipe"}
@@ -103,7 +192,7 @@ def test_the_public_face():
 
 def test_help_and_import_stay_light():
     code = (
-        "import sys, hydra_pipe, hydra_pipe.cli\n"
+        "import sys, hydra_pipe, hydra_pipe.cli, hydra_pipe.pipeline.vocabulary\n"
         "heavy = {'torch', 'ray', 'zarr', 'pyarrow', 'numpy', 'sklearn'} & set(sys.modules)\n"
         "sys.exit(', '.join(sorted(heavy)) or 0)"
     )

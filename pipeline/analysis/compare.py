@@ -16,17 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ...storage.errors import InputError
-from ..targets import KINDS, SAMPLES, coarsened, kind_of
+from ..targets import coarsened, kind_of
+from ..vocabulary import CURVATURE, EKFAC, EXACT, KINDS, RECORD, SAMPLES, TEST_GRADIENTS
 from .panels import panel_width, panels, targets
 from .ranking import overlap, ranks, sign_errors, spearman
-from .status import RECORD, TEST_GRADIENTS
 
 if TYPE_CHECKING:
     from ..handle import Run
 
 Floats = npt.NDArray[np.float64]
 
-REFERENCE = "hydra-exact"
 """What is compared with unless another method is named."""
 
 
@@ -177,10 +176,10 @@ def _choose(run: Run, reference: str | None, methods: Sequence[str] | None) -> t
     complete = run.methods()
     if reference is None:
         # With nothing but coarser targets, their exact form is the reference.
-        exact = [name for name in complete if name == REFERENCE or name.startswith(f"{REFERENCE}-")]
-        if not exact or (exact[0] != REFERENCE and kind_of(run.info, complete[0]) == SAMPLES):
+        exact = [name for name in complete if name == EXACT or name.startswith(f"{EXACT}-")]
+        if not exact or (exact[0] != EXACT and kind_of(run.info, complete[0]) == SAMPLES):
             raise InputError(
-                f"{run.uri} has no method {REFERENCE} to compare with, only {', '.join(complete) or 'none'}; "
+                f"{run.uri} has no method {EXACT} to compare with, only {', '.join(complete) or 'none'}; "
                 "name one with --reference, or add it: hydra-pipe run ... --hessian exact on the same --out"
             )
         reference = exact[0]
@@ -226,8 +225,8 @@ def seconds(run: Run, method: str) -> float | None:
 
 def _owners(run: Run, method: str) -> tuple[str, ...]:
     """Return whose stages a method needs: its own, and EKFAC's curvature where it borrows that."""
-    borrows = method.startswith("hydra-ekfac-") and kind_of(run.info, method) != SAMPLES
-    return (method, "hydra-ekfac/curvature") if borrows else (method,)
+    borrows = method.startswith(f"{EKFAC}-") and kind_of(run.info, method) != SAMPLES
+    return (method, f"{EKFAC}/{CURVATURE}") if borrows else (method,)
 
 
 def _spent(run: Run, owners: Sequence[str]) -> float | None:

@@ -19,12 +19,13 @@ import numpy.typing as npt
 
 from ...workers.coefficients import phi, recorded_settings
 from ...workers.conservation import BASE, UNIT
+from ..vocabulary import ADJOINT, FAST, FORWARD, REPLAY
 
 if TYPE_CHECKING:
     from ...storage.trajectory import Trajectory
     from ..handle import Run
 
-METHOD = "hydra"
+METHOD = FAST
 BLOCK_BYTES = 64 << 20
 """How much of the hypergradient store is held at a time while it is streamed."""
 
@@ -107,5 +108,5 @@ def block_rows(chunk_rows: int, columns: int, itemsize: int) -> int:
 
 
 def _has_store(run: Run) -> bool:
-    mode = run.info.get("methods", {}).get(METHOD, {}).get("mode", "forward")
-    return bool(run.directory.manifests(f"{METHOD}/replay")) and mode != "adjoint"
+    mode = run.info.get("methods", {}).get(METHOD, {}).get("mode", FORWARD)
+    return bool(run.directory.manifests(f"{METHOD}/{REPLAY}")) and mode != ADJOINT

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...storage import layout
 from ...storage.rows import RowStore
 from ...workers.targets import mean_gradients
-from ..targets import SAMPLES, kind_of, store_of, target_of_each
+from ..targets import kind_of, store_of, target_of_each
+from ..vocabulary import SAMPLES
 from . import conservation as law
 from .panels import targets
 from .status import target_count
@@ -40,33 +42,33 @@ class Contents:
     def trajectory(self) -> None:
         """Check the record: finite values, first and last checkpoint, digests of the checkpoints."""
         trajectory = self.run.trajectory()
-        self._finite("trajectory.zarr/loss", trajectory.loss)
+        self.finite(f"{layout.TRAJECTORY}/loss", trajectory.loss)
         steps = len(trajectory.loss)
         self.rows["trajectory steps"] = steps
         at = [int(step) for step in trajectory.checkpoint_steps]
         if not at or at[0] != 0 or at[-1] != steps:
-            self.problems.append(f"trajectory.zarr: checkpoints at {at[:1]}..{at[-1:]}, not 0..{steps}")
+            self.problems.append(f"{layout.TRAJECTORY}: checkpoints at {at[:1]}..{at[-1:]}, not 0..{steps}")
         digests = dict(zip(trajectory.digest_step.tolist(), trajectory.digest.tolist(), strict=True))
         for k, step in enumerate(at):
             weights = trajectory.checkpoint(k).weights
-            self._finite(f"trajectory.zarr/checkpoint/weights[{k}]", weights)
+            self.finite(f"{layout.TRAJECTORY}/checkpoint/weights[{k}]", weights)
             if step in digests and zlib.crc32(np.ascontiguousarray(weights).tobytes()) != digests[step]:
                 self.problems.append(
-                    f"trajectory.zarr/checkpoint/weights[{k}]: not the weights whose digest step {step} recorded"
+                    f"{layout.TRAJECTORY}/checkpoint/weights[{k}]: not the weights whose digest step {step} recorded"
                 )
 
     def test_gradients(self) -> None:
         """Check the test gradients: counts, indices, finite values."""
         store = self.run.test_gradients()
-        self._shape("test_gradients.zarr", store, self.info.get("n_test_tracked"))
-        self._index("test_gradients.zarr/test_index", store.column("test_index"), self.info.get("n_test"))
-        self._stream("test_gradients.zarr", store)
+        self.shape(layout.TEST_GRADIENTS, store, self.info.get("n_test_tracked"), self.info.get("dimension"))
+        self.index(f"{layout.TEST_GRADIENTS}/test_index", store.column("test_index"), self.info.get("n_test"))
+        self.stream(layout.TEST_GRADIENTS, store)
 
     def target_gradients(self, kind: str) -> None:
         """Check that the gradients of classes, or of the mean, are the means of the test gradients."""
         name, tests = store_of(kind), self.run.test_gradients()
-        store = RowStore.open(self.run.directory.path(*name.split("/")), "gradient")
-        self._shape(name, store, None)
+        store = RowStore.open(self.run.directory.path(name), "gradient")
+        self.shape(name, store, None, self.info.get("dimension"))
         step = law.block_rows(store.chunk_rows, store.columns, 8)
         for start in range(0, store.rows, step):
             stop = min(store.rows, start + step)
@@ -93,11 +95,11 @@ class Contents:
         Returns:
             What `conservation.compare` returns; empty where the law was not computed.
         """
-        name = f"hypergradients/method={method}.zarr"
+        name = layout.hypergradients(method)
         store = self.run.hypergradient_store(method)
-        self._shape(name, store, self.info.get("n_tracked"))
-        self._index(f"{name}/train_index", store.column("train_index"), self.info.get("n_train"))
-        total = self._stream(name, store)
+        self.shape(name, store, self.info.get("n_tracked"), self.info.get("dimension"))
+        self.index(f"{name}/train_index", store.column("train_index"), self.info.get("n_train"))
+        total = self.stream(name, store)
         if not lawful or method != law.METHOD or law.not_applicable(self.run) is not None:
             return {}
         found = law.compare(self.run.trajectory(), total, n_train=int(self.info["n_train"]))
@@ -111,25 +113,25 @@ class Contents:
 
     def contributions(self, method: str) -> None:
         """Check contributions, samples and interclass of a method, and that they agree."""
-        name = f"contributions/method={method}"
+        name, summed = layout.table("contributions", method), layout.table("samples", method)
         tracked, tests = self.info.get("n_tracked"), target_count(self.info, method)
         # C(i) is the mean over the test samples: a class weighs as many as it has.
         weights = None if kind_of(self.info, method) == SAMPLES else targets(self.run, method)
         samples = self.run.samples(method)
         train_index = samples["train_index"].to_numpy()
-        self._index(f"samples/method={method}: train_index", train_index, self.info.get("n_train"))
-        self._count(f"samples/method={method}", len(samples), tracked)
+        self.index(f"{summed}: train_index", train_index, self.info.get("n_train"))
+        self.count(summed, len(samples), tracked)
         for column in ("contribution", "contribution_std"):
-            self._finite(f"samples/method={method}: {column}", samples[column].to_numpy())
+            self.finite(f"{summed}: {column}", samples[column].to_numpy())
         interclass = self.run.interclass(method)["contribution"].to_numpy()
-        self._finite(f"interclass/method={method}: contribution", interclass)
+        self.finite(f"{layout.table('interclass', method)}: contribution", interclass)
         size = int(train_index.max(initial=-1)) + 1
         sums, counts, rows, outside = np.zeros(size), np.zeros(size, np.int64), 0, 0
         columns = ["train_index", "contribution", *([] if weights is None else ["test_label"])]
         for batch in self.run.contributions(method).to_batches(columns=columns):
             index, values = (batch.column(c).to_numpy() for c in ("train_index", "contribution"))
             rows += len(index)
-            self._finite(name, values)
+            self.finite(name, values)
             if weights is not None:
                 at = np.searchsorted(weights.label, batch.column("test_label").to_numpy())
                 values = values * (weights.weight * len(weights))[np.minimum(at, len(weights) - 1)]
@@ -140,7 +142,7 @@ class Contents:
             counts += np.bincount(index, minlength=size)
             self.advance(batch.nbytes, name)
         self.rows[name] = rows
-        self._count(name, rows, None if tracked is None or tests is None else tracked * tests)
+        self.count(name, rows, None if tracked is None or tests is None else tracked * tests)
         if outside or (tests is not None and (counts[train_index] != tests).any()):
             what = "test sample" if weights is None else "target"
             self.problems.append(f"{name}: not every tracked sample has one row a {what}")
@@ -152,22 +154,22 @@ class Contents:
         wrong = np.abs(mean - stored) > MEAN_TOLERANCE * np.maximum(scale, np.finfo(np.float32).tiny)
         if wrong.any():
             self.problems.append(
-                f"samples/method={method}: {int(wrong.sum())} means are not those of {name}, "
+                f"{summed}: {int(wrong.sum())} means are not those of {name}, "
                 f"first at train_index {int(train_index[wrong.argmax()])}"
             )
 
     def average(self, method: str) -> None:
         """Check the spreads of an average over seeds, and that it is one of its members' C(i)."""
-        name, seeds = f"contributions_spread/method={method}", self.run.averages(method)
+        name, seeds = layout.table("contributions_spread", method), self.run.averages(method)
         rows, negative = 0, 0
         for batch in self.run.spread(method).to_batches(columns=["contribution_spread"]):
             values = batch.column("contribution_spread").to_numpy()
-            self._finite(name, values)
+            self.finite(name, values)
             negative += int((values < 0).sum())
             rows += len(values)
             self.advance(batch.nbytes, name)
         self.rows[name] = rows
-        self._count(name, rows, self.rows.get(f"contributions/method={method}"))
+        self.count(name, rows, self.rows.get(layout.table("contributions", method)))
         if negative:
             self.problems.append(f"{name}: {negative:,} values are below 0")
         members, source = self.run.members(), str(self.info["methods"][method]["source"])
@@ -184,14 +186,14 @@ class Contents:
             return
         own, stored = np.stack(each), self.run.samples_spread(method)
         for column, values in (("contribution", own.mean(0)), ("contribution_spread", own.std(0, ddof=1))):
-            wrong = np.abs(stored[column].to_numpy() - values) > MEAN_TOLERANCE * np.abs(own).max(0)
+            wrong = ~(np.abs(stored[column].to_numpy() - values) <= MEAN_TOLERANCE * np.abs(own).max(0))
             if wrong.any():
                 self.problems.append(
-                    f"samples_spread/method={method}: {int(wrong.sum())} values of {column} are not those of "
+                    f"{layout.table('samples_spread', method)}: {int(wrong.sum())} values of {column} are not those of "
                     f"its members, first at train_index {int(stored['train_index'][int(wrong.argmax())].as_py())}"
                 )
 
-    def _stream(self, name: str, store: RowStore) -> np.ndarray:
+    def stream(self, name: str, store: RowStore) -> np.ndarray:
         """Read all rows, report those that are not finite, return their sum in float64, (D,)."""
         total = np.zeros(store.columns)
         itemsize = np.dtype(store.dtype).itemsize
@@ -207,23 +209,26 @@ class Contents:
         self.rows[name] = store.rows
         return total
 
-    def _shape(self, name: str, store: RowStore, rows: int | None) -> None:
-        self._count(name, store.rows, rows)
-        dimension = self.info.get("dimension")
-        if dimension is not None and store.columns != dimension:
-            self.problems.append(f"{name}: {store.columns} columns, run.json says {dimension}")
+    def shape(self, name: str, store: RowStore, rows: int | None, columns: int | None) -> None:
+        """Hold rows and columns of a store against what ``run.json`` says, where it does."""
+        self.count(name, store.rows, rows)
+        if columns is not None and store.columns != columns:
+            self.problems.append(f"{name}: {store.columns} columns, run.json says {columns}")
 
-    def _count(self, name: str, found: int, expected: int | None) -> None:
+    def count(self, name: str, found: int, expected: int | None) -> None:
+        """Hold a number of rows against what ``run.json`` says."""
         if expected is not None and found != expected:
             self.problems.append(f"{name}: {found:,} rows, run.json says {expected:,}")
 
-    def _index(self, name: str, index: np.ndarray, bound: int | None) -> None:
+    def index(self, name: str, index: np.ndarray, bound: int | None) -> None:
+        """Report positions that do not increase or lie outside the dataset."""
         if (np.diff(index.astype(np.int64)) <= 0).any():
             self.problems.append(f"{name}: not strictly increasing")
         if len(index) and (index.min() < 0 or (bound is not None and index.max() >= bound)):
             self.problems.append(f"{name}: outside 0..{'?' if bound is None else bound - 1}")
 
-    def _finite(self, name: str, values: np.ndarray) -> None:
+    def finite(self, name: str, values: np.ndarray) -> None:
+        """Report values that are no numbers."""
         bad = int((~np.isfinite(values)).sum())
         if bad:
             self.problems.append(f"{name}: {bad:,} values are not finite")

@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ...storage import layout
 from ...storage.errors import CorruptStore
 from ...storage.files import read_bytes
-from ...workers.over_training import EKFAC, EXACT, FAST, RAW, pairs
+from ...workers.over_training import RAW, pairs
+from ..vocabulary import EKFAC, EXACT, FAST, by_epoch_stage
 from .ranking import sign_errors, spearman
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def measure(run: Run, forms: FollowedForms, *, seconds: Mapping[str, float]) -> 
 
 
 def _forms(forms: FollowedForms) -> list[str]:
-    names = [EXACT, *(name for name in (FAST, EKFAC) if name in forms.methods)]
+    names: list[str] = [EXACT, *(name for name in (FAST, EKFAC) if name in forms.methods)]
     if forms.raw_decay:
         names += [EXACT + RAW, *([FAST + RAW] if FAST in forms.methods else [])]
     return names
@@ -103,13 +105,11 @@ class _Look:
         self.run, self.epoch, self.late = run, epoch, epoch >= forms.influence_from
         directory = run.directory
         shards = sorted(
-            (int(m.values["start"]), m.unit) for m in directory.manifests(f"over-training/{forms.stage}")
+            (int(m.values["start"]), m.unit) for m in directory.manifests(by_epoch_stage(forms.stage))
         )
-        tail = f"-epoch-{epoch:05d}"
-        self._parts = [f"over_training/{forms.stage}/{{}}/part-{unit}{tail}.parquet" for _, unit in shards]
-        self._own = {
-            name: f"over_training/{name}/{{}}/part-epoch-{epoch:05d}.parquet" for name in forms.influence
-        }
+        at = f"epoch-{epoch:05d}"
+        self._parts = [(forms.stage, f"{unit}-{at}") for _, unit in shards]
+        self._own = {name: (name, at) for name in forms.influence}
         self._by_test = forms.by_test
         self._samples = self._read("samples", self._parts)
         self._errors = self._read("errors", self._parts)
@@ -177,11 +177,11 @@ class _Look:
         values: Floats = table["contribution"].to_numpy()[order].reshape(tests, n).T.astype(np.float64)
         return values
 
-    def _read(self, table: str, parts: Sequence[str]) -> pa.Table:
+    def _read(self, table: str, parts: Sequence[tuple[str, str]]) -> pa.Table:
         directory = self.run.directory
         return pa.concat_tables(
-            pq.read_table(pa.BufferReader(read_bytes(directory.path(*part.format(table).split("/")))))
-            for part in parts
+            pq.read_table(pa.BufferReader(read_bytes(directory.path(layout.by_epoch(part, table, unit)))))
+            for part, unit in parts
         )
 
     @staticmethod

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.dataset as pa_dataset
 
 from ...storage.errors import CorruptStore, HydraError
-from ..targets import SAMPLES, TargetSet, coarsened, kind_of, store_of, target_set
+from ..targets import TargetSet, coarsened, kind_of, store_of, target_set
+from ..vocabulary import SAMPLES
 
 if TYPE_CHECKING:
     from ..handle import Run
@@ -101,7 +102,7 @@ def targets(run: Run, method: str) -> TargetSet:
         return target_set(kind, index, _labels(run, method, index))
     from ...storage.rows import RowStore
 
-    store = RowStore.open(run.directory.path(*store_of(kind).split("/")), "gradient")
+    store = RowStore.open(run.directory.path(store_of(kind)), "gradient")
     index, label, count = (store.column(n).astype(np.int64) for n in ("test_index", "label", "count"))
     return TargetSet(kind=kind, test_index=index, label=label, count=count)
 

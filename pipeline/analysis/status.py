@@ -14,29 +14,35 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ...storage.rundir import Manifest, RunDirectory
-from ..targets import KINDS, SAMPLES, kind_of, stage_of
+from ..targets import kind_of
+from ..vocabulary import (
+    ADJOINT,
+    ATTRIBUTE,
+    BY_EPOCH,
+    CLOSING_UNITS,
+    CORRECTION,
+    CURVATURE,
+    DIRECTIONS,
+    EVALUATE,
+    FAST,
+    INDEX,
+    INTERCLASS,
+    KINDS,
+    PREFLIGHT,
+    PREPARE,
+    RECORD,
+    REDUCE,
+    REPLAY,
+    RETRAIN,
+    SAMPLES,
+    SEEDS,
+    SINGLE,
+    TARGET_GRADIENTS,
+    TEST_GRADIENTS,
+)
 
 if TYPE_CHECKING:
     from ..handle import Run
-
-RECORD = "record"
-TEST_GRADIENTS = "test-gradients"
-TARGET_GRADIENTS = tuple(stage_of(kind) for kind in KINDS if kind != SAMPLES)
-ATTRIBUTE = "attribute"
-"""Last part of the stage of an estimator beside HyDRA, and ``mode`` of its method in ``run.json``."""
-SEEDS = "seeds"
-"""``mode`` of an average over seeds in ``run.json``; its only stage is ``reduce``."""
-RETRAIN = "evaluate/retrain"
-INDEX, LAST_UNIT = "index", "interclass"
-CLOSING_UNITS = (INDEX, LAST_UNIT)
-"""Units that the driver commits itself: a store's metadata and columns, a method's last table.
-
-``run.json`` counts the one that a stage has among its units; people are shown the others.
-"""
-OVER_TRAINING = "over-training/"
-"""Beginning of the stages of a comparison over training."""
-SINGLE = ("/curvature", "/directions", "/preflight", "evaluate/scores", "over-training/scores")
-"""Stages of one unit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +84,12 @@ def stage_state(directory: RunDirectory, info: Mapping[str, Any], stage: str) ->
     units = _units(info, stage, noted.get("units"))
     rows = _total(work, "rows")
     single = stage == RECORD or stage.endswith(SINGLE)
-    free = stage == RETRAIN or stage.startswith(OVER_TRAINING)
-    needed = None if single or free else LAST_UNIT if stage.endswith("/reduce") else INDEX
+    free = stage == RETRAIN or stage.startswith(f"{BY_EPOCH}/")
+    needed = None if single or free else INTERCLASS if stage.endswith(f"/{REDUCE}") else INDEX
     closed = needed is None or any(m.unit == needed for m in manifests)
     expected = _expected_rows(info, stage)
     whole = rows == expected if expected is not None else units is not None and len(work) >= units
-    complete = closed and (whole or (needed == LAST_UNIT and expected is None))
+    complete = closed and (whole or (needed == INTERCLASS and expected is None))
     if units is None and complete:
         units = len(work)
     seconds = noted.get("seconds")
@@ -105,19 +111,19 @@ def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[Stage
     names += [stage for stage in TARGET_GRADIENTS if stage in known or stage in info.get("stages", {})]
     for method in method_names(info):
         # Estimators that need no replay commit none: list what their run or run.json mentions.
-        replay, reduce = f"{method}/replay", f"{method}/reduce"
-        adjoint = f"{method}/adjoint"
-        names += [f"{method}/{part}" for part in ("curvature", "preflight") if f"{method}/{part}" in known]
+        replay, reduce = f"{method}/{REPLAY}", f"{method}/{REDUCE}"
+        adjoint = f"{method}/{ADJOINT}"
+        names += [f"{method}/{part}" for part in (CURVATURE, PREFLIGHT) if f"{method}/{part}" in known]
         mode = info.get("methods", {}).get(method, {}).get("mode")
         if mode == SEEDS:
             pass
         elif mode == ATTRIBUTE:
-            names += [f"{method}/prepare"] if f"{method}/prepare" in known else []
+            names += [f"{method}/{PREPARE}"] if f"{method}/{PREPARE}" in known else []
             names.append(f"{method}/{ATTRIBUTE}")
         elif adjoint in known or adjoint in info.get("stages", {}):
             names.append(adjoint)
-        elif f"{method}/correction" in known or f"{method}/directions" in info.get("stages", {}):
-            names += [f"{method}/directions", f"{method}/correction"]
+        elif f"{method}/{CORRECTION}" in known or f"{method}/{DIRECTIONS}" in info.get("stages", {}):
+            names += [f"{method}/{DIRECTIONS}", f"{method}/{CORRECTION}"]
         elif kind_of(info, method) != SAMPLES:
             names.append(adjoint)
         elif replay in known or replay in info.get("stages", {}) or reduce not in known:
@@ -136,7 +142,7 @@ def method_names(info: Mapping[str, Any]) -> list[str]:
     current = info.get("method")
     if isinstance(current, str) and current not in names:
         names.append(current)
-    return sorted(names, key=lambda name: (KINDS.index(kind_of(info, name)), name != "hydra"))
+    return sorted(names, key=lambda name: (KINDS.index(kind_of(info, name)), name != FAST))
 
 
 def status(run: Run) -> dict[str, Any]:
@@ -151,7 +157,7 @@ def status(run: Run) -> dict[str, Any]:
     """
     states = stage_states(run.directory, run.info)
     # What judges a run is no part of it: it never makes one incomplete.
-    judging = ("evaluate/", OVER_TRAINING)
+    judging = (f"{EVALUATE}/", f"{BY_EPOCH}/")
     complete = all(s.state == "complete" for s in states if not s.stage.startswith(judging))
     methods = {name: _method_state(states, name) for name in method_names(run.info)}
     return {
@@ -182,7 +188,7 @@ def warnings_of(info: Mapping[str, Any]) -> list[str]:
     """Return what the preflight of each method warned of, one line each."""
     found = []
     for name in method_names(info):
-        entry = info.get("methods", {}).get(name, {}).get("preflight", {})
+        entry = info.get("methods", {}).get(name, {}).get(PREFLIGHT, {})
         found += [f"{name}: {text}" for text in entry.get("warnings", ())]
     return found
 
@@ -260,7 +266,7 @@ def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None
         return 1
     if noted is not None:
         return int(noted) - 1
-    if stage.endswith(("/replay", "/adjoint")):
+    if stage.endswith((f"/{REPLAY}", f"/{ADJOINT}")):
         shards = info.get("layout", {}).get("shards")
         return None if shards is None else int(shards)
     return None
@@ -268,11 +274,11 @@ def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None
 
 def _expected_rows(info: Mapping[str, Any], stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
-    if stage in (RECORD, RETRAIN, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, "/correction")):
+    if stage in (RECORD, RETRAIN, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, f"/{CORRECTION}")):
         return None
-    if stage.startswith(OVER_TRAINING):
+    if stage.startswith(f"{BY_EPOCH}/"):
         return None
-    if stage.endswith(("/adjoint", f"/{ATTRIBUTE}")):
+    if stage.endswith((f"/{ADJOINT}", f"/{ATTRIBUTE}")):
         return target_count(info, stage.rsplit("/", 1)[0])
     value = info.get("n_test_tracked" if stage == TEST_GRADIENTS else "n_tracked")
     return value if isinstance(value, int) else None

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...storage import layout
 from ...storage.errors import HydraError
-from ...storage.rundir import RESULTS, SEEDS
-from ..targets import MEAN, SAMPLES, kind_of
+from ..targets import kind_of
+from ..vocabulary import MEAN, SAMPLES
 from .status import command_line, stage_states, warnings_of
 from .trust_lines import trust_lines
 from .zeros import zero_warning
@@ -61,8 +62,8 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
     peaks = [m.values["peak_bytes"] for m in manifests if m.values.get("peak_bytes")]
     entries = {entry.path: entry for m in manifests for entry in m.files}.values()
     disk: dict[str, list[int]] = {}
-    for entry in sorted(entries, key=lambda entry: _rank(entry.path)):
-        sizes = disk.setdefault(_part(entry.path), [0, 0])
+    for entry in sorted(entries, key=lambda entry: layout.rank(entry.path)):
+        sizes = disk.setdefault(layout.part_of(entry.path), [0, 0])
         sizes[0] += entry.bytes
         sizes[1] += 1
     for seed, member in run.members().items():
@@ -72,7 +73,7 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
             for manifest in member.directory.manifests(stage)
             for entry in manifest.files
         }
-        disk[f"{SEEDS}/seed={seed}"] = [sum(inside.values()), len(inside)]
+        disk[layout.of_seed(seed)] = [sum(inside.values()), len(inside)]
     helpful, harmful = (_extremes(run, method, harmful) for harmful in (False, True))
     zero = None if method is None else zero_warning(run.directory, method)
     return {
@@ -133,16 +134,6 @@ def _extremes(run: Run, method: str | None, harmful: bool) -> list[dict[str, Any
     return rows
 
 
-def _part(path: str) -> str:
-    """Return the directory of the run that a file belongs to, as a user would name it."""
-    parts = path.split("/")
-    return "/".join(parts[:1] if parts[0].endswith(".zarr") else parts[:2])
-
-
-def _rank(path: str) -> int:
-    return next((k for k, name in enumerate(RESULTS) if path.startswith(name)), len(RESULTS))
-
-
 def _next(run: Run, method: str | None, methods: list[str]) -> list[str]:
     """Return commands that show something at once: they are printed to be copied."""
     if method is None:
@@ -155,7 +146,7 @@ def _next(run: Run, method: str | None, methods: list[str]) -> list[str]:
     chosen = "" if method == methods[0] else f" --method {method}"
     commands = [f"hydra-pipe top {where}{test} --harmful{chosen}", f"hydra-pipe verify {where}"]
     if importlib.util.find_spec("duckdb"):  # an extra; its package has no command of its own
-        glob = json.dumps(run.directory.path("contributions", f"method={method}", "*.parquet"))
+        glob = json.dumps(run.directory.path(layout.table_parts("contributions", method)))
         other = "" if kind == MEAN else '.filter("train_label <> test_label")'
         query = f'{other}.aggregate("train_index, avg(contribution) AS c").order("c").limit(10).show()'
         code = f"import duckdb; duckdb.read_parquet({glob}){query}"

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.dataset as pa_dataset
 
 from ...storage.errors import HydraError, InputError
-from ..targets import CLASSES, MEAN, SAMPLES, kind_of
+from ..targets import kind_of
+from ..vocabulary import CLASSES, MEAN, SAMPLES
 from .panels import targets
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _one_class(run: Run, *, k: int, label: int, harmful: bool, method: str) -> p
 def _no_such_target(run: Run, method: str, asked: str, kinds: tuple[str, ...]) -> InputError:
     """Return the refusal of what only methods with targets of the given kinds can answer."""
     own = kind_of(run.info, method)
-    held = {CLASSES: "a mean a class", MEAN: "the mean over all test samples"}[own]
+    held = "a mean a class" if own == CLASSES else "the mean over all test samples"
     able = [f"--method {name}" for name in run.methods() if kind_of(run.info, name) in kinds]
     remedy = able[0] if able else "a method made with --targets " + " or ".join(kinds)
     choice = "--class C, or " if own == CLASSES else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,15 +9,35 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
+from ...storage import layout
 from ...storage.contributions import SCHEMAS
 from ...storage.errors import CorruptStore, HydraError, RunNotFound
-from ...storage.files import list_files
-from ...storage.rundir import SEEDS
-from ..targets import KINDS, stage_of, store_of
+from ...storage.files import PARTIAL, list_files
+from ..targets import store_of
+from ..vocabulary import (
+    ADJOINT,
+    ATTRIBUTE,
+    BY_EPOCH,
+    BY_EPOCH_SCORES,
+    CORRECTION,
+    CURVATURE,
+    DIRECTIONS,
+    EVALUATE,
+    EVALUATE_SCORES,
+    KINDS,
+    PREPARE,
+    RECORD,
+    REDUCE,
+    REPLAY,
+    TEST_GRADIENTS,
+    stage_of,
+    stages_of,
+)
 from . import conservation as law
+from . import contents_between as between
 from .conservation import conservation
 from .contents import Contents
-from .status import RECORD, TEST_GRADIENTS, method_names, stage_states
+from .status import method_names, stage_states
 
 if TYPE_CHECKING:
     from ...storage.rundir import FileEntry
@@ -31,11 +50,7 @@ Progress = Callable[[int, int, str], None]
 
 T = TypeVar("T")
 
-_RESULTS = re.compile(
-    r"(?P<kind>trajectory\.zarr|test_gradients\.zarr|hypergradients|target_gradients|"
-    r"contributions|samples|interclass|contributions_spread|samples_spread)/"
-    r"(?:(?:method|targets)=(?P<method>[^/]+?)(?:\.zarr)?/)?"
-)
+SCORES = (EVALUATE_SCORES, BY_EPOCH_SCORES)
 GROUP_BYTES, GROUP_FILES = 256 << 20, 64
 """How much is hashed between two moves of the progress bar."""
 
@@ -79,7 +94,7 @@ def verify(run: Run, *, progress: Progress | None = None) -> Verification:
 
     found = _verify(run, progress)
     for seed in run.info.get("seeds", {}).get("others", []):
-        place = f"{SEEDS}/seed={seed}"
+        place = layout.of_seed(seed)
         try:
             inner = _verify(open_run(run.directory.of_seed(seed).uri), progress)
         except RunNotFound:
@@ -133,23 +148,27 @@ class _Verifier:
         self._strays()
         contents = Contents(self.run, self._advance)
         self._stages()
-        if self._readable(RECORD, "trajectory.zarr"):
-            self._guard("trajectory.zarr", contents.trajectory)
-        if self._readable(TEST_GRADIENTS, "test_gradients.zarr"):
-            self._guard("test_gradients.zarr", contents.test_gradients)
+        if self._readable(RECORD, layout.TRAJECTORY):
+            self._guard(layout.TRAJECTORY, contents.trajectory)
+        if self._readable(TEST_GRADIENTS, layout.TEST_GRADIENTS):
+            self._guard(layout.TEST_GRADIENTS, contents.test_gradients)
         for kind in KINDS[1:]:
             if self._state(stage_of(kind)) != "missing" and self._readable(stage_of(kind), store_of(kind)):
                 self._guard(store_of(kind), partial(contents.target_gradients, kind))
-        record = not any(path.startswith("trajectory.zarr/") for path in self.damaged)
+        record = not any(path.startswith(f"{layout.TRAJECTORY}/") for path in self.damaged)
         found: dict[str, Any] = {}
         for method in method_names(self.info):
-            name = f"hypergradients/method={method}.zarr"
-            if self._readable(f"{method}/replay", name) and any(p.startswith(name) for p in self.sizes):
+            name = layout.hypergradients(method)
+            if self._readable(f"{method}/{REPLAY}", name) and any(p.startswith(name) for p in self.sizes):
                 found |= self._guard(name, partial(contents.hypergradients, method, lawful=record)) or {}
-            if self._readable(f"{method}/reduce", *(f"{k}/method={method}" for k in SCHEMAS)):
-                self._guard(f"contributions/method={method}", partial(contents.contributions, method))
+            if self._readable(f"{method}/{REDUCE}", *(layout.table(k, method) for k in SCHEMAS)):
+                self._guard(layout.table("contributions", method), partial(contents.contributions, method))
                 if self.run.averages(method):
-                    self._guard(f"contributions_spread/method={method}", partial(contents.average, method))
+                    self._guard(
+                        layout.table("contributions_spread", method), partial(contents.average, method)
+                    )
+        for stage in self.states:
+            self._between(stage, contents)
         if not found:
             reason = law.not_applicable(self.run) or "the stores it needs are damaged"
             found = {"applicable": False, "reason": reason}
@@ -163,6 +182,27 @@ class _Verifier:
             notes=tuple(self.notes),
             conservation=found,
         )
+
+    def _between(self, stage: str, contents: Contents) -> None:
+        """Judge what a stage left that is no table of a method."""
+        if stage.startswith((f"{EVALUATE}/", f"{BY_EPOCH}/")):
+            if self._state(stage) == "complete":
+                self._guard(stage, partial(between.judging, contents, stage, self.damaged))
+            return
+        owner, _, part = stage.rpartition("/")
+        if part in (ADJOINT, ATTRIBUTE):
+            check, names = between.by_test, [layout.by_test(owner)]
+        elif part == PREPARE:
+            check, names = between.prepared, [layout.prepared(owner)]
+        elif part == CURVATURE:
+            check, names = between.curvature, [layout.curvature(owner)]
+        elif part == CORRECTION and self._state(f"{owner}/{DIRECTIONS}") == "complete":
+            stores = (layout.DIRECTIONS, layout.COORDINATES, layout.CORRECTED)
+            check, names = between.corrections, [layout.corrections(owner, name) for name in stores]
+        else:
+            return
+        if self._readable(stage, *names):
+            self._guard(names[0], partial(check, contents, owner))
 
     def _stages(self) -> None:
         """Note what is not complete; it is a problem where ``run.json`` claims that it is."""
@@ -193,26 +233,44 @@ class _Verifier:
                 self._advance(sum(f.bytes for f in files), manifest.stage)
 
     def _strays(self) -> None:
-        """Report files in result directories that no manifest lists: readers' globs would find them."""
-        known = {*method_names(self.info), *KINDS}
+        """Report files where results lie that no manifest lists: readers' globs would find them."""
         waiting: dict[str, int] = {}
         litter = self.run.directory.litter()
         for path in list_files(self.run.uri):
-            match = _RESULTS.match(path)
-            if path in self.sizes or match is None or ".partial" in path:
+            place = layout.locate(path)
+            if path in self.sizes or place is None or PARTIAL in path or self._of_a_seed(place):
                 continue
-            stage = _stage_of(match["kind"], match["method"])
-            mine = stage is not None and (match["method"] is None or match["method"] in known)
-            if mine and stage is not None and self._state(stage) != "complete":
-                waiting[stage] = waiting.get(stage, 0) + 1
-            else:
+            stage = self._still_writing(place)
+            if stage is None:
                 self.problems.append(f"{path}: no manifest lists this file; remove it")
+            else:
+                waiting[stage] = waiting.get(stage, 0) + 1
         if litter:
             self.notes.append(
                 f"{len(litter)} temporary files of an interrupted run; running it again removes them"
             )
         for stage, count in waiting.items():
             self.notes.append(f"{stage}: {count} files are not committed yet")
+
+    def _of_a_seed(self, place: layout.Place) -> bool:
+        """Whether a file is that of a run with another seed, which is checked by itself."""
+        others = self.info.get("seeds", {}).get("others", [])
+        return place.kind.form == "run" and place.key in {str(seed) for seed in others}
+
+    def _still_writing(self, place: layout.Place) -> str | None:
+        """Return the stage that may have been interrupted before it committed a file; None: there is none."""
+        stages = stages_of(place)
+        begun = [s for s in stages if s in self.states or s in self.info.get("stages", {})]
+        for stage in begun:
+            if self._state(stage) != "complete":
+                return stage
+        if begun:
+            return None
+        if any(stage in SCORES for stage in stages):  # one short unit after long ones, noted nowhere else
+            folder = stages[0].split("/")[0]
+            return stages[0] if any(name.startswith(f"{folder}/") for name in self.states) else None
+        own = [state for name, state in self.states.items() if name.split("/")[0] == place.key]
+        return stages[0] if stages and any(state.state != "complete" for state in own) else None
 
     def _state(self, stage: str) -> str:
         return self.states[stage].state if stage in self.states else "missing"
@@ -242,17 +300,6 @@ class _Verifier:
             # Stores are read a second time for their contents: twice the bytes is the closest bound.
             total = 2 * sum(self.sizes.values())
             self.progress(min(self.checked, total), total, what)
-
-
-def _stage_of(kind: str, method: str | None) -> str | None:
-    """Return the stage that writes files of this kind; None where no stage does."""
-    if kind == "trajectory.zarr":
-        return RECORD
-    if kind == "test_gradients.zarr":
-        return TEST_GRADIENTS
-    if kind == "target_gradients":
-        return method and stage_of(method)
-    return method and f"{method}/{'replay' if kind == 'hypergradients' else 'reduce'}"
 
 
 def _groups(files: Sequence[FileEntry]) -> Iterator[tuple[FileEntry, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...storage import layout
 from ...storage.contributions import dataset
 from ...storage.errors import HydraError
 from ...storage.rows import RowStore
@@ -28,10 +29,10 @@ def zero_warning(directory: RunDirectory, method: str) -> str | None:
 def _reason(directory: RunDirectory) -> str:
     """Return the first cause that the run's own files show."""
     try:
-        trajectory = open_trajectory(directory.path("trajectory.zarr"))
+        trajectory = open_trajectory(directory.path(layout.TRAJECTORY))
         if not np.any(trajectory.learning_rate):
             return "the learning rate is 0 at every step; set one in optimizer()"
-        gradients = RowStore.open(directory.path("test_gradients.zarr"), "gradient")
+        gradients = RowStore.open(directory.path(layout.TEST_GRADIENTS), "gradient")
         if not _any(gradients):
             return (
                 "the test losses do not depend on the weights (every test gradient is zero); check what losses() "

@@ -19,7 +19,8 @@ from hydra_pipe.pipeline.evaluate import Questions, evaluate
 from hydra_pipe.pipeline.events import Note
 from hydra_pipe.pipeline.plan import make_plan
 from hydra_pipe.pipeline.retrainings import read_part, subsets, unchanged
-from hydra_pipe.pipeline.targets import KINDS, coarsened, target_of_each, target_set
+from hydra_pipe.pipeline.targets import coarsened, target_of_each, target_set
+from hydra_pipe.pipeline.vocabulary import KINDS
 from hydra_pipe.storage.errors import InputError, SpecError, SpecMismatch
 from hydra_pipe.storage.rows import RowStore
 from hydra_pipe.workers.targets import mean_gradients

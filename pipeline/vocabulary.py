@@ -1,0 +1,119 @@
+"""The words of a run: its stages and their units, modes, forms of the Hessian and kinds of targets.
+
+Stages of a method are named ``<method>/<stage>``. Nothing here is heavy to import.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..storage import layout
+
+# ---------------------------------------------------------------------- stages
+
+RECORD = "record"
+TEST_GRADIENTS = "test-gradients"
+REPLAY = "replay"
+REDUCE = "reduce"
+STAGES = (RECORD, TEST_GRADIENTS, REPLAY, REDUCE)
+"""What a run can be asked to do, in order; in adjoint mode `REPLAY` is done by `ADJOINT`."""
+
+ADJOINT: Literal["adjoint"] = "adjoint"
+"""Last part of the stage that carries targets backwards, and the ``mode`` of a method made that way."""
+CURVATURE = "curvature"
+DIRECTIONS = "directions"
+CORRECTION = "correction"
+PREFLIGHT = "preflight"
+PREPARE = "prepare"
+ATTRIBUTE = "attribute"
+"""Last part of the stage of an estimator beside HyDRA, and ``mode`` of its method in ``run.json``."""
+
+EVALUATE = "evaluate"
+RETRAIN = f"{EVALUATE}/retrain"
+EVALUATE_SCORES = f"{EVALUATE}/scores"
+BY_EPOCH = "over-training"
+"""Beginning of the stages of a comparison over training; see `by_epoch_stage`."""
+BY_EPOCH_SCORES = f"{BY_EPOCH}/scores"
+SINGLE = (f"/{CURVATURE}", f"/{DIRECTIONS}", f"/{PREFLIGHT}", EVALUATE_SCORES, BY_EPOCH_SCORES)
+"""Ends of the names of stages of one unit."""
+
+# ---------------------------------------------------------------------- units
+
+TRAJECTORY = "trajectory"
+"""Unit of the record."""
+SUMMARY = "summary"
+"""Unit of an evaluation's and of a comparison's scores."""
+INDEX = "index"
+"""Unit that commits a store's metadata and per-row columns."""
+INTERCLASS = "interclass"
+"""Unit that commits a method's last table."""
+CLOSING_UNITS = (INDEX, INTERCLASS)
+"""Units that the driver commits itself.
+
+``run.json`` counts the one that a stage has among its units; people are shown the others.
+"""
+
+# ---------------------------------------------------------------------- modes, forms, targets
+
+Mode = Literal["forward", "adjoint"]
+FORWARD: Mode = "forward"
+SEEDS = "seeds"
+"""``mode`` of an average over seeds in ``run.json``; its only stage is ``reduce``."""
+
+Hessian = Literal["none", "ekfac", "exact"]
+Form = Literal["hydra", "hydra-ekfac", "hydra-exact"]
+Targets = Literal["samples", "classes", "mean"]
+Way = Literal["weighted", "rescaled", "subset"]
+"""How the rest is trained when samples are removed; see ``workers.retrain``."""
+
+FAST: Form = "hydra"
+EKFAC: Form = "hydra-ekfac"
+EXACT: Form = "hydra-exact"
+FORMS: dict[Hessian, Form] = {"none": FAST, "ekfac": EKFAC, "exact": EXACT}
+
+SAMPLES: Targets = "samples"
+CLASSES: Targets = "classes"
+MEAN: Targets = "mean"
+KINDS: tuple[Targets, ...] = (SAMPLES, CLASSES, MEAN)
+"""Kinds of targets, from fine to coarse."""
+
+
+def stage_of(targets: str) -> str:
+    """Return the stage that makes the gradients of targets from the test gradients."""
+    return f"target-gradients-{targets}"
+
+
+TARGET_GRADIENTS = tuple(stage_of(kind) for kind in KINDS if kind != SAMPLES)
+
+
+def by_epoch_stage(part: str) -> str:
+    """Return a stage of a comparison over training: its replays, or an estimator after an epoch."""
+    return f"{BY_EPOCH}/{part}"
+
+
+_WRITTEN_BY = {
+    layout.TRAJECTORY: (RECORD,),
+    layout.TEST_GRADIENTS: (TEST_GRADIENTS,),
+    layout.HYPERGRADIENTS: (REPLAY,),
+    layout.BY_TEST: (ADJOINT, ATTRIBUTE),
+    layout.PREPARED: (PREPARE,),
+    layout.CURVATURE: (CURVATURE,),
+    layout.CORRECTIONS: (DIRECTIONS, CORRECTION),
+    **dict.fromkeys(layout.TABLES, (REDUCE,)),
+}
+
+
+def stages_of(place: layout.Place) -> tuple[str, ...]:
+    """Return the stages that may have written a file; none where no stage writes such a file."""
+    kind, key = place.kind, place.key
+    if kind.by == "":
+        return _WRITTEN_BY[kind.folder]
+    if kind.folder == layout.EVALUATION:
+        return (EVALUATE_SCORES,) if key is None else (RETRAIN,)
+    if kind.folder == layout.BY_EPOCH:
+        return (BY_EPOCH_SCORES,) if key is None else (by_epoch_stage(key),)
+    if key is None or kind.form == "run":
+        return ()
+    if kind.by == "targets":
+        return (stage_of(key),)
+    return tuple(f"{key}/{stage}" for stage in _WRITTEN_BY[kind.folder])

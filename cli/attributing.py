@@ -9,32 +9,42 @@ from typing import Any, TypeVar
 import click
 
 from ..storage.errors import SpecError
+from .headings import HeadedCommand
 from .options import debug_option, format_option, quiet_option
 from .output import emit_json, emit_tables
 from .progress import watching
+from .spec_options import OF_THE_RUN, PLACEMENT, pick, recipe_argument
 from .views import summary_tables
 
 F = TypeVar("F", bound=Callable[..., Any])
 Methods = dict[str, dict[str, Any]]
 
 
-def estimator_options(function: F) -> F:
-    """Add ``--method`` and ``--option``."""
-    function = click.option(
-        "--option",
-        "estimator_options",
-        multiple=True,
-        metavar="[NAME.]KEY=VALUE",
-        help="Option of the estimators that have it, or of NAME alone; repeatable.",
-    )(function)
-    return click.option(
-        "--method",
-        "estimators",
-        multiple=True,
-        metavar="NAME",
-        help="Estimator to add beside HyDRA, such as influence-cg, tracin, relatif; repeatable. "
-        "docs/estimators.md has them all.",
-    )(function)
+def estimator_options(more: str = "") -> Callable[[F], F]:
+    """Return what adds ``--method`` and ``--option``.
+
+    Args:
+        more: What else ``--option`` is for.
+    """
+
+    def add(function: F) -> F:
+        function = click.option(
+            "--option",
+            "estimator_options",
+            multiple=True,
+            metavar="[NAME.]KEY=VALUE",
+            help=f"Option of the estimators that have it, or of NAME alone; repeatable. {more}".strip(),
+        )(function)
+        return click.option(
+            "--method",
+            "estimators",
+            multiple=True,
+            metavar="NAME",
+            help="Estimator to add beside HyDRA, such as influence-cg, tracin, relatif; repeatable. "
+            "docs/estimators.md has them all.",
+        )(function)
+
+    return add
 
 
 def read_methods(names: Sequence[str], pairs: Sequence[str]) -> Methods:
@@ -80,10 +90,10 @@ def _scalar(text: str) -> Any:
     return text if isinstance(value, (list, dict)) else value
 
 
-@click.command(short_help="Add estimators' contributions to RUN.")
+@click.command(cls=HeadedCommand, short_help="Add estimators' contributions to RUN.")
 @click.argument("run")
-@click.argument("recipe", required=False, metavar="[RECIPE]")
-@estimator_options
+@recipe_argument
+@estimator_options()
 @click.option("--overwrite", is_flag=True, help="Do a method again whose options differ from RUN's.")
 @click.option(
     "--seeds",
@@ -93,14 +103,7 @@ def _scalar(text: str) -> Any:
     metavar="K",
     help="Do so for K seeds and average: NAME-seedsK. Records that are missing are made.",
 )
-@click.option("--executor", type=click.Choice(["ray", "serial"]), help="Where blocks run.  [default: RUN's]")
-@click.option("--address", metavar="ADDRESS", help="Ray cluster to use, as for run.")
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Actors at a time.")
-@click.option("--gpus-per-actor", type=click.FloatRange(min=0), metavar="X", help="GPUs an actor asks for.")
-@click.option(
-    "--cpus-per-actor", type=click.FloatRange(min=0), metavar="X", help="CPU cores an actor asks for."
-)
-@click.option("--memory", metavar="SIZE", help="Memory an actor may use, such as 4GiB.  [default: measured]")
+@pick((*PLACEMENT, "memory"), of_the_run=OF_THE_RUN)
 @format_option("table", "json")
 @quiet_option
 @debug_option

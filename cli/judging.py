@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from .headings import HeadedCommand
 from .judging_views import COMPARED, LDS, comparison_tables, evaluation_rows, evaluation_tables
 from .options import debug_option, format_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables
 from .over_training import OWN, compare_over_training, over_training_options
 from .progress import reading, watching
-from .spec_options import SPEC_OPTIONS, parse_pairs
+from .spec_options import OF_THE_RUN, PLACEMENT, parse_pairs, pick
 
-PLACEMENT = ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers", "threads", "device")
+WHERE = (*PLACEMENT, "threads", "device")
 """Options of ``run`` that say where the work is done; the others are those of the record."""
-
-OF_THE_RUN = ("executor", "cpus_per_actor", "threads", "device")
-"""Those of them that the run's own values stand for."""
 
 SPOKEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 """Where a value comes from that the user gave."""
@@ -42,7 +39,7 @@ _methods = click.option(
 )
 
 
-@click.command(short_help="Compare the methods of RUN with each other.")
+@click.command(cls=HeadedCommand, short_help="Compare the methods of RUN with each other.")
 @_run_argument
 @click.option("--reference", metavar="METHOD", help="What to compare with.  [default: hydra-exact]")
 @_methods
@@ -120,22 +117,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
         raise click.BadParameter(f"{value!r}: write numbers with commas between, or none") from None
 
 
-def _placement(function: Any) -> Any:
-    """Add the options of ``run`` that say where the work is done, and ``--set``."""
-    for option in reversed(SPEC_OPTIONS):
-
-        def probe() -> None: ...
-
-        name = option(probe).__click_params__[-1].name
-        if name in (*PLACEMENT, "recipe_args"):
-            function = option(function)
-            added = function.__click_params__[-1]
-            if name in OF_THE_RUN:
-                added.help = re.sub(r"\[default: .*\]$", "[default: the run's]", added.help)
-    return function
-
-
-@click.command(short_help="Retrain to measure which method of RUN to trust.")
+@click.command(cls=HeadedCommand, short_help="Retrain to measure which method of RUN to trust.")
 @_run_argument
 @click.argument("recipe", required=False, metavar="[RECIPE]")
 @_methods
@@ -186,7 +168,7 @@ def _placement(function: Any) -> Any:
     help="Retrain with K seeds of a run made with --seeds, and score against their mean loss.",
 )
 @_figures
-@_placement
+@pick((*WHERE, "recipe_args"), of_the_run=OF_THE_RUN)
 @format_option("table", "json", "csv")
 @quiet_option
 @debug_option
@@ -229,9 +211,7 @@ def evaluate(
         seeds=options["seeds"],
     )
     given = {
-        name: options[name]
-        for name in PLACEMENT
-        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        name: options[name] for name in WHERE if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     if options["recipe_args"]:
         given["recipe_args"] = parse_pairs(options["recipe_args"])

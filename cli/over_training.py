@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,15 +10,12 @@ import click
 from .attributing import read_methods
 from .output import Column, Table, emit_csv, emit_json, emit_tables, show_seconds
 from .progress import watching
-from .spec_options import SPEC_OPTIONS
+from .spec_options import OF_THE_RUN, PLACEMENT, pick, recipe_argument
 
-PLACEMENT = ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers", "memory")
+WHERE = (*PLACEMENT, "memory")
 """Options of ``run`` that say where the work is done."""
 
-OF_THE_RUN = ("executor", "cpus_per_actor")
-"""Those of them that the run's own values stand for."""
-
-OWN = ("recipe", "influence_from", "estimator_options", "influence_by_test", "decay_as_published", *PLACEMENT)
+OWN = ("recipe", "influence_from", "estimator_options", "influence_by_test", "decay_as_published", *WHERE)
 """Parameters that mean nothing without ``--every``."""
 
 CURVES = (
@@ -34,18 +30,7 @@ SHOWN_EPOCHS = 6
 
 def over_training_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the RECIPE argument and the options."""
-    for option in reversed(SPEC_OPTIONS):
-
-        def probe() -> None: ...
-
-        name = option(probe).__click_params__[-1].name
-        if name in PLACEMENT:
-            function = option(function)
-            added = function.__click_params__[-1]  # type: ignore[attr-defined]
-            text = added.help if added.help[1].isupper() else added.help[0].lower() + added.help[1:]
-            if name in OF_THE_RUN:
-                text = re.sub(r"\[default: .*\]$", "[default: the run's]", text)
-            added.help = f"With --every: {text}"
+    function = pick(WHERE, of_the_run=OF_THE_RUN, only_with="With --every")(function)
     for option in (
         click.option(
             "--decay-as-published",
@@ -80,7 +65,7 @@ def over_training_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
     ):
         function = option(function)
-    return click.argument("recipe", required=False, metavar="[RECIPE]")(function)
+    return recipe_argument(function)
 
 
 def compare_over_training(
@@ -109,7 +94,7 @@ def compare_over_training(
         by_test=given["influence_by_test"],
         raw_decay=given["decay_as_published"],
     )
-    placement = {name: given[name] for name in PLACEMENT if given[name] is not None}
+    placement = {name: given[name] for name in WHERE if given[name] is not None}
     with watching(quiet) as observer:
         found = over_training(run, course, given["recipe"], observer=observer, **placement)
     files = training_figures(found, figures) if figures is not None else []

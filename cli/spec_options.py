@@ -1,243 +1,126 @@
-"""The RECIPE argument and the options of a run, and how they become a `RunSpec`."""
+"""The RECIPE argument and the options of a run, who takes which, and how they become a `RunSpec`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from .option_table import SPEC_OPTIONS
+
 if TYPE_CHECKING:
     from ..pipeline.spec import RunSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_POSITIVE = click.IntRange(min=1)
+PLACEMENT = ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers")
+"""Options that say where the work is done."""
+
+BUDGET = ("memory", "max_attempts", "start_timeout")
+"""What the work may use there."""
+
+CURVATURE = ("curvature_checkpoints", "curvature_at", "curvature_samples", "curvature_core")
+"""Given by ``--option`` and in files. Options of their own too, which ``--help`` does not show."""
+
+METHOD = ("mode", "hessian", "targets", "exact_rank", "shards", *CURVATURE)
+"""What `replay` chooses; the record is the same whatever these are."""
+
+OF_THE_RUN = ("executor", "cpus_per_actor", "threads", "device")
+"""Options that the run's own values stand for, where there is a run."""
 
 
-def _option(name: str, default: str, text: str, **settings: Any) -> Callable[[F], F]:
-    """Return an option that is None unless given; ``default`` is shown, `RunSpec` applies it."""
-    return click.option(name, default=None, help=f"{text}  [default: {default}]", **settings)
+def field_of(option: Callable[[Any], Any]) -> str:
+    """Return the field of `RunSpec` that an option is for, or ``config``."""
+
+    def probe() -> None: ...
+
+    return str(option(probe).__click_params__[-1].name)
 
 
-# In the order of the contract's table. A default of None everywhere: what is not given comes from
-# the configuration file, then from RunSpec, and what RunSpec leaves open from the recipe.
-SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    _option(
-        "--out",
-        "runs/<recipe name>",
-        "Run directory: a local path, s3://, gs:// or az:// address.",
-        metavar="URI",
-    ),
-    _option(
-        "--shards",
-        "auto",
-        "How many shards the tracked samples are cut into; more than there are workers queue. "
-        "`auto` decides from memory and workers.",
-        metavar="N|auto",
-    ),
-    _option(
-        "--track",
-        "all",
-        "Training samples to track: the first N, indices A to B-1, a share of every class, "
-        "or a file with one index a line.",
-        metavar="all|N|A:B|F%|FILE",
-    ),
-    _option(
-        "--test",
-        "all",
-        "Test samples: the first N, indices A to B-1, or a file with one index a line.",
-        metavar="all|N|A:B|FILE",
-    ),
-    _option(
-        "--mode",
-        "forward",
-        "forward: one hypergradient a tracked sample, stored. adjoint: one vector a test sample, "
-        "carried backwards; contributions of all training samples.",
-        type=click.Choice(["forward", "adjoint"]),
-    ),
-    _option(
-        "--hessian",
-        "none",
-        "Drop the Hessian (HyDRA's fast form), keep it in EKFAC form, or keep it exactly.",
-        type=click.Choice(["none", "ekfac", "exact"]),
-    ),
-    _option(
-        "--targets",
-        "samples",
-        "With --mode adjoint: one vector a test sample, one a class (the mean over its test samples), "
-        "or one for the mean over all test samples.",
-        type=click.Choice(["samples", "classes", "mean"]),
-    ),
-    _option(
-        "--exact-rank",
-        "0",
-        "With --hessian ekfac: correct exactly along R directions of the test gradients.",
-        type=click.IntRange(min=0),
-        metavar="R",
-    ),
-    _option(
-        "--dtype",
-        "float32",
-        "Numbers of training and of hypergradients.",
-        type=click.Choice(["float32", "float64"]),
-    ),
-    _option("--epochs", "the recipe's", "Passes over the training samples.", type=_POSITIVE, metavar="N"),
-    _option("--batch-size", "the recipe's", "Samples a step.", type=_POSITIVE, metavar="B"),
-    _option("--seed", "the recipe's", "Of initial weights, batch order and dropout.", type=int, metavar="N"),
-    _option(
-        "--seeds",
-        "1",
-        "Train with K seeds, from --seed on, and average the contributions: METHOD-seedsK, with their spread.",
-        type=_POSITIVE,
-        metavar="K",
-    ),
-    click.option(
-        "--set",
-        "recipe_args",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Keyword argument of the recipe's constructor; repeatable. VALUE is JSON "
-        '(3, 0.1, true, null, [1,2], "text") or else a string.',
-    ),
-    _option(
-        "--batch-norm",
-        "constant",
-        "Statistics of a BatchNorm layer within a step: held constant, or coupling the samples "
-        "of the batch exactly (slower).",
-        type=click.Choice(["constant", "coupled"]),
-    ),
-    _option(
-        "--per-sample",
-        "auto",
-        "Gradients of single samples: the fastest way that agrees with autograd when tried, or autograd "
-        "itself, one backward pass a sample (slow, always right).",
-        type=click.Choice(["auto", "vjp"]),
-    ),
-    _option(
-        "--executor",
-        "ray",
-        "Where shards run: on Ray, or in this process.",
-        type=click.Choice(["ray", "serial"]),
-    ),
-    _option(
-        "--address",
-        "RAY_ADDRESS, a running local cluster, or a new one",
-        "Ray cluster to use.",
-        metavar="ADDRESS",
-    ),
-    _option(
-        "--gpus-per-actor",
-        "1 where the cluster has GPUs, else 0",
-        "GPUs an actor asks Ray for; a fraction shares one.",
-        type=click.FloatRange(min=0),
-        metavar="X",
-    ),
-    _option(
-        "--cpus-per-actor",
-        "1",
-        "CPU cores an actor asks Ray for.",
-        type=click.FloatRange(min=0),
-        metavar="X",
-    ),
-    _option("--workers", "what the cluster holds", "Actors at a time.", type=_POSITIVE, metavar="N"),
-    _option(
-        "--threads",
-        "the whole part of --cpus-per-actor",
-        "CPU threads of each worker; part of what makes runs repeat bit for bit.",
-        type=_POSITIVE,
-        metavar="N",
-    ),
-    _option("--device", "auto", "Where tensors live.", type=click.Choice(["auto", "cpu", "cuda"])),
-    _option(
-        "--memory",
-        "measured",
-        "Memory an actor may use: bytes, or with a unit such as 4GiB.",
-        metavar="SIZE",
-    ),
-    _option(
-        "--reduce-memory",
-        "1GiB",
-        "Memory a reduce task may use: bytes, or with a unit such as 1GiB.",
-        metavar="SIZE",
-    ),
-    _option(
-        "--checkpoint-every",
-        "the plan's",
-        "Steps between checkpoints of the record.",
-        type=_POSITIVE,
-        metavar="STEPS",
-    ),
-    _option(
-        "--curvature-checkpoints",
-        "5",
-        "With ekfac: checkpoints of the record the curvature is taken at.",
-        type=_POSITIVE,
-        metavar="N",
-    ),
-    _option(
-        "--curvature-at",
-        "spread evenly",
-        "With ekfac: steps whose nearest checkpoints are taken instead.",
-        metavar="STEP,...",
-    ),
-    _option(
-        "--curvature-samples",
-        "4096",
-        "With ekfac: at most how many training samples the curvature is averaged over.",
-        type=_POSITIVE,
-        metavar="N",
-    ),
-    _option(
-        "--curvature-core",
-        "256",
-        "With ekfac: leading coordinates that keep their full curvature, across layers too; 0: none.",
-        type=click.IntRange(min=0),
-        metavar="C",
-    ),
-    _option(
-        "--max-attempts",
-        "3",
-        "How often a shard is tried when its worker dies.",
-        type=_POSITIVE,
-        metavar="N",
-    ),
-    _option(
-        "--start-timeout",
-        "120",
-        "Seconds to wait for the cluster to place the actors.",
-        type=click.FloatRange(min=0.1),
-        metavar="SECONDS",
-    ),
-    click.option(
-        "--overwrite",
-        is_flag=True,
-        help="Replace a run at --out whose specification differs; otherwise that is refused.",
-    ),
-    click.option(
-        "--config",
-        type=click.Path(exists=True, dir_okay=False),
-        metavar="FILE.toml",
-        help="Read these settings from a file (keys as the options; [set] for --set); the command line wins.",
-    ),
-)
+def pick(
+    shown: Collection[str],
+    *,
+    hidden: Collection[str] = (),
+    of_the_run: Collection[str] = (),
+    only_with: str = "",
+) -> Callable[[F], F]:
+    """Return what adds some of the options, in their order, to a command.
+
+    Args:
+        shown: Fields of the options.
+        hidden: Fields of options that are understood and that ``--help`` does not show.
+        of_the_run: Fields whose default is the value of the run that the command is about.
+        only_with: What the help begins with, such as ``With --every``.
+    """
+
+    def add(function: F) -> F:
+        for option in reversed(SPEC_OPTIONS):
+            name = field_of(option)
+            if name not in shown and name not in hidden:
+                continue
+            function = option(function)
+            added = function.__click_params__[-1]  # type: ignore[attr-defined]
+            added.hidden = name not in shown
+            if name in of_the_run:
+                added.help = re.sub(r"\[default: .*\]$", "[default: the run's]", added.help)
+            if only_with:
+                first = added.help[0] if added.help[1].isupper() else added.help[0].lower()
+                added.help = f"{only_with}: {first}{added.help[1:]}"
+        return function
+
+    return add
+
+
+recipe_argument = click.argument("recipe", required=False, metavar="[RECIPE]")
+
+_FIELDS = [field_of(option) for option in SPEC_OPTIONS]
 
 
 def spec_options(function: F) -> F:
-    """Add the RECIPE argument and every option of a `RunSpec`."""
-    for option in reversed(SPEC_OPTIONS):
-        function = option(function)
-    return click.argument("recipe", required=False, metavar="[RECIPE]")(function)
+    """Add the RECIPE argument and every option of a `RunSpec`; those of the curvature are hidden."""
+    return recipe_argument(
+        pick([name for name in _FIELDS if name not in CURVATURE], hidden=CURVATURE)(function)
+    )
 
 
-def build_spec(ctx: click.Context) -> RunSpec:
-    """Join configuration file and command line (which wins) to a specification.
+def record_options(function: F) -> F:
+    """Add what decides a record, and where it is made."""
+    shown = [name for name in _FIELDS if name not in METHOD]
+    return recipe_argument(pick(shown, hidden=METHOD)(function))
+
+
+def stage_options(*own: str) -> Callable[[F], F]:
+    """Return what adds the options of a stage that goes on with a stored run.
+
+    What the run has fixed need not be given. It still may be, hidden, and then has to agree.
+
+    Args:
+        own: Fields that this stage chooses, beside where it works.
+    """
+    shown = {"out", "seeds", "config", *own, *PLACEMENT, *BUDGET}
+    hidden = [name for name in _FIELDS if name not in shown and name != "overwrite"]
+
+    def add(function: F) -> F:
+        return recipe_argument(pick(shown, hidden=hidden, of_the_run=OF_THE_RUN)(function))
+
+    return add
+
+
+def given_values(ctx: click.Context, pairs: Sequence[str] = ()) -> dict[str, Any]:
+    """Join configuration file and command line (which wins) to fields of a specification.
+
+    Args:
+        ctx: The command's context.
+        pairs: Words ``KEY=VALUE`` of ``--option``, KEY being one of ``CURVATURE``.
 
     Raises:
-        SpecError: A value, or a key of the file, is wrong.
+        SpecError: A key of the file is wrong.
+        click.UsageError: A field is given as an option and by ``--option``.
     """
     from ..pipeline.spec import RunSpec, load_toml
 
@@ -249,11 +132,71 @@ def build_spec(ctx: click.Context) -> RunSpec:
         for name, value in ctx.params.items()
         if name in names and ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
     }
-    pairs = given.pop("recipe_args", ())
+    arguments = given.pop("recipe_args", ())
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        name = key.replace("-", "_")
+        if name in given:
+            raise click.UsageError(f"--option {pair}: {key} is given twice; keep one")
+        given[name] = int(text) if text.strip().lstrip("-").isdigit() else text
     values |= given
-    if pairs:
-        values["recipe_args"] = {**values.get("recipe_args", {}), **parse_pairs(pairs)}
-    return RunSpec(**values)
+    if arguments:
+        values["recipe_args"] = {**values.get("recipe_args", {}), **parse_pairs(arguments)}
+    return values
+
+
+def build_spec(ctx: click.Context, pairs: Sequence[str] = ()) -> RunSpec:
+    """Return the specification that configuration file and command line come to; see `given_values`.
+
+    Raises:
+        SpecError: A value, or a key of the file, is wrong.
+    """
+    from ..pipeline.spec import RunSpec
+
+    return RunSpec(**given_values(ctx, pairs))
+
+
+def hidden_given(ctx: click.Context) -> list[str]:
+    """Return the options on the command line that ``--help`` does not show."""
+    return [
+        parameter.opts[-1]
+        for parameter in ctx.command.params
+        if isinstance(parameter, click.Option)
+        and parameter.hidden
+        and ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+
+
+def curvature_pairs(pairs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the words of ``--option`` into those of the curvature and those of estimators."""
+    own = [pair for pair in pairs if pair.partition("=")[0].replace("-", "_") in CURVATURE and "=" in pair]
+    return own, [pair for pair in pairs if pair not in own]
+
+
+def curvature_option(function: F) -> F:
+    """Add ``--option`` where there are no estimators that it could be for."""
+
+    def check(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        for pair in curvature_pairs(pairs)[1]:
+            known = ", ".join(name.replace("_", "-") for name in CURVATURE)
+            raise click.BadParameter(f"{pair}: write KEY=VALUE, KEY being one of {known}")
+        return pairs
+
+    return click.option(
+        "--option",
+        "curvature_options",
+        multiple=True,
+        callback=check,
+        metavar="KEY=VALUE",
+        help=f"How curvature is estimated; repeatable. {CURVATURE_HELP}",
+    )(function)
+
+
+CURVATURE_HELP = (
+    "With --hessian ekfac: curvature-checkpoints=N of the record (5), or curvature-at=STEP,... for those "
+    "nearest; curvature-samples=N training samples at most (4096); curvature-core=C leading coordinates with "
+    "their full curvature (256)."
+)
 
 
 def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
 from hydra_pipe.cli import main as group
+from hydra_pipe.cli.headings import headed
 
 PAGE = Path(__file__).with_name("reference-cli.md")
 
@@ -58,16 +59,18 @@ def _section(title: str, command: click.Command, context: click.Context) -> str:
     lines = [f"## {title}", "", "```text", usage, "```", "", *text, ""]
     if examples:
         lines += ["```bash", *examples, "```", ""]
-    rows = list(_rows(command, context))
-    shared = {*_rows(group.commands["run"], context)} - {*_rows(group.commands["status"], context)}
-    if title != "hydra-pipe run" and len(shared & {*rows}) > len(shared) / 2:
-        shared = set(_rows(group.commands["run"], context))
-        own = [row for row in rows if row not in shared]
-        lines += ["Takes the argument and the options of [`hydra-pipe run`](#hydra-pipe-run).", ""]
-        if own:
-            lines[-2] = lines[-2].removesuffix(".") + ", but:"
-        rows = own
-    if rows:
+    parts = {heading: list(_rows(options, context)) for heading, options in headed(command, context).items()}
+    if title == "hydra-pipe plan":
+        run = headed(group.commands["run"], context)
+        common = {row for options in run.values() for row in _rows(options, context)}
+        parts = {"": [row for rows in parts.values() for row in rows if row not in common]}
+        lines += [
+            "Takes the argument and the options of [`hydra-pipe run`](#hydra-pipe-run) but `--method`, and:",
+            "",
+        ]
+    for heading, rows in parts.items():
+        if len(parts) > 1:
+            lines += [f"**{heading}**", ""]
         lines += ["| option | meaning |", "|---|---|", *rows, ""]
     return "\n".join(lines)
 
@@ -84,15 +87,13 @@ def _help(command: click.Command) -> tuple[list[str], list[str]]:
     return paragraphs[:-1], examples
 
 
-def _rows(command: click.Command, context: click.Context) -> Iterator[str]:
-    for parameter in command.get_params(context):
-        if not isinstance(parameter, click.Option):
-            continue
-        record = parameter.get_help_record(context)
-        if record is not None:
-            names, text = record
-            cells = (f"`{names}`", _plain(" ".join(text.split())))
-            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _rows(options: Iterable[click.Option], context: click.Context) -> Iterator[str]:
+    for option in options:
+        record = option.get_help_record(context)
+        assert record is not None
+        names, text = record
+        cells = (f"`{names}`", _plain(" ".join(text.split())))
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _plain(text: str) -> str:

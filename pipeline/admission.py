@@ -16,6 +16,9 @@ from .spec import RunSpec
 from .survey import Survey
 from .vocabulary import KINDS
 
+ASKED = "asked"
+"""State of a method in ``run.json`` for which nothing has been done but the record."""
+
 
 def refuse_unsupported(spec: RunSpec) -> None:
     """Refuse what this machine cannot do.
@@ -52,17 +55,28 @@ def method_differences(spec: RunSpec, methods: Mapping[str, Mapping[str, Any]]) 
     Methods of one form share its curvature, so their options must be the same.
     """
     lines = []
-    stored = methods.get(spec.base_method, {})
+    stored = begun(methods).get(spec.base_method, {})
     if stored.get("mode", spec.mode) != spec.mode:
         lines.append(f"mode: stored {stored['mode']!r}, asked {spec.mode!r}")
-    sharing = [e for name, e in methods.items() if name in _of_the_form(spec) and e.get("options")]
-    before = next((e["options"] for e in (stored, *sharing) if e.get("options")), method_options(spec))
+    before = stored_options(spec, methods) or method_options(spec)
     if before != method_options(spec):
         lines.append(f"options: stored {before}, asked {method_options(spec)}")
     shards = stored.get("shards")
     if shards and spec.shards not in ("auto", shards, stored.get("asked_shards")):
         lines.append(f"shards: stored {shards}, asked {spec.shards}")
     return [f"{line} (method {spec.base_method})" for line in lines]
+
+
+def begun(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the methods of a run of which something has been computed."""
+    return {name: entry for name, entry in methods.items() if entry.get("state") != ASKED}
+
+
+def stored_options(spec: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the `method_options` with which a run has this spec's form; empty where it has none."""
+    own = [spec.base_method, *_of_the_form(spec)]
+    there = begun(methods)
+    return next((dict(there[name]["options"]) for name in own if there.get(name, {}).get("options")), {})
 
 
 def _of_the_form(spec: RunSpec) -> list[str]:

@@ -21,7 +21,7 @@ from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
 from ..workers.determinism import restored_process
 from ..workers.training import Compute
-from .admission import method_options, place, refuse_unsupported, stored_run
+from .admission import ASKED, method_options, place, refuse_unsupported, stored_run
 from .analysis.zeros import zero_warning
 from .curvature_stages import CurvatureStages
 from .events import (
@@ -160,6 +160,9 @@ class _Driver(GradientStages, CurvatureStages):
         if unknown:
             raise SpecError(f"stage {unknown[0]!r} is not one of {', '.join(STAGES)}")
         self.directory.clear_litter()
+        if set(stages) != {RECORD}:
+            for entry in self.info["methods"].values():
+                entry["state"] = "partial" if entry["state"] == ASKED else entry["state"]
         self.directory.write(self.info)
         steps: dict[str, Callable[[], None]] = {
             RECORD: self._record,

@@ -11,7 +11,7 @@ from typing import Any
 from ..storage import layout
 from ..storage.rundir import RunDirectory
 from ..storage.trajectory import open_trajectory
-from .admission import chosen, method_options
+from .admission import ASKED, chosen, method_options
 from .plan import Plan
 from .provenance import made_of_notes
 from .spec import RunSpec
@@ -28,13 +28,16 @@ def run_notes(spec: RunSpec, looked: Survey, plan: Plan, stored: Mapping[str, An
         plan: How the work is cut.
         stored: ``run.json`` so far; empty for a new run.
     """
-    methods = {**stored.get("methods", {})}
+    # What a method was asked for by `record` alone binds nobody: it gives way to what is asked now.
+    methods = {
+        name: entry for name, entry in stored.get("methods", {}).items() if entry.get("state") != ASKED
+    }
     for method in dict.fromkeys((spec.base_method, spec.method)):  # in this order, which readers see
-        methods.setdefault(method, {"state": "partial"})
+        methods.setdefault(method, {"state": ASKED})
         methods[method].update(mode=spec.mode, options=method_options(spec), **target_notes(spec, plan))
     if spec.seeds > 1:
         seeds = [looked.recipe.seed + k for k in range(spec.seeds)]
-        entry = methods.setdefault(spec.averaged, {"state": "partial"})
+        entry = methods.setdefault(spec.averaged, {"state": ASKED})
         entry.update(average_entry(spec.method, seeds), **target_notes(spec, plan))
     return {
         "format": 1,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
-from ..storage.errors import InputError, SpecError, SpecMismatch
+from ..storage.errors import InputError, RunNotFound, SpecError, SpecMismatch
 from ..workers.recipe import Recipe
 from ..workers.recipes import BUILT_IN
-from .handle import Run
+from .admission import begun, stored_options
+from .handle import Run, open_run
 from .spec import RunSpec
+from .survey import resolve_recipe
 
 PLACEMENT = (
     "executor",
@@ -26,6 +28,58 @@ PLACEMENT = (
 
 REPEATED = ("recipe", "recipe_args", "device", "threads")
 """What may be named otherwise where training must give the recorded weights again in any case."""
+
+STAGES = ("replay", "reduce")
+"""Commands that do a stage of a run which is there."""
+
+
+def stage_spec(given: Mapping[str, Any], *, command: str) -> RunSpec:
+    """Return the specification of one more stage of a run that is there.
+
+    What the run has fixed comes from the run, and the mode and curvature of a method that was begun too.
+
+    Args:
+        given: Fields of ``RunSpec``. Those that the run has fixed must agree with it.
+        command: Which of ``STAGES``.
+
+    Raises:
+        RunNotFound: There is no run.
+        InputError: The recipe is not built in and has to be named.
+        SpecMismatch: What is given is not what the run was made with.
+    """
+    recipe = given.get("recipe")
+    named = {"recipe": recipe} if recipe is not None else {}
+    out = given.get("out")
+    if out is None:
+        arguments = {"recipe_args": given["recipe_args"]} if "recipe_args" in given else {}
+        out = f"runs/{resolve_recipe(RunSpec(**named, **arguments)).name}"
+    try:
+        run = open_run(out)
+    except RunNotFound:
+        raise RunNotFound(
+            f"no run at {out}: {command} goes on with one that is recorded; "
+            f"run `hydra-pipe record --out {out}` first, or correct --out"
+        ) from None
+    placed = {name: value for name, value in given.items() if name in PLACEMENT}
+    spec = stored_spec(run, recipe, placed, command=command)
+    own = {k: v for k, v in given.items() if k not in (*PLACEMENT, "recipe", "out", "overwrite")}
+    if "recipe_args" in own:
+        own["recipe_args"] = {**spec.recipe_args, **own["recipe_args"]}
+    asked = replace(spec, **{**own, "mode": "adjoint"})  # which fits all targets
+    methods = run.info.get("methods", {})
+    before = begun(methods).get(asked.base_method, {})
+    kept = {"mode": before["mode"]} if before else {}
+    if command == "reduce" and asked.targets != "samples":
+        kept.setdefault("mode", "adjoint")  # the only one; that it was not replayed is said later
+    kept |= {f"curvature_{name}": value for name, value in stored_options(asked, methods).items()}
+    spec = replace(spec, **{**kept, **own})
+    differing = spec.differences(run.info.get("identity", {}))
+    if differing:
+        raise SpecMismatch(
+            f"{run.uri}: {command} goes on with a run of another specification ({'; '.join(differing)}); "
+            "leave these options out, they are read from the run"
+        )
+    return spec
 
 
 def stored_spec(
@@ -58,9 +112,12 @@ def stored_spec(
     reference = str(identity.get("recipe", ""))
     if recipe is None:
         if reference not in BUILT_IN:
+            typed = f"{run.uri} {reference or 'RECIPE'}"
+            if command in STAGES:
+                typed = f"{reference or 'RECIPE'} --out {run.uri}"
             raise InputError(
                 f"the recipe {reference!r} of {run.uri} is not imported unasked, since it is code that a stored "
-                f"run names; name it yourself: hydra-pipe {command} {run.uri} {reference or 'RECIPE'}"
+                f"run names; name it yourself: hydra-pipe {command} {typed}"
             )
         recipe = reference
     allowed = (*PLACEMENT, *(name for name in free if name != "recipe"))

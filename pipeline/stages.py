@@ -55,7 +55,8 @@ class Stages:
             if stage != RECORD:
                 self.directory.drop(stage)
         for method in self.info["methods"].values():
-            method["state"] = "partial"
+            if method["state"] == "complete":
+                method["state"] = "partial"
 
     def _make_store(self, stage: str, base: str, **described: Any) -> RowStore:
         """Return a stage's store: as committed, made anew where its metadata are damaged, or fresh."""

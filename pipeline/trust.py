@@ -54,12 +54,8 @@ def _law(directory: RunDirectory, units: Sequence[Mapping[str, Any]], n_train: i
             "checked": False,
             "reason": "shards of an older version did not note it; verify reads the store",
         }
-<<<<<<< HEAD
     noise = max((unit["ways"].get("noise", 0.0) for unit in units if "ways" in unit), default=0.0)
-    law = law_of(open_trajectory(directory.path("trajectory.zarr")), shards, n_train, noise)
-=======
-    law = law_of(open_trajectory(directory.path(layout.TRAJECTORY)), shards, n_train)
->>>>>>> help-e
+    law = law_of(open_trajectory(directory.path(layout.TRAJECTORY)), shards, n_train, noise)
     if not law.ok:
         raise ConservationBroken(
             f"the hypergradients of all samples do not add up to what training did to parameter {law.worst!r} "

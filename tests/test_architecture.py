@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 import shutil
@@ -183,7 +184,22 @@ def test_type_checkers_see_every_room():
 def test_the_public_face():
     import hydra_pipe
 
-    assert hydra_pipe.__all__ == ["HydraError", "Recipe", "Run", "RunSpec", "__version__", "open_run", "run"]
+    classes = [
+        "Course",
+        "DeepVerification",
+        "HydraError",
+        "Questions",
+        "Recipe",
+        "Run",
+        "RunSpec",
+        "Verification",
+    ]
+    functions = ["attribute", "by_epoch", "compare", "evaluate", "open_run", "run", "verify", "verify_deep"]
+    assert sorted(hydra_pipe.__all__) == sorted([*classes, *functions, "__version__", "events"])
+    assert all(isinstance(getattr(hydra_pipe, name), type) for name in classes)
+    assert all(inspect.isfunction(getattr(hydra_pipe, name)) for name in functions)
+    with pytest.raises(AttributeError, match="nothing_here"):
+        hydra_pipe.nothing_here  # noqa: B018
     for name in hydra_pipe.__all__:
         assert getattr(hydra_pipe, name) is not None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -232,7 +232,12 @@ def command_line(spec: Mapping[str, Any], *, uri: str, command: str = "run") -> 
             continue
         if field.default is not MISSING and value == field.default:
             continue
-        words += ["--" + name.replace("_", "-"), str(value)]
+        option = name.replace("_", "-")
+        if name.startswith("curvature_"):
+            steps = value if isinstance(value, (int, str)) else ",".join(map(str, value))
+            words += ["--option", f"{option}={steps}"]
+        else:
+            words += [f"--{option}", str(value)]
     arguments = spec.get("recipe_args")
     if isinstance(arguments, Mapping):
         for key, value in arguments.items():

@@ -205,14 +205,37 @@ def test_quiet_leaves_stderr_to_what_others_print(driver: Driver) -> None:
     assert call("run", "--quiet").stderr == "(raylet) chatter\n"
 
 
-@pytest.mark.parametrize(
-    ("command", "stages"),
-    [("record", ("record",)), ("replay", ("test-gradients", "replay")), ("reduce", ("reduce",))],
-)
-def test_single_stages(driver: Driver, command: str, stages: tuple[str, ...]) -> None:
-    call(command, "mod:R", "--out", "o")
+def test_record_does_the_first_stage(driver: Driver) -> None:
+    call("record", "mod:R", "--out", "o")
     assert driver.calls[0][0].recipe == "mod:R"
-    assert driver.calls[0][1] == stages
+    assert driver.calls[0][1] == ("record",)
+
+
+def test_record_says_what_does_not_matter_to_it(driver: Driver) -> None:
+    given = ("record", "--out", "o", "--hessian", "ekfac", "--exact-rank", "2")
+    assert "--exact-rank does not matter to record; give it to replay" in call(*given).stderr
+    assert "does not matter" not in call(*given, "--quiet").stderr
+    assert "does not matter" not in call("record", "--out", "o", "--epochs", "2").stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "stages"), [("replay", ("test-gradients", "replay")), ("reduce", ("reduce",))]
+)
+def test_later_stages_go_on_with_the_run(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, command: str, stages: tuple[str, ...]
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def stage_spec(given: dict[str, Any], *, command: str) -> RunSpec:
+        asked.append({**given, "command": command})
+        return RunSpec()
+
+    module = ModuleType("hydra_pipe.pipeline.spec_stored")
+    module.stage_spec = stage_spec  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.spec_stored", module)
+    call(command, "mod:R", "--out", "o", "--workers", "2")
+    assert asked == [{"recipe": "mod:R", "out": "o", "workers": 2, "command": command}]
+    assert driver.calls == [(RunSpec(), stages)]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import sys
 from dataclasses import fields
+from types import ModuleType
 from typing import Any
 
 import click
@@ -71,6 +74,86 @@ def test_an_unknown_key_is_refused(tmp_path: Any) -> None:
     file.write_text("epoch = 3\n")
     with pytest.raises(SpecError, match="epoch"):
         spec_of("--config", str(file))
+
+
+HEADINGS = ["What is trained", "What is asked", "Curvature", "Placement", "Budget", "Output"]
+
+
+def help_of(command: str) -> list[str]:
+    """The lines of a command's help, from its options on."""
+    text = CliRunner().invoke(main, [command, "--help"]).stdout
+    return text[text.index(" Example: ") :].splitlines()
+
+
+def flags_of(command: str) -> set[str]:
+    lines = help_of(command)
+    return {line.split()[0] for line in lines if line.startswith("  --")}
+
+
+@pytest.mark.parametrize(
+    ("command", "headings"),
+    [
+        ("run", HEADINGS),
+        ("plan", HEADINGS),
+        ("record", [name for name in HEADINGS if name != "Curvature"]),
+        ("replay", HEADINGS),
+        ("reduce", HEADINGS),
+        ("attribute", ["Options", *HEADINGS[3:]]),
+        ("evaluate", ["Options", "Placement", "Output"]),
+        ("compare", ["Options", *HEADINGS[3:]]),
+        ("top", ["Options"]),
+    ],
+)
+def test_help_has_headings(command: str, headings: list[str]) -> None:
+    assert [line[:-1] for line in help_of(command) if line.endswith(":") and line[0] != " "] == headings
+
+
+def test_each_stage_shows_what_it_uses() -> None:
+    whole, stages = flags_of("run"), {name: flags_of(name) for name in ("record", "replay", "reduce")}
+    method = {"--mode", "--hessian", "--targets", "--exact-rank", "--shards", "--option"}
+    fixed = {"--epochs", "--seed", "--set", "--track", "--test", "--dtype", "--threads", "--reduce-memory"}
+    assert method | fixed <= whole
+    assert stages["record"] == whole - method - {"--method"}
+    assert method <= stages["replay"]
+    assert stages["reduce"] == stages["replay"] - {"--mode", "--shards", "--option"}
+    assert not fixed & (stages["replay"] | stages["reduce"])
+    assert not any("curvature-" in flag for flag in whole.union(*stages.values()))
+    for command in ("replay", "reduce"):  # a run is replaced by those that make a whole one
+        assert CliRunner().invoke(main, [command, "--overwrite"]).exit_code == 2
+
+
+def test_curvature_has_three_spellings(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[RunSpec] = []
+    module = ModuleType("hydra_pipe.pipeline.plan")
+    module.make_plan = found.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.plan", module)
+    keys = {"checkpoints": 3, "at": "0,5", "samples": 9, "core": 8}
+    file = tmp_path / "run.toml"
+    file.write_text("".join(f"curvature-{key} = {json.dumps(value)}\n" for key, value in keys.items()))
+    options = [f"--option=curvature-{key}={value}" for key, value in keys.items()]
+    for words in (options, [f"--curvature-{k}={v}" for k, v in keys.items()], [f"--config={file}"]):
+        CliRunner().invoke(main, ["plan", *words])
+    assert found[0] == found[1] == found[2]
+    assert (found[0].curvature_core, found[0].curvature_at) == (8, (0, 5))
+    assert CliRunner().invoke(main, ["plan", f"--config={file}", "--option", "curvature_core=7"]).exception
+    assert found[3].curvature_core == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["plan", "--option", "damping=3"], 2, "KEY being one of curvature-checkpoints, curvature-at"),
+        (["replay", "--option", "curvature-core"], 2, "write KEY=VALUE"),
+        (["run", "--option", "damping=3"], 2, "needs a --method that has it"),
+        (["run", "--curvature-core", "3", "--option", "curvature-core=4"], 2, "given twice; keep one"),
+        (["run", "--option", "curvature-core=many"], 1, "curvature_core 'many'"),
+        (["run", "--option", "curvature-core=-1"], 1, "curvature_core -1"),
+    ],
+)
+def test_a_wrong_curvature_option_is_refused(words: list[str], code: int, says: str) -> None:
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == code
+    assert says in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ _BLOCK = re.compile(
 )
 
 COMPUTING = ("run", "record", "replay", "reduce", "plan")
+GOING_ON = ("replay", "reduce")
+"""Commands that read what makes a run small from the run."""
+
 SMALL = ("--epochs", "1", "--executor", "serial")
 SMALL_DIGITS = (*SMALL, "--set", "train_size=160", "--set", "test_size=24")
 
@@ -85,7 +88,7 @@ def arguments(words: list[str], where: str) -> list[str]:
 
 def made_small(given: list[str]) -> list[str]:
     """Append what makes a command quick; the last value of an option wins."""
-    if not given or given[0] not in COMPUTING or "--help" in given:
+    if not given or given[0] not in COMPUTING or given[0] in GOING_ON or "--help" in given:
         return given
     own = any(".py:" in word for word in given[1:2])
     return [*given, *(SMALL[2:] if own else SMALL_DIGITS)]

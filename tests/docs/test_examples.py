@@ -88,6 +88,8 @@ def test_every_command_and_option_has_an_example():
     for name, command in main.commands.items():
         assert "(itself)" in shown[name], f"no page shows hydra-pipe {name}"
         for option in command.params:
+            if getattr(option, "hidden", False):
+                continue
             flags = {flag for flag in option.opts if flag.startswith("-")}
             common = option.name in ("output_format", "quiet", "debug", "help") or not option.expose_value
             found = everywhere if common else shown[name]

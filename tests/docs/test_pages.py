@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from hydra_pipe.cli import main
 from hydra_pipe.storage import errors
 
+import hydra_pipe
 from hydra_pipe import Recipe, Run, RunSpec
 from tests.docs.blocks import OTHERS, ROOT, blocks, made_small, pages
 
@@ -100,6 +101,19 @@ def test_python_reference_names_everything_public():
         wanted |= {name for name, _ in inspect.getmembers(kind) if not name.startswith("_")}
     wanted |= {name for name in Recipe.__annotations__ if not name.startswith("_")}
     assert not wanted - words
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_pages_import_from_the_public_face_alone(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"hydra_pipe\.(?:pipeline|workers|cli)\b.*", text)
+    for names in re.findall(r"^from hydra_pipe import (.*)$", text, re.MULTILINE):
+        assert {name.strip() for name in names.split(",")} <= set(hydra_pipe.__all__)
+
+
+def test_the_python_reference_names_the_whole_face():
+    words = set(re.findall(r"\w+", text_of("docs/reference-python.md")))
+    assert set(hydra_pipe.__all__) - words == {"__version__"}
 
 
 def test_every_error_is_explained():

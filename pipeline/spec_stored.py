@@ -13,6 +13,7 @@ from .admission import begun, stored_options
 from .handle import Run, open_run
 from .spec import RunSpec
 from .survey import resolve_recipe
+from .vocabulary import ADJOINT, SAMPLES
 
 PLACEMENT = (
     "executor",
@@ -65,12 +66,12 @@ def stage_spec(given: Mapping[str, Any], *, command: str) -> RunSpec:
     own = {k: v for k, v in given.items() if k not in (*PLACEMENT, "recipe", "out", "overwrite")}
     if "recipe_args" in own:
         own["recipe_args"] = {**spec.recipe_args, **own["recipe_args"]}
-    asked = replace(spec, **{**own, "mode": "adjoint"})  # which fits all targets
+    asked = replace(spec, **{**own, "mode": ADJOINT})  # which fits all targets
     methods = run.info.get("methods", {})
     before = begun(methods).get(asked.base_method, {})
     kept = {"mode": before["mode"]} if before else {}
-    if command == "reduce" and asked.targets != "samples":
-        kept.setdefault("mode", "adjoint")  # the only one; that it was not replayed is said later
+    if command == "reduce" and asked.targets != SAMPLES:
+        kept.setdefault("mode", ADJOINT)  # the only one; that it was not replayed is said later
     kept |= {f"curvature_{name}": value for name, value in stored_options(asked, methods).items()}
     spec = replace(spec, **{**kept, **own})
     differing = spec.differences(run.info.get("identity", {}))

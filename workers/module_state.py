@@ -80,6 +80,22 @@ def buffers_from(kept: Kept) -> Iterator[None]:
             module._buffers[name] = buffer_or_none
 
 
+@contextmanager
+def own_parameters(model: nn.Module) -> Iterator[None]:
+    """Give every module its own parameters back after ``torch.func.functional_call``.
+
+    That leaves the tensors it was given in a module that lies under two names of the model (torch 2.13).
+    """
+    own = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, parameters in own:
+            for name, parameter in parameters.items():
+                if module._parameters.get(name) is not parameter:
+                    module._parameters[name] = parameter
+
+
 def put_back(kept: Kept) -> None:
     """Give the modules copies of ``kept`` for good."""
     copies: dict[int, Tensor] = {}

@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from .determinism import derived_seed, seed_everything
-from .module_state import unchanged_buffers
+from .module_state import own_parameters, unchanged_buffers
 from .persample.reference import LossModule, differentiable_layers, twice_differentiable_layers
 from .recipe import Batch
 from .training import Training
@@ -171,6 +171,7 @@ class TangentTile:
 
         seed_everything(derived_seed(training.recipe.seed, "step", self.step))
         with (
+            own_parameters(training.model),
             unchanged_buffers(training.model),
             differentiable_layers(training.model),
             sdpa_kernel(SDPBackend.MATH),

@@ -151,3 +151,27 @@ def test_products_start_from_the_state_of_the_step(kind, tmp_path):
     found = -24 * back.run(targets)
     rows = ExactReplay(Training(recipe, COUPLED), trajectory, everyone).run().numpy(0, 24)
     assert np.abs(found - targets @ rows.T).max() < 1e-10 * np.abs(found).max()
+
+
+def test_a_layer_under_two_names_keeps_its_parameters(tmp_path):
+    """functional_call leaves what it was given in it (torch 2.13): the next step then trained nothing."""
+
+    class Twice(Field):
+        def model(self):
+            layer = torch.nn.Linear(5, 5)
+            return torch.nn.Sequential(
+                torch.nn.Linear(6, 5), layer, torch.nn.Tanh(), layer, torch.nn.Linear(5, 3)
+            )
+
+        def losses(self, model, batch):
+            return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    recipe = Twice()
+    trajectory = recorded(recipe, tmp_path)
+    right = differences(recipe, trajectory)
+    everyone = np.arange(16)
+    rows = ExactReplay(Training(recipe, COUPLED), trajectory, everyone).run().numpy(0, 16)
+    assert np.abs(rows - right).max() < 1e-6 * np.abs(right).max()
+    targets = np.random.default_rng(0).standard_normal((2, rows.shape[1]))
+    found = -16 * Adjoint(Training(recipe, COUPLED), trajectory, everyone).run(targets)
+    assert np.abs(found - targets @ rows.T).max() < 1e-11 * np.abs(found).max()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...storage.errors import RecipeError
 from ..determinism import generator_states
 from ..layout import Layout
-from ..module_state import Kept, buffers_from, kept_buffers
+from ..module_state import Kept, buffers_from, kept_buffers, own_parameters
 from ..recipe import Batch, Recipe
 from .capture import Call, Capture
 from .reference import func, same_losses, vjp
@@ -257,7 +257,7 @@ class PerSampleGradients:
         names = [self.layout.entries[i].name for i in chosen]
         together = losses_B.detach()
         try:
-            with buffers_from(before.buffers):
+            with buffers_from(before.buffers), own_parameters(self.model):
                 rows, losses = func(self.recipe, self.model, names, batch, span)
             if same_losses(losses, together[span], float(together.abs().max())):
                 return rows

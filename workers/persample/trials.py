@@ -24,7 +24,7 @@ from ..cast import cast_model
 from ..data import batch_length, rows_of, to_device
 from ..determinism import generator_states, preserved_generators, seed_everything
 from ..layout import Layout
-from ..module_state import Kept, buffers_from, copied, kept_buffers, unchanged_buffers
+from ..module_state import Kept, buffers_from, copied, kept_buffers, own_parameters, unchanged_buffers
 from ..recipe import Batch, Recipe
 from .engine import Before, PerSampleGradients, Strategy, Ways, form_of
 from .reference import constant_statistics, func, same_losses, vjp
@@ -376,7 +376,7 @@ class _OneBatch:
             for start in range(0, self.size, self.engine.tile):
                 stop = min(start + self.engine.tile, self.size)
                 span = torch.arange(start, stop, device=self.chosen.device)
-                with buffers_from(kept):
+                with buffers_from(kept), own_parameters(self.model):
                     rows, losses = func(self.recipe, self.model, names, self.batch, span)
                 if not same_losses(losses, together[span], scale):
                     return set()

@@ -401,7 +401,7 @@ class Constant(Small):
 
     def losses(self, model, batch):
         losses = super().losses(model, batch)
-        return losses if model.training else losses.detach() + 0 * model(batch[0]).sum(1)
+        return losses if model.training else torch.ones_like(losses) + 0 * losses
 
 
 class Still(Small):

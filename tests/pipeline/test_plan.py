@@ -116,7 +116,10 @@ def test_the_time_of_a_plan_counts_every_stage():
     assert seconds["replay"] == looked.steps * (2 + times.PRODUCT * tests)
     assert ("preflight" in seconds) == (tests >= times.ENOUGH)
     many = replace(looked, tested=np.resize(looked.tested, times.ENOUGH))
-    assert cut(spec, many, {"slots": 1}, shards=1).seconds["preflight"] == times.PREFLIGHT * looked.steps
+    assert (
+        cut(spec, many, {"slots": 1}, shards=1).seconds["preflight"]
+        == times.PREFLIGHT_TRAININGS * looked.steps
+    )
     fast = cut(replace(spec, hessian="none"), looked, {"slots": 1}, shards=1).seconds
     bent = replace(spec, hessian="ekfac", exact_rank=2, curvature_samples=1)
     corrected = cut(bent, looked, {"slots": 1}, shards=1).seconds

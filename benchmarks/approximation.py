@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra_pipe.pipeline.analysis.curves import training_figures
-from hydra_pipe.pipeline.drive import run as drive
-from hydra_pipe.pipeline.over_training import Course, over_training
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.compare.by_epoch import Course, by_epoch
+from hydra_pipe.pipeline.compare.curves import training_figures
+from hydra_pipe.pipeline.drive.drive import run as drive
+from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.workers.recipes.data_images import first
 from hydra_pipe.workers.recipes.mnist import FashionMnist
 
@@ -97,7 +97,7 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
         else {},
         raw_decay=True,
     )
-    found = over_training(place, course, recipe, **given)
+    found = by_epoch(place, course, recipe, **given)
     for row in found["late"]:
         pair = f"{row['method']} against {row['reference']}"
         if row["error"] is not None:

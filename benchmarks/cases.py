@@ -14,8 +14,8 @@ from hydra_pipe.workers.recipes.cifar10 import Cifar10
 from hydra_pipe.workers.recipes.data_images import LabelledImages
 from hydra_pipe.workers.recipes.image import Part
 from hydra_pipe.workers.recipes.mnist import FashionMnist
-from hydra_pipe.workers.record import Recorder
-from hydra_pipe.workers.training import Compute, Training
+from hydra_pipe.workers.training.record import Recorder
+from hydra_pipe.workers.training.training import Compute, Training
 
 MADE_UP = 20_000
 """Samples of the stand-in for the data, where the data are not there."""

@@ -1,7 +1,7 @@
 """Checks: what a replay pays for trying its per-sample gradients, and what a step of it dispatches.
 
 Every part of the checks that is paid for by rules alone lies in the trials before a replay (see
-``workers.trials``): a step runs the same operators with and without them, which is counted.
+``workers.training.trials``): a step runs the same operators with and without them, which is counted.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.recipes.digits import Digits
-from hydra_pipe.workers.record import Recorder
-from hydra_pipe.workers.replay import Replay
-from hydra_pipe.workers.training import Compute, Training
-from hydra_pipe.workers.trials import tried_ways
+from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.training.record import Recorder
+from hydra_pipe.workers.training.training import Compute, Training
+from hydra_pipe.workers.training.trials import tried_ways
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .report import Result

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from hydra_pipe.workers.persample.engine import PerSampleGradients
 from hydra_pipe.workers.recipe import Batch
-from hydra_pipe.workers.training import Training
-from hydra_pipe.workers.trials import tried_ways
+from hydra_pipe.workers.training.training import Training
+from hydra_pipe.workers.training.trials import tried_ways
 
 SWEEP = 1 << 20
 """Numbers of each buffer a sweep works on at a time: both pieces stay in cache for its three operations."""

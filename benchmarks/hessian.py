@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra_pipe.workers.adjoint import Adjoint
-from hydra_pipe.workers.curvature import CurvatureEstimate
-from hydra_pipe.workers.ekfac import EkfacReplay
-from hydra_pipe.workers.exact import ExactReplay
-from hydra_pipe.workers.replay import Replay
-from hydra_pipe.workers.training import Compute
+from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate
+from hydra_pipe.workers.replay.adjoint import Adjoint
+from hydra_pipe.workers.replay.ekfac import EkfacReplay
+from hydra_pipe.workers.replay.exact import ExactReplay
+from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.training.training import Compute
 
 from .cases import Clothes, Prefetched, record
 from .report import Result

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra_pipe.pipeline.plan import reduce_tiles
-from hydra_pipe.pipeline.reduce import ReduceJob, bounds, reduce_rows
+from hydra_pipe.pipeline.plan.plan import reduce_tiles
+from hydra_pipe.pipeline.units.reduce import ReduceJob, bounds, reduce_rows
 from hydra_pipe.storage.rows import RowStore, chunk_rows_for
 from hydra_pipe.storage.rundir import RunDirectory
 from hydra_pipe.workers.determinism import prepare_process
-from hydra_pipe.workers.join import Panels, contributions
+from hydra_pipe.workers.replay.join import Panels, contributions
 
 from .report import Result
 from .timing import ratio, take_turns

@@ -17,10 +17,10 @@ import numpy as np
 import psutil
 from hydra_pipe.storage.rows import RowStore, chunk_rows_for
 from hydra_pipe.storage.trajectory import Trajectory
-from hydra_pipe.workers import replay as replaying
-from hydra_pipe.workers.buffers import HypergradientBuffers
 from hydra_pipe.workers.recipe import Batch
-from hydra_pipe.workers.training import Compute
+from hydra_pipe.workers.replay import fast as replaying
+from hydra_pipe.workers.replay.buffers import HypergradientBuffers
+from hydra_pipe.workers.training.training import Compute
 
 from .cases import Clothes, Prefetched, record
 from .dense import DenseAlgorithm

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra_pipe.workers.adjoint import Adjoint
-from hydra_pipe.workers.exact import ExactReplay
-from hydra_pipe.workers.replay import Replay
-from hydra_pipe.workers.training import Compute
+from hydra_pipe.workers.replay.adjoint import Adjoint
+from hydra_pipe.workers.replay.exact import ExactReplay
+from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.training.training import Compute
 
 from .cases import Photographs, Prefetched, record
 from .report import Result

@@ -10,12 +10,12 @@ from typing import Any
 from unittest import mock
 
 import cloudpickle
-from hydra_pipe.pipeline import drive
-from hydra_pipe.pipeline.plan import Plan, cut
-from hydra_pipe.pipeline.serial import SerialExecutor
-from hydra_pipe.pipeline.spec import RunSpec
-from hydra_pipe.pipeline.survey import survey
-from hydra_pipe.pipeline.units import Handler, Unit
+from hydra_pipe.pipeline.drive import drive
+from hydra_pipe.pipeline.executors.base import Handler, Unit
+from hydra_pipe.pipeline.executors.serial import SerialExecutor
+from hydra_pipe.pipeline.plan.plan import Plan, cut
+from hydra_pipe.pipeline.plan.survey import survey
+from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.workers.memory import peak_bytes
 from hydra_pipe.workers.recipe import Recipe
 from hydra_pipe.workers.recipes.digits import Digits

@@ -128,8 +128,8 @@ def attribute(
     if not estimators:
         raise click.UsageError("name an estimator with --method, such as --method influence-cg")
     methods = read_methods(estimators, estimator_options)
-    from ..pipeline.attribute import attribute as add
-    from ..pipeline.spec import averaged
+    from ..pipeline.drive.attribute import attribute as add
+    from ..pipeline.spec.spec import averaged
 
     with watching(quiet) as observer:
         finished = add(run, methods, recipe, observer=observer, overwrite=overwrite, seeds=seeds, **placement)

@@ -29,7 +29,7 @@ def status(run: str, output_format: str) -> None:
     Example: hydra-pipe status runs/digits
     """
     from ..pipeline.analysis.status import status as read_status
-    from ..pipeline.handle import open_run
+    from ..pipeline.opened_run import open_run
 
     found = read_status(open_run(run))
     if output_format == "json":
@@ -77,8 +77,8 @@ def top(
     Example: hydra-pipe top runs/digits --test 17 --harmful
     """
     from ..pipeline.analysis.zeros import zero_warning
-    from ..pipeline.handle import open_run
-    from ..pipeline.targets import kind_of
+    from ..pipeline.opened_run import open_run
+    from ..pipeline.spec.targets import kind_of
 
     opened = open_run(run)
     method = opened.method(method)
@@ -161,15 +161,15 @@ def verify(
     given = recipe or recipe_args or device or rows != 3 or rows_seed != 0
     if given and not deep:
         raise click.UsageError("RECIPE, --rows, --rows-seed, --set and --device belong to --deep; add it")
-    from ..pipeline.analysis.verify import verify as check
-    from ..pipeline.handle import open_run
+    from ..pipeline.opened_run import open_run
+    from ..pipeline.verify.verify import verify as check
 
     opened = open_run(run)
     with reading("verifying", quiet) as move:
         found = check(opened, progress=lambda done, total, what: move(done, total))
     document: dict[str, Any] = {"ok": found.ok, **asdict(found)}
     if deep and found.ok:  # numbers of damaged files need no second opinion
-        from ..pipeline.deep import verify_deep
+        from ..pipeline.verify.deep import verify_deep
 
         overrides = {"device": device, "recipe_args": parse_pairs(recipe_args) or None}
         with watching(quiet) as observer:
@@ -221,7 +221,7 @@ def export(run: str, to: str, overwrite: bool, method: str | None, output_format
     """
     from ..pipeline.analysis.export import expected_rows
     from ..pipeline.analysis.export import export as write
-    from ..pipeline.handle import open_run
+    from ..pipeline.opened_run import open_run
 
     opened = open_run(run)
     total = expected_rows(opened, opened.method(method)) or 0

@@ -7,11 +7,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from .by_epoch import OWN, by_epoch_options, compare_by_epoch
 from .headings import HeadedCommand
 from .judging_views import COMPARED, LDS, comparison_tables, evaluation_rows, evaluation_tables
 from .options import debug_option, format_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables
-from .over_training import OWN, compare_over_training, over_training_options
 from .progress import reading, watching
 from .spec_options import OF_THE_RUN, PLACEMENT, parse_pairs, pick
 
@@ -45,7 +45,7 @@ _methods = click.option(
 @_methods
 @click.option("-k", default=10, show_default=True, metavar="K", help="Samples in the overlaps.")
 @_figures
-@over_training_options
+@by_epoch_options
 @format_option("table", "json", "csv")
 @quiet_option
 @debug_option
@@ -81,7 +81,7 @@ def compare(
         if given["every"] is not None and parameter.name in ("reference", "k"):
             raise click.UsageError(f"{flag}: not with --every, which compares with the exact form")
     if given["every"] is not None:
-        compare_over_training(
+        compare_by_epoch(
             run,
             methods=methods,
             figures=figures,
@@ -90,9 +90,9 @@ def compare(
             given=given,
         )
         return
-    from ..pipeline.analysis.compare import compare as look
-    from ..pipeline.analysis.figures import check_figures, comparison_figures
-    from ..pipeline.handle import open_run
+    from ..pipeline.compare.compare import compare as look
+    from ..pipeline.compare.figures import check_figures, comparison_figures
+    from ..pipeline.opened_run import open_run
 
     if figures is not None:
         check_figures(figures)
@@ -193,9 +193,9 @@ def evaluate(
 
     Example: hydra-pipe evaluate runs/digits --subsets 40 --leave-one-out 20 --executor serial
     """
-    from ..pipeline.analysis.figures import check_figures, evaluation_figures
-    from ..pipeline.evaluate import Questions
-    from ..pipeline.evaluate import evaluate as measure
+    from ..pipeline.compare.figures import check_figures, evaluation_figures
+    from ..pipeline.evaluate.evaluate import Questions
+    from ..pipeline.evaluate.evaluate import evaluate as measure
 
     if figures is not None:
         check_figures(figures)

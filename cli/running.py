@@ -26,18 +26,18 @@ from .spec_options import (
 from .views import plan_rows, plan_tables, summary_tables
 
 if TYPE_CHECKING:
-    from ..pipeline.spec import RunSpec
+    from ..pipeline.spec.spec import RunSpec
 
 
 def _run(
     ctx: click.Context, spec: RunSpec, stages: Sequence[str] | None = None, methods: Methods | None = None
 ) -> None:
-    from ..pipeline.drive import run as drive
+    from ..pipeline.drive.drive import run as drive
 
     with watching(ctx.params["quiet"]) as observer:
         finished = drive(spec, observer=observer, stages=stages)
         if methods:
-            from ..pipeline.attribute import PLACEMENT, attribute
+            from ..pipeline.drive.attribute import PLACEMENT, attribute
 
             placement = {name: getattr(spec, name) for name in PLACEMENT}
             finished = attribute(
@@ -53,7 +53,7 @@ def _run(
 def _go_on(ctx: click.Context, stages: Sequence[str], pairs: Sequence[str] = ()) -> None:
     """Do more stages of a run that is there, with what it has fixed."""
     given = given_values(ctx, pairs)
-    from ..pipeline.spec_stored import stage_spec
+    from ..pipeline.plan.stored_spec import stage_spec
 
     _run(ctx, stage_spec(given, command=ctx.info_name or ""), stages)
 
@@ -145,7 +145,7 @@ def plan(ctx: click.Context, /, output_format: str, curvature_options: tuple[str
     Example: hydra-pipe plan digits --shards 8
     """
     spec = build_spec(ctx, curvature_options)
-    from ..pipeline.plan import make_plan
+    from ..pipeline.plan.plan import make_plan
 
     sections: dict[str, Any] = dict(make_plan(spec).as_dict())
     for text in sections.get("warnings", ()):

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from .option_table import SPEC_OPTIONS
 
 if TYPE_CHECKING:
-    from ..pipeline.spec import RunSpec
+    from ..pipeline.spec.spec import RunSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -122,7 +122,7 @@ def given_values(ctx: click.Context, pairs: Sequence[str] = ()) -> dict[str, Any
         SpecError: A key of the file is wrong.
         click.UsageError: A field is given as an option and by ``--option``.
     """
-    from ..pipeline.spec import RunSpec, load_toml
+    from ..pipeline.spec.spec import RunSpec, load_toml
 
     names = {field.name for field in fields(RunSpec)}
     config = ctx.params.get("config")
@@ -151,7 +151,7 @@ def build_spec(ctx: click.Context, pairs: Sequence[str] = ()) -> RunSpec:
     Raises:
         SpecError: A value, or a key of the file, is wrong.
     """
-    from ..pipeline.spec import RunSpec
+    from ..pipeline.spec.spec import RunSpec
 
     return RunSpec(**given_values(ctx, pairs))
 

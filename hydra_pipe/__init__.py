@@ -10,18 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipeline import events
-    from .pipeline.analysis.compare import compare
-    from .pipeline.analysis.verify import Verification, verify
-    from .pipeline.attribute import attribute
-    from .pipeline.deep import verify_deep
-    from .pipeline.deep_checks import DeepVerification
-    from .pipeline.drive import run
-    from .pipeline.evaluate import Questions, evaluate
-    from .pipeline.handle import Run, open_run
-    from .pipeline.over_training import Course
-    from .pipeline.over_training import over_training as by_epoch
-    from .pipeline.spec import RunSpec
+    from .pipeline.compare.by_epoch import Course, by_epoch
+    from .pipeline.compare.compare import compare
+    from .pipeline.drive.attribute import attribute
+    from .pipeline.drive.drive import run
+    from .pipeline.evaluate.evaluate import Questions, evaluate
+    from .pipeline.executors import events
+    from .pipeline.opened_run import Run, open_run
+    from .pipeline.spec.spec import RunSpec
+    from .pipeline.verify.deep import verify_deep
+    from .pipeline.verify.deep_checks import DeepVerification
+    from .pipeline.verify.verify import Verification, verify
     from .storage.errors import HydraError
     from .workers.recipe import Recipe
 
@@ -48,23 +47,23 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Course": ".pipeline.over_training:Course",
-    "DeepVerification": ".pipeline.deep_checks:DeepVerification",
+    "Course": ".pipeline.compare.by_epoch:Course",
+    "DeepVerification": ".pipeline.verify.deep_checks:DeepVerification",
     "HydraError": ".storage.errors:HydraError",
-    "Questions": ".pipeline.evaluate:Questions",
+    "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
-    "Run": ".pipeline.handle:Run",
-    "RunSpec": ".pipeline.spec:RunSpec",
-    "Verification": ".pipeline.analysis.verify:Verification",
-    "attribute": ".pipeline.attribute:attribute",
-    "by_epoch": ".pipeline.over_training:over_training",
-    "compare": ".pipeline.analysis.compare:compare",
-    "evaluate": ".pipeline.evaluate:evaluate",
-    "events": ".pipeline.events",
-    "open_run": ".pipeline.handle:open_run",
-    "run": ".pipeline.drive:run",
-    "verify": ".pipeline.analysis.verify:verify",
-    "verify_deep": ".pipeline.deep:verify_deep",
+    "Run": ".pipeline.opened_run:Run",
+    "RunSpec": ".pipeline.spec.spec:RunSpec",
+    "Verification": ".pipeline.verify.verify:Verification",
+    "attribute": ".pipeline.drive.attribute:attribute",
+    "by_epoch": ".pipeline.compare.by_epoch:by_epoch",
+    "compare": ".pipeline.compare.compare:compare",
+    "evaluate": ".pipeline.evaluate.evaluate:evaluate",
+    "events": ".pipeline.executors.events",
+    "open_run": ".pipeline.opened_run:open_run",
+    "run": ".pipeline.drive.drive:run",
+    "verify": ".pipeline.verify.verify:verify",
+    "verify_deep": ".pipeline.verify.deep:verify_deep",
 }
 
 

@@ -64,7 +64,7 @@ Hessian = Literal["none", "ekfac", "exact"]
 Form = Literal["hydra", "hydra-ekfac", "hydra-exact"]
 Targets = Literal["samples", "classes", "mean"]
 Way = Literal["weighted", "rescaled", "subset"]
-"""How the rest is trained when samples are removed; see ``workers.retrain``."""
+"""How the rest is trained when samples are removed; see ``workers.training.retrain``."""
 
 FAST: Form = "hydra"
 EKFAC: Form = "hydra-ekfac"

@@ -52,7 +52,7 @@ SEEDS = "seeds"
 
 HYPERGRADIENTS, BY_TEST, PREPARED = "hypergradients", "by_test", "prepared"
 CURVATURE, CORRECTIONS, TARGET_GRADIENTS = "curvature", "corrections", "target_gradients"
-EVALUATION, BY_EPOCH = "evaluate", "over_training"
+EVALUATION, BY_EPOCH = "evaluate", "over_training"  # spelled so in every run there is
 
 TABLES = ("contributions", "samples", "interclass", "contributions_spread", "samples_spread")
 """Tables that every method has (the last two: averages over seeds), one folder each."""

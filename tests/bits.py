@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import zarr
-from hydra_pipe.pipeline.attribute import attribute
-from hydra_pipe.pipeline.drive import run
-from hydra_pipe.pipeline.evaluate import Questions, evaluate
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.drive.attribute import attribute
+from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.evaluate.evaluate import Questions, evaluate
+from hydra_pipe.pipeline.spec.spec import RunSpec
 from threadpoolctl import threadpool_limits
 
 KEPT = Path(__file__).parent / "data" / "bits.json"

@@ -20,7 +20,7 @@ from hydra_pipe.storage.files import list_files
 from hydra_pipe.storage.rows import RowStore
 from hydra_pipe.storage.rundir import RunDirectory
 from hydra_pipe.storage.trajectory import ParameterEntry, TrajectoryWriter
-from hydra_pipe.workers.coefficients import Settings, coefficients
+from hydra_pipe.workers.recursion.coefficients import Settings, coefficients
 
 N, M, B, EPOCHS, CLASSES, D = 20, 6, 8, 3, 3, 15
 """Training samples, test samples, batch size, epochs, classes, parameters."""

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra_pipe.pipeline.events import Event
-from hydra_pipe.pipeline.units import Handler, Report, Unit
+from hydra_pipe.pipeline.executors.base import Handler, Report, Unit
+from hydra_pipe.pipeline.executors.events import Event
 from hydra_pipe.storage.errors import NonFiniteLoss
 
 

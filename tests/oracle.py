@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from hydra_pipe.storage.trajectory import Trajectory
-from hydra_pipe.workers import tolerances
-from hydra_pipe.workers.data import fetch, to_device
+from hydra_pipe.workers.data.batches import fetch, to_device
 from hydra_pipe.workers.determinism import derived_seed, seed_everything
 from hydra_pipe.workers.recipe import Recipe
+from hydra_pipe.workers.reference import tolerances
 
 # How far a fast path may be from the dense form, relative to the largest norm of a row.
 DENSE_FLOAT64 = tolerances.FORM["none"]["float64"]

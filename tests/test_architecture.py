@@ -23,7 +23,7 @@ FORBIDDEN = {
     "pipeline": {"ray", "click", "rich"},
     "cli": {"ray", "torch", "zarr", "pyarrow"},
 }
-MAY_IMPORT_RAY = {"workers/actor.py", "pipeline/executors.py"}
+MAY_IMPORT_RAY = {"workers/actor.py", "pipeline/executors/ray.py"}
 
 
 def sources(room: str) -> list[Path]:

@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from hydra_pipe.workers.replay import Replay
-from hydra_pipe.workers.training import Compute
+from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.training.training import Compute
 from rich.console import Console
 
 from benchmarks import approximation, hessian, memory, reduce, replay, speedup, startup, storage

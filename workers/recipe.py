@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-Batch = Any
-"""What ``collate`` returns: usually a tuple ``(inputs, targets)`` of tensors with leading axis B."""
+from .data.labels import class_labels
+from .data.of_recipe import Batch, default_method
+
+__all__ = ["Batch", "Recipe"]
 
 
 class Recipe:
@@ -83,6 +85,7 @@ class Recipe:
         """Return the dataset that ``ReduceLROnPlateau`` watches, or None."""
         return None
 
+    @default_method
     def labels(self, dataset: Dataset[Any]) -> Sequence[int] | None:
         """Return the class of every sample of ``dataset`` in order, or None where there is none.
 
@@ -91,8 +94,6 @@ class Recipe:
         ``labels`` of the dataset, or a ``TensorDataset``'s second tensor, stand in for reading all
         items where they agree with a sample of these.
         """
-        from .labels import class_labels  # here: it needs recipes
-
         return class_labels(self, dataset).values
 
     def predictions(self, model: nn.Module, batch: Batch) -> Tensor | None:
@@ -132,6 +133,7 @@ class Recipe:
         drawn = torch.multinomial(scores.double().softmax(1), 1).squeeze(1)
         return [inputs, drawn.to(targets.dtype)]
 
+    @default_method
     def collate(self, items: Sequence[Any]) -> Batch:
         """Join dataset items to a batch; PyTorch's ``default_collate`` unless overridden."""
         return default_collate(list(items))

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from ...storage.errors import CorruptStore, InputError, StoreError
 from ...storage.files import staged
-from .status import target_count
+from ..reading.stage_states import target_count
 
 if TYPE_CHECKING:
-    from ..handle import Run
+    from ..reading.reader import Reader
 
 BATCH_ROWS = 131_072
 """Rows held at a time, and rows of a Parquet row group."""
@@ -28,7 +28,7 @@ class _Writer(Protocol):
 
 
 def export(
-    run: Run,
+    run: Reader,
     target: str | os.PathLike[str],
     *,
     method: str | None = None,
@@ -121,7 +121,7 @@ def _writer(path: Path, kind: str, schema: pa.Schema) -> _Writer:
     return parquet
 
 
-def expected_rows(run: Run, method: str) -> int | None:
+def expected_rows(run: Reader, method: str) -> int | None:
     """Return how many contributions a complete method of the run has; None where it does not say."""
     tracked, targets = run.info.get("n_tracked"), target_count(run.info, method)
     return tracked * targets if isinstance(tracked, int) and targets is not None else None

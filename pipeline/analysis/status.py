@@ -1,151 +1,25 @@
-"""How far a run has come, read from ``run.json`` and the manifests alone.
-
-Keys this module understands (all optional, older or partial runs are read as far as they go):
-``run.json["stages"][stage]`` may hold ``units`` (how many there will be, the closing one included)
-and ``seconds`` (wall time of the stage), ``layout.shards`` the number of shards; a manifest's
-values may hold ``rows`` and ``seconds``.
-"""
+"""What ``hydra-pipe status`` tells of a run, and the command that does what is missing."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from ...storage.rundir import Manifest, RunDirectory
-from ..targets import kind_of
+from ..reading.stage_states import StageState, method_names, stage_states
 from ..vocabulary import (
-    ADJOINT,
     ATTRIBUTE,
     BY_EPOCH,
-    CLOSING_UNITS,
-    CORRECTION,
-    CURVATURE,
-    DIRECTIONS,
     EVALUATE,
-    FAST,
-    INDEX,
-    INTERCLASS,
-    KINDS,
     PREFLIGHT,
-    PREPARE,
-    RECORD,
-    REDUCE,
-    REPLAY,
-    RETRAIN,
-    SAMPLES,
-    SEEDS,
-    SINGLE,
-    TARGET_GRADIENTS,
-    TEST_GRADIENTS,
 )
 
 if TYPE_CHECKING:
-    from ..handle import Run
+    from ..reading.reader import Reader
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageState:
-    """One stage of a run.
-
-    Attributes:
-        stage: ``record``, ``test-gradients``, ``<method>/replay`` or ``<method>/reduce``.
-        state: ``complete``, ``partial`` or ``missing``.
-        done: Units committed: shards, blocks of test samples, blocks of tracked samples.
-        units: Units the stage has in all; None where the run does not say.
-        rows: Rows committed: test samples for ``test-gradients``, targets where those are made and
-            in adjoint mode, else tracked samples; None where unknown.
-        bytes: Bytes of the committed files.
-        seconds: Wall time of the stage, or where that is unknown the sum over its units.
-    """
-
-    stage: str
-    state: str
-    done: int
-    units: int | None
-    rows: int | None
-    bytes: int
-    seconds: float | None
-
-
-def stage_state(directory: RunDirectory, info: Mapping[str, Any], stage: str) -> StageState:
-    """Return the state of ``stage`` from its manifests.
-
-    Args:
-        directory: The run.
-        info: Its ``run.json``.
-        stage: ``record``, ``test-gradients``, ``<method>/replay`` or ``<method>/reduce``.
-    """
-    manifests = directory.manifests(stage)
-    noted = info.get("stages", {}).get(stage)
-    noted = noted if isinstance(noted, Mapping) else {}
-    work = [m for m in manifests if m.unit not in CLOSING_UNITS]
-    units = _units(info, stage, noted.get("units"))
-    rows = _total(work, "rows")
-    single = stage == RECORD or stage.endswith(SINGLE)
-    free = stage == RETRAIN or stage.startswith(f"{BY_EPOCH}/")
-    needed = None if single or free else INTERCLASS if stage.endswith(f"/{REDUCE}") else INDEX
-    closed = needed is None or any(m.unit == needed for m in manifests)
-    expected = _expected_rows(info, stage)
-    whole = rows == expected if expected is not None else units is not None and len(work) >= units
-    complete = closed and (whole or (needed == INTERCLASS and expected is None))
-    if units is None and complete:
-        units = len(work)
-    seconds = noted.get("seconds")
-    return StageState(
-        stage=stage,
-        state="complete" if complete else "partial" if manifests else "missing",
-        done=len(work),
-        units=units,
-        rows=None if rows is None else int(rows),
-        bytes=sum(entry.bytes for manifest in manifests for entry in manifest.files),
-        seconds=_total(work, "seconds") if seconds is None else float(seconds),
-    )
-
-
-def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[StageState]:
-    """Return the state of every stage that the run has or is asked to have, in running order."""
-    names = [RECORD, TEST_GRADIENTS]
-    known = directory.stages()
-    names += [stage for stage in TARGET_GRADIENTS if stage in known or stage in info.get("stages", {})]
-    for method in method_names(info):
-        # Estimators that need no replay commit none: list what their run or run.json mentions.
-        replay, reduce = f"{method}/{REPLAY}", f"{method}/{REDUCE}"
-        adjoint = f"{method}/{ADJOINT}"
-        names += [f"{method}/{part}" for part in (CURVATURE, PREFLIGHT) if f"{method}/{part}" in known]
-        mode = info.get("methods", {}).get(method, {}).get("mode")
-        if mode == SEEDS:
-            pass
-        elif mode == ATTRIBUTE:
-            names += [f"{method}/{PREPARE}"] if f"{method}/{PREPARE}" in known else []
-            names.append(f"{method}/{ATTRIBUTE}")
-        elif adjoint in known or adjoint in info.get("stages", {}):
-            names.append(adjoint)
-        elif f"{method}/{CORRECTION}" in known or f"{method}/{DIRECTIONS}" in info.get("stages", {}):
-            names += [f"{method}/{DIRECTIONS}", f"{method}/{CORRECTION}"]
-        elif kind_of(info, method) != SAMPLES:
-            names.append(adjoint)
-        elif replay in known or replay in info.get("stages", {}) or reduce not in known:
-            names.append(replay)
-        names.append(reduce)
-    names += [stage for stage in known if stage not in names]
-    return [stage_state(directory, info, stage) for stage in names]
-
-
-def method_names(info: Mapping[str, Any]) -> list[str]:
-    """Return the methods of a run: those in ``methods`` and the one being made.
-
-    ``hydra`` comes first; those with classes for targets, then with the mean, come last.
-    """
-    names = [str(name) for name in info.get("methods", {})]
-    current = info.get("method")
-    if isinstance(current, str) and current not in names:
-        names.append(current)
-    return sorted(names, key=lambda name: (KINDS.index(kind_of(info, name)), name != FAST))
-
-
-def status(run: Run) -> dict[str, Any]:
+def status(run: Reader) -> dict[str, Any]:
     """Return what ``hydra-pipe status`` prints, as JSON-able values.
 
     Returns:
@@ -176,7 +50,7 @@ def status(run: Run) -> dict[str, Any]:
     }
 
 
-def _seeds(run: Run) -> list[dict[str, Any]]:
+def _seeds(run: Reader) -> list[dict[str, Any]]:
     there = run.members()
     return [
         {"seed": seed, "state": status(there[seed])["state"] if seed in there else "missing"}
@@ -193,7 +67,7 @@ def warnings_of(info: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _resume(run: Run, states: Sequence[StageState]) -> str:
+def _resume(run: Reader, states: Sequence[StageState]) -> str:
     """Return the command that does what is missing; estimators are added once the rest is there."""
     methods, spec = run.info.get("methods", {}), run.info.get("spec", {})
     missing = {state.stage.split("/")[0] for state in states if state.state != "complete"}
@@ -220,7 +94,7 @@ def command_line(spec: Mapping[str, Any], *, uri: str, command: str = "run") -> 
     Only what differs from the defaults is spelled out. The recipe is shown for the user to read
     and to type: nothing here imports it.
     """
-    from ..spec import RunSpec
+    from ..spec.spec import RunSpec
 
     words = ["hydra-pipe", command]
     if spec.get("recipe", "digits") != "digits":
@@ -263,38 +137,3 @@ def _method_state(states: Sequence[StageState], method: str) -> str:
     if own[-1:] == ["complete"]:
         return "complete"
     return "missing" if all(state == "missing" for state in own) else "partial"
-
-
-def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None:
-    """Return how many units of work a stage has; the one that closes it is not counted."""
-    if stage == RECORD or stage.endswith(SINGLE):
-        return 1
-    if noted is not None:
-        return int(noted) - 1
-    if stage.endswith((f"/{REPLAY}", f"/{ADJOINT}")):
-        shards = info.get("layout", {}).get("shards")
-        return None if shards is None else int(shards)
-    return None
-
-
-def _expected_rows(info: Mapping[str, Any], stage: str) -> int | None:
-    """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
-    if stage in (RECORD, RETRAIN, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, f"/{CORRECTION}")):
-        return None
-    if stage.startswith(f"{BY_EPOCH}/"):
-        return None
-    if stage.endswith((f"/{ADJOINT}", f"/{ATTRIBUTE}")):
-        return target_count(info, stage.rsplit("/", 1)[0])
-    value = info.get("n_test_tracked" if stage == TEST_GRADIENTS else "n_tracked")
-    return value if isinstance(value, int) else None
-
-
-def target_count(info: Mapping[str, Any], method: str) -> int | None:
-    """Return how many targets a method of a run has: its test samples, unless it notes another number."""
-    value = info.get("methods", {}).get(method, {}).get("n_targets", info.get("n_test_tracked"))
-    return value if isinstance(value, int) else None
-
-
-def _total(manifests: Sequence[Manifest], key: str) -> Any:
-    values = [manifest.values[key] for manifest in manifests if key in manifest.values]
-    return sum(values) if values else None

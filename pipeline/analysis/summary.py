@@ -21,20 +21,22 @@ import numpy as np
 
 from ...storage import layout
 from ...storage.errors import HydraError
-from ..targets import kind_of
+from ..reading.stage_states import stage_states
+from ..spec.targets import kind_of
 from ..vocabulary import MEAN, SAMPLES
-from .status import command_line, stage_states, warnings_of
+from .status import command_line, warnings_of
+from .top import top
 from .trust_lines import trust_lines
 from .zeros import zero_warning
 
 if TYPE_CHECKING:
-    from ..handle import Run
+    from ..reading.reader import Reader
 
 EXTREMES = 5
 """How many helpful and how many harmful samples the summary shows."""
 
 
-def summary(run: Run, method: str | None = None) -> dict[str, Any]:
+def summary(run: Reader, method: str | None = None) -> dict[str, Any]:
     """Return what ``hydra-pipe run`` prints at its end, as JSON-able values.
 
     Parts that a half-finished run does not have yet are None or empty.
@@ -104,14 +106,14 @@ def summary(run: Run, method: str | None = None) -> dict[str, Any]:
     }
 
 
-def _current_method(run: Run, methods: list[str]) -> str | None:
+def _current_method(run: Reader, methods: list[str]) -> str | None:
     current = run.info.get("method")
     if isinstance(current, str) and current in methods:
         return current
     return methods[0] if methods else None
 
 
-def _accuracy(run: Run, noted: Mapping[str, Any], key: str) -> float | None:
+def _accuracy(run: Reader, noted: Mapping[str, Any], key: str) -> float | None:
     if noted.get(key) is not None:
         return float(noted[key])
     try:
@@ -122,10 +124,10 @@ def _accuracy(run: Run, noted: Mapping[str, Any], key: str) -> float | None:
     return float(known[-1]) if len(known) else None
 
 
-def _extremes(run: Run, method: str | None, harmful: bool) -> list[dict[str, Any]]:
+def _extremes(run: Reader, method: str | None, harmful: bool) -> list[dict[str, Any]]:
     if method is None:
         return []
-    rows: list[dict[str, Any]] = run.top(EXTREMES, harmful=harmful, method=method).to_pylist()
+    rows: list[dict[str, Any]] = top(run, k=EXTREMES, harmful=harmful, method=method).to_pylist()
     noisy = run.noisy()
     original = {} if noisy is None else dict(zip(noisy[0].tolist(), noisy[1].tolist(), strict=True))
     for row in rows:
@@ -134,7 +136,7 @@ def _extremes(run: Run, method: str | None, harmful: bool) -> list[dict[str, Any
     return rows
 
 
-def _next(run: Run, method: str | None, methods: list[str]) -> list[str]:
+def _next(run: Reader, method: str | None, methods: list[str]) -> list[str]:
     """Return commands that show something at once: they are printed to be copied."""
     if method is None:
         return [command_line(run.info.get("spec", {}), uri=run.uri)]

@@ -9,16 +9,16 @@ import pyarrow as pa
 import pyarrow.dataset as pa_dataset
 
 from ...storage.errors import HydraError, InputError
-from ..targets import kind_of
+from ..reading.panels import targets
+from ..spec.targets import kind_of
 from ..vocabulary import CLASSES, MEAN, SAMPLES
-from .panels import targets
 
 if TYPE_CHECKING:
-    from ..handle import Run
+    from ..reading.reader import Reader
 
 
 def top(
-    run: Run,
+    run: Reader,
     *,
     k: int = 10,
     test: int | None = None,
@@ -71,7 +71,7 @@ def top(
     return chosen.add_column(0, "rank", pa.array(np.arange(1, len(chosen) + 1, dtype=np.int32)))
 
 
-def _one_test_sample(run: Run, *, k: int, test: int, harmful: bool, method: str | None) -> pa.Table:
+def _one_test_sample(run: Reader, *, k: int, test: int, harmful: bool, method: str | None) -> pa.Table:
     """Stream the rows of one test sample, keeping the best ``k``; statistics prune the rest."""
     name = run.method(method)
     if kind_of(run.info, name) != SAMPLES:
@@ -103,7 +103,7 @@ def _one_test_sample(run: Run, *, k: int, test: int, harmful: bool, method: str 
     )
 
 
-def _one_class(run: Run, *, k: int, label: int, harmful: bool, method: str) -> pa.Table:
+def _one_class(run: Reader, *, k: int, label: int, harmful: bool, method: str) -> pa.Table:
     """Stream the rows of one class and average them by training sample."""
     if kind_of(run.info, method) == MEAN:
         raise _no_such_target(run, method, f"class {label}", (SAMPLES, CLASSES))
@@ -134,7 +134,7 @@ def _one_class(run: Run, *, k: int, label: int, harmful: bool, method: str) -> p
     )
 
 
-def _no_such_target(run: Run, method: str, asked: str, kinds: tuple[str, ...]) -> InputError:
+def _no_such_target(run: Reader, method: str, asked: str, kinds: tuple[str, ...]) -> InputError:
     """Return the refusal of what only methods with targets of the given kinds can answer."""
     own = kind_of(run.info, method)
     held = "a mean a class" if own == CLASSES else "the mean over all test samples"
@@ -145,7 +145,7 @@ def _no_such_target(run: Run, method: str, asked: str, kinds: tuple[str, ...]) -
     return InputError(f"{asked}: method {method} of {run.uri} holds {held} and {none}; use {choice}{remedy}")
 
 
-def _spread(run: Run, method: str, chosen: pa.Table, test: int | None, label: int | None) -> pa.Array:
+def _spread(run: Reader, method: str, chosen: pa.Table, test: int | None, label: int | None) -> pa.Array:
     """Return the spread over the seeds of the chosen samples, in their order."""
     index, column = chosen["train_index"].to_numpy(), "contribution_spread"
     if test is None and label is None:
@@ -164,7 +164,7 @@ def _order(train_index: np.ndarray, contribution: np.ndarray, harmful: bool) -> 
     return np.lexsort((train_index, contribution if harmful else -contribution))
 
 
-def _unknown(run: Run, test: int) -> InputError:
+def _unknown(run: Reader, test: int) -> InputError:
     held = f"{run.info.get('n_test_tracked', '?')} test samples"
     try:
         index = run.test_gradients().column("test_index")

@@ -1,4 +1,4 @@
-"""What speaks for a method's numbers, in words; see ``pipeline.trust`` for where it comes from."""
+"""What speaks for a method's numbers, in words; see ``pipeline.drive.trust`` for where it comes from."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from hydra_pipe.cli import main
-from hydra_pipe.pipeline import events
-from hydra_pipe.pipeline.handle import Run, open_run
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.executors import events
+from hydra_pipe.pipeline.opened_run import Run, open_run
+from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import WorkerLost
 
 from tests.builders import Built, M, N
@@ -168,9 +168,9 @@ class Driver:
 @pytest.fixture
 def driver(built: Built, monkeypatch: pytest.MonkeyPatch) -> Driver:
     stand_in = Driver(built.uri)
-    module = ModuleType("hydra_pipe.pipeline.drive")
+    module = ModuleType("hydra_pipe.pipeline.drive.drive")
     module.run = stand_in  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.drive", module)
+    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.drive.drive", module)
     return stand_in
 
 
@@ -230,9 +230,9 @@ def test_later_stages_go_on_with_the_run(
         asked.append({**given, "command": command})
         return RunSpec()
 
-    module = ModuleType("hydra_pipe.pipeline.spec_stored")
+    module = ModuleType("hydra_pipe.pipeline.plan.stored_spec")
     module.stage_spec = stage_spec  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.spec_stored", module)
+    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.plan.stored_spec", module)
     call(command, "mod:R", "--out", "o", "--workers", "2")
     assert asked == [{"recipe": "mod:R", "out": "o", "workers": 2, "command": command}]
     assert driver.calls == [(RunSpec(), stages)]
@@ -267,9 +267,9 @@ def test_plan_in_all_formats(monkeypatch: pytest.MonkeyPatch) -> None:
                 "time": {"total": 3.5},
             }
 
-    module = ModuleType("hydra_pipe.pipeline.plan")
+    module = ModuleType("hydra_pipe.pipeline.plan.plan")
     module.make_plan = lambda spec: Plan()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.plan", module)
+    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.plan.plan", module)
     out = call("plan", "--shards", "1").stdout
     for text in ("1,437", "29.0 MiB", "500.0 MiB", "37.0 MiB", "3.5 s"):
         assert text in out

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from hydra_pipe.cli import main
 from hydra_pipe.cli.spec_options import SPEC_OPTIONS, build_spec, parse_pairs, spec_options
 from hydra_pipe.pipeline.analysis.status import command_line
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import SpecError
 
 
@@ -124,9 +124,9 @@ def test_each_stage_shows_what_it_uses() -> None:
 
 def test_curvature_has_three_spellings(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[RunSpec] = []
-    module = ModuleType("hydra_pipe.pipeline.plan")
+    module = ModuleType("hydra_pipe.pipeline.plan.plan")
     module.make_plan = found.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.plan", module)
+    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.plan.plan", module)
     keys = {"checkpoints": 3, "at": "0,5", "samples": 9, "core": 8}
     file = tmp_path / "run.toml"
     file.write_text("".join(f"curvature-{key} = {json.dumps(value)}\n" for key, value in keys.items()))

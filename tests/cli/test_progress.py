@@ -10,7 +10,7 @@ import pytest
 from hydra_pipe.cli import progress as shown
 from hydra_pipe.cli.pace import clock_text, short, time_left
 from hydra_pipe.cli.progress import BarListener, LogListener, watching
-from hydra_pipe.pipeline import events
+from hydra_pipe.pipeline.executors import events
 from rich.console import Console
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import click.testing
 import numpy as np
 from hydra_pipe.cli import main
-from hydra_pipe.pipeline.drive import run
-from hydra_pipe.pipeline.events import Event, UnitFinished, UnitSkipped
-from hydra_pipe.pipeline.handle import Run, open_run
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.executors.events import Event, UnitFinished, UnitSkipped
+from hydra_pipe.pipeline.opened_run import Run, open_run
+from hydra_pipe.pipeline.spec.spec import RunSpec
 
 METHOD = "method=hydra"
 

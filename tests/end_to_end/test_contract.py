@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
-from hydra_pipe.pipeline.handle import Run
+from hydra_pipe.pipeline.opened_run import Run
 
 from tests import oracle
 from tests.end_to_end.support import METHOD, serial

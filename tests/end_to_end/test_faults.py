@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra_pipe.pipeline.drive import run
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import ClusterTooSmall, NonFiniteLoss, RecipeError, ReplayDiverged
 
 from tests.end_to_end.bad_recipes import NanLoss, Unpicklable

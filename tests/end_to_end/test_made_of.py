@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra_pipe.pipeline import provenance
-from hydra_pipe.pipeline.drive import run
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.plan import provenance
+from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import SpecMismatch
 from hydra_pipe.workers.recipes.loading import load_recipe
 
@@ -137,7 +137,7 @@ def test_an_edit_is_refused_by_name_and_overwrite_makes_a_fresh_run(name, place)
 def test_without_source_what_it_does_still_tells(name, place, monkeypatch):
     before, after, says = EDITS[name]
     monkeypatch.setattr(
-        "hydra_pipe.workers.madeof.source_of", lambda _kind: {"class": "Mine", "unknown": "typed"}
+        "hydra_pipe.workers.training.made_of.source_of", lambda _kind: {"class": "Mine", "unknown": "typed"}
     )
     edit(place, before, after)
     result = ask(place)

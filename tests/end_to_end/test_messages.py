@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra_pipe.pipeline.attribute import attribute
-from hydra_pipe.pipeline.drive import run
-from hydra_pipe.pipeline.events import Note
-from hydra_pipe.pipeline.handle import open_run
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.drive.attribute import attribute
+from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.executors.events import Note
+from hydra_pipe.pipeline.opened_run import open_run
+from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import NonFiniteLoss, NonFiniteTangents, RecipeError
-from hydra_pipe.workers.data import batch_order
+from hydra_pipe.workers.data.batches import batch_order
 
 from tests.conftest import ROOT
 from tests.end_to_end import bad_recipes as bad

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import xarray
 import zarr
-from hydra_pipe.pipeline.drive import run
-from hydra_pipe.pipeline.events import UnitFinished
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.executors.events import UnitFinished
+from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage import arrays
 
 from hydra_pipe import open_run

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra_pipe.pipeline import drive
-from hydra_pipe.pipeline.drive import run
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.drive import drive
+from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.spec.spec import RunSpec
 
 from tests.conftest import ROOT
 from tests.end_to_end.slow_recipes import Paused, Wide
@@ -82,7 +82,7 @@ class Nursery:
 
     CODE = """
 import os, sys, json, signal
-import hydra_pipe.pipeline.drive, hydra_pipe.workers.record, hydra_pipe.pipeline.reduce
+import hydra_pipe.pipeline.drive.drive, hydra_pipe.workers.training.record, hydra_pipe.pipeline.units.reduce
 import hydra_pipe.storage.contributions, zarr, tests.end_to_end.slow_recipes
 import sympy, rich.console, rich.table  # what a run imports late, so that a child need not
 from hydra_pipe.cli import main

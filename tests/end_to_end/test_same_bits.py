@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hydra_pipe.pipeline.drive import run
-from hydra_pipe.pipeline.spec import RunSpec
+from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.spec.spec import RunSpec
 
 from tests.end_to_end.support import assert_same_bits, numbers, serial
 from tests.recipes import BatchNormed, Images, Long, Small

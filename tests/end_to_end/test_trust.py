@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from hydra_pipe.pipeline.attribute import attribute
-from hydra_pipe.pipeline.handle import open_run
+from hydra_pipe.pipeline.drive.attribute import attribute
+from hydra_pipe.pipeline.opened_run import open_run
 from hydra_pipe.storage.errors import ConservationBroken, EstimatorError, IncompleteStage
-from hydra_pipe.workers.buffers import HypergradientBuffers
-from hydra_pipe.workers.projection import Projections
+from hydra_pipe.workers.replay.buffers import HypergradientBuffers
+from hydra_pipe.workers.replay.projection import Projections
 
 from tests.end_to_end.support import cli, serial
 from tests.odd_recipes import Field, Mining, Spectral, Weighted

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from hydra_pipe.storage.trajectory import open_trajectory
-from hydra_pipe.workers import buffers
-from hydra_pipe.workers.record import Recorder
-from hydra_pipe.workers.replay import Replay
-from hydra_pipe.workers.training import Compute, Training
+from hydra_pipe.workers.replay import buffers
+from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.training.record import Recorder
+from hydra_pipe.workers.training.training import Compute, Training
 
 from tests import oracle
 from tests.recipes import BatchNormed, Images, Long, Sequences, Small

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ...storage.errors import SpecError
 from ...storage.trajectory import Trajectory
-from ..training import Training
+from ..training.training import Training
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]

@@ -17,16 +17,16 @@ from torch.utils.data import Dataset
 
 from ...storage.errors import NonFiniteLoss
 from ...storage.trajectory import Trajectory
-from ..columns import Columns
-from ..data import fetch, to_device
+from ..data.batches import fetch, to_device
 from ..determinism import derived_seed, preserved_generators, seed_everything
-from ..evaluate import evaluating
-from ..layout import load_flat
+from ..model.layout import load_flat
 from ..persample.engine import PerSampleGradients
 from ..persample.reference import constant_statistics
 from ..persample.trials import choose_ways
 from ..recipe import Batch
-from ..training import Training
+from ..recursion.columns import Columns
+from ..training.metrics import evaluating
+from ..training.training import Training
 from .base import TARGETS, Integers
 
 SAMPLES = 64

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_flatten
 
 from ...storage.errors import EstimatorError
 from ..determinism import preserved_generators
-from ..evaluate import evaluating
-from ..hessian_probe import unlike_differences
+from ..hessian.probe import unlike_differences
 from ..persample.reference import constant_statistics, twice_differentiable_layers
 from ..recipe import Batch
+from ..training.metrics import evaluating
 from .base import Integers
 from .fixed import FixedWeights
 

@@ -19,9 +19,9 @@ from typing import Literal
 
 import numpy as np
 
-from ..adjoint import Adjoint
-from ..coefficients import Settings, recorded_settings
-from ..columns import Columns, LinearSteps
+from ..recursion.coefficients import Settings, recorded_settings
+from ..recursion.columns import Columns, LinearSteps
+from ..replay.adjoint import Adjoint
 from .base import Estimator, Found, Ground, Report, Targets, one_of
 
 

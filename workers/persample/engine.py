@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ...storage.errors import RecipeError
 from ..determinism import generator_states
-from ..layout import Layout
-from ..module_state import Kept, buffers_from, kept_buffers, own_parameters
+from ..model.layout import Layout
+from ..model.state import Kept, buffers_from, kept_buffers, own_parameters
 from ..recipe import Batch, Recipe
 from .capture import Call, Capture
 from .reference import func, same_losses, vjp

@@ -20,8 +20,9 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.utils._pytree import tree_map
 
+from ..model.state import uses_batch_statistics
 from ..recipe import Batch, Recipe
-from .rules import batch_statistics, uses_batch_statistics
+from .rules import batch_statistics
 
 LOSSES_ALIKE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference of a sample's loss alone and in its batch, relative to the batch's largest loss."""

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model.state import uses_batch_statistics
+
 Rule = Callable[[nn.Module, str, Tensor, Tensor, Tensor], None]
 """(module, parameter name, x_R, d_R, out): writes (R, *parameter shape) into ``out``."""
 
@@ -175,13 +177,6 @@ def batch_statistics(module: nn.Module, x_B: Tensor) -> tuple[Tensor, Tensor]:
     assert module.running_mean is not None
     assert module.running_var is not None
     return module.running_mean, module.running_var
-
-
-def uses_batch_statistics(module: nn.Module) -> bool:
-    """Whether this BatchNorm layer couples the samples of a batch right now."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-        module.training or module.running_mean is None
-    )
 
 
 def _batch_xhat(module: nn.Module, x_B: Tensor) -> Tensor:

@@ -20,15 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from ...storage.errors import DoesNotFit, HydraError, RecipeError
-from ..cast import cast_model
-from ..data import batch_length, rows_of, to_device
+from ..data.batches import batch_length, rows_of, to_device
+from ..data.cast import cast_model
 from ..determinism import generator_states, preserved_generators, seed_everything
-from ..layout import Layout
-from ..module_state import Kept, buffers_from, copied, kept_buffers, own_parameters, unchanged_buffers
+from ..model.layout import Layout
+from ..model.state import (
+    Kept,
+    buffers_from,
+    copied,
+    kept_buffers,
+    own_parameters,
+    unchanged_buffers,
+    uses_batch_statistics,
+)
 from ..recipe import Batch, Recipe
 from .engine import Before, PerSampleGradients, Strategy, Ways, form_of
 from .reference import constant_statistics, func, same_losses, vjp
-from .rules import uses_batch_statistics
 
 logger = logging.getLogger(__name__)
 

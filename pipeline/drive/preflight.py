@@ -1,0 +1,156 @@
+"""Preflight: before the expensive stage, is the run's dtype enough for what is asked?
+
+Without the Hessian, and with EKFAC, the recorded settings say it: one look at the coefficients. The
+exact form is asked itself (``workers.reference.growth``): two vectors are carried through it, for about the
+price of 13 trainings, in a unit of the stage ``<method>/preflight``, where enough vectors follow for
+that to be little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...storage import layout
+from ...storage.curvature import Curvature, read_curvature
+from ...storage.errors import NonFiniteTangents
+from ...storage.rundir import RunDirectory
+from ...storage.trajectory import Trajectory, open_trajectory
+from ...workers.recursion.coefficients import recorded_settings
+from ...workers.recursion.eigencoefficients import stability_limit
+from ..executors.base import Unit
+from ..executors.events import Note
+from ..plan.plan import Plan
+from ..plan.times import ENOUGH
+from ..spec.spec import RunSpec
+from ..vocabulary import EKFAC, PREFLIGHT
+from .stages import Stages
+
+
+class PreflightStages(Stages):
+    """The driver's part of it."""
+
+    spec: RunSpec
+    plan: Plan
+    form: str
+
+    def _preflight(self, method: str, later: str, units: Sequence[str], vectors: int, exact: bool) -> None:
+        """Look before the units of the stage ``later``; note warnings in ``run.json`` and say them.
+
+        Raises:
+            NonFiniteTangents: What follows would not be numbers.
+        """
+        trajectory = open_trajectory(self.directory.path(layout.TRAJECTORY))
+        if not exact:
+            curvature = None
+            if self.form == EKFAC:
+                uri = self.directory.path(layout.curvature(self.form))
+                curvature = read_curvature(uri)
+            found = settings_preflight(trajectory, self.spec.dtype, curvature)
+        else:
+            stage = f"{method}/{PREFLIGHT}"
+            done = set(units) <= set(self.directory.units(later))
+            if vectors >= ENOUGH and not done:
+                unit = Unit(stage=stage, name=PREFLIGHT, arguments={})
+                self._stage(stage, [unit], self.plan.steps, "step")
+            found = growth_preflight(self.directory, stage, self.spec.dtype, self.plan.steps)
+        self.info["methods"][method][PREFLIGHT] = found
+        self.directory.write(self.info)
+        for text in found["warnings"]:
+            self.observer(Note(message=f"warning: {text}"))
+
+
+def settings_preflight(
+    trajectory: Trajectory, dtype: str, curvature: Curvature | None = None
+) -> dict[str, Any]:
+    """Judge the coefficients ``c_t N / B_t`` of the closed form.
+
+    Args:
+        trajectory: The record.
+        dtype: Of the sums.
+        curvature: With EKFAC: whose eigenvalues may exceed what the steps bear.
+
+    Returns:
+        ``warnings`` (one line each), ``largest_coefficient``, ``epochs_below_resolution`` and with
+        EKFAC ``clipped_eigenvalues``.
+
+    Raises:
+        NonFiniteTangents: A coefficient is not finite in this dtype.
+    """
+    precision = np.finfo(dtype)
+    used = sorted({entry.group for entry in trajectory.parameters if entry.group >= 0})
+    share = int(trajectory.attrs["n_train"]) / (trajectory.batches >= 0).sum(1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sizes = np.abs(trajectory.coefficient[:, used]) * share[:, None]
+    fine = np.isfinite(sizes) & (sizes <= float(precision.max))
+    if not fine.all():
+        step = int(np.flatnonzero(~fine.all(1))[-1])
+        raise NonFiniteTangents(
+            f"the coefficient of step {step} of {len(sizes)} is beyond {dtype} ({sizes[step].max():.1e}): the "
+            f"recorded learning rate, momentum and weight decay make pushes grow without end; use "
+            "a lower learning rate, a smaller weight decay or fewer epochs"
+        )
+    epochs = np.array_split(sizes, int(trajectory.attrs["epochs"]))
+    largest = np.array([part.max(0) for part in epochs])  # (epochs, groups)
+    lost = int(((largest < precision.eps * largest.max(0)) & (largest > 0)).any(1).sum())
+    warnings = []
+    if lost:
+        warnings.append(
+            f"coefficients of {lost} of {len(epochs)} epochs are below {precision.eps:.1e} of the largest: "
+            f"{dtype} sums round away what those epochs add to a hypergradient; use "
+            f"{_wider(dtype)}a smaller weight decay or learning rate"
+        )
+    found: dict[str, Any] = {
+        "largest_coefficient": float(sizes.max()),
+        "epochs_below_resolution": lost,
+    }
+    if curvature is not None:
+        found["clipped_eigenvalues"] = clipped = clipped_eigenvalues(trajectory, curvature)
+        if clipped:
+            warnings.append(
+                f"{clipped:,} of {curvature.eigenvalues.shape[1]:,} eigenvalues of the curvature are beyond what "
+                "the steps bear without growing and are set to that limit: EKFAC understates the curvature "
+                "there; a lower learning rate avoids it"
+            )
+    return {"warnings": warnings, **found}
+
+
+def clipped_eigenvalues(trajectory: Trajectory, curvature: Curvature) -> int:
+    """Return how many eigendirections are cut at ``stability_limit`` at some checkpoint."""
+    limits = np.append(stability_limit(recorded_settings(trajectory)), 0.0)
+    groups = [
+        np.full(block.rows * block.columns, trajectory.parameters[block.entries[0]].group)
+        for block in curvature.blocks
+    ]
+    limit = np.maximum(limits[np.concatenate(groups)], 0.0)
+    return int((curvature.eigenvalues > limit).any(0).sum())
+
+
+def growth_preflight(directory: RunDirectory, stage: str, dtype: str, steps: int) -> dict[str, Any]:
+    """Judge what the exact form was seen to do; see ``workers.reference.growth.Growth.run`` for the numbers."""
+    manifest = directory.manifest(stage, PREFLIGHT)
+    if manifest is None:
+        why = f"fewer than {ENOUGH} vectors follow: measuring first would not be cheap beside them"
+        return {"warnings": [], "skipped": why}
+    names = ("growth", "peak", "peak_step", "rounding", "deviation", "limit", "train_index")
+    seen = {name: manifest.values[name] for name in names}
+    warnings, wider = [], _wider(dtype)
+    if seen["deviation"] is not None and not seen["deviation"] <= seen["limit"]:
+        warnings.append(
+            f"{dtype} is not enough for exact hypergradients here: that of train_index {seen['train_index']} "
+            f"is {seen['deviation']:.1e} from float64, the limit is {seen['limit']:.0e}; "
+            f"use {wider}a lower learning rate or fewer epochs"
+        )
+    if not seen["rounding"] <= seen["limit"]:
+        warnings.append(
+            f"exact tangents grow: a change of the first weights is {seen['peak']:.1e} times as large after step "
+            f"{seen['peak_step']} of {steps}, so that rounding alone moves the final weights by about "
+            f"{seen['rounding']:.0e} in {dtype}, the limit is {seen['limit']:.0e}; use {wider}a lower learning rate or fewer epochs"
+        )
+    return {"warnings": warnings, **seen}
+
+
+def _wider(dtype: str) -> str:
+    return "" if dtype == "float64" else "--dtype float64, "

@@ -1,0 +1,92 @@
+"""Which unit is next, and how often each was tried: the bookkeeping of a stage, without Ray."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...storage.errors import WorkerLost
+from .base import Unit
+from .events import Observer, UnitFinished, UnitProgress, UnitRetried, UnitStarted
+
+
+class Dispatch:
+    """The units of one stage between queue, work and done.
+
+    Args:
+        stage: Name of the stage.
+        units: What is to be done; names are unique.
+        observer: Hears of starts, progress, retries and ends.
+        max_attempts: How often a unit is tried when workers die.
+        clock: Returns seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        units: Sequence[Unit],
+        observer: Observer,
+        *,
+        max_attempts: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._stage, self._units, self._observer = stage, list(units), observer
+        self._max_attempts, self._clock = max_attempts, clock
+        self._queue = deque(self._units)
+        self._attempts: Counter[str] = Counter()
+        self._began: dict[str, float] = {}
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._results: dict[str, dict[str, Any]] = {}
+        assert len({unit.name for unit in units}) == len(self._units), "unit names must be unique"
+
+    @property
+    def waiting(self) -> int:
+        """Units in the queue."""
+        return len(self._queue)
+
+    @property
+    def unfinished(self) -> int:
+        """Units not yet done, those in work included."""
+        return len(self._units) - len(self._results)
+
+    def start(self) -> Unit:
+        """Take the next unit from the queue into work."""
+        unit = self._queue.popleft()
+        self._attempts[unit.name] += 1
+        self._began[unit.name] = self._clock()
+        self._seen.pop(unit.name, None)
+        self._observer(UnitStarted(stage=self._stage, unit=unit.name, attempt=self._attempts[unit.name]))
+        return unit
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """Pass on how far a unit is, where that is news."""
+        if self._seen.get(name) != (done, total) and name not in self._results:
+            self._seen[name] = (done, total)
+            self._observer(UnitProgress(stage=self._stage, unit=name, done=done, total=total))
+
+    def finish(self, unit: Unit, values: dict[str, Any]) -> None:
+        """Note that a unit is done."""
+        self._results[unit.name] = values
+        seconds = self._clock() - self._began[unit.name]
+        self._observer(UnitFinished(stage=self._stage, unit=unit.name, seconds=seconds, values=values))
+
+    def lose(self, unit: Unit, reason: str) -> None:
+        """Queue a unit again whose worker died; it goes first, so that a hopeless one shows early.
+
+        Raises:
+            WorkerLost: It was tried ``max_attempts`` times.
+        """
+        tried = self._attempts[unit.name]
+        if tried >= self._max_attempts:
+            raise WorkerLost(
+                f"{self._stage} {unit.name}: its worker died {tried} time(s), the limit is "
+                f"{self._max_attempts}; last: {reason}; if memory is short use fewer --workers or more "
+                "--shards, then run the same command again: finished work is kept"
+            )
+        self._queue.appendleft(unit)
+        self._observer(UnitRetried(stage=self._stage, unit=unit.name, attempt=tried + 1, reason=reason))
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Return the values by unit name, in the order the units were given."""
+        return {unit.name: self._results[unit.name] for unit in self._units}

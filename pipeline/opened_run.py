@@ -1,0 +1,49 @@
+"""A run opened: what `Reader` reads, and what analyses make of it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from .reading.reader import Reader, opened
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Run(Reader):
+    """One run directory, read-only; made by `open_run` and by ``hydra_pipe.run``."""
+
+    def top(
+        self,
+        k: int = 10,
+        test: int | None = None,
+        harmful: bool = False,
+        method: str | None = None,
+        *,
+        label: int | None = None,
+    ) -> pa.Table:
+        """Return the ``k`` most helpful (or most harmful) training samples; see `analysis.top.top`."""
+        from .analysis.top import top as find_top
+
+        return find_top(self, k=k, test=test, label=label, harmful=harmful, method=method)
+
+    def summary(self, method: str | None = None) -> dict[str, Any]:
+        """Return the closing summary as JSON-able values; see `analysis.summary.summary`."""
+        from .analysis.summary import summary as summarize
+
+        return summarize(self, method)
+
+
+def open_run(uri: str | os.PathLike[str]) -> Run:
+    """Open a run directory for reading.
+
+    Args:
+        uri: Local path or ``s3://``, ``gs://``, ``az://`` address, as given to ``--out``.
+
+    Raises:
+        SpecError: The address is of a kind that is not allowed.
+        RunNotFound: There is no run.
+        CorruptStore: ``run.json`` cannot be read.
+    """
+    return opened(Run, uri)

@@ -1,0 +1,254 @@
+"""The plan: spec and machine in, shards, tiles, memory, disk and time out. Nothing is started.
+
+Pure arithmetic over a ``Survey`` and the executor's capacity, so that the same inputs always cut
+the work the same way. Letters: N training samples, n tracked, M test samples, D parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ...storage import layout
+from ...storage.errors import DoesNotFit
+from ...storage.rows import chunk_rows_for
+from ...workers.determinism import restored_process
+from ...workers.persample.engine import TILE
+from ...workers.replay.targets import PANEL_BYTES as TARGET_PANEL_BYTES
+from ...workers.training.record import checkpoint_steps
+from ...workers.training.test_gradients import TEST_BATCH
+from ..executors.events import null, warn
+from ..reading.panels import PANEL_BYTES
+from ..spec.spec import RunSpec
+from ..spec.targets import TargetSet
+from ..vocabulary import FORWARD, SAMPLES
+from .sharding import Shard, Sharding, spans
+from .survey import Survey, survey
+from .times import seconds_of
+
+TEST_BLOCK_BYTES = 64 << 20
+"""Test gradients of one unit."""
+
+TILE_VALUES = 16_000_000
+"""Contributions in one Parquet file: about 64 MB."""
+
+WRITER_BYTES = 56 << 20
+"""What writing a Parquet file takes at a time, measured (``docs/benchmarks.md``)."""
+
+BYTES_PER_VALUE = 4.0
+"""Parquet bytes of one contribution with its indices and labels, measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReduceTiles:
+    """How the join is cut: rows a unit, rows a strip, test samples a panel and a file.
+
+    All follow from n, M, D and the memory budget alone, never from shards or workers, so that the
+    bits of a contribution do not depend on where it was computed.
+    """
+
+    unit_rows: int
+    strip_rows: int
+    panel_rows: int
+    file_tests: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything the driver decides before it starts; ``as_dict`` is what users see."""
+
+    n_train: int
+    n_test: int
+    n_tracked: int
+    n_tested: int
+    dimension: int
+    itemsize: int
+    steps: int
+    chunk_rows: int
+    shards: tuple[Shard, ...]
+    test_chunk_rows: int
+    test_blocks: tuple[Shard, ...]
+    targets: TargetSet
+    target_chunk_rows: int
+    target_blocks: tuple[Shard, ...]
+    reduce: ReduceTiles
+    reduce_blocks: tuple[Shard, ...]
+    checkpoints: int
+    memory: Mapping[str, int]
+    disk: Mapping[str, int]
+    seconds: Mapping[str, float]
+    capacity: Mapping[str, Any]
+    seeds: int
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-able sections: run, shards, memory (bytes), disk (bytes), time (seconds), warnings if any."""
+        return {
+            "run": {
+                "training samples": self.n_train,
+                "test samples": self.n_test,
+                "tracked": self.n_tracked,
+                "tested": self.n_tested,
+                "parameters": self.dimension,
+                "steps": self.steps,
+                "checkpoints": self.checkpoints,
+                "targets": self.targets.kind,
+                "target vectors": len(self.targets),
+                "contributions": self.n_tracked * len(self.targets),
+                "workers at a time": self.capacity.get("slots"),
+                **({"seeds": self.seeds} if self.seeds > 1 else {}),
+            },
+            "shards": [
+                {**asdict(shard), "bytes": (shard.stop - shard.start) * self.dimension * self.itemsize}
+                for shard in self.shards
+            ],
+            "memory": dict(self.memory),
+            "disk": dict(self.disk),
+            "time": dict(self.seconds),
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
+        }
+
+
+def make_plan(spec: RunSpec) -> Plan:
+    """Survey the recipe, ask the executor what it has, and cut the work. Starts nothing.
+
+    Raises:
+        RecipeError: The recipe cannot be traced.
+        DoesNotFit: A shard would not fit into a worker's memory; says how many shards would.
+    """
+    from ..executors.ray import make_executor
+
+    with restored_process():
+        surveyed = survey(spec)
+    for note in surveyed.notes:
+        warn(null, note)
+    executor = make_executor(spec)
+    try:
+        capacity = executor.capacity(start=False)
+    finally:
+        executor.close()
+    return replace(cut(spec, surveyed, capacity), warnings=surveyed.warnings)
+
+
+def cut(spec: RunSpec, surveyed: Survey, capacity: Mapping[str, Any], *, shards: int | None = None) -> Plan:
+    """Cut the work of a surveyed recipe for machines of this capacity.
+
+    Args:
+        spec: What to run.
+        surveyed: The recipe's numbers.
+        capacity: ``slots``, ``memory_per_worker`` (bytes) and what else the executor says.
+        shards: A number of shards that is fixed already, by an earlier start of the same run.
+
+    Raises:
+        DoesNotFit: See ``make_plan``.
+    """
+    n, m, dimension = len(surveyed.tracked), len(surveyed.tested), surveyed.dimension
+    sharding = Sharding(spec, surveyed)
+    targets, k = sharding.targets, len(sharding.targets)
+    row, itemsize = sharding.row, sharding.itemsize
+    slots = int(capacity.get("slots") or 1)
+    count = shards or sharding.count(capacity)
+    parts = sharding.parts(count)
+    test_chunk_rows = chunk_rows_for(dimension, itemsize, m)
+    per_block = max(1, TEST_BLOCK_BYTES // (row * test_chunk_rows)) * test_chunk_rows
+    tiles = reduce_tiles(n, k, row, spec.reduce_memory)
+    # A mean is added up in float64, and every unit reads all test gradients: as few units as fit.
+    target_chunk_rows = chunk_rows_for(dimension, itemsize, k)
+    per_unit = max(1, spec.reduce_memory // 2 // (8 * dimension * target_chunk_rows)) * target_chunk_rows
+    kept = checkpoint_steps(surveyed.steps, dimension, itemsize, spec.checkpoint_every)
+    memory = {
+        "one process without buffers": surveyed.process_bytes,
+        "buffers of the largest shard": sharding.widest(count) * sharding.held,
+        "replay worker": sharding.needed(count),
+        "test-gradients worker": surveyed.process_bytes + (per_block + TEST_BATCH) * row,
+        "reduce worker": surveyed.process_bytes + tiles.bytes + WRITER_BYTES,
+    }
+    if spec.exact_rank:
+        memory["correction worker"] = sharding.correction()
+    blocks = spans(m, per_block, "block")
+    units = spans(n, tiles.unit_rows, "rows")
+    disk = {
+        "trajectory": len(kept) * dimension * 2 * itemsize + surveyed.steps * (spec_batch(surveyed) * 4 + 60),
+        **({layout.HYPERGRADIENTS: n * row} if spec.mode == FORWARD else {layout.BY_TEST: n * k * itemsize}),
+        "test_gradients": m * row,
+        "contributions": int(n * k * BYTES_PER_VALUE),
+    }
+    if targets.kind != SAMPLES:
+        held = min(k, per_unit) * 8 * dimension
+        memory["target-gradients worker"] = surveyed.process_bytes + held + 2 * TARGET_PANEL_BYTES
+        disk["target_gradients"] = k * row
+    times = seconds_of(surveyed, parts, slots, k, spec)
+    if spec.seeds > 1:
+        # A unit's means (float64), spreads and a file on its way out; panels of the members' tables.
+        held = 16 * tiles.unit_rows * k + 2 * PANEL_BYTES
+        memory["average worker"] = surveyed.process_bytes + held + WRITER_BYTES
+        # As many runs again, one after the other, and what their average adds: mean and spread.
+        disk["other seeds"] = (spec.seeds - 1) * sum(disk.values())
+        disk["average over seeds"] = 2 * disk["contributions"]
+        if times:
+            times["other seeds"] = (spec.seeds - 1) * times.pop("total")
+            times["total"] = sum(times.values())
+    disk["total"] = sum(disk.values())
+    return Plan(
+        n_train=surveyed.n_train,
+        n_test=surveyed.n_test,
+        n_tracked=n,
+        n_tested=m,
+        dimension=dimension,
+        itemsize=itemsize,
+        steps=surveyed.steps,
+        chunk_rows=sharding.chunk_rows(count),
+        shards=parts,
+        test_chunk_rows=test_chunk_rows,
+        test_blocks=blocks,
+        targets=targets,
+        target_chunk_rows=target_chunk_rows,
+        target_blocks=spans(k, per_unit, "block"),
+        reduce=tiles,
+        reduce_blocks=units,
+        checkpoints=len(kept),
+        memory=memory,
+        disk=disk,
+        seconds=times,
+        capacity=dict(capacity),
+        seeds=spec.seeds,
+    )
+
+
+def spec_batch(surveyed: Survey) -> int:
+    """Return the batch size of the surveyed recipe."""
+    return int(surveyed.recipe.batch_size)
+
+
+def reduce_tiles(n: int, m: int, row_bytes: int, budget: int) -> ReduceTiles:
+    """Cut the join so that the arrays of one task stay within ``budget`` bytes.
+
+    Strips of hypergradients (20% each) meet panels of test gradients (15% each), both read one ahead;
+    the contributions of a unit's rows to all M tests (20%, and a third of that in passing) are then
+    written file by file. Writing itself takes ``WRITER_BYTES`` beside the budget.
+
+    Raises:
+        DoesNotFit: The budget does not hold one row of each.
+    """
+    least = max(8 * row_bytes, 40 * m)
+    if budget < least:
+        raise DoesNotFit(
+            f"--reduce-memory {budget:,} bytes does not hold rows of {row_bytes:,} bytes and their "
+            f"contributions to {m:,} test samples; use at least {least:,}"
+        )
+    share = int(0.2 * budget)
+    strip = _tiled(min(n, share // row_bytes, share // (8 * m), 4096), n)
+    panel = _tiled(min(m, int(0.15 * budget) // row_bytes, 4096), m)
+    unit = min(n, strip * max(1, share // (m * 8 * strip)))
+    file_tests = max(1, min(m, TILE_VALUES // unit))
+    used = (1 + (unit > strip)) * strip * row_bytes + (1 + (m > panel)) * panel * row_bytes
+    used += int(1.3 * unit * m * 8)
+    return ReduceTiles(unit_rows=unit, strip_rows=strip, panel_rows=panel, file_tests=file_tests, bytes=used)
+
+
+def _tiled(rows: int, total: int) -> int:
+    """Return ``rows`` or a little less: whole tiles, where that leaves any and not all fit."""
+    rows = max(1, rows)
+    return rows - rows % TILE if TILE < rows < total else rows

@@ -1,0 +1,87 @@
+"""Is this the recipe that the run was made from? Asked wherever a recipe is put beside a stored run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...storage.errors import SpecMismatch
+from ...storage.rundir import RunDirectory
+from ...workers.training.made_of import cosmetic, differences
+from ..executors.events import Note, Observer
+from ..spec.spec import RunSpec
+from .survey import survey
+
+KEY = "made_of"
+"""Of ``run.json``: the digests of ``workers.training.made_of``."""
+
+REMEDY = "bring that back, or make a run of its own: another --out, or hydra-pipe run --overwrite"
+
+
+def recipe_differences(stored: Mapping[str, Any], made_of: Mapping[str, Any]) -> list[str]:
+    """Return in words what a recipe has that a run's has not; nothing where the run does not know."""
+    known = stored.get(KEY)
+    return differences(known, made_of) if known else []
+
+
+def check_recipe(uri: str, stored: Mapping[str, Any], made_of: Mapping[str, Any], observer: Observer) -> None:
+    """Refuse a recipe that is not the one a run was made from; say where only its text is another.
+
+    Args:
+        uri: The run.
+        stored: Its ``run.json``.
+        made_of: Of the recipe beside it.
+        observer: Hears of a cosmetic change.
+
+    Raises:
+        SpecMismatch: Names what differs.
+    """
+    found = recipe_differences(stored, made_of)
+    if found:
+        raise SpecMismatch(f"{uri} was made from something else; what differs: {'; '.join(found)}; {REMEDY}")
+    say_cosmetic(stored, made_of, observer)
+
+
+def say_cosmetic(stored: Mapping[str, Any], made_of: Mapping[str, Any], observer: Observer) -> None:
+    """Tell of a change of the recipe's text that is none of the recipe."""
+    note = cosmetic(stored.get(KEY) or {}, made_of)
+    if note is not None:
+        observer(Note(message=note))
+
+
+def look_and_check(uri: str, stored: Mapping[str, Any], spec: RunSpec, observer: Observer) -> None:
+    """Do `check_recipe` for a command that does not survey the recipe itself.
+
+    A recipe of another name is held against the run by what it does alone.
+
+    Raises:
+        SpecMismatch: See `check_recipe`.
+        RecipeError: The recipe cannot be trained here.
+    """
+    if not stored.get(KEY):
+        return
+    made_of = survey(replace(spec, track="all", test="all"), trial=False).made_of
+    if spec.recipe_reference != stored.get("identity", {}).get("recipe"):
+        made_of = {**made_of, "source": {}}
+    check_recipe(uri, stored, made_of, observer)
+
+
+def made_of_notes(stored: Mapping[str, Any], made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of ``run.json``: as first made, with the source as it reads now.
+
+    A run of before there were digests gets none: what it was made from is not known.
+    """
+    if not stored:
+        return {KEY: dict(made_of)}
+    known = stored.get(KEY)
+    if not known:
+        return {}
+    edited = cosmetic(known, made_of) is not None
+    return {KEY: {**known, "source": made_of["source"]} if edited else known}
+
+
+def adopt(directory: RunDirectory, stored: dict[str, Any], made_of: Mapping[str, Any]) -> None:
+    """Let a run of which nothing is committed yet be made from what is here now."""
+    if not directory.stages():
+        stored[KEY] = dict(made_of)

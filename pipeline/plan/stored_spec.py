@@ -1,0 +1,146 @@
+"""The specification of a stored run, for going on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from ...storage.errors import InputError, RunNotFound, SpecError, SpecMismatch
+from ...workers.recipe import Recipe
+from ...workers.recipes import BUILT_IN
+from ..reading.reader import Reader, open_reader
+from ..spec.spec import RunSpec
+from ..vocabulary import ADJOINT, SAMPLES
+from .compatibility import begun, stored_options
+from .survey import resolve_recipe
+
+PLACEMENT = (
+    "executor",
+    "address",
+    "workers",
+    "gpus_per_actor",
+    "cpus_per_actor",
+    "memory",
+    "max_attempts",
+    "start_timeout",
+)
+"""Fields of ``RunSpec`` that say where the work is done and not what comes out."""
+
+REPEATED = ("recipe", "recipe_args", "device", "threads")
+"""What may be named otherwise where training must give the recorded weights again in any case."""
+
+STAGES = ("replay", "reduce")
+"""Commands that do a stage of a run which is there."""
+
+
+def stage_spec(given: Mapping[str, Any], *, command: str) -> RunSpec:
+    """Return the specification of one more stage of a run that is there.
+
+    What the run has fixed comes from the run, and the mode and curvature of a method that was begun too.
+
+    Args:
+        given: Fields of ``RunSpec``. Those that the run has fixed must agree with it.
+        command: Which of ``STAGES``.
+
+    Raises:
+        RunNotFound: There is no run.
+        InputError: The recipe is not built in and has to be named.
+        SpecMismatch: What is given is not what the run was made with.
+    """
+    recipe = given.get("recipe")
+    named = {"recipe": recipe} if recipe is not None else {}
+    out = given.get("out")
+    if out is None:
+        arguments = {"recipe_args": given["recipe_args"]} if "recipe_args" in given else {}
+        out = f"runs/{resolve_recipe(RunSpec(**named, **arguments)).name}"
+    try:
+        run = open_reader(out)
+    except RunNotFound:
+        raise RunNotFound(
+            f"no run at {out}: {command} goes on with one that is recorded; "
+            f"run `hydra-pipe record --out {out}` first, or correct --out"
+        ) from None
+    placed = {name: value for name, value in given.items() if name in PLACEMENT}
+    spec = stored_spec(run, recipe, placed, command=command)
+    own = {k: v for k, v in given.items() if k not in (*PLACEMENT, "recipe", "out", "overwrite")}
+    if "recipe_args" in own:
+        own["recipe_args"] = {**spec.recipe_args, **own["recipe_args"]}
+    asked = replace(spec, **{**own, "mode": ADJOINT})  # which fits all targets
+    methods = run.info.get("methods", {})
+    before = begun(methods).get(asked.base_method, {})
+    kept = {"mode": before["mode"]} if before else {}
+    if command == "reduce" and asked.targets != SAMPLES:
+        kept.setdefault("mode", ADJOINT)  # the only one; that it was not replayed is said later
+    kept |= {f"curvature_{name}": value for name, value in stored_options(asked, methods).items()}
+    spec = replace(spec, **{**kept, **own})
+    differing = spec.differences(run.info.get("identity", {}))
+    if differing:
+        raise SpecMismatch(
+            f"{run.uri}: {command} goes on with a run of another specification ({'; '.join(differing)}); "
+            "leave these options out, they are read from the run"
+        )
+    return spec
+
+
+def stored_spec(
+    run: Reader,
+    recipe: Recipe | str | None,
+    given: Mapping[str, Any],
+    *,
+    command: str,
+    free: Collection[str] = (),
+) -> RunSpec:
+    """Return the specification of a stored run, to go on with it.
+
+    What decides its numbers comes from ``run.json``; where the work is done does not, since a run
+    that came from elsewhere must not choose the machines that get our code.
+
+    Args:
+        run: The run.
+        recipe: What it was made from. Needed unless that is built in: code that a stored run names
+            is never imported unasked.
+        given: Fields of ``RunSpec`` the caller chooses, of ``PLACEMENT`` and ``free``; None: not given.
+        command: What is being done, for the message that asks for the recipe.
+        free: Fields that may differ from the run's, ``REPEATED`` or none.
+
+    Raises:
+        InputError: The recipe is not built in and has to be named.
+        SpecError: A field is given that is the run's own.
+        SpecMismatch: What is named is not what the run was made from.
+    """
+    identity = dict(run.info.get("identity", {}))
+    reference = str(identity.get("recipe", ""))
+    if recipe is None:
+        if reference not in BUILT_IN:
+            typed = f"{run.uri} {reference or 'RECIPE'}"
+            if command in STAGES:
+                typed = f"{reference or 'RECIPE'} --out {run.uri}"
+            raise InputError(
+                f"the recipe {reference!r} of {run.uri} is not imported unasked, since it is code that a stored "
+                f"run names; name it yourself: hydra-pipe {command} {typed}"
+            )
+        recipe = reference
+    allowed = (*PLACEMENT, *(name for name in free if name != "recipe"))
+    unknown = [name for name in given if name not in allowed]
+    if unknown:
+        raise SpecError(f"{unknown[0]} is the run's own and cannot be chosen; {', '.join(allowed)} can")
+    names = {field.name for field in fields(RunSpec)}
+    values = {name: value for name, value in identity.items() if name in names}
+    spoken = run.info.get("spec", {})
+    values |= {k: spoken[k] for k in ("executor", "cpus_per_actor") if spoken.get(k) is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if isinstance(recipe, str):
+        arguments = {**values.pop("recipe_args", {}), **chosen.pop("recipe_args", {})}
+        chosen["recipe_args"] = arguments
+    else:
+        values.pop("recipe_args", None)
+    spec = RunSpec(**{**values, **chosen, "recipe": recipe, "out": run.uri})
+    asked = spec.identity()
+    differing = spec.differences({**identity, **{name: asked[name] for name in free}})
+    if differing:
+        raise SpecMismatch(
+            f"{run.uri} was made with another specification ({'; '.join(differing)}); "
+            "name the recipe it was made from"
+        )
+    return spec

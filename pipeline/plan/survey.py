@@ -1,0 +1,248 @@
+"""What the driver must know of a recipe before anything runs: counts, labels, sizes, and one trial.
+
+Building the model and datasets once in the driver finds every mistake a recipe can have before a
+single worker starts.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...storage.errors import RecipeError
+from ...workers.data.labels import ClassLabels, class_labels, label_notes
+from ...workers.data.user_code import user_code
+from ...workers.determinism import preserved_generators, seed_everything
+from ...workers.hessian.tiles import activation_bytes
+from ...workers.memory import peak_bytes, reset_peak
+from ...workers.persample.engine import PerSampleGradients, Ways
+from ...workers.recipe import Recipe
+from ...workers.replay.buffers import row_numbers
+from ...workers.replay.fast import factored_entries
+from ...workers.training.last_batch import check_last_batch
+from ...workers.training.made_of import FirstSteps, data_of, first_steps, made_of, with_first_steps
+from ...workers.training.metrics import OutputWatch, why_unpredicted
+from ...workers.training.recipe_names import unknown_names
+from ...workers.training.training import Compute, Training
+from ...workers.training.trials import tried_ways
+from ...workers.training.validate import (
+    check_dataset,
+    check_layers,
+    check_losses,
+    check_numbers,
+    check_overlap,
+    check_scheduler,
+)
+from ..spec.selection import select
+from ..spec.spec import RunSpec
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """A recipe, looked at: N training and M test samples, D parameters, T steps.
+
+    Attributes:
+        recipe: The recipe, with the spec's overrides applied.
+        tracked: Train indices asked for, sorted.
+        tested: Test indices asked for, sorted.
+        train_labels: One per training sample, -1 where there are none.
+        test_labels: One per test sample.
+        conservation: Whether the conservation law holds for this recipe (not with BatchNorm
+            statistics held constant).
+        strategies: Per-sample strategy of each parameter name that has no layer rule.
+        step_seconds: (plain, tracked) seconds of a step, tried here; None when not tried.
+        row_numbers: Numbers that the replay's buffers hold per tracked sample (see ``buffers``).
+        process_bytes: Peak resident set of a process that trains this recipe, without buffers.
+        activation_bytes: What the batch's forward pass keeps for its backward pass; 0 where only
+            products with the Hessian would need to know.
+        warnings: What in the recipe is likely to be a mistake, one line each.
+        notes: What the user should be told of the recipe, one line each.
+        made_of: Digests of the recipe, its data and its first steps; see ``workers.training.made_of``.
+    """
+
+    recipe: Recipe
+    n_train: int
+    n_test: int
+    dimension: int
+    steps: int
+    tracked: Integers
+    tested: Integers
+    train_labels: Integers
+    test_labels: Integers
+    conservation: bool
+    strategies: dict[str, str]
+    step_seconds: tuple[float, float] | None
+    row_numbers: int
+    process_bytes: int
+    activation_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    made_of: dict[str, Any] = field(default_factory=dict)
+
+
+def resolve_recipe(spec: RunSpec) -> Recipe:
+    """Return the recipe instance with epochs, batch size and seed overridden by the spec.
+
+    Raises:
+        RecipeError: It cannot be loaded, or is no Recipe.
+    """
+    from ...workers.recipes.loading import load_recipe
+
+    recipe = load_recipe(spec.recipe, spec.recipe_args) if isinstance(spec.recipe, str) else spec.recipe
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe {type(recipe).__name__} is not a hydra_pipe.Recipe; subclass it")
+    recipe = copy.copy(recipe)  # an instance is the caller's: its attributes stay as they are
+    for name in ("epochs", "batch_size", "seed"):
+        value = getattr(spec, name)
+        if value is not None:
+            setattr(recipe, name, value)
+    return recipe
+
+
+def compute_of(spec: RunSpec) -> Compute:
+    """Return how every process of this run computes."""
+    return Compute(
+        device=spec.device,
+        dtype=spec.dtype,
+        threads=spec.torch_threads,
+        batch_norm=spec.batch_norm,
+        per_sample=spec.per_sample,
+    )
+
+
+def survey(spec: RunSpec, *, trial: bool = True) -> Survey:
+    """Build the recipe once, check all of it, and try a few steps.
+
+    Args:
+        spec: What to run.
+        trial: Whether to time a few steps (on the driver's own device).
+
+    Raises:
+        RecipeError: See ``workers.training.validate``.
+        SpecError: ``--track`` or ``--test`` selects what is not there.
+    """
+    reset_peak()
+    recipe = resolve_recipe(spec)
+    check_numbers(recipe)
+    with preserved_generators():
+        return _survey(spec, recipe, trial)
+
+
+def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
+    # Each as training builds it: a recipe may draw its data from the generators.
+    seed_everything(recipe.seed)
+    train = _call(recipe, "train_dataset")
+    seed_everything(recipe.seed)
+    test = _call(recipe, "test_dataset")
+    n_train, n_test = check_dataset(train, "train"), check_dataset(test, "test")
+    check_overlap(train, test)
+    seed_everything(recipe.seed)
+    model = _call(recipe, "model")
+    check_layers(model)
+    dtype = compute_of(spec).torch_dtype
+    watch = OutputWatch(model)
+    check_losses(recipe, model, train, dtype)
+    unpredicted = why_unpredicted(recipe, watch, min(3, n_train))
+    watch.close()
+    check_losses(recipe, model, test, dtype, "test")
+    labels = {what: _labels(recipe, dataset, what) for what, dataset in (("training", train), ("test", test))}
+    train_labels, test_labels = (labels[what].values for what in ("training", "test"))
+    tracked = select(spec.track, total=n_train, labels=train_labels, seed=recipe.seed, what="--track")
+    tested = select(spec.test, total=n_test, labels=test_labels, seed=recipe.seed, what="--test")
+    seed_everything(recipe.seed)
+    validation = _call(recipe, "validation_dataset")
+    if validation is not None:
+        check_dataset(validation, "validation")
+        check_losses(recipe, model, validation, dtype, "validation")
+    optimizer = _call(recipe, "optimizer", model)
+    if isinstance(optimizer, torch.optim.Optimizer):  # else Training refuses it below
+        check_scheduler(_call(recipe, "scheduler", optimizer))
+    classes = {what: found.values for what, found in labels.items()}
+    data = _data(recipe, {"training": train, "test": test, "validation": validation}, classes)
+    del model, train, test, validation, optimizer
+    # The driver may have no GPU where the workers have one; what it tries, it tries on what it has.
+    device = "cpu" if spec.device == "cuda" and not torch.cuda.is_available() else spec.device
+    compute = replace(compute_of(spec), device=device)
+    with user_code("the first training step failed:", always=True):
+        training = Training(recipe, compute)
+        training.guarded = True
+        check_last_batch(training)
+        made = made_of(training, data)
+        ways = tried_ways(training)
+        first = first_steps(training)
+        seconds = _time_steps(training, ways, first) if trial else None
+    return Survey(
+        recipe=recipe,
+        n_train=n_train,
+        n_test=n_test,
+        dimension=training.layout.dimension,
+        steps=training.steps,
+        tracked=tracked,
+        tested=tested,
+        train_labels=_array(train_labels, n_train),
+        test_labels=_array(test_labels, n_test),
+        conservation=not training.holds_statistics,
+        strategies={
+            e.name: s
+            for e, s in zip(training.layout.entries, ways.strategies, strict=True)
+            if s in ("func", "vjp")
+        },
+        step_seconds=seconds,
+        row_numbers=row_numbers(
+            training.layout,
+            factored_entries(training.layout, ways, recipe.epochs),
+            recipe.epochs,
+        ),
+        process_bytes=peak_bytes(),
+        made_of=with_first_steps(made, first),
+        notes=tuple(label_notes(labels, unpredicted)),
+        activation_bytes=activation_bytes(training) if spec.hessian == "exact" or spec.exact_rank else 0,
+        warnings=tuple(unknown_names(recipe)),
+    )
+
+
+def _call(recipe: Recipe, method: str, *arguments: Any) -> Any:
+    with user_code(f"{recipe.name}.{method}() failed:", always=True):
+        return getattr(recipe, method)(*arguments)
+
+
+def _labels(recipe: Recipe, dataset: Any, what: str) -> ClassLabels:
+    """Return the classes of a dataset, see ``workers.data.labels``, after explaining what goes wrong."""
+    with user_code(f"{recipe.name}.labels() failed:", always=True):
+        return class_labels(recipe, dataset, what)
+
+
+def _data(recipe: Recipe, datasets: dict[str, Any], classes: dict[str, list[int] | None]) -> dict[str, Any]:
+    """Return digests of the datasets, see ``workers.training.made_of``, after explaining what goes wrong."""
+    names = " or ".join(name for name, held in datasets.items() if held is not None)
+    with user_code(f"an item of the {names} set could not be read:", always=True):
+        return data_of(recipe, datasets, classes)
+
+
+def _array(labels: list[int] | None, count: int) -> Integers:
+    return np.full(count, -1, dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
+
+
+def _time_steps(training: Training, ways: Ways, first: FirstSteps) -> tuple[float, float]:
+    """Return median seconds of a plain step, the first ones, and of one that tracks the whole batch."""
+    engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
+    taken, done = [], len(first.losses)
+    start = done if done + 1 < training.steps else 0  # go on from there: what a layer counts, it counts on
+    stop = min(training.steps, start + done)
+    for step, batch in enumerate(training.loader(start, stop), start=start):
+        positions = torch.arange(training.batch_size(step), device=training.device)
+        watch = engine.watch(positions, lambda _start, _block: None)
+        begun = time.perf_counter()
+        float(training.step(step, batch, watch))
+        taken.append(time.perf_counter() - begun)
+    engine.close()
+    plain, follow = (float(np.median(seconds[1:] or seconds)) for seconds in (first.seconds, taken))
+    return plain, follow

@@ -1,0 +1,75 @@
+"""How long the stages of a run will take, from two trial steps: rough, and only ever shown.
+
+The factors are measured (``docs/benchmarks.md``); letters as in ``plan``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ...workers.ekfac.curvature import passes
+from ..spec.spec import RunSpec
+from ..vocabulary import ADJOINT, CORRECTION, CURVATURE, PREFLIGHT, RECORD, REDUCE, REPLAY, TEST_GRADIENTS
+from .sharding import Shard
+from .survey import Survey
+
+MATMUL_RATE = 40e9
+"""Multiply-adds of float32 a second and thread assumed for the reduce stage."""
+
+PRODUCT = 1.4
+"""Plain steps that a Hessian product in a tile takes, with what surrounds it."""
+
+PREFLIGHT_TRAININGS = 13
+"""Plain trainings that the preflight of the exact form takes."""
+
+ENOUGH = 128
+"""Vectors (tracked samples, targets or directions) of an exact stage from which on it has a preflight."""
+
+
+def curvature_passes(spec: RunSpec) -> int:
+    """Return how often the samples of EKFAC's curvature are run, over all its checkpoints."""
+    count = spec.curvature_checkpoints if spec.curvature_at is None else len(spec.curvature_at)
+    return count * passes(spec.curvature_core)
+
+
+def seconds_of(
+    surveyed: Survey, shards: Sequence[Shard], slots: int, targets: int, spec: RunSpec
+) -> dict[str, float]:
+    """Return seconds by stage and their ``total``; nothing where no step was tried.
+
+    Args:
+        surveyed: The recipe's numbers.
+        shards: Of tracked samples or targets.
+        slots: Units in work at the same time.
+        targets: Columns of the contributions.
+        spec: What to run.
+    """
+    if surveyed.step_seconds is None:
+        return {}
+    plain, tracked = surveyed.step_seconds
+    n, m, steps, batch = (
+        len(surveyed.tracked),
+        len(surveyed.tested),
+        surveyed.steps,
+        int(surveyed.recipe.batch_size),
+    )
+    widest = max(shard.stop - shard.start for shard in shards)
+    times = {RECORD: steps * plain, TEST_GRADIENTS: tracked * m / batch / slots}
+    if spec.hessian == "ekfac":
+        sampled = math.ceil(min(spec.curvature_samples, surveyed.n_train) / batch)
+        times[CURVATURE] = curvature_passes(spec) * sampled * tracked
+    exact = shards[-1].stop if spec.hessian == "exact" else spec.exact_rank
+    if exact >= ENOUGH:
+        times[PREFLIGHT] = PREFLIGHT_TRAININGS * steps * plain
+    if spec.hessian == "exact":
+        one = steps * plain * (2 + PRODUCT * widest)
+    elif spec.mode == ADJOINT or spec.hessian == "ekfac":
+        one = steps * tracked
+    else:
+        one = steps * (plain + (tracked - plain) * min(1.0, widest / surveyed.n_train))
+    times[REPLAY] = one * math.ceil(len(shards) / slots)
+    if spec.exact_rank:
+        times[CORRECTION] = steps * plain * (2 + PRODUCT) * spec.exact_rank / slots
+    times[REDUCE] = n * targets * surveyed.dimension / (MATMUL_RATE * spec.torch_threads) / slots
+    return {**times, "total": sum(times.values())}

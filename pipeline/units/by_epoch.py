@@ -1,0 +1,226 @@
+"""What a worker does for a comparison over training, and the tables it writes.
+
+Where its files lie: `storage.layout.by_epoch`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ...storage import layout
+from ...storage.contributions import write_table
+from ...storage.curvature import read_curvature
+from ...storage.errors import NonFiniteLoss
+from ...storage.rundir import RunDirectory
+from ...storage.trajectory import open_trajectory
+from ...workers.data.user_code import user_code
+from ...workers.estimators import make
+from ...workers.estimators.influence_after import influence_after
+from ...workers.memory import peak_bytes, reset_peak
+from ...workers.recipe import Recipe
+from ...workers.replay.by_epoch import ByEpoch, State
+from ...workers.training.training import Compute
+from ..executors.base import Report, Unit
+from ..vocabulary import EKFAC
+
+Integers = npt.NDArray[np.int64]
+
+SAMPLES = pa.schema(
+    [
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("train_index", pa.int32(), nullable=False),
+        pa.field("contribution", pa.float64(), nullable=False),
+        pa.field("norm", pa.float64(), nullable=False),
+    ]
+)
+"""One row a (epoch, form, tracked sample): C(i), and the norm of the hypergradient (NaN: has none)."""
+
+ERRORS = pa.schema(
+    [
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field("reference", pa.string(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("train_index", pa.int32(), nullable=False),
+        pa.field("error", pa.float64(), nullable=False),
+    ]
+)
+"""The norm of the difference of two forms' hypergradients."""
+
+CONTRIBUTIONS = pa.schema(
+    [
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("train_index", pa.int32(), nullable=False),
+        pa.field("test_index", pa.int32(), nullable=False),
+        pa.field("contribution", pa.float32(), nullable=False),
+    ]
+)
+"""C(i, j), sorted by (test_index, train_index) for each (epoch, form)."""
+
+
+@dataclass(kw_only=True)
+class ByEpochTasks:
+    """Handler of the stages; picklable, one per process.
+
+    Attributes:
+        uri: The run directory.
+        recipe: The user's recipe, overrides applied.
+        compute: How the run computes.
+        tracked: Train indices, (n,).
+        tested: Test indices, (M,).
+        epochs: After which the forms are looked at.
+        ekfac: Whether the EKFAC form is among them.
+        raw_decay: Whether the raw-decay forms are.
+        influence: Options by estimator.
+        by_test: Whether influence is asked for each test sample, too.
+        question: Noted in each manifest: work that answers another one is done again.
+    """
+
+    uri: str
+    recipe: Recipe
+    compute: Compute
+    tracked: Integers
+    tested: Integers
+    epochs: list[int]
+    ekfac: bool
+    raw_decay: bool
+    influence: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    by_test: bool = False
+    question: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
+        """Do and commit one unit; return its manifest's values."""
+        begun = time.perf_counter()
+        reset_peak()
+        run = RunDirectory(self.uri)
+        kind = unit.stage.rsplit("/", 1)[-1]
+        work = self._influence if kind in self.influence else self._states
+        with user_code(f"{unit.stage} {unit.name} raised"):
+            files, values = work(run, kind, unit, report)
+        values = {
+            **values,
+            "question": dict(self.question[unit.stage]),
+            "seconds": time.perf_counter() - begun,
+            "peak_bytes": peak_bytes(),
+        }
+        run.commit(unit.stage, unit.name, files, values)
+        return values
+
+    def _states(
+        self, run: RunDirectory, kind: str, unit: Unit, report: Report
+    ) -> tuple[list[str], dict[str, Any]]:
+        start, stop = unit.arguments["start"], unit.arguments["stop"]
+        tracked = self.tracked[start:stop]
+        curvature = None
+        if self.ekfac:
+            curvature = read_curvature(run.path(layout.curvature(EKFAC)))
+        following = ByEpoch(
+            self.recipe,
+            self.compute,
+            replace(self.compute, batch_norm="coupled"),
+            open_trajectory(run.path(layout.TRAJECTORY)),
+            tracked=tracked,
+            first_row=start,
+            tested=self.tested,
+            epochs=self.epochs,
+            curvature=curvature,
+            raw_decay=self.raw_decay,
+        )
+        files = []
+        for epoch, states in following.run(report):
+            name = f"{unit.name}-epoch-{epoch:05d}"
+            _check_finite(epoch, states, tracked)
+            samples = [
+                _table(SAMPLES, epoch, method, tracked, contribution=state.mean, norm=state.norm)
+                for method, state in states.items()
+            ]
+            errors = [
+                _table(ERRORS, epoch, method, tracked, reference=reference, error=error)
+                for method, state in states.items()
+                for reference, error in state.error.items()
+            ]
+            pairs = [
+                self._pairs(epoch, method, tracked, state.contribution) for method, state in states.items()
+            ]
+            for table, schema, parts in (
+                ("samples", SAMPLES, samples),
+                ("errors", ERRORS, errors),
+                ("contributions", CONTRIBUTIONS, pairs),
+            ):
+                files.append(_write(run, layout.by_epoch(kind, table, name), schema, parts))
+        following.close()
+        return files, {"start": start, "rows": stop - start}
+
+    def _influence(
+        self, run: RunDirectory, kind: str, unit: Unit, report: Report
+    ) -> tuple[list[str], dict[str, Any]]:
+        epoch = unit.arguments["epoch"]
+        found = influence_after(
+            self.recipe,
+            self.compute,
+            open_trajectory(run.path(layout.TRAJECTORY)),
+            epoch,
+            make(kind, self.influence[kind]),
+            tracked=self.tracked,
+            tested=self.tested,
+            by_test=self.by_test,
+            report=report,
+        )
+        none = np.full(len(self.tracked), np.nan)
+        table = _table(SAMPLES, epoch, kind, self.tracked, contribution=found.mean, norm=none)
+        files = [_write(run, layout.by_epoch(kind, "samples", unit.name), SAMPLES, [table])]
+        if found.contribution is not None:
+            table = self._pairs(epoch, kind, self.tracked, found.contribution)
+            name = layout.by_epoch(kind, "contributions", unit.name)
+            files.append(_write(run, name, CONTRIBUTIONS, [table]))
+        return files, {"epoch": epoch}
+
+    def _pairs(
+        self, epoch: int, method: str, tracked: Integers, values: npt.NDArray[np.floating]
+    ) -> pa.Table:
+        train, test = np.tile(tracked, len(self.tested)), np.repeat(self.tested, len(tracked))
+        flat = np.ascontiguousarray(values.T).reshape(-1)
+        return _table(CONTRIBUTIONS, epoch, method, train, test_index=test, contribution=flat)
+
+
+def _table(schema: pa.Schema, epoch: int, method: str, tracked: Integers, **columns: Any) -> pa.Table:
+    rows = len(tracked)
+    given = {"epoch": epoch, "method": method, "train_index": tracked, **columns}
+    return (
+        pa.table(
+            {
+                name: np.full(rows, value)
+                if isinstance(value, int)
+                else [value] * rows
+                if isinstance(value, str)
+                else value
+                for name, value in given.items()
+            }
+        )
+        .select(schema.names)
+        .cast(schema)
+    )
+
+
+def _write(run: RunDirectory, relative: str, schema: pa.Schema, parts: list[pa.Table]) -> str:
+    write_table(run.path(relative), pa.concat_tables(parts), schema)
+    return relative
+
+
+def _check_finite(epoch: int, states: Mapping[str, State], tracked: Integers) -> None:
+    for method, state in states.items():
+        bad = ~np.isfinite(state.norm) | ~np.isfinite(state.mean)
+        if bad.any():
+            raise NonFiniteLoss(
+                f"{method}: the hypergradient of train_index {int(tracked[int(np.flatnonzero(bad)[0])])} is not "
+                f"finite after epoch {epoch}; the linearised training grows without end: lower the learning rate, "
+                "or record with --dtype float64"
+            )

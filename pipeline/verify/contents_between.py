@@ -1,0 +1,173 @@
+"""Check what lies between the stages and what judges a run: stores that reduce reads, and tables beside the results."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ...storage import layout
+from ...storage.curvature import read_curvature
+from ...storage.errors import HydraError
+from ...storage.files import read_bytes
+from ...storage.rows import RowStore
+from ...storage.rundir import Manifest
+from ..reading.panels import targets
+from ..reading.stage_states import target_count
+from ..spec.targets import kind_of
+from ..vocabulary import RETRAIN, SAMPLES
+from .contents import MEAN_TOLERANCE, Contents
+
+Integers = npt.NDArray[np.int64]
+
+
+def by_test(check: Contents, method: str) -> None:
+    """Check contributions by target: shape, which targets, finite values, and that C(i) is their mean."""
+    name = layout.by_test(method)
+    store = RowStore.open(check.run.directory.path(name), "contribution")
+    count = target_count(check.info, method)
+    check.shape(name, store, count, check.info.get("n_tracked"))
+    mean = check.stream(name, store) / max(store.rows, 1)
+    if method not in check.run.methods() or store.rows != count:
+        return
+    own = targets(check.run, method)
+    for column, values in own.columns().items():
+        if column in store.column_names() and not np.array_equal(store.column(column), values):
+            check.problems.append(f"{name}/{column}: not the targets of the run")
+    samples = check.run.samples(method)
+    stored = samples["contribution"].to_numpy()
+    if kind_of(check.info, method) == SAMPLES and len(stored) == len(mean):
+        scale = np.maximum(np.abs(stored), samples["contribution_std"].to_numpy())
+        wrong = np.abs(mean - stored) > MEAN_TOLERANCE * np.maximum(scale, np.finfo(np.float32).tiny)
+        if wrong.any():
+            check.problems.append(
+                f"{name}: {int(wrong.sum())} means are not those of {layout.table('samples', method)}, "
+                f"first at column {int(wrong.argmax())}"
+            )
+
+
+def prepared(check: Contents, method: str) -> None:
+    """Check what an estimator prepared: one finite number a tracked sample."""
+    name = layout.prepared(method)
+    store = RowStore.open(check.run.directory.path(name), "value")
+    check.shape(name, store, check.info.get("n_tracked"), 1)
+    check.index(f"{name}/train_index", store.column("train_index"), check.info.get("n_train"))
+    check.stream(name, store)
+
+
+def curvature(check: Contents, method: str) -> None:
+    """Check a form's eigenbasis: one finite eigenvalue a checkpoint and coordinate, finite vectors."""
+    name = layout.curvature(method)
+    found = read_curvature(check.run.directory.path(name))
+    expected = (len(found.steps), check.info.get("dimension", found.eigenvalues.shape[-1]))
+    if found.eigenvalues.shape != expected:
+        check.problems.append(f"{name}/eigenvalues: shape {found.eigenvalues.shape}, not {expected}")
+    check.finite(f"{name}/eigenvalues", found.eigenvalues)
+    for k, block in enumerate(found.blocks):
+        for matrix in (block.left, block.right):
+            if matrix is not None:
+                check.finite(f"{name}/block{k:04d}", matrix)
+    if found.core is not None:
+        check.finite(f"{name}/core_vectors", found.core.vectors)
+    check.rows[name] = len(found.steps)
+
+
+def corrections(check: Contents, method: str) -> None:
+    """Check a correction: R directions, the targets' coordinates along them, the contributions to them."""
+    where, open_at = partial(layout.corrections, method), check.run.directory.path
+    directions = RowStore.open(open_at(where(layout.DIRECTIONS)), "direction")
+    coordinates = RowStore.open(open_at(where(layout.COORDINATES)), "coordinate")
+    corrected = RowStore.open(open_at(where(layout.CORRECTED)), "contribution")
+    rank = directions.rows
+    for name, store, rows, columns in (
+        (layout.DIRECTIONS, directions, rank, check.info.get("dimension")),
+        (layout.COORDINATES, coordinates, target_count(check.info, method), rank),
+        (layout.CORRECTED, corrected, rank, check.info.get("n_tracked")),
+    ):
+        check.shape(where(name), store, rows, columns)
+        check.stream(where(name), store)
+
+
+def judging(check: Contents, stage: str, damaged: Collection[str]) -> None:
+    """Check the tables that an evaluation's or a comparison's stage committed and that are not damaged."""
+    _Judging(check, damaged).judge(stage)
+
+
+class _Judging:
+    def __init__(self, check: Contents, damaged: Collection[str]) -> None:
+        self.check, self.damaged = check, damaged
+        methods = check.run.methods()
+        self.tracked = None if not methods else _column(check.run.samples(methods[0]), "train_index")
+        self.tested: Integers | None = None
+        with contextlib.suppress(HydraError):  # not there, or damaged: said elsewhere
+            self.tested = check.run.test_gradients().column("test_index").astype(np.int64)
+        self.retrained = set(check.run.directory.units(RETRAIN))
+
+    def judge(self, stage: str) -> None:
+        for manifest in self.check.run.directory.manifests(stage):
+            for entry in manifest.files:
+                place = layout.locate(entry.path)
+                if place is None or entry.path in self.damaged or entry.path in layout.SUMMARIES:
+                    continue
+                table = pq.read_table(pa.BufferReader(read_bytes(self.check.run.directory.path(entry.path))))
+                self.check.advance(table.nbytes, stage)
+                self._finite(entry.path, table)
+                if place.kind.folder == layout.BY_EPOCH:
+                    self._by_epoch(entry.path, table, manifest)
+                else:
+                    self._evaluation(entry.path, table)
+
+    def _finite(self, path: str, table: pa.Table) -> None:
+        for name in ("loss", "weight", "final_loss", "mean_loss", "contribution", "error"):
+            if name in table.column_names:
+                self.check.finite(f"{path}: {name}", table[name].to_numpy())
+
+    def _evaluation(self, path: str, table: pa.Table) -> None:
+        if path == layout.evaluation(layout.TRIALS):
+            lost = set(table["unit"].to_pylist()) - self.retrained
+            if lost:
+                self._wrong(path, f"unit {min(lost)} is no retraining of this run")
+        elif path.startswith(f"{layout.EVALUATION}/{layout.LOSSES}/"):
+            self._same(path, table, "test_index", self.tested)
+        elif path.startswith(f"{layout.EVALUATION}/{layout.TRAINING_LOSS}/"):
+            self._same(path, table, "train_index", self.tracked)
+        elif path.startswith(f"{layout.EVALUATION}/{layout.WEIGHTS}/"):
+            index = _column(table, "train_index")
+            if self.tracked is not None and not np.isin(index, self.tracked).all():
+                self._wrong(path, "train_index names samples that are not tracked")
+
+    def _by_epoch(self, path: str, table: pa.Table, manifest: Manifest) -> None:
+        tracked = self.tracked
+        if tracked is not None and "start" in manifest.values:
+            start = int(manifest.values["start"])
+            tracked = tracked[start : start + int(manifest.values["rows"])]
+        keys = [name for name in ("epoch", "method", "reference") if name in table.column_names]
+        for key in table.select(keys).group_by(keys).aggregate([]).to_pylist():
+            mine = np.ones(len(table), dtype=bool)
+            for name, value in key.items():
+                mine &= table[name].to_numpy(zero_copy_only=False) == value
+            rows = table.filter(pa.array(mine))
+            if "test_index" not in table.column_names:
+                self._same(path, rows, "train_index", tracked)
+            elif tracked is not None and self.tested is not None:
+                self._same(path, rows, "train_index", np.tile(tracked, len(self.tested)))
+                self._same(path, rows, "test_index", np.repeat(self.tested, len(tracked)))
+
+    def _same(self, path: str, table: pa.Table, name: str, expected: Integers | None) -> None:
+        if expected is not None and not np.array_equal(_column(table, name), expected):
+            found = f"{len(table):,} rows, expected {len(expected):,}"
+            other = "other samples than the run's" if len(table) == len(expected) else found
+            self._wrong(path, f"{name} holds {other}")
+
+    def _wrong(self, path: str, text: str) -> None:
+        self.check.problems.append(f"{path}: {text}")
+
+
+def _column(table: pa.Table, name: str) -> Integers:
+    values: Integers = table[name].to_numpy().astype(np.int64)
+    return values

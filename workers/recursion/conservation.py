@@ -1,0 +1,190 @@
+"""The conservation law, checked as a run goes: what a shard tells of the sum of its rows in a few numbers.
+
+Without the Hessian and with every training sample tracked
+
+    sum_i hypergradient_i / N = w_T - phi_T w_0
+
+so a shard notes, for each parameter, the sum of its rows along `DIRECTIONS` random directions of +-1: the
+sums of all shards must be what the record says along the same directions, and nothing is read again.
+Letters: n rows of a shard, D parameters, P parameter tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...storage.errors import ConservationBroken
+from ...storage.trajectory import ParameterEntry, Trajectory
+from .coefficients import phi, recorded_settings
+
+DIRECTIONS = 2
+"""Random directions a parameter; an error of norm e shows as about e along each."""
+
+SAMPLED_ROWS = 64
+"""Rows of a shard whose mean size says how far rounding may take the sum."""
+
+BASE = {"float32": 1e-5, "float64": 1e-12}
+"""Error allowed for the rounding of per-sample gradients, relative to the size of a row."""
+
+UNIT = {"float32": 2.0**-20, "float64": 2.0**-49}
+"""Eight units in the last place: times sqrt(T) the drift that T rounded updates of the weights allow."""
+
+NOISY = 4.0
+"""How many times as much as in the trials rows may add up to something else."""
+
+SPREAD = 6.0
+"""Along a random direction an error of norm e may show as up to so many times e."""
+
+Float = npt.NDArray[np.float64]
+
+
+class RowSums:
+    """Adds up the rows of a shard as they are written.
+
+    Args:
+        parameters: Of the flat vector.
+    """
+
+    def __init__(self, parameters: Sequence[ParameterEntry]) -> None:
+        self.parameters = tuple(parameters)
+        self.total: Float | None = None
+        self.squares: Float | None = None
+        self.sampled = 0
+
+    def add(self, rows_nD: npt.NDArray[np.floating]) -> None:
+        """Take some rows."""
+        ones = np.ones(len(rows_nD), dtype=rows_nD.dtype)
+        part = (ones @ rows_nD).astype(np.float64)
+        self.total = part if self.total is None else self.total + part
+        missing = SAMPLED_ROWS - self.sampled
+        if missing > 0:
+            some = rows_nD[:missing].astype(np.float64)
+            squares = np.array([float((some[:, _span(e)] ** 2).sum()) for e in self.parameters])
+            self.squares = squares if self.squares is None else self.squares + squares
+            self.sampled += len(some)
+
+    def values(self) -> dict[str, list[list[float]] | list[float]]:
+        """Return what a manifest keeps: ``sum`` (P, DIRECTIONS) and ``size`` (P,), root mean square of a row."""
+        assert self.total is not None
+        assert self.squares is not None
+        return {
+            "sum": [projections(self.total[_span(e)], k) for k, e in enumerate(self.parameters)],
+            "size": np.sqrt(self.squares / max(self.sampled, 1)).tolist(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Law:
+    """What the law came to.
+
+    Attributes:
+        worst: Name of the parameter whose sum is farthest from its limit.
+        error: Its error, relative to what it moved or, where that is more, to the size of a row.
+        limit: What rounding allows.
+    """
+
+    worst: str
+    error: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the worst parameter is within its limit."""
+        return self.error <= self.limit
+
+
+def law_of(
+    trajectory: Trajectory, shards: Sequence[Mapping[str, Sequence[object]]], n_train: int, noise: float = 0.0
+) -> Law:
+    """Compare the sums that the shards noted with the record.
+
+    Args:
+        trajectory: The record.
+        shards: What ``RowSums.values`` gave, one a shard; together they hold every training sample.
+        n_train: N.
+        noise: How exactly rows of a batch added up in the trials, relative; see ``Ways``.
+    """
+    sums = np.sum([np.asarray(s["sum"], dtype=np.float64) for s in shards], axis=0) / n_train
+    sizes = np.sqrt(np.mean([np.square(np.asarray(s["size"], dtype=np.float64)) for s in shards], axis=0))
+    first, last = trajectory.checkpoint(0).weights, trajectory.checkpoint(-1).weights
+    dtype, steps = str(first.dtype), len(trajectory.loss)
+    kept = phi(recorded_settings(trajectory))
+    found = []
+    for k, entry in enumerate(trajectory.parameters):
+        here = _span(entry)
+        before, after = first[here].astype(np.float64), last[here].astype(np.float64)
+        # SGD leaves a parameter without a gradient alone, weight decay included: nothing is lost then.
+        still = np.array_equal(before, after) and not np.any(sums[k])
+        factor = 1.0 if entry.group < 0 or still else float(kept[entry.group])
+        expected = after - factor * before
+        weights = math.sqrt(float(after @ after) + factor**2 * float(before @ before))
+        scale = max(float(np.linalg.norm(expected)), float(sizes[k]))
+        error = float(np.abs(sums[k] - projections(expected, k)).max())
+        base = max(BASE[dtype], NOISY * noise)
+        allowed = SPREAD * (base * scale + UNIT[dtype] * math.sqrt(steps) * weights)
+        found.append((entry.name, error / scale if scale else error, allowed / scale if scale else 0.0))
+    # NaN counts as farthest.
+    name, error, limit = max(found, key=lambda f: math.inf if not f[1] <= math.inf else f[1] - f[2])
+    return Law(worst=name, error=error, limit=limit)
+
+
+def check_sums(
+    contributions_Kn: npt.NDArray[np.floating],
+    targets_KD: npt.NDArray[np.floating],
+    trajectory: Trajectory,
+    noise: float = 0.0,
+) -> None:
+    """Hold the contributions of all samples to each target against the law.
+
+        sum_i C(i, j) = -<w_T - phi_T w_0, gradient of j>
+
+    Raises:
+        ConservationBroken: They do not add up.
+    """
+    first, last = trajectory.checkpoint(0).weights, trajectory.checkpoint(-1).weights
+    dtype, kept = str(first.dtype), phi(recorded_settings(trajectory))
+    moved = last.astype(np.float64)
+    for entry in trajectory.parameters:
+        here = _span(entry)
+        if entry.group < 0 or np.array_equal(first[here], last[here]):
+            moved[here] -= first[here]
+        else:
+            moved[here] -= kept[entry.group] * first[here].astype(np.float64)
+    targets, found = targets_KD.astype(np.float64), contributions_Kn.astype(np.float64)
+    right = -targets @ moved
+    size = (
+        np.abs(found).sum(1)
+        + np.linalg.norm(targets, axis=1)
+        * np.linalg.norm(last.astype(np.float64))
+        * UNIT[dtype]
+        * math.sqrt(len(trajectory.loss))
+        / BASE[dtype]
+    )
+    error = np.abs(found.sum(1) - right)
+    allowed = SPREAD * max(BASE[dtype], NOISY * noise) * size
+    if not (error <= allowed).all():
+        k = int(np.argmax(np.where(np.isnan(error), np.inf, error - allowed)))
+        raise ConservationBroken(
+            f"the contributions of all samples to target {k} of this block add up to {found[k].sum():.6e} and the recorded "
+            f"weights say {right[k]:.6e}; {REMEDY}"
+        )
+
+
+REMEDY = "use --per-sample vjp, which differentiates every sample by itself, and please report the recipe"
+"""What to do where per-sample gradients are wrong and no trial saw it."""
+
+
+def projections(values: Float, k: int) -> list[float]:
+    """Return the products of a parameter's values with its random directions of +-1."""
+    generator = np.random.default_rng([k, 11])
+    signs = generator.integers(0, 2, size=(DIRECTIONS, len(values)), dtype=np.int8)
+    return [float(values[row == 1].sum() - values[row == 0].sum()) for row in signs]
+
+
+def _span(entry: ParameterEntry) -> slice:
+    return slice(entry.start, entry.start + math.prod(entry.shape))

@@ -1,0 +1,129 @@
+"""Losses and gradients that are no numbers: which step and which samples they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset
+
+from ...storage.errors import NonFiniteTangents
+from ..data.batches import fetch, to_device
+from ..data.user_code import listed
+from ..determinism import derived_seed, seed_everything
+from ..recipe import Batch
+from .metrics import evaluating
+
+if TYPE_CHECKING:
+    from .training import Training
+
+_REMEDY = (
+    "look at these samples and at the derivative of their loss (square root, logarithm, norm or division "
+    "at 0, torch.where over such a value), or lower the learning rate"
+)
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all numbers are finite, for the price of reading them once."""
+    if not tensors:
+        return True
+    # A norm is not finite as soon as one number is not; one that overflowed is looked at again.
+    if bool(torch.isfinite(nn.utils.get_total_norm(tensors, float("inf")))):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def check_gradients(training: Training, step: int, batch: Batch, loss: Tensor) -> None:
+    """Raise where the batch loss is finite and a gradient that was just computed is not.
+
+    Raises:
+        NonFiniteTangents: Names parameter, step, and the samples whose own gradient is not finite.
+    """
+    owned = [(e.name, p.grad) for e, p in zip(training.layout.entries, training.parameters, strict=True)]
+    if finite([grad for _, grad in owned if grad is not None]) or not bool(torch.isfinite(loss)):
+        return
+    name = next(name for name, grad in owned if grad is not None and not bool(torch.isfinite(grad).all()))
+    row = training.batches[step]
+    members = row[row >= 0].tolist()
+    guilty = [members[position] for position in _guilty(training, step, batch, len(members))]
+    which = f"that of train_index {listed(guilty)} alone is not" if guilty else "no sample alone explains it"
+    raise NonFiniteTangents(
+        f"the gradient of parameter {name!r} is not finite at step {step} of {training.steps}, though the batch "
+        f"loss is {float(loss):.3g}: {which} (batch: train_index {listed(members)}); {_REMEDY}"
+    )
+
+
+def check_test_gradients(
+    training: Training,
+    dataset: Dataset[Any],
+    test_index: npt.NDArray[np.int64],
+    gradient: npt.NDArray[np.floating],
+    loss: npt.NDArray[np.float64],
+) -> None:
+    """Raise where the gradient of a test sample's loss is not finite.
+
+    Args:
+        training: At the trained weights.
+        dataset: The test dataset.
+        test_index: (R,).
+        gradient: (R, D).
+        loss: (R,).
+
+    Raises:
+        NonFiniteTangents: Names the test samples.
+    """
+    # A row at a time: a mask of the whole block would be another quarter of its memory.
+    bad = [r for r, row in enumerate(gradient) if not np.isfinite(row).all()]
+    if not bad:
+        return
+    # One such sample can spoil the rows of others in its batch (0 times infinity): each is tried alone.
+    with evaluating(training.model):
+        own = [r for r in bad if not _alone_finite(training, dataset, int(test_index[r]))]
+    named = own or bad
+    raise NonFiniteTangents(
+        f"the gradient of the loss of test_index {listed([int(test_index[r]) for r in named])} is not finite at the "
+        f"trained weights, though the loss is {loss[named[0]]:.3g}; {_REMEDY}, or leave them out with --test"
+    )
+
+
+def _alone_finite(training: Training, dataset: Dataset[Any], index: int) -> bool:
+    seed_everything(derived_seed(training.recipe.seed, "test", index))
+    batch = to_device(fetch(training.recipe, dataset, [index]), training.device, training.dtype)
+    return _own_finite(training, batch)
+
+
+def _own_finite(training: Training, alone: Batch) -> bool:
+    """Whether a batch of one has a gradient whose numbers are finite."""
+    loss = training.recipe.losses(training.model, alone).sum()
+    grads = torch.autograd.grad(loss, training.parameters, allow_unused=True)
+    return finite([grad for grad in grads if grad is not None])
+
+
+def _guilty(training: Training, step: int, batch: Batch, size: int) -> list[int]:
+    """Return the positions whose loss, each computed alone, has a gradient that is not finite.
+
+    The step cannot be taken any more: what this does to buffers and generators does not matter.
+    """
+    model = training.model
+    found = []
+    for position in range(size):
+        chosen = torch.tensor([position], device=training.device)
+        alone = tree_map(
+            lambda leaf: leaf.index_select(0, chosen) if isinstance(leaf, Tensor) and leaf.ndim else leaf,  # noqa: B023
+            batch,
+        )
+        for mode in (True, False):  # some layers cannot train on one sample
+            model.train(mode)
+            seed_everything(derived_seed(training.recipe.seed, "step", step))
+            # Whatever a recipe cannot do with one sample leaves that sample unnamed.
+            with suppress(Exception):
+                if not _own_finite(training, alone):
+                    found.append(position)
+                break
+    return found

@@ -1,0 +1,310 @@
+"""Record: the first run. What it writes is all that later stages need to know about training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from ...storage.errors import RecipeError
+from ...storage.trajectory import TrajectoryWriter
+from ..data.batches import fetch, to_device
+from ..data.cast import cast_model
+from ..data.labels import Accuracy, Labels
+from ..data.user_code import user_code
+from ..determinism import derived_seed, fingerprint, preserved_generators, seed_everything
+from ..model.layout import checksum, load_flat
+from ..model.state import load_buffers, pack_buffers
+from ..persample.reference import same_losses
+from ..recipe import Batch, Recipe
+from ..recursion.coefficients import Settings, coefficients
+from .metrics import OutputWatch, defines_predictions, evaluate, evaluating, evaluation_size
+from .training import SETTINGS, Training
+from .update import UpdateCheck, check_hooks
+
+Integers = npt.NDArray[np.int64]
+
+CHECKPOINTS = 21
+"""Checkpoints kept unless the spec says otherwise: the first, the last and up to 19 between."""
+
+CHECKPOINT_BYTES = 2 << 30
+"""All checkpoints together stay under this, but for the first and the last."""
+
+DIGEST_EVERY = 10
+"""Steps between two digests of the weights; 50 for models over 5 million parameters."""
+
+REBUILT = 64
+"""Test samples on which a model built anew must lose what the trained one loses."""
+
+CHECKED = 16
+"""So many first steps are held against the optimiser's formula; later those after which a digest is taken."""
+
+EPOCH_COLUMNS = (
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "test_loss",
+    "test_accuracy",
+)
+
+
+def checkpoint_steps(steps: int, dimension: int, itemsize: int, every: int | None) -> list[int]:
+    """Return the steps after which weights are kept: 0, every K-th and T.
+
+    Args:
+        steps: T.
+        dimension: D.
+        itemsize: Bytes of one weight; a checkpoint holds weights and momentum.
+        every: K, or None for a number bounded by ``CHECKPOINTS`` and ``CHECKPOINT_BYTES``.
+    """
+    if every is None:
+        affordable = max(2, CHECKPOINT_BYTES // (2 * dimension * itemsize))
+        every = max(1, math.ceil(steps / max(1, min(CHECKPOINTS, affordable) - 1)))
+    return sorted({*range(0, steps, every), steps})
+
+
+class Recorder:
+    """Runs the recipe's training once and writes its trajectory.
+
+    Args:
+        training: A fresh ``Training``.
+        uri: Where ``trajectory.zarr`` goes.
+        every: Steps between checkpoints, or None (see ``checkpoint_steps``).
+    """
+
+    def __init__(self, training: Training, uri: str, every: int | None = None) -> None:
+        self.training, recipe = training, training.recipe
+        training.guarded = True
+        self.scheduler = recipe.scheduler(training.optimizer)
+        check_hooks(training.optimizer, training.model)  # of a scheduler's making
+        names = {id(p): e.name for p, e in zip(training.parameters, training.layout.entries, strict=True)}
+        self.update = UpdateCheck(training.optimizer, names)
+        with preserved_generators():
+            seed_everything(recipe.seed)
+            self.test: Dataset[Any] = recipe.test_dataset()
+            seed_everything(recipe.seed)
+            self.validation: Dataset[Any] | None = recipe.validation_dataset()
+        self.labels = Labels(recipe, training.dataset)
+        self.judged = [
+            (name, dataset, Labels(recipe, dataset))
+            for name, dataset in (("validation", self.validation), ("test", self.test))
+            if dataset is not None
+        ]
+        steps, groups = training.steps, len(training.optimizer.param_groups)
+        self.settings = {name: np.zeros((steps, groups)) for name in SETTINGS}
+        self.loss = np.zeros(steps)
+        self.checked = 0
+        self.sizes: dict[str, int] = {}
+        self.digests: dict[int, int] = {0: training.weight_checksum()}
+        self.epoch_digest: list[str] = []
+        self.epochs = {name: np.full(recipe.epochs, np.nan) for name in EPOCH_COLUMNS}
+        dimension = training.layout.dimension
+        self.digest_every = DIGEST_EVERY if dimension <= 5_000_000 else 5 * DIGEST_EVERY
+        self.kept = checkpoint_steps(steps, dimension, training.dtype.itemsize, every)
+        self.writer = TrajectoryWriter(
+            uri,
+            dimension=dimension,
+            dtype=training.compute.dtype,
+            checkpoint_steps=self.kept,
+            buffer_bytes=len(pack_buffers(training.model)),
+            parameter_count=len(training.layout.entries),
+        )
+
+    def run(self, report: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """Train, write, and return the closing numbers (losses and accuracies of the last epoch).
+
+        Raises:
+            NonFiniteLoss: A batch loss is NaN or infinite; nothing is left under the final name.
+            RecipeError: See ``Training.step``.
+        """
+        try:
+            self._keep(0)
+            self._train(report)
+            self._finish()
+        except BaseException:
+            self.writer.abort()
+            raise
+        closing = {name: float(values[-1]) for name, values in self.epochs.items()}
+        known = {name: value for name, value in closing.items() if not math.isnan(value)}
+        return {"checked_steps": self.checked, **known}
+
+    def _train(self, report: Callable[[int, int], None] | None) -> None:
+        training = self.training
+        watch = OutputWatch(training.model)
+        accuracy = Accuracy()
+        for step, batch in enumerate(training.loader()):
+            for name, values in training.read_settings().items():
+                self.settings[name][step] = values
+            self._step(step, batch, watch, accuracy)
+            done = step + 1
+            if done % self.digest_every == 0 or done == training.steps:
+                self.digests[done] = training.weight_checksum()
+            if done % training.steps_per_epoch == 0:
+                self._end_epoch(done // training.steps_per_epoch - 1, accuracy.value)
+                accuracy = Accuracy()
+            elif self.scheduler is not None and training.recipe.scheduler_interval == "step":
+                self._move_scheduler(None, done)
+            if done in self.kept:
+                self._keep(done)
+            if report:
+                report(done, training.steps)
+        watch.close()
+
+    def _step(self, step: int, batch: Batch, watch: OutputWatch, accuracy: Accuracy) -> None:
+        """Take a step; count how many training samples it predicted right, where that is known."""
+        training = self.training
+        checked = self._checks(step)
+        if checked:
+            self.checked += 1
+            self.update.before()
+        self.loss[step] = float(training.step(step, batch))
+        training.check_finite(step, float(self.loss[step]))
+        if checked:
+            self.update.after(step)
+            check_hooks(training.optimizer, training.model)
+            training.trainable.check_identity(step, training.steps)
+        found = watch.classes(training.batch_size(step))
+        # Predictions of the recipe's own would cost a second forward pass, which may move the model's state.
+        if found is not None and not defines_predictions(training.recipe):
+            row = training.batches[step]
+            accuracy.add(found, self.labels.of(batch, row[row >= 0]))
+
+    def _end_epoch(self, epoch: int, train_accuracy: float) -> None:
+        training, recipe = self.training, self.training.recipe
+        span = slice(epoch * training.steps_per_epoch, (epoch + 1) * training.steps_per_epoch)
+        sizes = (training.batches[span] >= 0).sum(1)
+        self.epochs["train_loss"][epoch] = float(np.average(self.loss[span], weights=sizes))
+        self.epochs["train_accuracy"][epoch] = train_accuracy
+        place = (training.device, training.dtype)
+        for name, dataset, labels in self.judged:
+            if name not in self.sizes:
+                with preserved_generators(), evaluating(training.model):
+                    count = range(len(dataset))  # type: ignore[arg-type]
+                    self.sizes[name] = evaluation_size(recipe, training.model, dataset, count, *place)
+            loss, accuracy = evaluate(recipe, training.model, dataset, labels, *place, self.sizes[name])
+            self.epochs[f"{name}_loss"][epoch] = loss
+            self.epochs[f"{name}_accuracy"][epoch] = accuracy
+        self.epoch_digest.append(training.state_digest())
+        self._move_scheduler(epoch, (epoch + 1) * training.steps_per_epoch)
+
+    def _move_scheduler(self, epoch: int | None, done: int) -> None:
+        """Step the scheduler, after an epoch or between two steps; it may move settings and nothing else."""
+        if self.scheduler is None:
+            return
+        surveyed = epoch is not None or self._checks(done - 1)
+        before = self._state_checksums() if surveyed else None
+        plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and epoch is not None
+        moment = f"step {done - 1}" if epoch is None else f"epoch {epoch}"
+        with user_code(f"moving the scheduler after {moment} raised", always=True):
+            self.scheduler.step(*([self._watched(epoch)] if plateau and epoch is not None else []))
+        if before is not None and self._state_checksums() != before:
+            raise RecipeError(
+                f"scheduler.step() changed the weights or momentum after step {done - 1}, which no replay can follow; "
+                "let it change settings of the optimizer alone"
+            )
+
+    def _state_checksums(self) -> tuple[int, int]:
+        training = self.training
+        buffers = [training.optimizer.state.get(p, {}).get("momentum_buffer") for p in training.parameters]
+        return training.weight_checksum(), checksum([b for b in buffers if b is not None])
+
+    def _checks(self, step: int) -> bool:
+        """Whether a step is held against the optimiser's formula."""
+        return step < CHECKED or (step + 1) % self.digest_every == 0
+
+    def _watched(self, epoch: int) -> float:
+        """What ReduceLROnPlateau sees: a loss of this epoch, by the recipe's ``plateau_metric``."""
+        train, validation = (float(self.epochs[f"{k}_loss"][epoch]) for k in ("train", "validation"))
+        metric = self.training.recipe.plateau_metric
+        if metric == "train" or self.validation is None:
+            return train
+        return validation if metric == "validation" else train + validation
+
+    def _keep(self, step: int) -> None:
+        momentum, exists = self.training.momentum()
+        self.writer.write_checkpoint(
+            self.kept.index(step),
+            step,
+            self.training.weights().cpu().numpy(),
+            momentum.cpu().numpy(),
+            np.array(exists),
+            pack_buffers(self.training.model),
+        )
+
+    def _check_rebuilt(self) -> None:
+        """Refuse a model that keeps what it learns outside of its parameters and buffers.
+
+        Later stages build it anew and load both: in eval mode it must lose what the trained one loses.
+
+        Raises:
+            RecipeError: It does not.
+        """
+        training, recipe = self.training, self.training.recipe
+        count = min(REBUILT, len(self.test))  # type: ignore[arg-type]
+        with preserved_generators():
+            seed_everything(recipe.seed)
+            rebuilt = cast_model(recipe.model(), training.device, training.dtype)
+            load_flat(training.layout.parameters(rebuilt), training.weights())
+            load_buffers(rebuilt, pack_buffers(training.model))
+            losses = []
+            for model in (training.model, rebuilt):
+                with evaluating(model), torch.no_grad():
+                    seed_everything(derived_seed(recipe.seed, "evaluate", 0))
+                    batch = to_device(fetch(recipe, self.test, range(count)), training.device, training.dtype)
+                    losses.append(recipe.losses(model, batch))
+        if not same_losses(losses[1], losses[0], float(losses[0].abs().max())):
+            worst = float((losses[1] - losses[0]).abs().max())
+            raise RecipeError(
+                f"a model that is built anew and given the trained weights and buffers loses something else on the first "
+                f"{count} test samples (off by {worst:.1e}): it keeps a state in plain attributes, or moves frozen parameters; register_buffer() them"
+            )
+
+    def _finish(self) -> None:
+        self._check_rebuilt()
+        training, recipe = self.training, self.training.recipe
+        taken = self.settings
+        settings = Settings(
+            learning_rate=taken["learning_rate"],
+            momentum=taken["momentum"],
+            weight_decay=taken["weight_decay"],
+            dampening=taken["dampening"],
+            nesterov=taken["nesterov"].astype(bool),
+        )
+        self.writer.finish(
+            batches=training.batches,
+            learning_rate=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            dampening=settings.dampening,
+            nesterov=settings.nesterov,
+            coefficient=coefficients(settings),
+            loss=self.loss,
+            digest_step=np.array(sorted(self.digests), dtype=np.int64),
+            digest=np.array([self.digests[k] for k in sorted(self.digests)], dtype=np.uint32),
+            epoch_digest=self.epoch_digest,
+            parameters=training.layout.entries,
+            epochs=self.epochs,
+            noisy=_noisy(recipe, training.dataset),
+            attrs={
+                "n_train": training.n_train,
+                "batch_size": recipe.batch_size,
+                "seed": recipe.seed,
+                "epochs": recipe.epochs,
+                "steps_per_epoch": training.steps_per_epoch,
+                "environment": fingerprint(training.device),
+            },
+        )
+
+
+def _noisy(recipe: Recipe, dataset: Dataset[Any]) -> tuple[Integers, Integers] | None:
+    found = recipe.noisy_labels(dataset)
+    if found is None:
+        return None
+    indices, original = (np.asarray(values, dtype=np.int64) for values in found)
+    return indices, original

@@ -1,0 +1,186 @@
+"""The update must be the one the recursion differentiates: what else moves weights or gradients is refused.
+
+Hooks and a patched ``step`` are seen when training is built; what is done elsewhere (in a forward
+pass, by a scheduler, between two steps) shows where the weights after a step are not what the recorded
+settings make of the weights, gradients and momentum before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from ...storage.errors import RecipeError
+
+MOVES = 1e-3
+"""How far a weight may be from its prediction, relative to the parameter's largest move: rounding."""
+
+PLAIN = "remove it: only the optimizer's own step is followed"
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimiser whose update is not that of its class.
+
+    Raises:
+        RecipeError: Its class has no rule, or hooks or a patched ``step`` change what it does.
+    """
+    if type(optimizer) is not torch.optim.SGD:
+        raise RecipeError(
+            f"optimizer {type(optimizer).__name__} has no rule for its hypergradient; "
+            "use torch.optim.SGD (any momentum, dampening, Nesterov, weight decay, groups)"
+        )
+    for group in optimizer.param_groups:
+        if group.get("maximize"):
+            raise RecipeError("SGD(maximize=True) is not supported; negate the losses instead")
+    check_hooks(optimizer, model)
+
+
+def check_owned(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse parameters that the optimiser trains and the model does not have.
+
+    Raises:
+        RecipeError: Names their group and shape.
+    """
+    own = {id(p) for p in model.parameters()}
+    for k, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if id(p) not in own and p.requires_grad:
+                raise RecipeError(
+                    f"group {k} of the optimizer holds a parameter of shape {tuple(p.shape)} that is not the model's, so "
+                    "its training would not be followed; register it on the model and build the optimizer from that"
+                )
+
+
+def check_hooks(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse hooks on the optimiser and on parameters, and a ``step`` that was put in its place.
+
+    Raises:
+        RecipeError: Names the hook.
+    """
+    for name in ("step", "zero_grad"):
+        found = vars(optimizer).get(name)
+        if found is not None and not hasattr(found, "_wrapped_by_lr_sched"):
+            raise RecipeError(f"the optimizer's {name}() was replaced ({_named(found)}); {PLAIN}")
+    hooks: dict[str, Any] = {
+        "step_pre_hook": optimizer._optimizer_step_pre_hooks,
+        "step_post_hook": optimizer._optimizer_step_post_hooks,
+        "global step_pre_hook": _global_optimizer_pre_hooks,
+        "global step_post_hook": _global_optimizer_post_hooks,
+    }
+    for kind, found in hooks.items():
+        for hook in found.values():
+            raise RecipeError(
+                f"the optimizer has a {kind} ({_named(hook)}), which may change the update; {PLAIN}"
+            )
+    for name, parameter in model.named_parameters():
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            for hook in (getattr(parameter, kind) or {}).values():
+                raise RecipeError(
+                    f"parameter {name!r} has a gradient hook ({_named(hook)}), which may change the update; {PLAIN}"
+                )
+
+
+def _named(hook: Callable[..., Any]) -> str:
+    return getattr(hook, "__qualname__", None) or type(hook).__name__
+
+
+class TrainableSet:
+    """What requires gradients must stay what it was when training was built.
+
+    Args:
+        model: The model as the optimiser was built for it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._all = list(model.named_parameters())
+        self._flags = [p.requires_grad for _name, p in self._all]
+
+    def check(self, step: int, steps: int) -> None:
+        """Compare the flags; cheap enough for every step.
+
+        Raises:
+            RecipeError: Names the step and the parameter.
+        """
+        for (name, p), before in zip(self._all, self._flags, strict=True):
+            if p.requires_grad != before:
+                how = "stopped requiring" if before else "began to require"
+                raise RecipeError(
+                    f"parameter {name!r} {how} gradients at step {step} of {steps}, and what is trained must stay the same; "
+                    "let it require gradients from the start (a group with learning rate 0 keeps it still), or never"
+                )
+
+    def check_identity(self, step: int, steps: int) -> None:
+        """Compare the parameters themselves.
+
+        Raises:
+            RecipeError: One came, went or was replaced; names the step and the parameter.
+        """
+        now = {name: id(p) for name, p in self.model.named_parameters()}
+        for name, p in self._all:
+            if now.pop(name, None) != id(p):
+                raise RecipeError(
+                    f"parameter {name!r} was replaced or removed by step {step} of {steps}, so the optimizer holds another; "
+                    "build all layers in model()"
+                )
+        for name in now:
+            raise RecipeError(
+                f"parameter {name!r} was added by step {step} of {steps}, and the optimizer does not know it; "
+                "build all layers in model()"
+            )
+
+
+class UpdateCheck:
+    """Holds one step against the formula of its optimiser.
+
+    Args:
+        optimizer: The optimiser.
+        names: Of its parameters that the model trains, by id.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
+        self.optimizer, self.names = optimizer, names
+        self._before: list[tuple[dict[str, Any], nn.Parameter, Tensor, Tensor | None]] = []
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Note weights and momentum; to be called before the forward pass."""
+        self._before = []
+        for group in self.optimizer.param_groups:
+            settings = {k: v for k, v in group.items() if k != "params"}
+            for p in group["params"]:
+                if id(p) in self.names:
+                    buffer = self.optimizer.state.get(p, {}).get("momentum_buffer")
+                    kept = None if buffer is None else buffer.clone()
+                    self._before.append((settings, p, p.detach().clone(), kept))
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        """Compare the weights with what the settings make of what was noted and of the gradients.
+
+        Raises:
+            RecipeError: Names the step and the parameter.
+        """
+        for settings, p, weight, buffer in self._before:
+            if p.grad is None:
+                continue
+            decay, momentum = float(settings["weight_decay"]), float(settings["momentum"])
+            move = p.grad + decay * weight
+            if momentum:
+                carried = move if buffer is None else momentum * buffer + (1 - settings["dampening"]) * move
+                move = move + momentum * carried if settings["nesterov"] else carried
+            move = float(settings["lr"]) * move
+            if not move.numel():
+                continue
+            rounding = 8 * torch.finfo(p.dtype).eps * float(torch.maximum(weight.abs().max(), p.abs().max()))
+            allowed = MOVES * float(move.abs().max()) + rounding
+            off = float((weight - move - p).abs().max())
+            if off > allowed:
+                raise RecipeError(
+                    f"step {step} moved parameter {self.names[id(p)]!r} elsewhere than SGD does (off by {off:.1e}; its "
+                    f"largest move is {float(move.abs().max()):.1e}): something else changes weights or gradients; {PLAIN}"
+                )

@@ -1,0 +1,120 @@
+"""The replay loop: the recorded training run again, checked against the record as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from ...storage.errors import ReplayDiverged
+from ...storage.trajectory import Trajectory
+from ..determinism import fingerprint, fingerprint_differences
+from ..recipe import Batch
+from .training import SETTINGS, Training
+
+Report = Callable[[int, int], None]
+Rows = npt.NDArray[np.int64]
+
+
+class VerifiedReplay:
+    """Runs every recorded step; what is collected on the way is the subclass's business.
+
+    Args:
+        training: A fresh ``Training`` of the recipe that was recorded.
+        trajectory: The record.
+        tracked: Global train indices, distinct; a sample's place in it is its row.
+
+    Raises:
+        ReplayDiverged: The batch order or the initial weights are not the recorded ones.
+    """
+
+    def __init__(self, training: Training, trajectory: Trajectory, tracked: Rows) -> None:
+        self.training, self.trajectory, self.tracked = training, trajectory, tracked
+        self._settings = {name: getattr(trajectory, name) for name in SETTINGS}
+        self._digests = dict(zip(trajectory.digest_step.tolist(), trajectory.digest.tolist(), strict=True))
+        self._row_of = np.full(training.n_train, -1, dtype=np.int64)
+        self._row_of[tracked] = np.arange(len(tracked))
+        self.done = 0
+        if not np.array_equal(training.batches, trajectory.batches):
+            raise ReplayDiverged(self._message("the batch order differs from the record", 0))
+        self.verify(0)
+
+    def replay(self, report: Report | None = None) -> None:
+        """Replay every step.
+
+        Raises:
+            ReplayDiverged: Weights differ from the record: names the step, both digests and what
+                differs between the two environments.
+            NonFiniteLoss: A batch loss is NaN or infinite.
+        """
+        self.advance(self.training.steps, report)
+
+    def advance(self, stop: int, report: Report | None = None) -> None:
+        """Replay from where this stands until ``stop`` steps are done; raises as ``replay``."""
+        training = self.training
+        for step, batch in enumerate(training.loader(self.done, stop), start=self.done):
+            training.apply_settings(self._settings, step)
+            self.step(step, batch, self.rows(step))
+            self.done = step + 1
+            if self.done in self._digests:
+                self.verify(self.done)
+            if self.done % training.steps_per_epoch == 0:
+                self.end_epoch()
+            if report:
+                report(self.done, training.steps)
+        if self.done == training.steps:
+            self.verify_epoch(training.recipe.epochs)
+
+    def start_at(self, k: int) -> None:
+        """Stand at checkpoint ``k`` of the record instead of at the initial weights."""
+        kept = self.trajectory.checkpoint(k)
+        self.training.load_weights(kept.weights, kept.buffers)
+        self.training.load_momentum(kept.momentum, kept.has_momentum.tolist())
+        self.done = kept.step
+
+    def train_as(self, trajectory: Trajectory) -> None:
+        """Train with another record's settings; what is collected keeps those this was made with."""
+        self._settings = {name: getattr(trajectory, name) for name in SETTINGS}
+
+    def rows(self, step: int) -> Rows:
+        """Return the row of every member of a step's batch, -1 where it is not tracked, (B_t,)."""
+        members = self.training.batches[step]
+        rows: Rows = self._row_of[members[members >= 0]]
+        return rows
+
+    def step(self, step: int, batch: Batch, rows: Rows) -> None:
+        """Take one training step, and from it what is to be collected."""
+        self.training.step(step, batch)
+
+    def end_epoch(self) -> None:
+        """Called after the last step of every epoch."""
+
+    def verify(self, step: int) -> None:
+        """Compare the weights with the digest recorded after ``step`` steps."""
+        expected = self._digests[step]
+        found = self.training.weight_checksum()
+        if found != expected:
+            raise ReplayDiverged(
+                self._message(
+                    f"weights after {step} steps have crc32 {found:08x}, recorded {expected:08x}", step
+                )
+            )
+
+    def verify_epoch(self, epoch: int) -> None:
+        """Compare weights and buffers with the digest recorded after ``epoch`` epochs."""
+        expected = self.trajectory.epoch_digest[epoch - 1]
+        found = self.training.state_digest()
+        if found != expected:
+            raise ReplayDiverged(
+                self._message(
+                    f"weights and buffers after epoch {epoch} have sha256 {found[:16]}…, "
+                    f"recorded {expected[:16]}…",
+                    epoch * self.training.steps_per_epoch,
+                )
+            )
+
+    def _message(self, what: str, step: int) -> str:
+        here = fingerprint(self.training.device)
+        recorded = self.trajectory.attrs.get("environment", {})
+        return f"replay diverged at step {step}: {what}; {fingerprint_differences(recorded, here)}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from hydra_pipe.pipeline.compare.by_epoch import Course, by_epoch
 from hydra_pipe.pipeline.compare.curves import training_figures
-from hydra_pipe.pipeline.drive.drive import run as drive
+from hydra_pipe.pipeline.run import run as drive
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.workers.recipes.data_images import first
 from hydra_pipe.workers.recipes.mnist import FashionMnist

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra_pipe.pipeline.drive.drive import run as drive
 from hydra_pipe.pipeline.evaluate.evaluate import Questions, evaluate
+from hydra_pipe.pipeline.run import run as drive
 from hydra_pipe.pipeline.spec.spec import RunSpec
 
 from .digits_mlp import DigitsMLP

@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import cloudpickle
-from hydra_pipe.pipeline.drive import drive
+from hydra_pipe.pipeline import run as door
 from hydra_pipe.pipeline.executors.base import Handler, Unit
 from hydra_pipe.pipeline.executors.serial import SerialExecutor
 from hydra_pipe.pipeline.plan.plan import Plan, cut
@@ -45,10 +46,10 @@ def make_spec(given: Mapping[str, Any]) -> RunSpec:
 def plan(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a plan predicts for a replay worker, and how it cuts the rows."""
     spec = make_spec(given)
-    cutting: Plan = cut(spec, survey(spec), {"slots": 1, "memory_per_worker": 0})
+    cutting: Plan = cut(spec, survey(spec), replace(SerialExecutor().capacity(), memory_per_worker=0))
     return {
-        "predicted": cutting.memory["replay worker"],
-        "buffers": cutting.memory["buffers of the largest shard"],
+        "predicted": cutting.memory.workers["replay"],
+        "buffers": cutting.memory.buffers,
         "tracked": cutting.n_tracked,
     }
 
@@ -74,10 +75,10 @@ class _Keeping(SerialExecutor):
 def record(given: Mapping[str, Any]) -> dict[str, Any]:
     """Record, and keep what the driver would send to the first replay worker."""
     spec = make_spec(given)
-    drive.run(spec, stages=("record",))
+    door.run(spec, stages=("record",))
     keeping = _Keeping(f"{given['out']}/first-unit.pickle")
-    with mock.patch.object(drive, "make_executor", return_value=keeping), suppress(_Kept):
-        drive.run(spec, stages=("replay",))
+    with mock.patch.object(door, "make_executor", return_value=keeping), suppress(_Kept):
+        door.run(spec, stages=("replay",))
     return {}
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def _run(
     ctx: click.Context, spec: RunSpec, stages: Sequence[str] | None = None, methods: Methods | None = None
 ) -> None:
-    from ..pipeline.drive.drive import run as drive
+    from ..pipeline.run import run as drive
 
     with watching(ctx.params["quiet"]) as observer:
         finished = drive(spec, observer=observer, stages=stages)

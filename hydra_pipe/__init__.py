@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .pipeline.compare.by_epoch import Course, by_epoch
     from .pipeline.compare.compare import compare
     from .pipeline.drive.attribute import attribute
-    from .pipeline.drive.drive import run
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
     from .pipeline.opened_run import Run, open_run
+    from .pipeline.run import run
     from .pipeline.spec.spec import RunSpec
     from .pipeline.verify.deep import verify_deep
     from .pipeline.verify.deep_checks import DeepVerification
@@ -61,7 +61,7 @@ _HOMES = {
     "evaluate": ".pipeline.evaluate.evaluate:evaluate",
     "events": ".pipeline.executors.events",
     "open_run": ".pipeline.opened_run:open_run",
-    "run": ".pipeline.drive.drive:run",
+    "run": ".pipeline.run:run",
     "verify": ".pipeline.verify.verify:verify",
     "verify_deep": ".pipeline.verify.deep:verify_deep",
 }

@@ -53,6 +53,15 @@ CLOSING_UNITS = (INDEX, INTERCLASS)
 ``run.json`` counts the one that a stage has among its units; people are shown the others.
 """
 
+# ---------------------------------------------------------------------- states
+
+State = Literal["complete", "partial", "missing", "asked"]
+COMPLETE: State = "complete"
+PARTIAL: State = "partial"
+MISSING: State = "missing"
+ASKED: State = "asked"
+"""Of a method in ``run.json`` for which nothing has been done but the record."""
+
 # ---------------------------------------------------------------------- modes, forms, targets
 
 Mode = Literal["forward", "adjoint"]

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import torch
 import zarr
 from hydra_pipe.pipeline.drive.attribute import attribute
-from hydra_pipe.pipeline.drive.drive import run
 from hydra_pipe.pipeline.evaluate.evaluate import Questions, evaluate
+from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from threadpoolctl import threadpool_limits
 

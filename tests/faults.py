@@ -83,6 +83,17 @@ class Faulty:
         return values
 
 
+def spoiled(run: Callable[..., Any], plan: FaultPlan) -> Callable[..., Any]:
+    """Return an executor's ``run`` that does every unit with faults."""
+
+    def spoiled_run(
+        self: Any, stage: str, units: Sequence[Unit], handler: Handler, *others: Any, **more: Any
+    ) -> Any:
+        return run(self, stage, units, Faulty(plan=plan, handler=handler), *others, **more)
+
+    return spoiled_run
+
+
 def _before(action: str) -> None:
     kind, _, rest = action.partition(":")
     if kind == "kill":

@@ -8,7 +8,7 @@ epoch. Committed work is kept: the same command goes on, and another question do
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,29 +20,19 @@ from ...workers.determinism import restored_process
 from ...workers.estimators import make
 from ...workers.estimators.influence_after import INFLUENCE
 from ...workers.recipe import Recipe
-from ..drive.stages import Stages, units_of
-from ..executors.base import Executor, Unit
-from ..executors.events import Note, Observer, null
+from ..drive.gradients import RECORDED
+from ..drive.stages import Session, Stage, Stages, run_stages, units_of
+from ..executors.base import Unit
+from ..executors.events import Observer, null
 from ..executors.ray import make_executor
 from ..plan.compatibility import chosen, place, refuse_unsupported
 from ..plan.provenance import check_recipe
-from ..plan.sharding import Shard, spans
+from ..plan.sharding import USUAL_MEMORY, Shard, itemsize_of, spans
 from ..plan.stored_spec import stored_spec
 from ..plan.survey import Survey, compute_of, survey
 from ..reading.reader import Reader, open_reader
-from ..spec.spec import RunSpec
-from ..units.by_epoch import ByEpochTasks
-from ..vocabulary import (
-    BY_EPOCH_SCORES,
-    CURVATURE,
-    EKFAC,
-    EXACT,
-    FAST,
-    RECORD,
-    SUMMARY,
-    TRAJECTORY,
-    by_epoch_stage,
-)
+from ..units.by_epoch import ByEpochWork
+from ..vocabulary import BY_EPOCH_SCORES, CURVATURE, EKFAC, EXACT, FAST, SUMMARY, by_epoch_stage
 from .by_epoch_measures import FollowedForms, measure
 
 METHODS = (FAST, EKFAC, *INFLUENCE)
@@ -129,8 +119,19 @@ def by_epoch(
         _check_same(found, surveyed)
         check_recipe(found.uri, found.info, surveyed.made_of, observer or null)
         executor = make_executor(spec)
+        session = Session(
+            spec=spec,
+            surveyed=surveyed,
+            directory=found.directory,
+            executor=executor,
+            observer=observer or null,
+        )
         try:
-            return _ByEpoch(found, spec, surveyed, course, executor, observer or null).drive()
+            session.require(RECORDED)
+            asked = _asked(found, surveyed, course)
+            session.directory.clear_litter()
+            run_stages(session, _stages(session, asked))
+            return _measured(found, asked)
         finally:
             executor.close()
 
@@ -148,154 +149,186 @@ def _check_same(run: Reader, surveyed: Survey) -> None:
         )
 
 
-class _ByEpoch(Stages):
-    """One comparison over training of one run."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """A course, made out for one run.
 
-    def __init__(
-        self,
-        run: Reader,
-        spec: RunSpec,
-        surveyed: Survey,
-        course: Course,
-        executor: Executor,
-        observer: Observer,
-    ) -> None:
-        super().__init__(run.directory, executor, observer, run.directory.read())
-        self.info.setdefault("stages", {})
-        self.run, self.spec, self.surveyed, self.course = run, spec, surveyed, course
-        self._needs(RECORD, TRAJECTORY, "record")
-        basis = run.directory.manifest(f"{EKFAC}/{CURVATURE}", CURVATURE)
-        self.methods = list(dict.fromkeys(course.methods or self._usual(basis is not None)))
-        if EKFAC in self.methods and basis is None:
-            raise IncompleteStage(
-                f"{run.uri} has no curvature for {EKFAC}; add it: hydra-pipe run ... --hessian ekfac on the same "
-                "--out, or leave it out of --methods"
-            )
-        last = surveyed.recipe.epochs
-        self.epochs = [*range(course.every, last, course.every), last]
-        begin = course.influence_from if course.influence_from is not None else max(1, last // 2)
-        self.influence_from = begin
-        self.influence = {
-            name: make(name, course.options.get(name, {})).options()
-            for name in self.methods
-            if name in INFLUENCE
-        }
-        for name in course.options:
-            if name not in self.influence:
-                raise SpecError(f"options of {name}, which is not among the methods; add it with --methods")
-        if self.influence and begin > last:
-            raise SpecError(f"influence_from {begin}: training has {last} epochs; use at most that")
-        self.late = [epoch for epoch in self.epochs if epoch >= begin]
-        self.stage = self._stage_name()
-        record = {"record": run.trajectory().epoch_digest[-1][:16]}
-        self.question: dict[str, dict[str, Any]] = {
-            self.stage: {
-                **record,
-                "every": course.every,
-                "curvature": basis.files[0].sha256[:16] if basis and EKFAC in self.methods else None,
-            }
-        }
-        for name, options in self.influence.items():
-            asked = {**record, "options": dict(options), "by_test": course.by_test}
-            self.question[by_epoch_stage(name)] = asked
+    Attributes:
+        forms: What is followed, and when.
+        questions: By stage, what its units answer.
+    """
 
-    def drive(self) -> dict[str, Any]:
-        self.directory.clear_litter()
-        shards = self._shards()
-        replays = 2 + (EKFAC in self.methods) + self.course.raw_decay  # of each shard, side by side
-        steps = self.surveyed.steps * len(shards) * replays
-        self._done(self.stage, units_of(self.stage, shards), steps, "step")
-        for name in self.influence:
-            stage = by_epoch_stage(name)
-            units = [
-                Unit(stage=stage, name=f"epoch-{epoch:05d}", arguments={"epoch": epoch})
-                for epoch in self.late
-            ]
-            self._done(stage, units, 0, "")
-        forms = FollowedForms(
-            stage=self.stage.rsplit("/", 1)[-1],
-            methods=tuple(self.methods),
-            raw_decay=self.course.raw_decay,
-            epochs=tuple(self.epochs),
-            influence_from=self.influence_from,
-            influence={name: dict(options) for name, options in self.influence.items()},
-            by_test=self.course.by_test,
+    forms: FollowedForms
+    questions: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def replays(self) -> str:
+        """The stage of the replays."""
+        return by_epoch_stage(self.forms.stage)
+
+    @property
+    def late(self) -> list[int]:
+        """Epochs after which influence functions are asked."""
+        return [epoch for epoch in self.forms.epochs if epoch >= self.forms.influence_from]
+
+
+def _asked(run: Reader, surveyed: Survey, course: Course) -> _Asked:
+    """Make a course out for a run.
+
+    Raises:
+        IncompleteStage: EKFAC is to be followed and there is no curvature.
+        SpecError: Options of what is not followed, or influence from after the last epoch on.
+    """
+    basis = run.directory.manifest(f"{EKFAC}/{CURVATURE}", CURVATURE)
+    methods = tuple(dict.fromkeys(course.methods or _usual(basis is not None)))
+    if EKFAC in methods and basis is None:
+        raise IncompleteStage(
+            f"{run.uri} has no curvature for {EKFAC}; add it: hydra-pipe run ... --hessian ekfac on the same "
+            "--out, or leave it out of --methods"
         )
-        found = measure(self.run, forms, seconds=self._seconds())
-        self.directory.drop(BY_EPOCH_SCORES)
-        write_bytes(self.directory.path(layout.BY_EPOCH_SUMMARY), dump(found))
-        self.directory.commit(BY_EPOCH_SCORES, SUMMARY, [layout.BY_EPOCH_SUMMARY], {})
-        return found
-
-    @staticmethod
-    def _usual(curvature: bool) -> list[str]:
-        return [FAST, *([EKFAC] if curvature else []), INFLUENCE[0]]
-
-    def _stage_name(self) -> str:
-        """Return the stage of the replays; what is carried is in its name, so that answers lie side by side."""
-        words = [f"every-{self.course.every}"]
-        words += ["ekfac"] if EKFAC in self.methods else []
-        words += ["raw-decay"] if self.course.raw_decay else []
-        return by_epoch_stage("-".join(words))
-
-    def _shards(self) -> tuple[Shard, ...]:
-        """Cut the tracked samples by memory and workers; a comparison that goes on keeps its cut."""
-        entry = self.info["stages"].setdefault(self.stage, {})
-        total = len(self.surveyed.tracked)
-        if "rows" not in entry or not self.directory.units(self.stage):
-            capacity = self.executor.capacity(start=False)
-            budget = self.spec.memory or int(capacity.get("memory_per_worker") or 0) or 4 << 30
-            entry["rows"] = min(self._fitting(budget), math.ceil(total / int(capacity.get("slots") or 1)))
-        return spans(total, int(entry["rows"]), "shard")
-
-    def _fitting(self, budget: int) -> int:
-        """Return how many samples a worker can follow."""
-        itemsize = 8 if self.spec.dtype == "float64" else 4
-        # Two buffers a form; EKFAC rows are rotated into a third. Every replay has its own model.
-        vectors = 4 + 3 * (EKFAC in self.methods) + 4 * self.course.raw_decay
-        each = vectors * self.surveyed.dimension * itemsize
-        room = MEMORY_SHARE * budget - self.surveyed.process_bytes
-        if room < each:
-            raise DoesNotFit(
-                f"following one tracked sample needs {int((each + self.surveyed.process_bytes) / MEMORY_SHARE):,} "
-                f"bytes in a worker of {budget:,} bytes; use workers with more memory (--memory, fewer --workers)"
-            )
-        return int(room // each)
-
-    def _done(self, stage: str, units: list[Unit], total: int, label: str) -> None:
-        """Do what is missing of a stage, and again what answered another question."""
-        wanted = {unit.name for unit in units}
-        for manifest in self.directory.manifests(stage):
-            if manifest.values.get("question") != self.question[stage]:
-                message = f"{stage} {manifest.unit} is done again: it was made with other options"
-                self.observer(Note(message=message))
-                self.directory.drop(stage, manifest.unit)
-                for entry in manifest.files:  # the new answer may have fewer
-                    remove(self.directory.path(entry.path))
-        others = [name for name in self.directory.units(stage) if name not in wanted]
-        self._stage(stage, units, total, label, extra=len(others) + 1)
-
-    def _seconds(self) -> dict[str, float]:
-        """Return the work spent on what was followed, by stage."""
-        return {
-            stage: sum(float(m.values.get("seconds", 0.0)) for m in self.directory.manifests(stage))
-            for stage in (self.stage, *(by_epoch_stage(name) for name in self.influence))
+    last = surveyed.recipe.epochs
+    begin = course.influence_from if course.influence_from is not None else max(1, last // 2)
+    influence = {
+        name: dict(make(name, course.options.get(name, {})).options())
+        for name in methods
+        if name in INFLUENCE
+    }
+    for name in course.options:
+        if name not in influence:
+            raise SpecError(f"options of {name}, which is not among the methods; add it with --methods")
+    if influence and begin > last:
+        raise SpecError(f"influence_from {begin}: training has {last} epochs; use at most that")
+    forms = FollowedForms(
+        stage=_name_of(course, methods),
+        methods=methods,
+        raw_decay=course.raw_decay,
+        epochs=(*range(course.every, last, course.every), last),
+        influence_from=begin,
+        influence=influence,
+        by_test=course.by_test,
+    )
+    record = {"record": run.trajectory().epoch_digest[-1][:16]}
+    questions: dict[str, dict[str, Any]] = {
+        by_epoch_stage(forms.stage): {
+            **record,
+            "every": course.every,
+            "curvature": basis.files[0].sha256[:16] if basis and EKFAC in methods else None,
         }
+    }
+    for name, options in influence.items():
+        questions[by_epoch_stage(name)] = {**record, "options": options, "by_test": course.by_test}
+    return _Asked(forms=forms, questions=questions)
 
-    def _tasks(self, stage: str) -> ByEpochTasks:
-        return ByEpochTasks(
-            uri=self.directory.uri,
-            recipe=self.surveyed.recipe,
-            compute=compute_of(self.spec),
-            tracked=self.surveyed.tracked,
-            tested=self.surveyed.tested,
-            epochs=self.epochs,
-            ekfac=EKFAC in self.methods,
-            raw_decay=self.course.raw_decay,
-            influence=self.influence,
-            by_test=self.course.by_test,
-            question=self.question,
+
+def _usual(curvature: bool) -> list[str]:
+    return [FAST, *([EKFAC] if curvature else []), INFLUENCE[0]]
+
+
+def _name_of(course: Course, methods: Collection[str]) -> str:
+    """Name the replays; what is carried is in the name, so that answers lie side by side."""
+    words = [f"every-{course.every}"]
+    words += ["ekfac"] if EKFAC in methods else []
+    words += ["raw-decay"] if course.raw_decay else []
+    return "-".join(words)
+
+
+def _stages(session: Session, asked: _Asked) -> Stages:
+    forms, surveyed = asked.forms, session.surveyed
+    shards = _shards(session, asked)
+    replays = 2 + (EKFAC in forms.methods) + forms.raw_decay  # of each shard, side by side
+    steps = surveyed.steps * len(shards) * replays
+    yield _stage(session, asked, asked.replays, units_of(asked.replays, shards), steps, "step")
+    for name in forms.influence:
+        stage = by_epoch_stage(name)
+        units = [
+            Unit(stage=stage, name=f"epoch-{epoch:05d}", arguments={"epoch": epoch}) for epoch in asked.late
+        ]
+        yield _stage(session, asked, stage, units, 0, "")
+
+
+def _stage(
+    session: Session, asked: _Asked, name: str, units: Sequence[Unit], total: int, label: str
+) -> Stage:
+    """Return a stage, after forgetting what answered another question."""
+    forms, surveyed, directory = asked.forms, session.surveyed, session.directory
+    question = asked.questions[name]
+    for manifest in directory.manifests(name):
+        if manifest.values.get("question") != question:
+            session.note(f"{name} {manifest.unit} is done again: it was made with other options")
+            directory.drop(name, manifest.unit)
+            for entry in manifest.files:  # the new answer may have fewer
+                remove(directory.path(entry.path))
+    wanted = {unit.name for unit in units}
+    return Stage(
+        name=name,
+        units=units,
+        handler=lambda: ByEpochWork(
+            uri=directory.uri,
+            recipe=surveyed.recipe,
+            compute=compute_of(session.spec),
+            tracked=surveyed.tracked,
+            tested=surveyed.tested,
+            epochs=list(forms.epochs),
+            ekfac=EKFAC in forms.methods,
+            raw_decay=forms.raw_decay,
+            influence=forms.influence,
+            by_test=forms.by_test,
+            question=question,
+        ),
+        total=total,
+        label=label,
+        kept=sum(unit not in wanted for unit in directory.units(name)),
+    )
+
+
+def _shards(session: Session, asked: _Asked) -> tuple[Shard, ...]:
+    """Cut the tracked samples by memory and workers; a comparison that goes on keeps its cut."""
+    spec, total = session.spec, len(session.surveyed.tracked)
+    entry = session.directory.read().get("stages", {}).get(asked.replays, {})
+    rows = entry.get("rows")
+    if rows is None or not session.directory.units(asked.replays):
+        capacity = session.executor.capacity(start=False)
+        budget = spec.memory or capacity.memory_per_worker or USUAL_MEMORY
+        fitting = samples_that_fit(session.surveyed, itemsize_of(spec.dtype), asked.forms, budget)
+        rows = min(fitting, math.ceil(total / (capacity.slots or 1)))
+
+    def note(info: dict[str, Any]) -> None:
+        info.setdefault("stages", {}).setdefault(asked.replays, {})["rows"] = rows
+
+    session.update(note)
+    return spans(total, int(rows), "shard")
+
+
+def samples_that_fit(surveyed: Survey, itemsize: int, forms: FollowedForms, budget: int) -> int:
+    """Return how many samples a worker of ``budget`` bytes can follow.
+
+    Raises:
+        DoesNotFit: Not one.
+    """
+    # Two buffers a form; EKFAC rows are rotated into a third. Every replay has its own model.
+    vectors = 4 + 3 * (EKFAC in forms.methods) + 4 * forms.raw_decay
+    each = vectors * surveyed.dimension * itemsize
+    room = MEMORY_SHARE * budget - surveyed.process_bytes
+    if room < each:
+        raise DoesNotFit(
+            f"following one tracked sample needs {int((each + surveyed.process_bytes) / MEMORY_SHARE):,} "
+            f"bytes in a worker of {budget:,} bytes; use workers with more memory (--memory, fewer --workers)"
         )
+    return int(room // each)
+
+
+def _measured(run: Reader, asked: _Asked) -> dict[str, Any]:
+    """Measure what was followed, and commit that."""
+    directory = run.directory
+    seconds = {
+        stage: sum(float(m.values.get("seconds", 0.0)) for m in directory.manifests(stage))
+        for stage in (asked.replays, *map(by_epoch_stage, asked.forms.influence))
+    }
+    found = measure(run, asked.forms, seconds=seconds)
+    directory.drop(BY_EPOCH_SCORES)
+    write_bytes(directory.path(layout.BY_EPOCH_SUMMARY), dump(found))
+    directory.commit(BY_EPOCH_SCORES, SUMMARY, [layout.BY_EPOCH_SUMMARY], {})
+    return found
 
 
 def read_by_epoch(run: Reader) -> dict[str, Any]:

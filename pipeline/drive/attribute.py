@@ -8,45 +8,45 @@ executor. The tables lie beside HyDRA's under ``method=NAME``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ...storage import layout
 from ...storage.errors import SpecError, SpecMismatch
-from ...storage.rundir import RunDirectory
 from ...workers.determinism import restored_process
 from ...workers.estimators import ESTIMATORS, make
 from ...workers.estimators.base import TARGETS, Estimator
 from ...workers.recipe import Recipe
-from ...workers.training.training import Compute
-from ..executors.base import Executor
-from ..executors.events import Note, Observer, RunFinished, RunStarted, null
+from ..executors.events import Observer, RunFinished, RunStarted, null
 from ..executors.ray import make_executor
 from ..opened_run import Run, open_run
 from ..plan.compatibility import place, refuse_unsupported, stored_run
-from ..plan.plan import Plan, cut
+from ..plan.plan import cut_reduce
 from ..plan.provenance import check_recipe
-from ..plan.sharding import EXACT_TARGETS, spans
+from ..plan.sharding import EXACT_TARGETS, USUAL_MEMORY, Cut, cut_targets, itemsize_of, spans
 from ..plan.stored_spec import PLACEMENT, stored_spec
-from ..plan.survey import Survey, survey
-from ..spec.spec import RunSpec, averaged
-from ..units.estimate import AttributeTasks
-from ..units.tasks import Tasks
+from ..plan.survey import compute_of, survey
+from ..spec.spec import averaged
+from ..units.estimate import EstimateWork, PrepareWork
+from ..units.reduce import ReduceWork
 from ..vocabulary import (
     ADJOINT,
     ATTRIBUTE,
+    COMPLETE,
     INDEX,
-    INTERCLASS,
+    PARTIAL,
     PREPARE,
     RECORD,
     REDUCE,
+    SAMPLES,
     TEST_GRADIENTS,
-    TRAJECTORY,
 )
-from .drive import _Driver
-from .seeds import announce, average, check_data, drive_members, naming, seeds_of
-from .stages import units_of
+from .gradients import RECORDED, TESTED
+from .reduce import reduce_job, reduce_method
+from .seeds import announce, average, check_data, drive_members, naming
+from .stages import Session, Stage, Stages, run_stages, units_of
+from .stores import StoreOf
 
 MOST_TARGETS = 64
 """Test samples of a block, at most: also what a killed worker loses."""
@@ -124,20 +124,20 @@ def _attribute(
     assert stored is not None  # the run is there, and what differs has been refused
     data = check_data(spec, surveyed, found.directory) if seeds > 1 else {}
     executor = make_executor(spec)
+    session = Session(
+        spec=spec, surveyed=surveyed, directory=found.directory, executor=executor, observer=observer
+    )
     try:
         observer(RunStarted(uri=found.uri, recipe=surveyed.recipe.name, resumed=True))
-        _add(spec, surveyed, found.directory, chosen, executor, observer, overwrite)
+        _add(session, chosen, overwrite)
         if seeds > 1:
             for name in chosen:
-                announce(found.directory, name, seeds_of(spec, surveyed))
-            needed = (RECORD, TEST_GRADIENTS)
-            members = drive_members(spec, surveyed, found.directory, data, executor, observer, needed)
-            for m in members:
-                with naming(m.seed):
-                    place_of = found.directory.of_seed(m.seed)
-                    _add(m.spec, m.surveyed, place_of, chosen, executor, observer, overwrite)
+                announce(session, name)
+            for member in drive_members(session, data, (RECORD, TEST_GRADIENTS)):
+                with naming(member.surveyed.recipe.seed):
+                    _add(member, chosen, overwrite)
             for name in chosen:
-                average(spec, surveyed, found.directory, name, executor, observer)
+                average(session, name)
     finally:
         executor.close()
     finished = open_run(found.uri)
@@ -146,36 +146,18 @@ def _attribute(
     return finished
 
 
-def _add(
-    spec: RunSpec,
-    surveyed: Survey,
-    directory: RunDirectory,
-    chosen: Mapping[str, Estimator],
-    executor: Executor,
-    observer: Observer,
-    overwrite: bool,
-) -> None:
+def _add(session: Session, chosen: Mapping[str, Estimator], overwrite: bool) -> None:
     """Do the estimators' stages in one run."""
-    stored = directory.read()
-    for name, estimator in chosen.items():
-        _check_options(directory, stored, name, estimator, overwrite, observer)
     for estimator in chosen.values():
-        capacity = executor.capacity(start=False)
-        stored = directory.read()
-        plan = _plan(spec, surveyed, stored, estimator, capacity)
-        _Attribution(spec, surveyed, plan, directory, executor, observer, stored, estimator).drive()
+        _check_options(session, estimator, overwrite)
+    for estimator in chosen.values():
+        run_stages(session, _estimate(session, estimator))
 
 
-def _check_options(
-    directory: RunDirectory,
-    stored: Mapping[str, Any],
-    name: str,
-    estimator: Estimator,
-    overwrite: bool,
-    observer: Observer,
-) -> None:
+def _check_options(session: Session, estimator: Estimator, overwrite: bool) -> None:
     """Refuse options that differ from what is there; with ``overwrite`` forget what is there."""
-    before = stored.get("methods", {}).get(name, {}).get("options")
+    directory, name = session.directory, estimator.NAME
+    before = directory.read().get("methods", {}).get(name, {}).get("options")
     asked = estimator.options()
     if before is None or before == asked:
         return
@@ -191,135 +173,117 @@ def _check_options(
                 f"{directory.uri} holds method {name} made with other options ({'; '.join(differing)}); "
                 "use the stored ones, or --overwrite to do the method again"
             )
-        observer(Note(message=f"method {name} is done again with other options"))
+        session.note(f"method {name} is done again with other options")
     for stage in stages:
         directory.drop(stage)
 
 
-def _plan(
-    spec: RunSpec,
-    surveyed: Survey,
-    stored: Mapping[str, Any],
-    estimator: Estimator,
-    capacity: Mapping[str, Any],
-) -> Plan:
+def _cut(session: Session, estimator: Estimator) -> Cut:
     """Cut the test samples into blocks by memory and workers; a resumed method keeps its cut."""
-    before = stored.get("methods", {}).get(estimator.NAME, {})
+    spec, tested = session.spec, len(session.surveyed.tested)
+    before = session.directory.read().get("methods", {}).get(estimator.NAME, {})
     count = before.get("shards")
     if count is None:
-        tested, slots = len(surveyed.tested), int(capacity.get("slots") or 1)
-        memory = spec.memory or int(capacity.get("memory_per_worker") or 0) or 4 << 30
-        held = estimator.VECTORS * surveyed.dimension * 8
+        capacity = session.executor.capacity(start=False)
+        memory = spec.memory or capacity.memory_per_worker or USUAL_MEMORY
+        held = estimator.VECTORS * session.surveyed.dimension * 8
         each = min(MOST_TARGETS, int(VECTOR_SHARE * memory) // held // TARGETS * TARGETS)
         each = max(TARGETS, each)
-        count = max(math.ceil(tested / each), min(slots, math.ceil(tested / TARGETS)))
-    # Blocks of targets are the exact adjoint's shards; how many fit was decided here.
-    shaped = replace(spec, mode=ADJOINT, hessian="exact", exact_rank=0, memory=None, seeds=1)
-    return cut(shaped, surveyed, {**capacity, "memory_per_worker": 0}, shards=count)
+        count = max(math.ceil(tested / each), min(capacity.slots or 1, math.ceil(tested / TARGETS)))
+    return cut_targets(tested, EXACT_TARGETS, count)
 
 
-class _Attribution(_Driver):
-    """One estimator's stages, with the driver's mechanics."""
+def _estimate(session: Session, estimator: Estimator) -> Stages:
+    """Prepare, attribute, reduce."""
+    surveyed, directory, method = session.surveyed, session.directory, estimator.NAME
+    session.require(RECORDED, TESTED)
+    directory.clear_litter()
+    blocks, options = _cut(session, estimator), estimator.options()
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        surveyed: Survey,
-        plan: Plan,
-        directory: RunDirectory,
-        executor: Executor,
-        observer: Observer,
-        stored: Mapping[str, Any],
-        estimator: Estimator,
-    ) -> None:
-        self.estimator = estimator
-        shaped = replace(spec, mode=ADJOINT, hessian="exact", exact_rank=0)
-        super().__init__(shaped, surveyed, plan, directory, executor, observer, stored)
-        self.method = self.base = self.form = estimator.NAME
-        self.options = estimator.options()
-        self.prepare_stage = f"{self.method}/{PREPARE}"
-        self.collect_stage = f"{self.method}/{ATTRIBUTE}"
-        self.reduce_stage = f"{self.method}/{REDUCE}"
+    def note(info: dict[str, Any]) -> None:
+        entry = info["methods"].setdefault(method, {"state": PARTIAL})
+        if entry.get("options") != options:  # done again: also its state
+            entry["state"] = PARTIAL
+        entry.update(mode=ATTRIBUTE, options=options, shards=len(blocks.shards))
 
-    def drive(self, stages: Sequence[str] = ()) -> None:
-        """Prepare, attribute, reduce."""
-        self._needs(RECORD, TRAJECTORY, "record")
-        self._needs(TEST_GRADIENTS, INDEX, "replay")
-        self.directory.clear_litter()
-        self.directory.write(self.info)
-        if self.estimator.PREPARES:
-            self._prepare()
-        self._fill(layout.by_test(self.method))
-        self._reduce()
-        self._close()
+    session.update(note)
+    if estimator.PREPARES:
+        yield _prepare(session, estimator)
+    stage = f"{method}/{ATTRIBUTE}"
+    compute = compute_of(session.spec)
+    yield Stage(
+        name=stage,
+        units=units_of(stage, blocks.shards),
+        handler=lambda: EstimateWork(
+            uri=directory.uri,
+            recipe=surveyed.recipe,
+            compute=replace(compute, batch_norm=estimator.BATCH_NORM) if estimator.BATCH_NORM else compute,
+            method=method,
+            estimator=estimator,
+            tracked=surveyed.tracked,
+            tested=surveyed.tested,
+        ),
+        total=len(surveyed.tested),
+        label="row",
+        store=StoreOf(
+            base=layout.by_test(method),
+            name="contribution",
+            rows=len(surveyed.tested),
+            columns=len(surveyed.tracked),
+            dtype=session.spec.dtype,
+            chunk_rows=blocks.chunk_rows,
+            dimensions=("test_index", "tracked"),
+            row_columns={"test_index": surveyed.tested.astype("int32")},
+            attrs={"n_train": surveyed.n_train, "method": method},
+        ),
+    )
+    row = surveyed.dimension * itemsize_of(session.spec.dtype)
+    cut = cut_reduce(len(surveyed.tracked), len(surveyed.tested), row, session.spec.reduce_memory)
+    yield from reduce_method(
+        session,
+        cut,
+        method,
+        lambda: ReduceWork(
+            uri=directory.uri,
+            compute=compute,
+            job=reduce_job(session, cut, method=method, base=method, targets=SAMPLES, mode=ADJOINT),
+        ),
+    )
+    session.update(lambda info: info["methods"][method].update(state=COMPLETE))
 
-    def _prepare(self) -> None:
-        plan = self.plan
-        entry = self.info["methods"][self.method]
-        slots = int(plan.capacity.get("slots") or 1)
-        rows = math.ceil(plan.n_tracked / slots / TARGETS) * TARGETS
-        rows = entry.setdefault("prepare_rows", min(PREPARE_ROWS, rows))
-        base = layout.prepared(self.method)
-        store = self._make_store(
-            self.prepare_stage,
-            base,
+
+def _prepare(session: Session, estimator: Estimator) -> Stage:
+    """Return the stage that prepares the tracked samples, once for all test samples."""
+    surveyed, directory, method = session.surveyed, session.directory, estimator.NAME
+    stage, tracked = f"{method}/{PREPARE}", len(surveyed.tracked)
+    slots = session.executor.capacity(start=False).slots or 1
+    rows = min(PREPARE_ROWS, math.ceil(tracked / slots / TARGETS) * TARGETS)
+    info = session.update(lambda info: info["methods"][method].setdefault("prepare_rows", rows) and None)
+    rows = info["methods"][method]["prepare_rows"]
+    return Stage(
+        name=stage,
+        units=units_of(stage, spans(tracked, rows, "rows")),
+        handler=lambda: PrepareWork(
+            uri=directory.uri,
+            recipe=surveyed.recipe,
+            compute=compute_of(session.spec),
+            method=method,
+            estimator=estimator,
+            tracked=surveyed.tracked,
+        ),
+        total=tracked,
+        label="row",
+        store=StoreOf(
+            base=layout.prepared(method),
             name="value",
-            rows=plan.n_tracked,
+            rows=tracked,
             columns=1,
             dtype="float64",
             chunk_rows=rows,
             dimensions=("train_index", "column"),
-            row_columns={"train_index": self.surveyed.tracked.astype("int32")},
-            attrs={"method": self.method},
-        )
-        if not self._valid(self.prepare_stage, INDEX):
-            self._commit_index(self.prepare_stage, base, store)
-        units = units_of(self.prepare_stage, spans(plan.n_tracked, rows, "rows"))
-        if self._stage(self.prepare_stage, units, plan.n_tracked, "row", extra=1):
-            # Blocks made with other lengths than these are void.
-            for stage in (self.reduce_stage, self.collect_stage):
-                self.directory.drop(stage)
-
-    def _fill(self, base: str) -> None:
-        plan = self.plan
-        store = self._make_store(
-            self.collect_stage,
-            base,
-            name="contribution",
-            rows=plan.n_tested,
-            columns=plan.n_tracked,
-            dtype=self.spec.dtype,
-            chunk_rows=plan.chunk_rows,
-            dimensions=("test_index", "tracked"),
-            row_columns={"test_index": self.surveyed.tested.astype("int32")},
-            attrs={"n_train": plan.n_train, "method": self.method},
-        )
-        if not self._valid(self.collect_stage, INDEX):
-            self._commit_index(self.collect_stage, base, store)
-        units = units_of(self.collect_stage, plan.shards)
-        self._stage(self.collect_stage, units, plan.n_tested, "row", extra=1)
-
-    def _tasks(self, stage: str) -> Tasks:
-        given = super()._tasks(stage)
-        values = {field.name: getattr(given, field.name) for field in fields(given)}
-        return AttributeTasks(**values, estimator=self.estimator)
-
-    def _compute(self, stage: str) -> Compute:
-        compute = super()._compute(stage)
-        kind = self.estimator.BATCH_NORM
-        return replace(compute, batch_norm=kind) if kind and stage == self.collect_stage else compute
-
-    def _info(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the run's own notes with this method among them: its plan stays HyDRA's."""
-        info = {**stored, "methods": {k: dict(v) for k, v in stored.get("methods", {}).items()}}
-        info["stages"] = {k: dict(v) for k, v in stored.get("stages", {}).items()}
-        entry = info["methods"].setdefault(self.estimator.NAME, {"state": "partial"})
-        if entry.get("options") != self.estimator.options():  # done again: also its state
-            entry["state"] = "partial"
-        entry.update(mode=ATTRIBUTE, options=self.estimator.options(), shards=len(self.plan.shards))
-        return info
-
-    def _close(self) -> None:
-        if self.directory.manifest(self.reduce_stage, INTERCLASS) is not None:
-            self.info["methods"][self.method]["state"] = "complete"
-        self.directory.write(self.info)
+            row_columns={"train_index": surveyed.tracked.astype("int32")},
+            attrs={"method": method},
+        ),
+        # Blocks made with other values than these are void.
+        voids=(f"{method}/{REDUCE}", f"{method}/{ATTRIBUTE}"),
+    )

@@ -21,45 +21,58 @@ from ...storage.trajectory import Trajectory, open_trajectory
 from ...workers.recursion.coefficients import recorded_settings
 from ...workers.recursion.eigencoefficients import stability_limit
 from ..executors.base import Unit
-from ..executors.events import Note
 from ..plan.plan import Plan
+from ..plan.survey import compute_of
 from ..plan.times import ENOUGH
-from ..spec.spec import RunSpec
+from ..units.curvature import PreflightWork
 from ..vocabulary import EKFAC, PREFLIGHT
-from .stages import Stages
+from .stages import Session, Stage, Stages
 
 
-class PreflightStages(Stages):
-    """The driver's part of it."""
+def preflight(
+    session: Session, plan: Plan, *, method: str, later: Sequence[Unit], vectors: int, exact: bool
+) -> Stages:
+    """Look before some units are done; note warnings in ``run.json`` and say them.
 
-    spec: RunSpec
-    plan: Plan
-    form: str
+    Args:
+        session: The session.
+        plan: How the work is cut.
+        method: Whose units.
+        later: The units that follow.
+        vectors: How many vectors they carry.
+        exact: Whether they carry them exactly.
 
-    def _preflight(self, method: str, later: str, units: Sequence[str], vectors: int, exact: bool) -> None:
-        """Look before the units of the stage ``later``; note warnings in ``run.json`` and say them.
-
-        Raises:
-            NonFiniteTangents: What follows would not be numbers.
-        """
-        trajectory = open_trajectory(self.directory.path(layout.TRAJECTORY))
-        if not exact:
-            curvature = None
-            if self.form == EKFAC:
-                uri = self.directory.path(layout.curvature(self.form))
-                curvature = read_curvature(uri)
-            found = settings_preflight(trajectory, self.spec.dtype, curvature)
-        else:
-            stage = f"{method}/{PREFLIGHT}"
-            done = set(units) <= set(self.directory.units(later))
-            if vectors >= ENOUGH and not done:
-                unit = Unit(stage=stage, name=PREFLIGHT, arguments={})
-                self._stage(stage, [unit], self.plan.steps, "step")
-            found = growth_preflight(self.directory, stage, self.spec.dtype, self.plan.steps)
-        self.info["methods"][method][PREFLIGHT] = found
-        self.directory.write(self.info)
-        for text in found["warnings"]:
-            self.observer(Note(message=f"warning: {text}"))
+    Raises:
+        NonFiniteTangents: What follows would not be numbers.
+    """
+    spec, directory = session.spec, session.directory
+    if not exact:
+        curvature = None
+        if spec.form == EKFAC:
+            curvature = read_curvature(directory.path(layout.curvature(spec.form)))
+        trajectory = open_trajectory(directory.path(layout.TRAJECTORY))
+        found = settings_preflight(trajectory, spec.dtype, curvature)
+    else:
+        stage = f"{method}/{PREFLIGHT}"
+        done = all(unit.name in directory.units(unit.stage) for unit in later)
+        if vectors >= ENOUGH and not done:
+            yield Stage(
+                name=stage,
+                units=[Unit(stage=stage, name=PREFLIGHT, arguments={})],
+                handler=lambda: PreflightWork(
+                    uri=directory.uri,
+                    recipe=session.surveyed.recipe,
+                    compute=compute_of(spec),
+                    tracked=session.surveyed.tracked,
+                ),
+                total=plan.steps,
+                label="step",
+                closing=False,
+            )
+        found = growth_preflight(directory, stage, spec.dtype, plan.steps)
+    session.update(lambda info: info["methods"][method].update({PREFLIGHT: found}))
+    for text in found["warnings"]:
+        session.note(f"warning: {text}")
 
 
 def settings_preflight(

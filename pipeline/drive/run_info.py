@@ -11,12 +11,13 @@ from typing import Any
 from ...storage import layout
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import open_trajectory
-from ..plan.compatibility import ASKED, chosen, method_options
+from ..plan.compatibility import chosen, method_options
 from ..plan.plan import Plan
 from ..plan.provenance import made_of_notes
 from ..plan.survey import Survey
 from ..spec.spec import RunSpec
-from ..vocabulary import RECORD, SAMPLES, SEEDS, TRAJECTORY
+from ..spec.targets import TargetSet
+from ..vocabulary import ASKED, RECORD, SAMPLES, SEEDS, TRAJECTORY
 
 
 def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,11 +35,11 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: Mapping[str, 
     }
     for method in dict.fromkeys((spec.base_method, spec.method)):  # in this order, which readers see
         methods.setdefault(method, {"state": ASKED})
-        methods[method].update(mode=spec.mode, options=method_options(spec), **target_notes(spec, plan))
+        methods[method].update(mode=spec.mode, options=method_options(spec), **target_notes(plan.targets))
     if spec.seeds > 1:
         seeds = [surveyed.recipe.seed + k for k in range(spec.seeds)]
         entry = methods.setdefault(spec.averaged, {"state": ASKED})
-        entry.update(average_entry(spec.method, seeds), **target_notes(spec, plan))
+        entry.update(average_entry(spec.method, seeds), **target_notes(plan.targets))
     return {
         "format": 1,
         "spec": _spec_dict(spec),
@@ -77,9 +78,9 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: Mapping[str, 
     }
 
 
-def target_notes(spec: RunSpec, plan: Plan) -> dict[str, Any]:
+def target_notes(targets: TargetSet) -> dict[str, Any]:
     """Return what a method's entry says of its targets; nothing where they are the test samples."""
-    return {} if spec.targets == SAMPLES else {"targets": spec.targets, "n_targets": len(plan.targets)}
+    return {} if targets.kind == SAMPLES else {"targets": targets.kind, "n_targets": len(targets)}
 
 
 def average_entry(source: str, seeds: Sequence[int]) -> dict[str, Any]:
@@ -92,11 +93,10 @@ def closing_notes(directory: RunDirectory, plan: Plan, info: dict[str, Any]) -> 
     manifests = [m for stage in directory.stages() for m in directory.manifests(stage)]
     record = directory.manifest(RECORD, TRAJECTORY)
     closing = dict(record.values) if record else {}
-    predicted = plan.memory
     info["summary"] = {
         **{k: v for k, v in closing.items() if k.endswith(("_accuracy", "_loss"))},
         "peak_bytes": max((m.values.get("peak_bytes", 0) for m in manifests), default=0),
-        "predicted_bytes": max(size for name, size in predicted.items() if name.endswith(" worker")),
+        "predicted_bytes": plan.memory.largest,
         "disk_bytes": sum(e.bytes for m in manifests for e in m.files),
         "predicted_disk_bytes": plan.disk["total"],
         "seconds": sum(v.get("seconds", 0.0) for v in info["stages"].values()),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...storage.errors import HydraError, InputError, SpecMismatch
@@ -20,26 +20,22 @@ from ...workers.recipe import Recipe
 from ...workers.training.made_of import of_another_seed
 from ...workers.training.same_data import check_same_data, data_digests, with_seed
 from ..executors.base import Executor, Report, Unit
-from ..executors.events import Note, Observer, StageFinished, StageStarted
+from ..executors.events import Observer, StageFinished, StageStarted
 from ..plan.compatibility import place, stored_run
-from ..plan.plan import cut
+from ..plan.plan import cut_reduce
+from ..plan.sharding import itemsize_of
 from ..plan.survey import Survey
 from ..reading.reader import Reader, open_reader
 from ..spec.spec import RunSpec, averaged
-from ..units.average import AverageTasks, content
-from ..units.tasks import Tasks
-from ..vocabulary import ADJOINT, INDEX, RECORD, REDUCE, TEST_GRADIENTS, TRAJECTORY
-from .drive import _Driver, make_driver
+from ..spec.targets import target_set
+from ..units.average import AverageWork, content
+from ..units.record import RecordWork
+from ..vocabulary import ADJOINT, COMPLETE, INDEX, PARTIAL, RECORD, REDUCE, TEST_GRADIENTS, TRAJECTORY
+from .drive import Begun, begin, drive
+from .gradients import record_work
+from .reduce import reduce_job, reduce_method
 from .run_info import average_entry, target_notes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
-    """A run with another seed: what to run, and the recipe's numbers."""
-
-    seed: int
-    spec: RunSpec
-    surveyed: Survey
+from .stages import Session, run_stages
 
 
 def run_seeds(
@@ -53,10 +49,11 @@ def run_seeds(
     """
     directory = RunDirectory(place(spec, surveyed))
     data = check_data(spec, surveyed, directory)
-    make_driver(spec, surveyed, executor, observer).drive(stages)
-    drive_members(spec, surveyed, directory, data, executor, observer, stages)
+    first = begin(spec, surveyed, executor, observer)
+    drive(first, stages)
+    drive_members(first.session, data, stages)
     if REDUCE in stages:
-        average(spec, surveyed, directory, spec.method, executor, observer)
+        average(first.session, spec.method)
 
 
 def check_data(spec: RunSpec, surveyed: Survey, directory: RunDirectory) -> Mapping[str, str]:
@@ -84,64 +81,94 @@ def check_data(spec: RunSpec, surveyed: Survey, directory: RunDirectory) -> Mapp
     return data
 
 
-def drive_members(
-    spec: RunSpec,
-    surveyed: Survey,
-    directory: RunDirectory,
-    data: Mapping[str, str],
-    executor: Executor,
-    observer: Observer,
-    stages: Sequence[str],
-) -> list[Member]:
-    """Do the stages for all seeds but the first; return their runs."""
-    info = directory.read()
-    known = info.get("seeds", {}).get("others", [])
-    info["seeds"] = {
-        "first": surveyed.recipe.seed,
-        "others": sorted({*known, *_others(spec, surveyed)}),
-        "data": dict(data),
-    }
-    directory.write(info)
-    members = [_member(spec, surveyed, directory, seed) for seed in _others(spec, surveyed)]
-    todo = [m for m in members if REDUCE in stages or not _has(directory.of_seed(m.seed), stages)]
-    drivers = {}
-    for m in todo:
-        with naming(m.seed):
-            drivers[m.seed] = make_driver(m.spec, m.surveyed, executor, observer)
+def drive_members(session: Session, data: Mapping[str, str], stages: Sequence[str]) -> list[Session]:
+    """Do the stages for all seeds but the first; return what their runs are driven with.
+
+    Args:
+        session: Of the first seed's run, of a spec with several.
+        data: What `check_data` returned.
+        stages: As of ``drive``.
+    """
+    spec, surveyed = session.spec, session.surveyed
+    others = _others(spec, surveyed)
+
+    def note(info: dict[str, Any]) -> None:
+        known = info.get("seeds", {}).get("others", [])
+        info["seeds"] = {
+            "first": surveyed.recipe.seed,
+            "others": sorted({*known, *others}),
+            "data": dict(data),
+        }
+
+    session.update(note)
+    members = {seed: _member(session, seed) for seed in others}
+    begun = {}
+    for seed, member in members.items():
+        if REDUCE in stages or not _has(member.directory, stages):
+            with naming(seed):
+                begun[seed] = begin(member.spec, member.surveyed, session.executor, session.observer)
     if RECORD in stages:
-        _record_ahead(drivers, executor, observer)
-    for seed, driver in drivers.items():
+        _record_ahead(session, begun)
+    for seed, one in begun.items():
         count = seed - surveyed.recipe.seed + 1
-        observer(Note(message=f"seed {seed}, {count} of {spec.seeds}: {driver.directory.uri}"))
+        session.note(f"seed {seed}, {count} of {spec.seeds}: {one.session.directory.uri}")
         with naming(seed):
-            driver.drive(stages)
-    return members
+            drive(one, stages)
+    return list(members.values())
 
 
-def average(
-    spec: RunSpec,
-    surveyed: Survey,
-    directory: RunDirectory,
-    source: str,
-    executor: Executor,
-    observer: Observer,
-) -> None:
+def average(session: Session, source: str) -> None:
     """Average the method ``source`` over all ``spec.seeds`` runs, which must hold it.
 
     Raises:
         IncompleteStage: One of them does not.
     """
-    shaped = replace(spec, mode=ADJOINT, hessian="none", exact_rank=0, seeds=1, memory=None)
-    _Average(shaped, surveyed, directory, executor, observer, source, seeds_of(spec, surveyed)).drive()
+    spec, surveyed, directory = session.spec, session.surveyed, session.directory
+    seeds = seeds_of(spec, surveyed)
+    name, stage = averaged(source, len(seeds)), f"{averaged(source, len(seeds))}/{REDUCE}"
+    members = [directory, *(directory.of_seed(seed) for seed in seeds[1:])]
+    for seed, member in zip(seeds, members, strict=True):
+        with naming(seed):
+            open_reader(member.uri).method(source)
+    digests = tuple(content(member, source) for member in members)
+    made = directory.manifests(stage)
+    if any(tuple(m.values.get("members", digests)) != digests for m in made):
+        session.note(f"{name} is averaged again: a member's contributions changed")
+        directory.drop(stage)
+    # Tiles follow from the numbers of samples alone; shards there are none.
+    targets = target_set(spec.targets, surveyed.tested, surveyed.test_labels[surveyed.tested])
+    row = surveyed.dimension * itemsize_of(spec.dtype)
+    cut = cut_reduce(len(surveyed.tracked), len(targets), row, spec.reduce_memory)
+
+    def note(info: dict[str, Any]) -> None:
+        entry = info["methods"].setdefault(name, {"state": PARTIAL})
+        entry.update(average_entry(source, seeds), **target_notes(targets))
+        info["method"] = name
+
+    session.update(note)
+
+    def work() -> AverageWork:
+        return AverageWork(
+            uri=directory.uri,
+            job=reduce_job(session, cut, method=name, base=name, targets=targets.kind, mode=ADJOINT),
+            source=source,
+            members=tuple(member.uri for member in members),
+            digests=digests,
+        )
+
+    run_stages(session, reduce_method(session, cut, name, work))
+    session.update(lambda info: info["methods"][name].update(state=COMPLETE))
 
 
-def announce(directory: RunDirectory, source: str, seeds: Sequence[int]) -> None:
+def announce(session: Session, source: str) -> None:
     """Note in ``run.json`` that a method is to be averaged, so that ``status`` knows what is missing."""
-    info = directory.read()
-    info["methods"].setdefault(averaged(source, len(seeds)), {"state": "partial"}).update(
-        average_entry(source, seeds)
-    )
-    directory.write(info)
+    seeds = seeds_of(session.spec, session.surveyed)
+
+    def note(info: dict[str, Any]) -> None:
+        entry = info["methods"].setdefault(averaged(source, len(seeds)), {"state": PARTIAL})
+        entry.update(average_entry(source, seeds))
+
+    session.update(note)
 
 
 def seeds_of(spec: RunSpec, surveyed: Survey) -> list[int]:
@@ -193,95 +220,47 @@ def _has(directory: RunDirectory, stages: Sequence[str]) -> bool:
     return all(stage in needed and directory.manifest(stage, needed[stage]) for stage in stages)
 
 
-def _member(spec: RunSpec, surveyed: Survey, directory: RunDirectory, seed: int) -> Member:
+def _member(session: Session, seed: int) -> Session:
+    """Return what the run of another seed is driven with."""
+    spec, surveyed, directory = session.spec, session.surveyed, session.directory.of_seed(seed)
     # A share is drawn with the run's seed; the other seeds look at the same samples.
     track = tuple(surveyed.tracked.tolist()) if str(spec.track).endswith("%") else spec.track
     test = tuple(surveyed.tested.tolist()) if str(spec.test).endswith("%") else spec.test
-    out = directory.of_seed(seed).uri
-    own = replace(spec, seeds=1, seed=seed, out=out, track=track, test=test)
+    own = replace(spec, seeds=1, seed=seed, out=directory.uri, track=track, test=test)
     # All that the survey found but the recipe itself is the same with every seed: `check_data`.
     made = of_another_seed(surveyed.made_of)
     other = replace(surveyed, recipe=with_seed(surveyed.recipe, seed), made_of=made, notes=())
-    return Member(seed=seed, spec=own, surveyed=other)
+    return replace(session, spec=own, surveyed=other, directory=directory)
 
 
-@dataclass(kw_only=True)
-class _RecordTasks:
-    """Handler that records several members at a time; ``tasks`` by unit."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RecordAhead:
+    """Handler that records several members at a time; ``works`` by unit: the seed, and its own handler."""
 
-    tasks: Mapping[str, tuple[int, Tasks]]
+    works: Mapping[str, tuple[int, RecordWork]]
 
     def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
-        seed, task = self.tasks[unit.name]
+        seed, work = self.works[unit.name]
         with naming(seed):
-            return task(Unit(stage=RECORD, name=TRAJECTORY, arguments={}), report)
+            return work(Unit(stage=RECORD, name=TRAJECTORY, arguments={}), report)
 
 
-def _record_ahead(drivers: Mapping[int, _Driver], executor: Executor, observer: Observer) -> None:
-    """Record the members that are new side by side: a record alone keeps one worker busy."""
-    fresh = {seed: driver for seed, driver in drivers.items() if not driver.directory.stages()}
+def _record_ahead(session: Session, begun: Mapping[int, Begun]) -> None:
+    """Record the members that are new side by side: a record alone keeps one worker busy.
+
+    Each commits into its own run, so these are no units of a stage of this one.
+    """
+    fresh = {seed: one for seed, one in begun.items() if not one.session.directory.stages()}
     if len(fresh) < 2:
         return
-    begun, tasks = time.monotonic(), {}
-    for seed, driver in fresh.items():
-        driver.directory.clear_litter()
-        driver.directory.write(driver.info)
-        tasks[f"seed-{seed}"] = (seed, driver._tasks(RECORD))
-    units = [Unit(stage=RECORD, name=name, arguments={}) for name in tasks]
-    steps = sum(driver.plan.steps for driver in fresh.values())
+    started, works = time.monotonic(), {}
+    for seed, one in fresh.items():
+        one.session.directory.clear_litter()
+        one.session.directory.write(one.info)
+        works[f"seed-{seed}"] = (seed, record_work(one.session))
+    units = [Unit(stage=RECORD, name=name, arguments={}) for name in works]
+    steps = sum(one.plan.steps for one in fresh.values())
+    observer = session.observer
     observer(StageStarted(stage=RECORD, units=len(units), total=steps, unit_label="step"))
-    executor.run(RECORD, units, _RecordTasks(tasks=tasks), observer)
-    observer(StageFinished(stage=RECORD, seconds=time.monotonic() - begun))
-
-
-class _Average(_Driver):
-    """The one stage of an average, with the driver's mechanics."""
-
-    def __init__(
-        self,
-        spec: RunSpec,
-        surveyed: Survey,
-        directory: RunDirectory,
-        executor: Executor,
-        observer: Observer,
-        source: str,
-        seeds: Sequence[int],
-    ) -> None:
-        self.source, self.seeds = source, list(seeds)
-        self.members = [directory, *(directory.of_seed(seed) for seed in self.seeds[1:])]
-        self.name = averaged(source, len(self.seeds))
-        # Tiles follow from the numbers of samples alone; shards there are none.
-        plan = cut(spec, surveyed, {}, shards=1)
-        super().__init__(spec, surveyed, plan, directory, executor, observer, directory.read())
-        self.method = self.base = self.name
-        self.options = {}
-        self.reduce_stage = f"{self.name}/{REDUCE}"
-
-    def drive(self, stages: Sequence[str] = ()) -> None:
-        """Average."""
-        for seed, member in zip(self.seeds, self.members, strict=True):
-            with naming(seed):
-                open_reader(member.uri).method(self.source)
-        self.digests = tuple(content(member, self.source) for member in self.members)
-        made = self.directory.manifests(self.reduce_stage)
-        if any(tuple(m.values.get("members", self.digests)) != self.digests for m in made):
-            self.observer(Note(message=f"{self.name} is averaged again: a member's contributions changed"))
-            self.directory.drop(self.reduce_stage)
-        self.directory.write(self.info)
-        self._reduce_method(self.name)
-        self.info["methods"][self.name]["state"] = "complete"
-        self.directory.write(self.info)
-
-    def _tasks(self, stage: str) -> Tasks:
-        given = super()._tasks(stage)
-        values = {field.name: getattr(given, field.name) for field in fields(given)}
-        uris = tuple(member.uri for member in self.members)
-        return AverageTasks(**values, source=self.source, members=uris, digests=self.digests)
-
-    def _info(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        info = {**stored, "methods": {k: dict(v) for k, v in stored.get("methods", {}).items()}}
-        info["stages"] = {k: dict(v) for k, v in stored.get("stages", {}).items()}
-        entry = info["methods"].setdefault(self.name, {"state": "partial"})
-        entry.update(average_entry(self.source, self.seeds), **target_notes(self.spec, self.plan))
-        info["method"] = self.name
-        return info
+    session.executor.run(RECORD, units, _RecordAhead(works=works), observer)
+    observer(StageFinished(stage=RECORD, seconds=time.monotonic() - started))

@@ -1,9 +1,15 @@
-"""The mechanics of stages: which units are done, which must be done again, and having them done."""
+"""Stages and the one runner that does them: skip what is committed, do the rest, time it, note it.
+
+A stage is a value; what makes it looks at what is there already. A run of several is a generator that
+yields one stage after the other, so that a later one can be made from what an earlier one committed.
+"""
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...storage.errors import CorruptStore, IncompleteStage
@@ -13,87 +19,218 @@ from ...storage.uri import is_local
 from ..executors.base import Executor, Handler, Unit
 from ..executors.events import Note, Observer, StageFinished, StageStarted, UnitSkipped
 from ..plan.sharding import Shard
-from ..vocabulary import INDEX, RECORD
-from .stores import rebuild
+from ..plan.survey import Survey
+from ..spec.spec import RunSpec
+from ..vocabulary import COMPLETE, INDEX, PARTIAL, RECORD
+from .stores import StoreOf
 
 
-class Stages:
-    """What drivers share. ``info`` is ``run.json``, written whenever a stage begins or ends."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needed:
+    """A unit that an earlier stage must have committed, and the command that does so."""
 
-    def __init__(
-        self, directory: RunDirectory, executor: Executor, observer: Observer, info: dict[str, Any]
-    ) -> None:
-        self.directory, self.executor, self.observer, self.info = directory, executor, observer, info
+    stage: str
+    unit: str
+    command: str
 
-    def _stage(self, stage: str, units: Sequence[Unit], total: int, label: str, extra: int = 0) -> list[str]:
-        """Do the units of a stage that have no valid manifest; return their names."""
-        begun = time.monotonic()
-        self.info["stages"].setdefault(stage, {})["units"] = len(units) + extra
-        self.observer(StageStarted(stage=stage, units=len(units), total=total, unit_label=label))
-        todo = []
-        for unit in units:
-            if self._valid(stage, unit.name):
-                self.observer(UnitSkipped(stage=stage, unit=unit.name))
-            else:
-                todo.append(unit)
-        if todo:
-            if stage == RECORD:
-                self._forget_what_followed()
-            self.directory.write(self.info)
-            self.executor.run(stage, todo, self._tasks(stage), self.observer)
-        seconds = time.monotonic() - begun
-        if todo:
-            entry = self.info["stages"][stage]
-            entry["seconds"] = entry.get("seconds", 0.0) + seconds
-            self.directory.write(self.info)
-        self.observer(StageFinished(stage=stage, seconds=seconds))
-        return [unit.name for unit in todo]
 
-    def _forget_what_followed(self) -> None:
-        """A new record makes everything computed from an older one void."""
-        for stage in self.directory.stages():
-            if stage != RECORD:
-                self.directory.drop(stage)
-        for method in self.info["methods"].values():
-            if method["state"] == "complete":
-                method["state"] = "partial"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runner:
+    """What stages of a run are done with.
 
-    def _make_store(self, stage: str, base: str, **described: Any) -> RowStore:
-        """Return a stage's store: as committed, made anew where its metadata are damaged, or fresh."""
-        uri = self.directory.path(base)
-        known = INDEX in self.directory.units(stage)
-        if self._valid(stage, INDEX):
-            return RowStore.open(uri, described["name"])
-        return rebuild(uri, **described) if known else RowStore.create(uri, **described)
+    Attributes:
+        directory: Where the run is.
+        executor: What does the units.
+        observer: Hears of everything that happens.
+    """
 
-    def _valid(self, stage: str, unit: str) -> bool:
+    directory: RunDirectory
+    executor: Executor
+    observer: Observer
+
+    def note(self, message: str) -> None:
+        """Tell the observer."""
+        self.observer(Note(message=message))
+
+    def update(self, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Change ``run.json`` as it is now, so that nothing another command noted is lost; return it."""
+        info = self.directory.read()
+        before = copy.deepcopy(info)
+        change(info)
+        if info != before:
+            self.directory.write(info)
+        return info
+
+    def require(self, *needed: Needed) -> None:
+        """Raise where one of these units is not committed.
+
+        Raises:
+            IncompleteStage: Names stage, unit and command.
+        """
+        for one in needed:
+            if self.directory.manifest(one.stage, one.unit) is None:
+                raise IncompleteStage(
+                    f"{self.directory.uri}: stage {one.stage} has not finished {one.unit}; "
+                    f"run `hydra-pipe {one.command}` with the same options first"
+                )
+
+    def valid(self, stage: str, unit: str) -> bool:
         """Whether a unit is committed and its files are what was committed; else forget it."""
+        directory = self.directory
         try:
-            manifest = self.directory.manifest(stage, unit)
+            manifest = directory.manifest(stage, unit)
             if manifest is None:
                 return False
-            problems = self.directory.check(manifest, digests=is_local(self.directory.uri))
+            problems = directory.check(manifest, digests=is_local(directory.uri))
         except CorruptStore as error:
             problems = [str(error)]
         if not problems:
             return True
-        self.observer(Note(message=f"{stage} {unit} is done again: {problems[0]}"))
-        self.directory.drop(stage, unit)
+        self.note(f"{stage} {unit} is done again: {problems[0]}")
+        directory.drop(stage, unit)
         return False
 
-    def _needs(self, stage: str, unit: str, command: str) -> None:
-        if self.directory.manifest(stage, unit) is None:
-            raise IncompleteStage(
-                f"{self.directory.uri}: stage {stage} has not finished {unit}; "
-                f"run `hydra-pipe {command}` with the same options first"
-            )
 
-    def _commit_index(self, stage: str, base: str, store: RowStore) -> None:
-        self.directory.commit(stage, INDEX, [f"{base}/{name}" for name in store.metadata_files()], {})
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session(Runner):
+    """What everything that drives a run is given.
 
-    def _tasks(self, stage: str) -> Handler:
-        """Return the handler of a stage."""
-        raise AssertionError("each driver has its own")
+    Attributes:
+        spec: What was asked for.
+        surveyed: What the recipe came to.
+    """
+
+    spec: RunSpec
+    surveyed: Survey
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One stage of a run: its units, who does them, what they need and what they commit.
+
+    Attributes:
+        name: Of the stage.
+        units: Each commits itself.
+        handler: Makes what does them; called where there is something to do, after ``needs``.
+        total: Steps of progress, over all units; 0: unknown.
+        label: What these are called.
+        needs: What must be there.
+        store: What the units fill, made and committed before the first of them; None: none, or who
+            yields the stage commits it afterwards.
+        closing: Whether there is a closing unit: the store's, or one committed afterwards.
+        voids: Stages whose results are void as soon as a unit is done anew.
+        kept: Units of the stage that are none of ``units`` and stay.
+    """
+
+    name: str
+    units: Sequence[Unit]
+    handler: Callable[[], Handler]
+    total: int
+    label: str
+    needs: Sequence[Needed] = ()
+    store: StoreOf | None = None
+    closing: bool = True
+    voids: Sequence[str] = ()
+    kept: int = 0
+
+
+Stages = Generator[Stage, list[str], None]
+"""Yields stages; gets back the names of the units that were done anew."""
+
+
+def run_stages(runner: Runner, stages: Stages) -> None:
+    """Do stages in the order in which they are yielded.
+
+    Raises:
+        IncompleteStage: What a stage needs is not there.
+        HydraError: Whatever went wrong in a unit; committed work is kept.
+    """
+    try:
+        stage = next(stages)
+        while True:
+            stage = stages.send(run_stage(runner, stage))
+    except StopIteration:
+        return
+
+
+def run_stage(runner: Runner, stage: Stage) -> list[str]:
+    """Do the units of a stage that have no valid manifest; return their names."""
+    runner.require(*stage.needs)
+    if stage.store is not None:
+        commit_store(runner, stage.name, stage.store)
+    begun, observer = time.monotonic(), runner.observer
+    observer(
+        StageStarted(stage=stage.name, units=len(stage.units), total=stage.total, unit_label=stage.label)
+    )
+    todo = []
+    for unit in stage.units:
+        if runner.valid(stage.name, unit.name):
+            observer(UnitSkipped(stage=stage.name, unit=unit.name))
+        else:
+            todo.append(unit)
+    if todo:
+        # Before the work: killed in it, nothing may be left that was made from what is replaced.
+        void(runner, stage.voids)
+    count = len(stage.units) + stage.kept + stage.closing
+    _note_stage(runner, stage.name, count, 0.0)
+    if todo:
+        runner.executor.run(stage.name, todo, stage.handler(), observer)
+        _note_stage(runner, stage.name, count, time.monotonic() - begun)
+    observer(StageFinished(stage=stage.name, seconds=time.monotonic() - begun))
+    return [unit.name for unit in todo]
+
+
+def _note_stage(runner: Runner, name: str, units: int, seconds: float) -> None:
+    """Note how many units a stage has and the time that went into it; write only what is news."""
+
+    def change(info: dict[str, Any]) -> None:
+        entry = info.setdefault("stages", {}).setdefault(name, {})
+        entry["units"] = units
+        if seconds:
+            entry["seconds"] = float(entry.get("seconds", 0.0)) + seconds
+
+    runner.update(change)
+
+
+def void(runner: Runner, stages: Sequence[str]) -> None:
+    """Forget the results of stages, and that methods made from them are complete."""
+    there = [stage for stage in stages if runner.directory.units(stage)]
+    if not there:
+        return
+    for stage in there:
+        runner.directory.drop(stage)
+
+    def change(info: dict[str, Any]) -> None:
+        for name, entry in info.get("methods", {}).items():
+            if entry.get("state") == COMPLETE and any(stage.startswith(f"{name}/") for stage in there):
+                entry["state"] = PARTIAL
+
+    runner.update(change)
+
+
+def after_the_record(directory: RunDirectory) -> list[str]:
+    """Return the stages with results that a new record makes void: all others."""
+    return [stage for stage in directory.stages() if stage != RECORD]
+
+
+def commit_store(runner: Runner, stage: str, store: StoreOf) -> None:
+    """Make a stage's store, where that is not done, and commit its metadata and per-row columns."""
+    made = make_store(runner, stage, store)
+    if made is not None:
+        commit_index(runner.directory, stage, store, made)
+
+
+def make_store(runner: Runner, stage: str, store: StoreOf) -> RowStore | None:
+    """Make a stage's store, anew where its metadata are damaged; None: it is there and committed."""
+    known = INDEX in runner.directory.units(stage)
+    if runner.valid(stage, INDEX):
+        return None
+    return store.rebuild(runner.directory) if known else store.create(runner.directory)
+
+
+def commit_index(directory: RunDirectory, stage: str, store: StoreOf, made: RowStore) -> None:
+    """Commit the metadata and per-row columns of a store."""
+    directory.commit(stage, INDEX, [f"{store.base}/{name}" for name in made.metadata_files()], {})
 
 
 def units_of(stage: str, spans: Sequence[Shard]) -> list[Unit]:

@@ -1,27 +1,68 @@
-"""Making the stores of rows that stages fill, also again where their metadata were damaged."""
+"""The stores of rows that stages fill: described as values, made before any worker starts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy.typing as npt
 
 from ...storage import files
 from ...storage.rows import RowStore
+from ...storage.rundir import RunDirectory
 from ...storage.uri import join
 
 
-def rebuild(uri: str, **described: Any) -> RowStore:
-    """Write the metadata and given columns of a store anew; its rows stay.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StoreOf:
+    """A store of rows inside a run; fields but ``base`` as for ``RowStore.create``.
 
-    They are made in a temporary store and copied over what is there.
-
-    Args:
-        uri: Address of the store.
-        described: As for ``RowStore.create``.
+    Attributes:
+        base: Where it lies in the run.
     """
-    temporary = f"{uri}{files.PARTIAL}"
-    files.remove(temporary, recursive=True)
-    fresh = RowStore.create(temporary, **described)
-    for name in fresh.metadata_files():
-        files.write_bytes(join(uri, *name.split("/")), files.read_bytes(join(temporary, *name.split("/"))))
-    files.remove(temporary, recursive=True)
-    return RowStore.open(uri, described["name"])
+
+    base: str
+    name: str
+    rows: int
+    columns: int
+    dtype: str
+    chunk_rows: int
+    dimensions: tuple[str, str]
+    row_columns: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    def create(self, directory: RunDirectory) -> RowStore:
+        """Make it."""
+        return self._make(directory.path(self.base))
+
+    def open(self, directory: RunDirectory) -> RowStore:
+        """Open it."""
+        return RowStore.open(directory.path(self.base), self.name)
+
+    def rebuild(self, directory: RunDirectory) -> RowStore:
+        """Write its metadata and given columns anew; its rows stay.
+
+        They are made in a temporary store and copied over what is there.
+        """
+        uri = directory.path(self.base)
+        temporary = f"{uri}{files.PARTIAL}"
+        files.remove(temporary, recursive=True)
+        for name in self._make(temporary).metadata_files():
+            parts = name.split("/")
+            files.write_bytes(join(uri, *parts), files.read_bytes(join(temporary, *parts)))
+        files.remove(temporary, recursive=True)
+        return self.open(directory)
+
+    def _make(self, uri: str) -> RowStore:
+        return RowStore.create(
+            uri,
+            name=self.name,
+            rows=self.rows,
+            columns=self.columns,
+            dtype=self.dtype,
+            chunk_rows=self.chunk_rows,
+            dimensions=self.dimensions,
+            row_columns=dict(self.row_columns),
+            attrs=dict(self.attrs),
+        )

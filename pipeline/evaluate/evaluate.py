@@ -6,7 +6,6 @@ command, shared by all methods. What is computed from them is one small unit of 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
@@ -17,23 +16,25 @@ from ...storage.documents import dump, load
 from ...storage.errors import IncompleteStage, SpecError
 from ...storage.files import read_bytes, write_bytes
 from ...storage.rundir import RunDirectory
-from ...storage.uri import is_local
 from ...workers.determinism import preserved_generators, restored_process
 from ...workers.recipe import Recipe
 from ..drive.seeds import naming, recorded
+from ..drive.stages import Runner, Stage, run_stage
 from ..executors.base import Executor
-from ..executors.events import Note, Observer, StageFinished, StageStarted, UnitSkipped, null
+from ..executors.events import Note, Observer, null
 from ..executors.ray import make_executor
 from ..plan.provenance import look_and_check
 from ..plan.stored_spec import REPEATED, stored_spec
-from ..plan.survey import compute_of, resolve_recipe
+from ..plan.survey import Integers, compute_of, resolve_recipe
 from ..reading.reader import Reader, open_reader
+from ..spec.spec import RunSpec
 from ..spec.targets import kind_of
-from ..units.retrain import Change, RetrainTasks, Trial, leave_one_out, perturbations, subsets, unchanged
+from ..units.retrain import Change, RetrainWork, unchanged
 from ..vocabulary import EVALUATE_SCORES, RETRAIN, SUMMARY, Way
 from .outcomes import Evidence, tracked_samples
 from .removal import removals
 from .report import summarize, tables
+from .trials import Trial, leave_one_out, perturbations, subsets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,145 +108,171 @@ def evaluate(
     """
     with restored_process():
         found = run if isinstance(run, Reader) else open_reader(run)
-        return _Evaluation(found, recipe, questions or Questions(), observer or null, overrides).evaluate()
-
-
-class _Evaluation:
-    """One evaluation of one run."""
-
-    def __init__(
-        self,
-        run: Reader,
-        recipe: Recipe | str | None,
-        questions: Questions,
-        observer: Observer,
-        overrides: Mapping[str, Any],
-    ) -> None:
-        self.run, self.questions, self.observer = run, questions, observer
-        complete = run.methods()
-        if not complete:
-            raise IncompleteStage(f"{run.uri} has no complete method to evaluate; finish the run first")
-        kind = kind_of(run.info, complete[0])  # the finest come first
-        alike = [name for name in complete if kind_of(run.info, name) == kind]
-        self.methods = list(dict.fromkeys(run.method(m) for m in questions.methods or alike))
-        if not questions.methods and len(alike) < len(complete):
-            coarser = ", ".join(name for name in complete if name not in alike)
-            self.observer(
-                Note(message=f"not scored: {coarser} (no targets {kind!r}); name them with --methods")
-            )
-        self.trajectory = run.trajectory()
-        self.tracked, self.tested = tracked_samples(run, self.methods)
-        self.spec = stored_spec(run, recipe, overrides, command="evaluate", free=REPEATED)
-        with preserved_generators():
-            self.recipe = resolve_recipe(self.spec)
-        look_and_check(run.uri, run.info, self.spec, observer)
-        self.n_train = int(run.info["n_train"])
-        self.places = [(run.directory, self.recipe), *recorded(run, self.recipe, questions.seeds)]
-
-    def evaluate(self) -> dict[str, Any]:
-        executor = make_executor(self.spec)
+        evaluation = _prepared(found, recipe, questions or Questions(), observer or null, overrides)
+        executor = make_executor(evaluation.spec)
         try:
-            # First and alone: it stops a wrong recipe before hundreds of retrainings, and some
-            # rankings are made of what it measures.
-            self._retrain(executor, [unchanged()])
-            places = [directory for directory, _ in self.places]
-            evidence = Evidence(self.run, self.tracked, self.tested, unchanged().unit, self.methods, places)
-            trials = self._trials(evidence)
-            changes = {trial.change.unit: trial.change for trial in trials}
-            self._retrain(executor, [unchanged(), *changes.values()])
+            evidence = _retrained(evaluation, executor)
         finally:
             executor.close()
-        evidence.load(trials)
-        summary = summarize(evidence, self.methods, self._asked())
-        self._store(summary, evidence)
+        summary = summarize(evidence, evaluation.methods, _spoken(evaluation.questions))
+        _store(found.directory, summary, evidence)
         return summary
 
-    def _trials(self, evidence: Evidence) -> list[Trial]:
-        asked, tracked, way = self.questions, self.tracked, self.questions.retraining
-        trials: list[Trial] = []
-        for fraction in asked.fractions if asked.subsets else ():
-            if not 0 < round(fraction * len(tracked)) < len(tracked):
-                raise SpecError(
-                    f"fractions {fraction:g}: of {len(tracked)} tracked samples that keeps "
-                    f"{round(fraction * len(tracked))}; some must stay and some must go"
-                )
-            trials += subsets(tracked, fraction, asked.subsets, asked.seed, way)
-        if asked.leave_one_out:
-            trials += leave_one_out(tracked, asked.leave_one_out, asked.seed)
-        trials += removals(evidence, self.methods, asked.remove, asked.seed, way)
-        return trials + perturbations(tracked, self.n_train, asked.perturb, asked.seed)
 
-    def _retrain(self, executor: Executor, changes: Sequence[Change]) -> None:
-        """Do the retrainings that are not committed yet, with every seed."""
-        for directory, recipe in self.places:
-            if len(self.places) == 1:
-                self._retrain_one(executor, changes, directory, recipe)
-                continue
-            self.observer(Note(message=f"retraining with seed {recipe.seed}"))
-            with naming(recipe.seed):
-                self._retrain_one(executor, changes, directory, recipe)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Evaluation:
+    """One evaluation of one run.
 
-    def _retrain_one(
-        self, executor: Executor, changes: Sequence[Change], directory: RunDirectory, recipe: Recipe
-    ) -> None:
-        begun, observer = time.monotonic(), self.observer
-        steps = len(self.trajectory.batches)
-        observer(
-            StageStarted(stage=RETRAIN, units=len(changes), total=steps * len(changes), unit_label="step")
-        )
-        todo = []
-        for change in changes:
-            manifest = directory.manifest(RETRAIN, change.unit)
-            problems = [] if manifest is None else directory.check(manifest, digests=is_local(directory.uri))
-            if manifest is not None and not problems:
-                observer(UnitSkipped(stage=RETRAIN, unit=change.unit))
-                continue
-            if problems:
-                observer(Note(message=f"{RETRAIN} {change.unit} is done again: {problems[0]}"))
-                directory.drop(RETRAIN, change.unit)
-            todo.append(change.as_unit())
-        if todo:
-            tasks = RetrainTasks(
-                uri=directory.uri,
-                recipe=recipe,
-                compute=compute_of(self.spec),
-                n_train=self.n_train,
-                tracked=self.tracked,
-                tested=self.tested,
+    Attributes:
+        run: The run.
+        questions: What is asked.
+        observer: Hears of everything that happens.
+        methods: What is scored.
+        spec: Where and how it is retrained.
+        places: The runs with their recipes, one a seed.
+        tracked: Train indices, (n,).
+        tested: Test indices, (M,).
+        steps: T.
+    """
+
+    run: Reader
+    questions: Questions
+    observer: Observer
+    methods: list[str]
+    spec: RunSpec
+    places: list[tuple[RunDirectory, Recipe]]
+    tracked: Integers
+    tested: Integers
+    steps: int
+
+    @property
+    def n_train(self) -> int:
+        """N."""
+        return int(self.run.info["n_train"])
+
+
+def _prepared(
+    run: Reader,
+    recipe: Recipe | str | None,
+    questions: Questions,
+    observer: Observer,
+    overrides: Mapping[str, Any],
+) -> _Evaluation:
+    """Find what is scored and with what, and what speaks against it; see `evaluate`."""
+    complete = run.methods()
+    if not complete:
+        raise IncompleteStage(f"{run.uri} has no complete method to evaluate; finish the run first")
+    kind = kind_of(run.info, complete[0])  # the finest come first
+    alike = [name for name in complete if kind_of(run.info, name) == kind]
+    methods = list(dict.fromkeys(run.method(m) for m in questions.methods or alike))
+    if not questions.methods and len(alike) < len(complete):
+        coarser = ", ".join(name for name in complete if name not in alike)
+        observer(Note(message=f"not scored: {coarser} (no targets {kind!r}); name them with --methods"))
+    steps = len(run.trajectory().batches)
+    tracked, tested = tracked_samples(run, methods)
+    spec = stored_spec(run, recipe, overrides, command="evaluate", free=REPEATED)
+    with preserved_generators():
+        resolved = resolve_recipe(spec)
+    look_and_check(run.uri, run.info, spec, observer)
+    return _Evaluation(
+        run=run,
+        questions=questions,
+        observer=observer,
+        methods=methods,
+        spec=spec,
+        places=[(run.directory, resolved), *recorded(run, resolved, questions.seeds)],
+        tracked=tracked,
+        tested=tested,
+        steps=steps,
+    )
+
+
+def _retrained(evaluation: _Evaluation, executor: Executor) -> Evidence:
+    """Do all retrainings and return what they showed."""
+    # First and alone: it stops a wrong recipe before hundreds of retrainings, and some
+    # rankings are made of what it measures.
+    _retrain(evaluation, executor, [unchanged()])
+    evidence = Evidence(
+        evaluation.run,
+        evaluation.tracked,
+        evaluation.tested,
+        unchanged().unit,
+        evaluation.methods,
+        [directory for directory, _ in evaluation.places],
+    )
+    trials = _trials(evaluation, evidence)
+    changes = {trial.change.unit: trial.change for trial in trials}
+    _retrain(evaluation, executor, [unchanged(), *changes.values()])
+    evidence.load(trials)
+    return evidence
+
+
+def _trials(evaluation: _Evaluation, evidence: Evidence) -> list[Trial]:
+    asked, tracked, way = evaluation.questions, evaluation.tracked, evaluation.questions.retraining
+    trials: list[Trial] = []
+    for fraction in asked.fractions if asked.subsets else ():
+        if not 0 < round(fraction * len(tracked)) < len(tracked):
+            raise SpecError(
+                f"fractions {fraction:g}: of {len(tracked)} tracked samples that keeps "
+                f"{round(fraction * len(tracked))}; some must stay and some must go"
             )
-            self._note(directory, len(todo), 0.0)
-            executor.run(RETRAIN, todo, tasks, observer)
-            self._note(directory, 0, time.monotonic() - begun)
-        seconds = time.monotonic() - begun
-        observer(StageFinished(stage=RETRAIN, seconds=seconds))
+        trials += subsets(tracked, fraction, asked.subsets, asked.seed, way)
+    if asked.leave_one_out:
+        trials += leave_one_out(tracked, asked.leave_one_out, asked.seed)
+    trials += removals(evidence, evaluation.methods, asked.remove, asked.seed, way)
+    return trials + perturbations(tracked, evaluation.n_train, asked.perturb, asked.seed)
 
-    def _note(self, directory: RunDirectory, coming: int, seconds: float) -> None:
-        """Write into ``run.json`` how many retrainings there are, with those to come, and their time."""
-        info = directory.read()  # read anew: a run may have added a method meanwhile
-        entry = info.setdefault("stages", {}).setdefault(RETRAIN, {})
-        entry["units"] = len(directory.manifests(RETRAIN)) + coming + 1
-        entry["seconds"] = float(entry.get("seconds", 0.0)) + seconds
-        directory.write(info)
 
-    def _asked(self) -> dict[str, Any]:
-        asked = self.questions
-        return {
-            field.name: list(value) if isinstance(value := getattr(asked, field.name), tuple) else value
-            for field in fields(asked)
-            if field.name != "methods"
-        }
+def _retrain(evaluation: _Evaluation, executor: Executor, changes: Sequence[Change]) -> None:
+    """Do the retrainings that are not committed yet, with every seed."""
+    for directory, recipe in evaluation.places:
+        runner = Runner(directory=directory, executor=executor, observer=evaluation.observer)
+        stage = _stage(evaluation, runner, recipe, changes)
+        if len(evaluation.places) == 1:
+            run_stage(runner, stage)
+            continue
+        runner.note(f"retraining with seed {recipe.seed}")
+        with naming(recipe.seed):
+            run_stage(runner, stage)
 
-    def _store(self, summary: dict[str, Any], evidence: Evidence) -> None:
-        directory = self.run.directory
-        large = tables(summary, evidence)
-        directory.drop(EVALUATE_SCORES)
-        write_bytes(directory.path(layout.EVALUATION_SUMMARY), dump(summary))
-        files = [layout.EVALUATION_SUMMARY]
-        for name, (table, schema) in large.items():
-            relative = layout.evaluation(name)
-            write_table(directory.path(relative), table, schema)
-            files.append(relative)
-        directory.commit(EVALUATE_SCORES, SUMMARY, files, {})
+
+def _stage(evaluation: _Evaluation, runner: Runner, recipe: Recipe, changes: Sequence[Change]) -> Stage:
+    directory, wanted = runner.directory, {change.unit for change in changes}
+    return Stage(
+        name=RETRAIN,
+        units=[change.as_unit() for change in changes],
+        handler=lambda: RetrainWork(
+            uri=directory.uri,
+            recipe=recipe,
+            compute=compute_of(evaluation.spec),
+            n_train=evaluation.n_train,
+            tracked=evaluation.tracked,
+            tested=evaluation.tested,
+        ),
+        total=evaluation.steps * len(changes),
+        label="step",
+        kept=sum(unit not in wanted for unit in directory.units(RETRAIN)),
+    )
+
+
+def _spoken(asked: Questions) -> dict[str, Any]:
+    return {
+        field.name: list(value) if isinstance(value := getattr(asked, field.name), tuple) else value
+        for field in fields(asked)
+        if field.name != "methods"
+    }
+
+
+def _store(directory: RunDirectory, summary: dict[str, Any], evidence: Evidence) -> None:
+    large = tables(summary, evidence)
+    directory.drop(EVALUATE_SCORES)
+    write_bytes(directory.path(layout.EVALUATION_SUMMARY), dump(summary))
+    files = [layout.EVALUATION_SUMMARY]
+    for name, (table, schema) in large.items():
+        relative = layout.evaluation(name)
+        write_table(directory.path(relative), table, schema)
+        files.append(relative)
+    directory.commit(EVALUATE_SCORES, SUMMARY, files, {})
 
 
 def read_summary(run: Reader) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from ...storage.errors import InputError
 from ...storage.rundir import RunDirectory
 from ..reading.panels import targets, tested
 from ..spec.targets import coarsened, kind_of, target_set
-from ..units.retrain import Trial, read_part
+from ..units.retrain import read_part
 from ..vocabulary import KINDS, SAMPLES
 from .scores import predict
+from .trials import Trial
 
 if TYPE_CHECKING:
     from ..reading.reader import Reader

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..units.retrain import Trial, draw, removal
+from ..units.retrain import removal
 from ..vocabulary import Way
 from .outcomes import Evidence
+from .trials import Trial, draw
 
 RANDOM_DRAWS = 3
 """Random orders that a curve is compared with."""

@@ -31,6 +31,27 @@ class Unit:
     arguments: Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capacity:
+    """The machines of an executor.
+
+    Attributes:
+        executor: Its name.
+        nodes: Machines.
+        cpus: Of all of them.
+        gpus: Of all of them.
+        slots: Units that can be in work at the same time; 0: no worker fits.
+        memory_per_worker: Bytes of main memory that one worker may count on; 0: unknown.
+    """
+
+    executor: str
+    nodes: int
+    cpus: float
+    gpus: float
+    slots: int
+    memory_per_worker: int
+
+
 class Handler(Protocol):
     """Does units. Must pickle; one instance does many units in one process and may cache there."""
 
@@ -47,15 +68,11 @@ class Executor(Protocol):
         """How many units can be in work at the same time."""
         ...
 
-    def capacity(self, *, start: bool = True) -> dict[str, Any]:
+    def capacity(self, *, start: bool = True) -> Capacity:
         """Describe the machines.
 
         Args:
             start: False asks for an estimate that starts nothing.
-
-        Returns:
-            ``executor`` (name), ``nodes``, ``cpus``, ``gpus``, ``slots`` and ``memory_per_worker``
-            (bytes of main memory one worker may count on).
         """
         ...
 

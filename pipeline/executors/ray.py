@@ -20,7 +20,7 @@ from ...workers.actor import actor_class
 from ...workers.recipes.beside import packed
 from ..spec.spec import RunSpec
 from . import placement, raysetup
-from .base import Executor, Handler, Unit
+from .base import Capacity, Executor, Handler, Unit
 from .dispatch import Dispatch
 from .events import Note, Observer
 from .placement import Demand, Node
@@ -89,9 +89,9 @@ class RayExecutor:
     @property
     def slots(self) -> int:
         """How many workers there can be at a time; connects, and starts Ray where none runs."""
-        return int(self.capacity()["slots"])
+        return self.capacity().slots
 
-    def capacity(self, *, start: bool = True) -> dict[str, Any]:
+    def capacity(self, *, start: bool = True) -> Capacity:
         """Describe the cluster; see :class:`~.units.Executor`.
 
         With ``start=False`` a cluster that runs is asked, and otherwise this machine is described as
@@ -102,14 +102,14 @@ class RayExecutor:
         else:
             nodes = self._nodes()
         demand = self._demand(nodes, None, None)
-        return {
-            "executor": "ray",
-            "nodes": len(nodes),
-            "cpus": sum(node.cpus for node in nodes),
-            "gpus": sum(node.gpus for node in nodes),
-            "slots": min(placement.slots(nodes, demand), self._workers or 1 << 30),
-            "memory_per_worker": placement.memory_per_worker(nodes, demand),
-        }
+        return Capacity(
+            executor="ray",
+            nodes=len(nodes),
+            cpus=sum(node.cpus for node in nodes),
+            gpus=sum(node.gpus for node in nodes),
+            slots=min(placement.slots(nodes, demand), self._workers or 1 << 30),
+            memory_per_worker=placement.memory_per_worker(nodes, demand),
+        )
 
     def _demand(self, nodes: Sequence[Node], gpus: float | None, cpus: float | None) -> Demand:
         gpus = self._gpus if gpus is None else gpus

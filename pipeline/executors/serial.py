@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from .base import Handler, Unit
+from .base import Capacity, Handler, Unit
 from .events import Observer, UnitFinished, UnitProgress, UnitStarted
 from .placement import cpu_count
 
@@ -27,16 +27,16 @@ class SerialExecutor:
         self._clock = clock
         self._interval = interval
 
-    def capacity(self, *, start: bool = True) -> dict[str, Any]:
+    def capacity(self, *, start: bool = True) -> Capacity:
         """Describe this process; see :class:`~.units.Executor`. GPUs are not counted here."""
-        return {
-            "executor": "serial",
-            "nodes": 1,
-            "cpus": float(cpu_count()),
-            "gpus": 0.0,
-            "slots": self.slots,
-            "memory_per_worker": int(psutil.virtual_memory().available),
-        }
+        return Capacity(
+            executor="serial",
+            nodes=1,
+            cpus=float(cpu_count()),
+            gpus=0.0,
+            slots=self.slots,
+            memory_per_worker=int(psutil.virtual_memory().available),
+        )
 
     def run(
         self,

@@ -12,12 +12,9 @@ from ...storage.rundir import RunDirectory
 from ...workers.determinism import resolve_device
 from ..executors.raysetup import inside_ray_job
 from ..spec.spec import RunSpec
-from ..vocabulary import KINDS
+from ..vocabulary import ASKED, KINDS
 from .provenance import adopt, recipe_differences
 from .survey import Survey
-
-ASKED = "asked"
-"""State of a method in ``run.json`` for which nothing has been done but the record."""
 
 
 def refuse_unsupported(spec: RunSpec) -> None:

@@ -18,12 +18,13 @@ from ...workers.persample.engine import TILE
 from ...workers.replay.targets import PANEL_BYTES as TARGET_PANEL_BYTES
 from ...workers.training.record import checkpoint_steps
 from ...workers.training.test_gradients import TEST_BATCH
+from ..executors.base import Capacity
 from ..executors.events import null, warn
 from ..reading.panels import PANEL_BYTES
 from ..spec.spec import RunSpec
-from ..spec.targets import TargetSet
-from ..vocabulary import FORWARD, SAMPLES
-from .sharding import Shard, Sharding, spans
+from ..spec.targets import TargetSet, target_set
+from ..vocabulary import CORRECTION, FORWARD, REDUCE, REPLAY, SAMPLES, TEST_GRADIENTS
+from .sharding import Shard, Sharding, correction_bytes, itemsize_of, spans
 from .survey import Survey, survey
 from .times import seconds_of
 
@@ -56,6 +57,42 @@ class ReduceTiles:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReduceCut:
+    """The reduce stage of a method: how a unit works, and which units there are."""
+
+    tiles: ReduceTiles
+    blocks: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of main memory.
+
+    Attributes:
+        process: Of one process that trains, without buffers.
+        buffers: Of the largest shard.
+        workers: Of a worker, by what it does.
+    """
+
+    process: int
+    buffers: int
+    workers: Mapping[str, int]
+
+    @property
+    def largest(self) -> int:
+        """Of the worker that needs most."""
+        return max(self.workers.values())
+
+    def as_dict(self) -> dict[str, int]:
+        """Return all of it, named as people are shown it."""
+        return {
+            "one process without buffers": self.process,
+            "buffers of the largest shard": self.buffers,
+            **{f"{name} worker": size for name, size in self.workers.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Everything the driver decides before it starts; ``as_dict`` is what users see."""
 
@@ -73,13 +110,12 @@ class Plan:
     targets: TargetSet
     target_chunk_rows: int
     target_blocks: tuple[Shard, ...]
-    reduce: ReduceTiles
-    reduce_blocks: tuple[Shard, ...]
+    reduce: ReduceCut
     checkpoints: int
-    memory: Mapping[str, int]
+    memory: Memory
     disk: Mapping[str, int]
     seconds: Mapping[str, float]
-    capacity: Mapping[str, Any]
+    slots: int
     seeds: int
     warnings: tuple[str, ...] = ()
 
@@ -97,14 +133,14 @@ class Plan:
                 "targets": self.targets.kind,
                 "target vectors": len(self.targets),
                 "contributions": self.n_tracked * len(self.targets),
-                "workers at a time": self.capacity.get("slots"),
+                "workers at a time": self.slots,
                 **({"seeds": self.seeds} if self.seeds > 1 else {}),
             },
             "shards": [
-                {**asdict(shard), "bytes": (shard.stop - shard.start) * self.dimension * self.itemsize}
+                {**asdict(shard), "bytes": shard.rows * self.dimension * self.itemsize}
                 for shard in self.shards
             ],
-            "memory": dict(self.memory),
+            "memory": self.memory.as_dict(),
             "disk": dict(self.disk),
             "time": dict(self.seconds),
             **({"warnings": list(self.warnings)} if self.warnings else {}),
@@ -132,43 +168,39 @@ def make_plan(spec: RunSpec) -> Plan:
     return replace(cut(spec, surveyed, capacity), warnings=surveyed.warnings)
 
 
-def cut(spec: RunSpec, surveyed: Survey, capacity: Mapping[str, Any], *, shards: int | None = None) -> Plan:
+def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | None = None) -> Plan:
     """Cut the work of a surveyed recipe for machines of this capacity.
 
     Args:
         spec: What to run.
         surveyed: The recipe's numbers.
-        capacity: ``slots``, ``memory_per_worker`` (bytes) and what else the executor says.
+        capacity: Of the executor.
         shards: A number of shards that is fixed already, by an earlier start of the same run.
 
     Raises:
         DoesNotFit: See ``make_plan``.
     """
     n, m, dimension = len(surveyed.tracked), len(surveyed.tested), surveyed.dimension
-    sharding = Sharding(spec, surveyed)
-    targets, k = sharding.targets, len(sharding.targets)
-    row, itemsize = sharding.row, sharding.itemsize
-    slots = int(capacity.get("slots") or 1)
-    count = shards or sharding.count(capacity)
-    parts = sharding.parts(count)
+    targets = target_set(spec.targets, surveyed.tested, surveyed.test_labels[surveyed.tested])
+    k, itemsize, row = len(targets), itemsize_of(spec.dtype), dimension * itemsize_of(spec.dtype)
+    sharding = Sharding(spec, surveyed, k)
+    replay = sharding.cut(shards or sharding.count(capacity))
+    slots = capacity.slots or 1
     test_chunk_rows = chunk_rows_for(dimension, itemsize, m)
     per_block = max(1, TEST_BLOCK_BYTES // (row * test_chunk_rows)) * test_chunk_rows
-    tiles = reduce_tiles(n, k, row, spec.reduce_memory)
+    reduce = cut_reduce(n, k, row, spec.reduce_memory)
     # A mean is added up in float64, and every unit reads all test gradients: as few units as fit.
     target_chunk_rows = chunk_rows_for(dimension, itemsize, k)
     per_unit = max(1, spec.reduce_memory // 2 // (8 * dimension * target_chunk_rows)) * target_chunk_rows
     kept = checkpoint_steps(surveyed.steps, dimension, itemsize, spec.checkpoint_every)
-    memory = {
-        "one process without buffers": surveyed.process_bytes,
-        "buffers of the largest shard": sharding.widest(count) * sharding.held,
-        "replay worker": sharding.needed(count),
-        "test-gradients worker": surveyed.process_bytes + (per_block + TEST_BATCH) * row,
-        "reduce worker": surveyed.process_bytes + tiles.bytes + WRITER_BYTES,
+    process = surveyed.process_bytes
+    workers = {
+        REPLAY: sharding.load.bytes(replay),
+        TEST_GRADIENTS: process + (per_block + TEST_BATCH) * row,
+        REDUCE: process + reduce.tiles.bytes + WRITER_BYTES,
     }
     if spec.exact_rank:
-        memory["correction worker"] = sharding.correction()
-    blocks = spans(m, per_block, "block")
-    units = spans(n, tiles.unit_rows, "rows")
+        workers[CORRECTION] = correction_bytes(surveyed, itemsize, spec.exact_rank)
     disk = {
         "trajectory": len(kept) * dimension * 2 * itemsize + surveyed.steps * (spec_batch(surveyed) * 4 + 60),
         **({layout.HYPERGRADIENTS: n * row} if spec.mode == FORWARD else {layout.BY_TEST: n * k * itemsize}),
@@ -177,13 +209,13 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Mapping[str, Any], *, shards:
     }
     if targets.kind != SAMPLES:
         held = min(k, per_unit) * 8 * dimension
-        memory["target-gradients worker"] = surveyed.process_bytes + held + 2 * TARGET_PANEL_BYTES
+        workers["target-gradients"] = process + held + 2 * TARGET_PANEL_BYTES
         disk["target_gradients"] = k * row
-    times = seconds_of(surveyed, parts, slots, k, spec)
+    times = seconds_of(surveyed, replay.shards, slots, k, spec)
     if spec.seeds > 1:
         # A unit's means (float64), spreads and a file on its way out; panels of the members' tables.
-        held = 16 * tiles.unit_rows * k + 2 * PANEL_BYTES
-        memory["average worker"] = surveyed.process_bytes + held + WRITER_BYTES
+        held = 16 * reduce.tiles.unit_rows * k + 2 * PANEL_BYTES
+        workers["average"] = process + held + WRITER_BYTES
         # As many runs again, one after the other, and what their average adds: mean and spread.
         disk["other seeds"] = (spec.seeds - 1) * sum(disk.values())
         disk["average over seeds"] = 2 * disk["contributions"]
@@ -199,22 +231,27 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Mapping[str, Any], *, shards:
         dimension=dimension,
         itemsize=itemsize,
         steps=surveyed.steps,
-        chunk_rows=sharding.chunk_rows(count),
-        shards=parts,
+        chunk_rows=replay.chunk_rows,
+        shards=replay.shards,
         test_chunk_rows=test_chunk_rows,
-        test_blocks=blocks,
+        test_blocks=spans(m, per_block, "block"),
         targets=targets,
         target_chunk_rows=target_chunk_rows,
         target_blocks=spans(k, per_unit, "block"),
-        reduce=tiles,
-        reduce_blocks=units,
+        reduce=reduce,
         checkpoints=len(kept),
-        memory=memory,
+        memory=Memory(process=process, buffers=replay.widest * sharding.load.item, workers=workers),
         disk=disk,
         seconds=times,
-        capacity=dict(capacity),
+        slots=slots,
         seeds=spec.seeds,
     )
+
+
+def cut_reduce(n: int, k: int, row_bytes: int, budget: int) -> ReduceCut:
+    """Cut the reduce stage of n tracked samples and K targets; arguments as of `reduce_tiles`."""
+    tiles = reduce_tiles(n, k, row_bytes, budget)
+    return ReduceCut(tiles=tiles, blocks=spans(n, tiles.unit_rows, "rows"))
 
 
 def spec_batch(surveyed: Survey) -> int:

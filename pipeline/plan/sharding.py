@@ -1,23 +1,21 @@
-"""How the tracked samples (or, in adjoint mode, the targets) are cut into shards, and what fits.
+"""How rows are cut into shards, and what of it fits into a worker: arithmetic on plain numbers.
 
-Pure arithmetic. A shard is a whole number of chunks; the cut depends on the number of shards alone.
+A shard is a whole number of chunks; the cut depends on the number of shards alone, never on machines.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from ...storage.errors import DoesNotFit
 from ...storage.rows import chunk_rows_for
 from ...workers.hessian.tiles import TILE, working_bytes
 from ...workers.replay.adjoint import SEGMENT_BYTES
 from ...workers.replay.projection import TARGET_TILE
+from ..executors.base import Capacity
 from ..spec.spec import RunSpec
-from ..spec.targets import target_set
-from ..vocabulary import ADJOINT
+from ..vocabulary import ADJOINT, Hessian
 from .survey import Survey
 
 WRITE_CHUNKS = 4
@@ -29,6 +27,9 @@ EXACT_TARGETS = TILE
 TILE_VECTORS = 6
 """Vectors of D numbers that a row of a tile takes in passing."""
 
+USUAL_MEMORY = 4 << 30
+"""Bytes that a worker is taken to have where nobody knows."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
@@ -37,6 +38,24 @@ class Shard:
     name: str
     start: int
     stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """Shards, and the rows of a chunk of the store that they fill."""
+
+    chunk_rows: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def widest(self) -> int:
+        """Rows of the largest shard."""
+        return max(shard.rows for shard in self.shards)
 
 
 def spans(total: int, rows: int, label: str) -> tuple[Shard, ...]:
@@ -47,105 +66,152 @@ def spans(total: int, rows: int, label: str) -> tuple[Shard, ...]:
     )
 
 
+def cut_forward(samples: int, dimension: int, itemsize: int, count: int) -> Cut:
+    """Cut tracked samples into ``count`` shards, fewer where there are not as many chunks.
+
+    Args:
+        samples: n.
+        dimension: D.
+        itemsize: Bytes of a number.
+        count: Shards.
+    """
+    rows = chunk_rows_for(dimension, itemsize, samples, count)
+    return Cut(chunk_rows=rows, shards=_dealt(samples, rows, count, "shard"))
+
+
+def cut_targets(targets: int, tile: int, count: int) -> Cut:
+    """Cut targets into ``count`` shards of whole tiles."""
+    return Cut(chunk_rows=tile, shards=_dealt(targets, tile, count, "targets"))
+
+
+def _dealt(items: int, rows: int, count: int, label: str) -> tuple[Shard, ...]:
+    """Deal whole chunks to ``count`` contiguous shards whose chunk counts differ by at most one."""
+    chunks = math.ceil(items / rows)
+    count = min(count, chunks)
+    each, extra = divmod(chunks, count)
+    shards, start = [], 0
+    for k in range(count):
+        stop = min(items, start + (each + (k < extra)) * rows)
+        shards.append(Shard(name=f"{label}-{k:05d}", start=start, stop=stop))
+        start = stop
+    return tuple(shards)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What a worker holds, in bytes.
+
+    Attributes:
+        process: It alone.
+        item: For each sample (or target) of its shard.
+        row: D numbers.
+        segment: Of the coefficients or weights kept for a stretch of steps.
+        passing: In passing, whatever the shard.
+        adjoint: Whether items are targets.
+    """
+
+    process: int
+    item: int
+    row: int
+    segment: int
+    passing: int
+    adjoint: bool
+
+    def bytes(self, cut: Cut) -> int:
+        """Return what a worker of the largest shard uses."""
+        if self.adjoint:
+            spare = self.segment + cut.widest * self.row
+        else:  # rows being formed, encoded and written
+            spare = min(2 * cut.widest, (2 * WRITE_CHUNKS + 1) * cut.chunk_rows) * self.row
+        return self.process + cut.widest * self.item + spare + self.passing
+
+
+def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, hessian: Hessian) -> Load:
+    """Return what a worker of a replay holds.
+
+    Args:
+        surveyed: The recipe's numbers.
+        itemsize: Bytes of a number.
+        adjoint: Whether it carries targets backwards.
+        hessian: In which form.
+    """
+    row, exact = surveyed.dimension * itemsize, hessian == "exact"
+    if adjoint:
+        item = 2 * row + 2 * len(surveyed.tracked) * itemsize
+    else:
+        numbers = {
+            "none": surveyed.row_numbers,
+            "ekfac": surveyed.dimension,
+            "exact": 2 * surveyed.dimension,
+        }
+        item = numbers[hessian] * itemsize
+    tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * TILE * row
+    return Load(
+        process=surveyed.process_bytes,
+        item=item,
+        row=row,
+        segment=min(SEGMENT_BYTES if exact else 0, surveyed.steps * row),
+        passing=tiles if exact else 0,
+        adjoint=adjoint,
+    )
+
+
+def correction_bytes(surveyed: Survey, itemsize: int, rank: int) -> int:
+    """Return the bytes that a worker uses for a chunk of ``rank`` directions carried back exactly."""
+    load = load_of(surveyed, itemsize, adjoint=True, hessian="exact")
+    return load.bytes(cut_targets(min(rank, EXACT_TARGETS), EXACT_TARGETS, 1))
+
+
 class Sharding:
-    """The cut of one run.
+    """The cut of a run's replay.
 
     Args:
         spec: What to run.
         surveyed: The recipe's numbers.
+        targets: K.
 
     Attributes:
-        targets: The targets of the spec.
         items: What is cut: n tracked samples, or K targets in adjoint mode.
-        row: Bytes of D numbers.
-        held: Bytes a worker holds an item.
+        load: What a worker holds.
     """
 
-    def __init__(self, spec: RunSpec, surveyed: Survey) -> None:
-        self.spec, self.surveyed = spec, surveyed
-        self.itemsize = 8 if spec.dtype == "float64" else 4
-        self.row = surveyed.dimension * self.itemsize
-        tracked = len(surveyed.tracked)
-        self.adjoint = spec.mode == ADJOINT
-        self.targets = target_set(spec.targets, surveyed.tested, surveyed.test_labels[surveyed.tested])
-        if self.adjoint:
-            self.items, self.held = len(self.targets), 2 * self.row + 2 * tracked * self.itemsize
-        else:
-            numbers = {
-                "none": surveyed.row_numbers,
-                "ekfac": surveyed.dimension,
-                "exact": 2 * surveyed.dimension,
-            }
-            self.items, self.held = tracked, numbers[spec.hessian] * self.itemsize
+    def __init__(self, spec: RunSpec, surveyed: Survey, targets: int) -> None:
+        self.itemsize = itemsize_of(spec.dtype)
+        self._asked, self._memory = spec.shards, spec.memory
+        self._dimension = surveyed.dimension
+        self._tile = EXACT_TARGETS if spec.hessian == "exact" else TARGET_TILE
+        adjoint = spec.mode == ADJOINT
+        self.items = targets if adjoint else len(surveyed.tracked)
+        self.load = load_of(surveyed, self.itemsize, adjoint=adjoint, hessian=spec.hessian)
 
-    def chunk_rows(self, count: int) -> int:
-        """Return the rows of a chunk when there are ``count`` shards."""
-        if self.adjoint:
-            return EXACT_TARGETS if self.spec.hessian == "exact" else TARGET_TILE
-        return chunk_rows_for(self.surveyed.dimension, self.itemsize, self.items, count)
-
-    def parts(self, count: int) -> tuple[Shard, ...]:
-        """Deal whole chunks to ``count`` contiguous shards whose chunk counts differ by at most one."""
-        rows = self.chunk_rows(count)
-        chunks = math.ceil(self.items / rows)
-        count = min(count, chunks)
-        each, extra = divmod(chunks, count)
-        label = "targets" if self.adjoint else "shard"
-        shards, start = [], 0
-        for k in range(count):
-            stop = min(self.items, start + (each + (k < extra)) * rows)
-            shards.append(Shard(name=f"{label}-{k:05d}", start=start, stop=stop))
-            start = stop
-        return tuple(shards)
-
-    def widest(self, count: int) -> int:
-        """Return the items of the largest of ``count`` shards."""
-        return max(shard.stop - shard.start for shard in self.parts(count))
+    def cut(self, count: int) -> Cut:
+        """Return the cut into ``count`` shards."""
+        if self.load.adjoint:
+            return cut_targets(self.items, self._tile, count)
+        return cut_forward(self.items, self._dimension, self.itemsize, count)
 
     def needed(self, count: int) -> int:
-        """Return the bytes that a worker of the largest shard will use."""
-        return self._bytes(self.widest(count), self.chunk_rows(count))
+        """Return the bytes that a worker of the largest of ``count`` shards will use."""
+        return self.load.bytes(self.cut(count))
 
-    def correction(self) -> int:
-        """Return the bytes that a worker uses for a chunk of the directions of ``exact_rank``."""
-        exact = Sharding(replace(self.spec, mode=ADJOINT, hessian="exact", exact_rank=0), self.surveyed)
-        return exact._bytes(min(self.spec.exact_rank, EXACT_TARGETS), EXACT_TARGETS)
-
-    def _bytes(self, widest: int, chunk_rows: int) -> int:
-        if self.adjoint:
-            segment = SEGMENT_BYTES if self.spec.hessian == "exact" else 0
-            spare = min(segment, self.surveyed.steps * self.row) + widest * self.row
-        else:
-            # Rows being formed, encoded and written.
-            spare = min(2 * widest, (2 * WRITE_CHUNKS + 1) * chunk_rows) * self.row
-        if self.spec.hessian == "exact":
-            spare += working_bytes(self.surveyed.activation_bytes) + TILE_VECTORS * TILE * self.row
-        return self.surveyed.process_bytes + widest * self.held + spare
-
-    def count(self, capacity: Mapping[str, Any]) -> int:
+    def count(self, capacity: Capacity) -> int:
         """Return how many shards to cut: those asked for, or one a worker and more where memory wants it.
-
-        Args:
-            capacity: ``slots``, ``memory_per_worker`` (bytes; 0 or absent: unknown).
 
         Raises:
             DoesNotFit: A shard does not fit into a worker; says how many shards would.
         """
-        budget = self.spec.memory or int(capacity.get("memory_per_worker") or 0)
-        if self.spec.shards == "auto":
-            asked = min(self.items, int(capacity.get("slots") or 1))
-        else:
-            asked = min(int(self.spec.shards), self.items)
+        budget = self._memory or capacity.memory_per_worker
+        asked = min(self.items, (capacity.slots or 1) if self._asked == "auto" else int(self._asked))
         if not budget or self.needed(asked) <= budget:
             return asked
         fitting = self._fitting(asked, budget)
         if fitting is None:
-            what = "target" if self.adjoint else "tracked sample"
+            what = "target" if self.load.adjoint else "tracked sample"
             raise DoesNotFit(
                 f"one {what} needs {self.needed(self.items):,} bytes in a worker of {budget:,} bytes; "
                 "use workers with more memory (--memory, fewer --workers)"
             )
-        if self.spec.shards == "auto":
+        if self._asked == "auto":
             return fitting
         raise DoesNotFit(
             f"{asked} shards need {self.needed(asked):,} bytes in a worker of {budget:,} bytes; "
@@ -159,3 +225,8 @@ class Sharding:
                 return None
             count = min(self.items, count + max(1, count // 50))
         return count
+
+
+def itemsize_of(dtype: str) -> int:
+    """Return the bytes of a number of a run's dtype."""
+    return 8 if dtype == "float64" else 4

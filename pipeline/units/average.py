@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,29 +23,31 @@ from ..reading.panels import panel_width, read_block, targets
 from ..reading.reader import Reader, open_reader
 from ..vocabulary import REDUCE
 from .reduce import ReduceJob, bounds, number_of, write_rows, write_tiles
-from .tasks import Tasks
+from .work import Result, Work, rows_of
 
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(kw_only=True)
-class AverageTasks(Tasks):
-    """Handler of an average's only stage; see ``Tasks``.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AverageWork(Work):
+    """Handler of an average's only stage: blocks of tracked samples.
 
     Attributes:
+        job: What all of them share.
         source: Method that is averaged.
         members: Addresses of the K runs, in the order of their seeds.
         digests: What `content` said of each; kept in the manifests.
     """
 
+    job: ReduceJob
     source: str
     members: tuple[str, ...]
     digests: tuple[str, ...]
 
-    def _reduce(self, run: RunDirectory, unit: Unit, report: Report) -> tuple[list[str], dict[str, Any]]:
-        start, stop = unit.arguments["start"], unit.arguments["stop"]
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write means and spreads of a block."""
         members = [open_reader(uri) for uri in self.members]
-        files, values = average_rows(run, self.job, members, self.source, unit.name, start, stop, report)
+        files, values = average_rows(run, self.job, members, self.source, unit.name, *rows_of(unit), report)
         return files, {**values, "members": list(self.digests)}
 
 
@@ -68,7 +69,7 @@ def average_rows(
     start: int,
     stop: int,
     report: Report,
-) -> tuple[list[str], dict[str, Any]]:
+) -> Result:
     """Average tracked rows ``start`` to ``stop`` over the members and write mean and spread.
 
     Held at a time: the rows' means (float64) and spreads (float32) of all M targets, and a panel

@@ -5,9 +5,8 @@ Where its files lie: `storage.layout.by_epoch`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,12 @@ from ...storage.contributions import write_table
 from ...storage.curvature import read_curvature
 from ...storage.errors import NonFiniteLoss
 from ...storage.rundir import RunDirectory
-from ...storage.trajectory import open_trajectory
-from ...workers.data.user_code import user_code
 from ...workers.estimators import make
 from ...workers.estimators.influence_after import influence_after
-from ...workers.memory import peak_bytes, reset_peak
-from ...workers.recipe import Recipe
 from ...workers.replay.by_epoch import ByEpoch, State
-from ...workers.training.training import Compute
 from ..executors.base import Report, Unit
 from ..vocabulary import EKFAC
+from .work import Result, TrainingWork, recorded, rows_of
 
 Integers = npt.NDArray[np.int64]
 
@@ -66,14 +61,11 @@ CONTRIBUTIONS = pa.schema(
 """C(i, j), sorted by (test_index, train_index) for each (epoch, form)."""
 
 
-@dataclass(kw_only=True)
-class ByEpochTasks:
-    """Handler of the stages; picklable, one per process.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ByEpochWork(TrainingWork):
+    """Handler of the stages of a comparison over training.
 
     Attributes:
-        uri: The run directory.
-        recipe: The user's recipe, overrides applied.
-        compute: How the run computes.
         tracked: Train indices, (n,).
         tested: Test indices, (M,).
         epochs: After which the forms are looked at.
@@ -84,40 +76,24 @@ class ByEpochTasks:
         question: Noted in each manifest: work that answers another one is done again.
     """
 
-    uri: str
-    recipe: Recipe
-    compute: Compute
     tracked: Integers
     tested: Integers
     epochs: list[int]
     ekfac: bool
     raw_decay: bool
-    influence: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    by_test: bool = False
-    question: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    influence: Mapping[str, Mapping[str, Any]]
+    by_test: bool
+    question: Mapping[str, Any]
 
-    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
-        """Do and commit one unit; return its manifest's values."""
-        begun = time.perf_counter()
-        reset_peak()
-        run = RunDirectory(self.uri)
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write what a shard comes to at each epoch, or an influence function after one."""
         kind = unit.stage.rsplit("/", 1)[-1]
         work = self._influence if kind in self.influence else self._states
-        with user_code(f"{unit.stage} {unit.name} raised"):
-            files, values = work(run, kind, unit, report)
-        values = {
-            **values,
-            "question": dict(self.question[unit.stage]),
-            "seconds": time.perf_counter() - begun,
-            "peak_bytes": peak_bytes(),
-        }
-        run.commit(unit.stage, unit.name, files, values)
-        return values
+        files, values = work(run, kind, unit, report)
+        return files, {**values, "question": dict(self.question)}
 
-    def _states(
-        self, run: RunDirectory, kind: str, unit: Unit, report: Report
-    ) -> tuple[list[str], dict[str, Any]]:
-        start, stop = unit.arguments["start"], unit.arguments["stop"]
+    def _states(self, run: RunDirectory, kind: str, unit: Unit, report: Report) -> Result:
+        start, stop = rows_of(unit)
         tracked = self.tracked[start:stop]
         curvature = None
         if self.ekfac:
@@ -126,7 +102,7 @@ class ByEpochTasks:
             self.recipe,
             self.compute,
             replace(self.compute, batch_norm="coupled"),
-            open_trajectory(run.path(layout.TRAJECTORY)),
+            recorded(run),
             tracked=tracked,
             first_row=start,
             tested=self.tested,
@@ -159,14 +135,12 @@ class ByEpochTasks:
         following.close()
         return files, {"start": start, "rows": stop - start}
 
-    def _influence(
-        self, run: RunDirectory, kind: str, unit: Unit, report: Report
-    ) -> tuple[list[str], dict[str, Any]]:
+    def _influence(self, run: RunDirectory, kind: str, unit: Unit, report: Report) -> Result:
         epoch = unit.arguments["epoch"]
         found = influence_after(
             self.recipe,
             self.compute,
-            open_trajectory(run.path(layout.TRAJECTORY)),
+            recorded(run),
             epoch,
             make(kind, self.influence[kind]),
             tracked=self.tracked,

@@ -2,92 +2,93 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ...storage import layout
 from ...storage.errors import EstimatorDiverged
 from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
-from ...storage.trajectory import open_trajectory
-from ...workers.data.user_code import user_code
 from ...workers.estimators.base import Estimator, Found, Ground, Targets
-from ...workers.memory import peak_bytes, reset_peak
-from ...workers.training.training import Training
 from ..executors.base import Report, Unit
-from ..vocabulary import ATTRIBUTE, PREPARE
-from .tasks import Tasks
+from .work import Result, TrainingWork, recorded, rows_of
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
-@dataclass(kw_only=True)
-class AttributeTasks(Tasks):
-    """Handler of an estimator's stages; see ``Tasks``.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EstimatorWork(TrainingWork):
+    """A handler that asks an estimator.
 
     Attributes:
+        method: Name of the estimator's results.
         estimator: What computes.
+        tracked: Train indices asked for, (n,).
     """
 
+    method: str
     estimator: Estimator
+    tracked: Integers
 
-    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
-        """Do and commit one unit; return its manifest's values."""
-        kind = unit.stage.rsplit("/", 1)[-1]
-        if kind not in (PREPARE, ATTRIBUTE):
-            return super().__call__(unit, report)
-        with user_code(f"{unit.stage} {unit.name} raised"):
-            return self._estimate(unit, report, kind)
+    def ground(self, run: RunDirectory, values: Floats | None = None) -> Ground:
+        """Return what an estimator starts from."""
+        return Ground(
+            training=self.training(), trajectory=recorded(run), tracked=self.tracked, prepared=values
+        )
 
-    def _estimate(self, unit: Unit, report: Report, kind: str) -> dict[str, Any]:
-        begun = time.perf_counter()
-        reset_peak()
-        run = RunDirectory(self.uri)
-        start, stop = unit.arguments["start"], unit.arguments["stop"]
-        rows = stop - start
-
-        def scaled(done: int, total: int) -> None:
-            report(rows * min(done, total) // max(total, 1), rows)  # what an estimator counts varies
-
-        if kind == PREPARE:
-            base, name = layout.prepared(self.method), "value"
-            found = self.estimator.prepare(self._ground(run), slice(start, stop), scaled)
-            block = found.values[:, None]
-        else:
-            base, name = layout.by_test(self.method), "contribution"
-            found = self._contributions(run, start, stop, scaled)
-            block = found.values
+    def write(self, run: RunDirectory, unit: Unit, base: str, name: str, found: Found) -> Result:
+        """Write what was found for the rows of a unit."""
+        start, stop = rows_of(unit)
+        block = found.values if found.values.ndim == 2 else found.values[:, None]
         _check_finite(self.method, block, start)
         store = RowStore.open(run.path(base), name)
         store.write(start, np.ascontiguousarray(block, dtype=store.dtype))
         files = [f"{base}/{path}" for path in store.files(start, stop)]
-        values = {
-            "rows": rows,
-            "start": start,
-            **found.notes,
-            "seconds": time.perf_counter() - begun,
-            "peak_bytes": peak_bytes(),
-        }
-        run.commit(unit.stage, unit.name, files, values)
-        return values
+        return files, {"rows": stop - start, "start": start, **found.notes}
 
-    def _contributions(self, run: RunDirectory, start: int, stop: int, report: Report) -> Found:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareWork(EstimatorWork):
+    """Handler of blocks of samples that an estimator prepares."""
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write one value a sample."""
+        rows = slice(*rows_of(unit))
+        found = self.estimator.prepare(self.ground(run), rows, _scaled(unit, report))
+        return self.write(run, unit, layout.prepared(self.method), "value", found)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EstimateWork(EstimatorWork):
+    """Handler of blocks of test samples.
+
+    Attributes:
+        tested: Test indices asked for, (M,).
+    """
+
+    tested: Integers
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write the contributions of all tracked samples to a block of test samples."""
+        start, stop = rows_of(unit)
         gradients = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient").read(start, stop)
         targets = Targets(index=self.tested[start:stop], gradient=gradients)
         values = None
         if self.estimator.PREPARES:
             store = RowStore.open(run.path(layout.prepared(self.method)), "value")
             values = store.read(0, store.rows)[:, 0]
-        return self.estimator.contributions(self._ground(run, values), targets, report)
+        found = self.estimator.contributions(self.ground(run, values), targets, _scaled(unit, report))
+        return self.write(run, unit, layout.by_test(self.method), "contribution", found)
 
-    def _ground(self, run: RunDirectory, values: Any = None) -> Ground:
-        return Ground(
-            training=Training(self.recipe, self.compute),
-            trajectory=open_trajectory(run.path(layout.TRAJECTORY)),
-            tracked=self.tracked,
-            prepared=values,
-        )
+
+def _scaled(unit: Unit, report: Report) -> Report:
+    """Return what reports in rows whatever an estimator counts."""
+    start, stop = rows_of(unit)
+    rows = stop - start
+    return lambda done, total: report(rows * min(done, total) // max(total, 1), rows)
 
 
 def _check_finite(method: str, block: np.ndarray, start: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +20,14 @@ from ...storage import layout
 from ...storage.errors import CorruptStore, NonFiniteTangents
 from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
+from ...workers.determinism import prepare_process, resolve_device
 from ...workers.replay.join import Panels, contributions
+from ...workers.training.training import Compute
+from ..executors.base import Report, Unit
 from ..plan.plan import ReduceTiles
 from ..spec.targets import store_of
 from ..vocabulary import ADJOINT, SAMPLES
+from .work import Result, Work, rows_of
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
@@ -60,6 +63,25 @@ class ReduceJob:
     targets: str = SAMPLES
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReduceWork(Work):
+    """Handler of blocks of tracked samples.
+
+    Attributes:
+        job: What all of them share.
+        compute: Device and threads.
+    """
+
+    job: ReduceJob
+    compute: Compute
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write the Parquet files of a block."""
+        prepare_process(self.compute.threads)
+        device = resolve_device(self.compute.device)
+        return reduce_rows(run, self.job, unit.name, *rows_of(unit), device, report)
+
+
 def bounds(total: int, size: int) -> list[tuple[int, int]]:
     """Cut ``range(total)`` into spans of ``size``."""
     return [(start, min(total, start + size)) for start in range(0, total, size)]
@@ -73,7 +95,7 @@ def reduce_rows(
     stop: int,
     device: torch.device,
     report: Callable[[int, int], None],
-) -> tuple[list[str], dict[str, Any]]:
+) -> Result:
     """Join tracked rows ``start`` to ``stop`` and write their Parquet files.
 
     Returns:
@@ -94,9 +116,7 @@ def reduce_rows(
     return write_rows(run, job, name, block, start, stop)
 
 
-def write_rows(
-    run: RunDirectory, job: ReduceJob, name: str, block: Floats, start: int, stop: int
-) -> tuple[list[str], dict[str, Any]]:
+def write_rows(run: RunDirectory, job: ReduceJob, name: str, block: Floats, start: int, stop: int) -> Result:
     """Write the contributions (rows, M) of tracked rows ``start`` to ``stop``; see `reduce_rows`."""
     gradients = RowStore.open(run.path(store_of(job.targets)), "gradient")
     if not np.isfinite(block).all():

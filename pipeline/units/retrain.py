@@ -8,9 +8,8 @@ added later find the retrainings that are there. Letters: N training samples, n 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,6 @@ from ...storage import layout
 from ...storage.contributions import write_table
 from ...storage.files import read_bytes
 from ...storage.rundir import RunDirectory
-from ...storage.trajectory import open_trajectory
-from ...workers.data.user_code import user_code
-from ...workers.memory import peak_bytes, reset_peak
-from ...workers.recipe import Recipe
 from ...workers.training.retrain import (
     SampleLosses,
     WeightedTraining,
@@ -34,9 +29,10 @@ from ...workers.training.retrain import (
     sample_losses,
     test_losses,
 )
-from ...workers.training.training import Compute, Training
+from ...workers.training.training import Training
 from ..executors.base import Report, Unit
 from ..vocabulary import RETRAIN, Way
+from .work import Result, TrainingWork, recorded
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -119,94 +115,24 @@ def removal(index: npt.ArrayLike, way: Way) -> Change:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
-    """A retraining and why it is asked for.
+class RetrainWork(TrainingWork):
+    """Handler of the retrainings.
 
     Attributes:
-        kind: ``subset``, ``one``, ``remove`` or ``perturb``.
-        labels: What tells it from others of its kind: fraction, index, ranking, direction, size.
-        change: What is retrained.
-    """
-
-    kind: str
-    labels: Mapping[str, Any] = field(default_factory=dict)
-    change: Change
-
-
-def draw(seed: int, *keys: int) -> np.random.Generator:
-    """Return the generator of one draw: it depends on the seed and the keys alone."""
-    return np.random.Generator(np.random.PCG64([seed, *keys]))
-
-
-def subsets(tracked: Integers, fraction: float, count: int, seed: int, way: Way) -> list[Trial]:
-    """Return ``count`` random subsets that keep ``fraction`` of the tracked samples.
-
-    Subset k is the same whatever ``count`` is.
-    """
-    removed = len(tracked) - round(fraction * len(tracked))
-    return [
-        Trial(
-            kind="subset",
-            labels={"fraction": fraction, "index": k},
-            change=removal(draw(seed, 1, round(fraction * 1e9), k).permutation(tracked)[:removed], way),
-        )
-        for k in range(count)
-    ]
-
-
-def leave_one_out(tracked: Integers, count: int, seed: int) -> list[Trial]:
-    """Return the removals of ``count`` random samples, one at a time, as C(i, j) defines them."""
-    chosen = np.sort(draw(seed, 2).permutation(tracked)[:count])
-    return [
-        Trial(kind="one", labels={"train_index": int(i)}, change=removal([i], "weighted")) for i in chosen
-    ]
-
-
-def perturbations(
-    tracked: Integers, n_train: int, sizes: tuple[float, ...], seed: int, directions: int = 2
-) -> list[Trial]:
-    """Return retrainings whose weights are 1 +- size, the signs drawn at random.
-
-    In norm a size s is the removal of a share s^2 of the samples.
-    """
-    trials = []
-    for k in range(directions):
-        signs = draw(seed, 3, k).choice([-1.0, 1.0], size=n_train)[tracked]
-        for size in sizes:
-            change = Change(way="weighted", index=tracked, weight=1 + size * signs)
-            trials.append(Trial(kind="perturb", labels={"size": size, "index": k}, change=change))
-    return trials
-
-
-@dataclass(kw_only=True)
-class RetrainTasks:
-    """Handler of the retrainings; picklable, one per process.
-
-    Attributes:
-        uri: The run directory.
-        recipe: The user's recipe, overrides applied.
-        compute: How every process computes, as in the record.
         n_train: N.
         tracked: Train indices of the run, (n,).
         tested: Test indices of the run, (M,).
     """
 
-    uri: str
-    recipe: Recipe
-    compute: Compute
     n_train: int
     tracked: Integers
     tested: Integers
 
-    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
-        """Retrain, evaluate, commit; return the manifest's values."""
-        begun = time.perf_counter()
-        reset_peak()
-        run = RunDirectory(self.uri)
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Retrain, measure, and write the losses."""
         change: Change = unit.arguments["change"]
-        with user_code(f"{unit.stage} {unit.name} raised"):
-            training = self._train(run, change, report)
-            found = test_losses(training, self.tested)
+        training = self._train(run, change, report)
+        found = test_losses(training, self.tested)
         files = [self._write(run, unit.name, layout.LOSSES, LOSSES, self._losses(found))]
         if len(change.index):
             table = {"train_index": change.index, "weight": change.weight}
@@ -216,23 +142,20 @@ class RetrainTasks:
                 self._write(run, unit.name, layout.TRAINING_LOSS, TRAINING_LOSS, self._own(training))
             )
         known = found.correct[found.correct >= 0]
-        values = {
+        return files, {
             "way": change.way,
             "changed": len(change.index),
             "loss": float(found.loss.mean()),
             "accuracy": float(known.mean()) if len(known) else None,
-            "seconds": time.perf_counter() - begun,
-            "peak_bytes": peak_bytes(),
         }
-        run.commit(unit.stage, unit.name, files, values)
-        return values
 
     def _train(self, run: RunDirectory, change: Change, report: Callable[[int, int], None]) -> Training:
         if change.way == "subset":
             kept = np.setdiff1d(np.arange(self.n_train), change.index)
             return retrain_subset(self.recipe, self.compute, kept, report)
-        trajectory = open_trajectory(run.path(layout.TRAJECTORY))
-        return retrain_weighted(self.recipe, self.compute, trajectory, change.weights(self.n_train), report)
+        return retrain_weighted(
+            self.recipe, self.compute, recorded(run), change.weights(self.n_train), report
+        )
 
     def _losses(self, found: SampleLosses) -> dict[str, npt.NDArray[Any]]:
         return {"test_index": self.tested, "loss": found.loss, "correct": found.correct}

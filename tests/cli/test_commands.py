@@ -168,9 +168,9 @@ class Driver:
 @pytest.fixture
 def driver(built: Built, monkeypatch: pytest.MonkeyPatch) -> Driver:
     stand_in = Driver(built.uri)
-    module = ModuleType("hydra_pipe.pipeline.drive.drive")
+    module = ModuleType("hydra_pipe.pipeline.run")
     module.run = stand_in  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.drive.drive", module)
+    monkeypatch.setitem(sys.modules, "hydra_pipe.pipeline.run", module)
     return stand_in
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import click.testing
 import numpy as np
 from hydra_pipe.cli import main
-from hydra_pipe.pipeline.drive.drive import run
 from hydra_pipe.pipeline.executors.events import Event, UnitFinished, UnitSkipped
 from hydra_pipe.pipeline.opened_run import Run, open_run
+from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 
 METHOD = "method=hydra"

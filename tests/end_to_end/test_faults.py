@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import ClusterTooSmall, NonFiniteLoss, RecipeError, ReplayDiverged
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra_pipe.pipeline.drive.drive import run
 from hydra_pipe.pipeline.plan import provenance
+from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import SpecMismatch
 from hydra_pipe.workers.recipes.loading import load_recipe

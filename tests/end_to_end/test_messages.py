@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra_pipe.pipeline.drive.attribute import attribute
-from hydra_pipe.pipeline.drive.drive import run
 from hydra_pipe.pipeline.executors.events import Note
 from hydra_pipe.pipeline.opened_run import open_run
+from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import NonFiniteLoss, NonFiniteTangents, RecipeError
 from hydra_pipe.workers.data.batches import batch_order

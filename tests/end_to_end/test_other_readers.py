@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import xarray
 import zarr
-from hydra_pipe.pipeline.drive.drive import run
 from hydra_pipe.pipeline.executors.events import UnitFinished
+from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage import arrays
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra_pipe.pipeline.drive import drive
-from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.executors.ray import RayExecutor
+from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 
 from tests.conftest import ROOT
 from tests.end_to_end.slow_recipes import Paused, Wide
 from tests.end_to_end.support import Heard, assert_same_bits, cli, files, manifests, numbers, serial
-from tests.faults import FaultPlan, Faulty
+from tests.faults import FaultPlan, spoiled
 from tests.recipes import Images, Small
 
 PAUSED = ("tests.end_to_end.slow_recipes:Paused", "--set", "pause=0.004")
@@ -60,10 +60,7 @@ def test_killed_workers_change_no_bit(ray_cluster, tmp_path, monkeypatch):
             "shard-00002": ["kill-after"],  # committed, and nobody heard of it
         },
     )
-    tasks = drive._Driver._tasks
-    monkeypatch.setattr(
-        drive._Driver, "_tasks", lambda self, stage: Faulty(plan=plan, handler=tasks(self, stage))
-    )
+    monkeypatch.setattr(RayExecutor, "run", spoiled(RayExecutor.run, plan))
     fields = {"executor": "ray", "address": ray_cluster, "workers": 2, "shards": 3}
     serial(tmp_path / "run", Images(), **fields)
     assert [plan.attempts(name) for name in plan.script] == [2, 2, 2], steps
@@ -82,7 +79,7 @@ class Nursery:
 
     CODE = """
 import os, sys, json, signal
-import hydra_pipe.pipeline.drive.drive, hydra_pipe.workers.training.record, hydra_pipe.pipeline.units.reduce
+import hydra_pipe.pipeline.run, hydra_pipe.workers.training.record, hydra_pipe.pipeline.units.reduce
 import hydra_pipe.storage.contributions, zarr, tests.end_to_end.slow_recipes
 import sympy, rich.console, rich.table  # what a run imports late, so that a child need not
 from hydra_pipe.cli import main

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hydra_pipe.pipeline.drive.drive import run
+from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 
 from tests.end_to_end.support import assert_same_bits, numbers, serial

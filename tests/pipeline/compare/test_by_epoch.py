@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 from hydra_pipe.cli import main
 from hydra_pipe.pipeline.analysis.status import status
-from hydra_pipe.pipeline.compare.by_epoch import Course, _ByEpoch, by_epoch, read_by_epoch
+from hydra_pipe.pipeline.compare.by_epoch import Course, by_epoch, read_by_epoch
 from hydra_pipe.pipeline.compare.compare import compare
-from hydra_pipe.pipeline.drive.drive import run
 from hydra_pipe.pipeline.executors import events
 from hydra_pipe.pipeline.opened_run import open_run
+from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.pipeline.verify.verify import verify
 from hydra_pipe.storage.errors import (
@@ -35,6 +35,7 @@ from tests.recipes import Small, TwoGroups
 
 N_TRACKED, N_TEST = 9, 5
 OPTIONS = {"influence-lissa": {"damping": 1.0, "depth": 20}}
+FITTING = "hydra_pipe.pipeline.compare.by_epoch.samples_that_fit"
 COURSE = Course(every=1, raw_decay=True, influence_from=2, options=OPTIONS)
 REPLAYS = "over-training/every-1-ekfac-raw-decay"
 
@@ -179,7 +180,7 @@ def test_the_same_again_does_nothing_and_lost_work_is_done_again(followed, tmp_p
 def test_any_number_of_shards_gives_the_same_bits(followed, tmp_path, monkeypatch):
     place = tmp_path / "r"
     run(spec(place, hessian="ekfac"))
-    monkeypatch.setattr(_ByEpoch, "_fitting", lambda self, budget: 2)
+    monkeypatch.setattr(FITTING, lambda *_: 2)
     heard = Heard()
     found = by_epoch(str(place), COURSE, Small(), observer=heard)
     assert heard.done[:5] == [f"shard-{k:05d}" for k in range(5)]
@@ -195,7 +196,7 @@ def test_any_number_of_shards_gives_the_same_bits(followed, tmp_path, monkeypatc
 def test_an_interrupted_comparison_goes_on(followed, tmp_path, monkeypatch):
     place = tmp_path / "r"
     run(spec(place, hessian="ekfac"))
-    monkeypatch.setattr(_ByEpoch, "_fitting", lambda self, budget: 4)
+    monkeypatch.setattr(FITTING, lambda *_: 4)
 
     class Stop(Exception):
         pass

@@ -12,7 +12,7 @@ from hydra_pipe.pipeline.analysis.export import export
 from hydra_pipe.pipeline.analysis.status import status
 from hydra_pipe.pipeline.drive.attribute import attribute
 from hydra_pipe.pipeline.executors.events import UnitFinished, UnitSkipped
-from hydra_pipe.pipeline.units.estimate import AttributeTasks
+from hydra_pipe.pipeline.units.work import Work
 from hydra_pipe.pipeline.verify.verify import verify
 from hydra_pipe.storage.errors import (
     IncompleteStage,
@@ -108,7 +108,7 @@ def test_a_method_that_was_killed_goes_on_where_it_stood(place, tmp_path, failin
     monkeypatch.setattr("hydra_pipe.pipeline.drive.attribute.MOST_TARGETS", 8)
     attribute(whole, {"relatif": DAMPED}, Plain())
     calls = []
-    real = AttributeTasks.__call__
+    real = Work.__call__
 
     def killed(self, unit, report):
         calls.append(unit.name)
@@ -117,7 +117,7 @@ def test_a_method_that_was_killed_goes_on_where_it_stood(place, tmp_path, failin
         return real(self, unit, report)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AttributeTasks, "__call__", killed)
+        patch.setattr(Work, "__call__", killed)
         with pytest.raises(KeyboardInterrupt):
             attribute(place, {"relatif": DAMPED}, Plain())
     found = status(open_run(place))

@@ -22,8 +22,8 @@ from hydra_pipe.pipeline.drive.attribute import attribute
 from hydra_pipe.pipeline.evaluate.evaluate import Questions, evaluate
 from hydra_pipe.pipeline.executors import events
 from hydra_pipe.pipeline.plan.plan import make_plan
-from hydra_pipe.pipeline.units.average import AverageTasks
-from hydra_pipe.pipeline.units.tasks import Tasks
+from hydra_pipe.pipeline.units.average import AverageWork
+from hydra_pipe.pipeline.units.work import Work
 from hydra_pipe.pipeline.verify.verify import verify
 from hydra_pipe.storage.contributions import SAMPLES, SAMPLES_SPREAD, write_table
 from hydra_pipe.storage.errors import (
@@ -220,7 +220,7 @@ def test_a_killed_run_goes_on_where_it_stood(made, tmp_path, failing, monkeypatc
         return killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tasks, "__call__", killing(Tasks.__call__))
+        patch.setattr(Work, "__call__", killing(Work.__call__))
         with pytest.raises(KeyboardInterrupt):
             run(spec(tmp_path / "r", seeds=3))
     found = status(open_run(tmp_path / "r"))
@@ -423,7 +423,7 @@ def test_plan_states_all_seeds():
     assert three.disk["total"] == 3 * one.disk["total"] + average
     assert three.seconds["total"] == pytest.approx(1.5 * three.seconds["other seeds"], rel=1e-9)
     assert three.as_dict()["run"]["seeds"] == 3
-    assert three.memory["average worker"] > 0
+    assert three.memory.workers["average"] > 0
 
 
 # ---------------------------------------------------------------- everything that reads
@@ -572,7 +572,7 @@ def test_attribute_records_the_seeds_that_are_missing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(AverageTasks, "_reduce", killed)
+        patch.setattr(AverageWork, "do", killed)
         with pytest.raises(KeyboardInterrupt):
             attribute(place, {"tracin": {"checkpoints": 3}}, Small(), seeds=2)
     found = status(open_run(place))

@@ -16,10 +16,11 @@ from hydra_pipe.cli import main
 from hydra_pipe.pipeline.analysis.status import status
 from hydra_pipe.pipeline.evaluate.evaluate import Questions, evaluate, read_summary
 from hydra_pipe.pipeline.evaluate.scores import agreement, detection, lds, recommendation
+from hydra_pipe.pipeline.evaluate.trials import subsets
 from hydra_pipe.pipeline.executors import events
 from hydra_pipe.pipeline.opened_run import open_run
 from hydra_pipe.pipeline.plan.stored_spec import REPEATED, stored_spec
-from hydra_pipe.pipeline.units.retrain import removal, subsets, unchanged
+from hydra_pipe.pipeline.units.retrain import removal, unchanged
 from hydra_pipe.pipeline.verify.verify import verify
 from hydra_pipe.storage.errors import IncompleteStage, InputError, ReplayDiverged, SpecError, SpecMismatch
 from hydra_pipe.workers.training.retrain import only, retrain_subset, retrain_weighted, test_losses

@@ -78,9 +78,9 @@ def test_waves_reuse_workers_and_close_ends_them(
 @pytest.mark.ray
 def test_capacity(executor: RayExecutor) -> None:
     capacity = executor.capacity()
-    assert capacity["cpus"] == 4
-    assert capacity["slots"] == executor.slots == 2
-    assert capacity["memory_per_worker"] > 0
+    assert capacity.cpus == 4
+    assert capacity.slots == executor.slots == 2
+    assert capacity.memory_per_worker > 0
     assert executor.capacity(start=False) == capacity
 
 

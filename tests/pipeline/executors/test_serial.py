@@ -39,8 +39,8 @@ def test_serial_runs_in_order_and_reports(count: Count, recorder: Recorder) -> N
     assert recorder.of(events.UnitProgress)[-1] == events.UnitProgress(
         stage="test", unit="unit-2", done=4, total=4
     )
-    assert executor.slots == executor.capacity()["slots"] == 1
-    assert executor.capacity()["memory_per_worker"] > 0
+    assert executor.slots == executor.capacity().slots == 1
+    assert executor.capacity().memory_per_worker > 0
 
 
 def test_serial_progress_is_thinned_by_the_clock(tmp_path: Path, recorder: Recorder) -> None:

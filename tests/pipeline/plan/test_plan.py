@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hydra_pipe.pipeline.executors.base import Capacity
 from hydra_pipe.pipeline.plan import times
 from hydra_pipe.pipeline.plan.plan import TILE_VALUES, cut, make_plan, reduce_tiles
 from hydra_pipe.pipeline.plan.survey import survey
@@ -18,6 +19,10 @@ from hydra_pipe import RunSpec
 from tests.recipes import Images, Small
 
 GIB = 1 << 30
+
+
+def machines(slots: int, memory: int = 0) -> Capacity:
+    return Capacity(executor="serial", nodes=1, cpus=slots, gpus=0, slots=slots, memory_per_worker=memory)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +51,7 @@ def test_tiles_do_not_follow_shards_or_workers():
     spec = RunSpec(recipe=Images(), executor="serial")
     surveyed = survey(spec, trial=False)
     plans = [
-        cut(RunSpec(recipe=Images(), executor="serial", shards=s), surveyed, {"slots": slots})
+        cut(RunSpec(recipe=Images(), executor="serial", shards=s), surveyed, machines(slots))
         for s, slots in ((1, 1), (3, 2), (8, 16))
     ]
     assert len({p.reduce for p in plans}) == 1
@@ -57,7 +62,7 @@ def test_tiles_do_not_follow_shards_or_workers():
 @pytest.mark.parametrize("shards", [1, 2, 3, 7, 8, 45])
 def test_shards_are_whole_chunks_and_cover_everything(shards):
     spec = RunSpec(recipe=Small(), executor="serial", shards=shards)
-    plan = cut(spec, survey(spec, trial=False), {"slots": 1})
+    plan = cut(spec, survey(spec, trial=False), machines(1))
     assert len(plan.shards) == shards
     assert plan.shards[0].start == 0
     assert plan.shards[-1].stop == 45
@@ -75,20 +80,20 @@ def test_what_does_not_fit_says_how_many_shards_would():
     process = spec.memory - 60 * held
     tight = replace(surveyed, process_bytes=process)
     with pytest.raises(DoesNotFit, match=r"1 shards need .* use --shards (\d+) or more") as caught:
-        cut(spec, tight, {"slots": 1})
+        cut(spec, tight, machines(1))
     named = int(re.search(r"--shards (\d+)", str(caught.value))[1])
-    plan = cut(replace(spec, shards=named), tight, {"slots": 1})
-    assert plan.memory["replay worker"] <= spec.memory
+    plan = cut(replace(spec, shards=named), tight, machines(1))
+    assert plan.memory.workers["replay"] <= spec.memory
     with pytest.raises(DoesNotFit, match="one tracked sample needs"):
-        cut(spec, replace(surveyed, process_bytes=spec.memory), {"slots": 1})
+        cut(spec, replace(surveyed, process_bytes=spec.memory), machines(1))
 
 
 def test_auto_takes_a_shard_a_worker_or_more_where_memory_wants_more():
     spec = RunSpec(recipe=Images(), executor="serial")
     surveyed = survey(spec, trial=False)
-    assert len(cut(spec, surveyed, {"slots": 4, "memory_per_worker": 64 * GIB}).shards) == 4
+    assert len(cut(spec, surveyed, machines(4, 64 * GIB)).shards) == 4
     little = surveyed.process_bytes + 12 * surveyed.row_numbers * 4
-    plan = cut(replace(spec, memory=little), surveyed, {"slots": 1})
+    plan = cut(replace(spec, memory=little), surveyed, machines(1))
     assert len(plan.shards) > 2
 
 
@@ -111,24 +116,24 @@ def test_plan_starts_nothing():
 def test_the_time_of_a_plan_counts_every_stage():
     spec = RunSpec(recipe=Images(), executor="serial", mode="adjoint", hessian="exact")
     surveyed = replace(survey(spec, trial=False), step_seconds=(1.0, 2.0))
-    seconds = cut(spec, surveyed, {"slots": 1}, shards=1).seconds
+    seconds = cut(spec, surveyed, machines(1), shards=1).seconds
     tests = len(surveyed.tested)
     assert seconds["replay"] == surveyed.steps * (2 + times.PRODUCT * tests)
     assert ("preflight" in seconds) == (tests >= times.ENOUGH)
     many = replace(surveyed, tested=np.resize(surveyed.tested, times.ENOUGH))
     assert (
-        cut(spec, many, {"slots": 1}, shards=1).seconds["preflight"]
+        cut(spec, many, machines(1), shards=1).seconds["preflight"]
         == times.PREFLIGHT_TRAININGS * surveyed.steps
     )
-    fast = cut(replace(spec, hessian="none"), surveyed, {"slots": 1}, shards=1).seconds
+    fast = cut(replace(spec, hessian="none"), surveyed, machines(1), shards=1).seconds
     bent = replace(spec, hessian="ekfac", exact_rank=2, curvature_samples=1)
-    corrected = cut(bent, surveyed, {"slots": 1}, shards=1).seconds
+    corrected = cut(bent, surveyed, machines(1), shards=1).seconds
     assert set(corrected) - set(fast) == {"curvature", "correction"}
     assert corrected["correction"] == 2 * surveyed.steps * (2 + times.PRODUCT)
     chosen = survey(bent, trial=False)
     assert chosen.activation_bytes > 0
-    exact = cut(replace(spec, test=2), replace(chosen, tested=chosen.tested[:2]), {"slots": 1}, shards=1)
-    of_two = cut(bent, chosen, {"slots": 1}, shards=1).memory["correction worker"]
-    assert of_two == exact.memory["replay worker"]
+    exact = cut(replace(spec, test=2), replace(chosen, tested=chosen.tested[:2]), machines(1), shards=1)
+    of_two = cut(bent, chosen, machines(1), shards=1).memory.workers["correction"]
+    assert of_two == exact.memory.workers["replay"]
     for found in (seconds, fast, corrected):
         assert found["total"] == pytest.approx(sum(v for k, v in found.items() if k != "total"))

@@ -12,13 +12,14 @@ from collections import Counter
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hydra_pipe.pipeline.drive import drive
 from hydra_pipe.pipeline.evaluate.evaluate import Questions, evaluate
+from hydra_pipe.pipeline.evaluate.trials import subsets
 from hydra_pipe.pipeline.executors.events import Note
+from hydra_pipe.pipeline.executors.ray import RayExecutor
 from hydra_pipe.pipeline.plan.plan import make_plan
 from hydra_pipe.pipeline.reading.panels import panels, targets
 from hydra_pipe.pipeline.spec.targets import coarsened, target_of_each, target_set
-from hydra_pipe.pipeline.units.retrain import read_part, subsets, unchanged
+from hydra_pipe.pipeline.units.retrain import read_part, unchanged
 from hydra_pipe.pipeline.verify.verify import verify
 from hydra_pipe.pipeline.vocabulary import KINDS
 from hydra_pipe.storage.errors import InputError, SpecError, SpecMismatch
@@ -30,7 +31,7 @@ from hydra_pipe import RunSpec, open_run, run
 from tests import oracle
 from tests.conftest import ROOT
 from tests.end_to_end.support import Heard, cli
-from tests.faults import FaultPlan, Faulty
+from tests.faults import FaultPlan, spoiled
 from tests.recipes import BatchNormed, Images, Small
 
 FORMS = {"none": "hydra", "ekfac": "hydra-ekfac", "exact": "hydra-exact"}
@@ -234,12 +235,11 @@ def test_forms_share_the_targets_and_targets_share_the_curvature(tmp_path):
 
 KILLED = """
 import sys
-from hydra_pipe.pipeline.drive import drive
-from tests.faults import FaultPlan, Faulty
+from hydra_pipe.pipeline.executors.serial import SerialExecutor
+from tests.faults import FaultPlan, spoiled
 from tests.pipeline.spec.test_targets import Many, go
 plan = FaultPlan(directory=sys.argv[2], script={sys.argv[3]: [sys.argv[4]]})
-tasks = drive._Driver._tasks
-drive._Driver._tasks = lambda self, stage: Faulty(plan=plan, handler=tasks(self, stage))
+SerialExecutor.run = spoiled(SerialExecutor.run, plan)
 go(Many(), sys.argv[1], hessian="exact", targets="classes", shards=3)
 """
 
@@ -269,10 +269,7 @@ def test_a_killed_worker_on_ray_changes_no_bit(ray_cluster, tmp_path, monkeypatc
     right = go(Many(), tmp_path / "right", hessian="exact", targets="classes", shards=3)
     (tmp_path / "faults").mkdir()
     plan = FaultPlan(directory=str(tmp_path / "faults"), script={"targets-00001": ["kill@3"]})
-    tasks = drive._Driver._tasks
-    monkeypatch.setattr(
-        drive._Driver, "_tasks", lambda self, stage: Faulty(plan=plan, handler=tasks(self, stage))
-    )
+    monkeypatch.setattr(RayExecutor, "run", spoiled(RayExecutor.run, plan))
     fields = {"executor": "ray", "address": ray_cluster, "workers": 2}
     found = go(Many(), tmp_path / "run", hessian="exact", targets="classes", shards=3, **fields)
     assert plan.attempts("targets-00001") == 2

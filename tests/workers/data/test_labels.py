@@ -263,8 +263,8 @@ class Raw(Parity):
 
 
 def go(recipe: Recipe, out: Any, **fields: Any) -> Any:
-    from hydra_pipe.pipeline.drive.drive import run
     from hydra_pipe.pipeline.executors.events import Note
+    from hydra_pipe.pipeline.run import run
     from hydra_pipe.pipeline.spec.spec import RunSpec
 
     notes: list[str] = []
@@ -393,7 +393,7 @@ def test_runs_without_classes_or_predictions_finish_and_say_so_once(recipe, says
     found, notes = go(recipe, tmp_path / "run")
     assert [note.startswith(says[k]) for k, note in enumerate(notes)] == [True] * len(says)
     assert "train_accuracy" not in found.info["summary"]
-    from hydra_pipe.pipeline.drive.drive import run
+    from hydra_pipe.pipeline.run import run
     from hydra_pipe.pipeline.spec.spec import RunSpec
 
     caplog.clear()  # with nobody listening it goes to the log

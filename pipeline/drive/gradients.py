@@ -1,0 +1,123 @@
+"""The record, and the stages of gradients at the trained weights: of test samples, of targets."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...storage import layout
+from ..executors.base import Unit
+from ..plan.plan import Plan
+from ..plan.survey import compute_of
+from ..spec.targets import store_of
+from ..units.gradients import TargetGradientWork, TestGradientWork
+from ..units.record import RecordWork
+from ..vocabulary import INDEX, RECORD, TEST_GRADIENTS, TRAJECTORY, stage_of
+from .stages import (
+    Needed,
+    Session,
+    Stage,
+    Stages,
+    after_the_record,
+    commit_index,
+    make_store,
+    units_of,
+)
+from .stores import StoreOf
+
+RECORDED = Needed(stage=RECORD, unit=TRAJECTORY, command="record")
+TESTED = Needed(stage=TEST_GRADIENTS, unit=INDEX, command="replay")
+
+
+def record(session: Session, plan: Plan) -> Stages:
+    """Record the training; a new record makes everything computed from an older one void."""
+    yield Stage(
+        name=RECORD,
+        units=[Unit(stage=RECORD, name=TRAJECTORY, arguments={})],
+        handler=lambda: record_work(session),
+        total=plan.steps,
+        label="step",
+        closing=False,
+        voids=after_the_record(session.directory),
+    )
+
+
+def record_work(session: Session) -> RecordWork:
+    """Return the handler of the record."""
+    return RecordWork(
+        uri=session.directory.uri,
+        recipe=session.surveyed.recipe,
+        compute=compute_of(session.spec),
+        checkpoint_every=session.spec.checkpoint_every,
+    )
+
+
+def test_gradients(session: Session, plan: Plan) -> Stages:
+    """Compute the gradients of the test samples, then commit their losses, labels and predictions."""
+    surveyed, directory = session.surveyed, session.directory
+    session.require(RECORDED)
+    unknown = np.full(plan.n_tested, -1, dtype=np.int16)
+    store = StoreOf(
+        base=layout.TEST_GRADIENTS,
+        name="gradient",
+        rows=plan.n_tested,
+        columns=plan.dimension,
+        dtype=session.spec.dtype,
+        chunk_rows=plan.test_chunk_rows,
+        dimensions=("test_index", "parameter"),
+        row_columns={
+            "test_index": surveyed.tested.astype(np.int32),
+            "loss": np.full(plan.n_tested, np.nan),
+            "label": unknown,
+            "prediction": unknown.copy(),
+        },
+        attrs={"n_test": plan.n_test},
+    )
+    units = units_of(TEST_GRADIENTS, plan.test_blocks)
+    make_store(session, TEST_GRADIENTS, store)
+    yield Stage(
+        name=TEST_GRADIENTS,
+        units=units,
+        handler=lambda: TestGradientWork(
+            uri=directory.uri,
+            recipe=surveyed.recipe,
+            compute=compute_of(session.spec),
+            tested=surveyed.tested,
+            test_labels=surveyed.test_labels,
+        ),
+        total=plan.n_tested,
+        label="row",
+    )
+    if session.valid(TEST_GRADIENTS, INDEX):
+        return
+    made = store.open(directory)
+    for unit in units:
+        manifest = directory.manifest(TEST_GRADIENTS, unit.name)
+        assert manifest is not None
+        for column, dtype in (("loss", np.float64), ("label", np.int16), ("prediction", np.int16)):
+            values = np.asarray(manifest.values[column], dtype=dtype)
+            made.write_column(column, values, start=int(manifest.values["start"]))
+    commit_index(directory, TEST_GRADIENTS, store, made)
+
+
+def target_gradients(session: Session, plan: Plan) -> Stages:
+    """Make the gradients of classes or of the mean, once for all forms of the Hessian."""
+    kind = plan.targets.kind
+    yield Stage(
+        name=stage_of(kind),
+        units=units_of(stage_of(kind), plan.target_blocks),
+        handler=lambda: TargetGradientWork(uri=session.directory.uri, targets=kind),
+        total=plan.n_tested * len(plan.target_blocks),
+        label="row",
+        needs=[TESTED],
+        store=StoreOf(
+            base=store_of(kind),
+            name="gradient",
+            rows=len(plan.targets),
+            columns=plan.dimension,
+            dtype=session.spec.dtype,
+            chunk_rows=plan.target_chunk_rows,
+            dimensions=(plan.targets.axis, "parameter"),
+            row_columns=plan.targets.columns(),
+            attrs={"targets": kind, "n_test": plan.n_tested},
+        ),
+    )

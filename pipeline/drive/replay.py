@@ -1,0 +1,122 @@
+"""The replay of one form of the Hessian: hypergradients shard by shard, or contributions target by target."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ...storage import layout
+from ..plan.plan import Plan
+from ..plan.survey import compute_of
+from ..spec.spec import RunSpec
+from ..units.replay import AdjointWork, ReplayWork
+from ..vocabulary import ADJOINT, EKFAC, EXACT, FAST, REDUCE, REPLAY, SAMPLES
+from .correction import correction, curvature
+from .gradients import RECORDED, TESTED, target_gradients
+from .preflight import preflight
+from .stages import Session, Stage, Stages, units_of
+from .stores import StoreOf
+from .trust import trust_of
+
+
+def collect_stage(spec: RunSpec) -> str:
+    """Return the stage that fills the stores of a method."""
+    return f"{spec.base_method}/{ADJOINT if spec.mode == ADJOINT else REPLAY}"
+
+
+def replay(session: Session, plan: Plan) -> Stages:
+    """Replay, with what comes before (curvature, preflight) and after it (trust, exact correction)."""
+    spec = session.spec
+    adjoint, stage = spec.mode == ADJOINT, collect_stage(spec)
+    session.require(TESTED if adjoint else RECORDED)
+    if adjoint and spec.targets != SAMPLES:
+        yield from target_gradients(session, plan)
+    if spec.form == EKFAC:
+        # Made with another basis, these are void.
+        yield curvature(session, voids=(stage, f"{spec.method}/{REDUCE}"))
+    units = units_of(stage, plan.shards)
+    vectors = sum(shard.rows for shard in plan.shards)
+    yield from preflight(
+        session, plan, method=spec.base_method, later=units, vectors=vectors, exact=spec.form == EXACT
+    )
+
+    def note(info: dict[str, Any]) -> None:
+        entry = info["methods"][spec.base_method]
+        entry["shards"] = len(units)
+        entry.setdefault("asked_shards", spec.shards)
+
+    session.update(note)
+    yield Stage(
+        name=stage,
+        units=units,
+        handler=lambda: _work(session),
+        total=plan.steps * len(units),
+        label="step",
+        store=_by_target(session, plan) if adjoint else _by_sample(session, plan),
+    )
+    _trust(session, plan, stage)
+    if spec.exact_rank:
+        yield from correction(session, plan)
+
+
+def _by_sample(session: Session, plan: Plan) -> StoreOf:
+    method = session.spec.base_method
+    return StoreOf(
+        base=layout.hypergradients(method),
+        name="hypergradient",
+        rows=plan.n_tracked,
+        columns=plan.dimension,
+        dtype=session.spec.dtype,
+        chunk_rows=plan.chunk_rows,
+        dimensions=("train_index", "parameter"),
+        row_columns={"train_index": session.surveyed.tracked.astype(np.int32)},
+        attrs={"n_train": plan.n_train, "method": method},
+    )
+
+
+def _by_target(session: Session, plan: Plan) -> StoreOf:
+    method, columns = session.spec.base_method, plan.targets.columns()
+    if plan.targets.kind == SAMPLES:
+        columns = {"test_index": columns["test_index"]}
+    return StoreOf(
+        base=layout.by_test(method),
+        name="contribution",
+        rows=len(plan.targets),
+        columns=plan.n_tracked,
+        dtype=session.spec.dtype,
+        chunk_rows=plan.chunk_rows,
+        dimensions=(plan.targets.axis, "tracked"),
+        row_columns=columns,
+        attrs={"n_train": plan.n_train, "method": method},
+    )
+
+
+def _work(session: Session) -> ReplayWork | AdjointWork:
+    spec, compute = session.spec, compute_of(session.spec)
+    if spec.form == EXACT:  # it differentiates through batch statistics
+        compute = replace(compute, batch_norm="coupled")
+    kind = AdjointWork if spec.mode == ADJOINT else ReplayWork
+    return kind(
+        uri=session.directory.uri,
+        recipe=session.surveyed.recipe,
+        compute=compute,
+        method=spec.base_method,
+        form=spec.form,
+        tracked=session.surveyed.tracked,
+        targets=spec.targets,
+    )
+
+
+def _trust(session: Session, plan: Plan, stage: str) -> None:
+    """Note what speaks for the numbers; a run whose hypergradients do not add up ends here."""
+    reason = None
+    if session.spec.form != FAST:
+        reason = "it is that of the form without the Hessian"
+    elif plan.n_tracked != plan.n_train:
+        reason = f"{plan.n_tracked} of {plan.n_train} samples are tracked; whole batches were added up in the trials"
+    elif not session.surveyed.conservation:
+        reason = "batch statistics are held constant"
+    found = trust_of(session.directory, stage, n_train=plan.n_train, lawful=reason)
+    session.update(lambda info: info.setdefault("trust", {}).update({session.spec.base_method: found}))

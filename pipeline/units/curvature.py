@@ -1,0 +1,129 @@
+"""Units about curvature: EKFAC's estimate, the exact correction along a few directions, the preflight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...storage import layout
+from ...storage.curvature import write_curvature
+from ...storage.rows import RowStore
+from ...storage.rundir import RunDirectory
+from ...workers.ekfac.curvature import CurvatureEstimate
+from ...workers.reference.growth import Growth
+from ...workers.replay.adjoint import Adjoint
+from ...workers.replay.directions import spanning_directions
+from ...workers.replay.ekfac import EkfacReplay
+from ..executors.base import Report, Unit
+from ..spec.targets import store_of
+from .replay import CarryingWork
+from .work import Result, TrainingWork, Work, recorded, rows_of
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurvatureWork(TrainingWork):
+    """Handler of the one unit that estimates EKFAC's curvature.
+
+    Attributes:
+        form: Name of the Hessian's form.
+        options: Of ``CurvatureEstimate``.
+    """
+
+    form: str
+    options: dict[str, Any]
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write basis and eigenvalues."""
+        curvature = CurvatureEstimate(self.training(), recorded(run), **self.options).run(report)
+        base = layout.curvature(self.form)
+        files = [f"{base}/{name}" for name in write_curvature(run.path(base), curvature)]
+        return files, {"steps": curvature.steps.tolist(), **curvature.attrs}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreflightWork(TrainingWork):
+    """Handler of the one unit that measures how exact tangents grow.
+
+    Attributes:
+        tracked: Train indices asked for, (n,).
+    """
+
+    tracked: Integers
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write nothing; the manifest says what was seen."""
+        return [], Growth(self.coupled(), recorded(run), self.tracked).run(report)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DirectionsWork(Work):
+    """Handler of the one unit that finds the leading directions of the targets' gradients.
+
+    Attributes:
+        method: Name of the corrected method.
+        targets: Kind of the targets.
+    """
+
+    method: str
+    targets: str
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write the directions and the targets' coordinates along them."""
+        gradients = RowStore.open(run.path(store_of(self.targets)), "gradient")
+        found, coordinates, share = spanning_directions(
+            gradients.read, gradients.rows, unit.arguments["rank"]
+        )
+        files = []
+        for name, place, array, axes in (
+            ("direction", layout.DIRECTIONS, found, ("rank", "parameter")),
+            ("coordinate", layout.COORDINATES, coordinates, ("target", "rank")),
+        ):
+            base = layout.corrections(self.method, place)
+            store = RowStore.create(
+                run.path(base),
+                name=name,
+                rows=array.shape[0],
+                columns=array.shape[1],
+                dtype="float64",
+                chunk_rows=array.shape[0],
+                dimensions=axes,
+                row_columns={},
+                attrs={"share": share},
+            )
+            store.write(0, array)
+            files += [f"{base}/{file}" for file in (*store.files(0, array.shape[0]), *store.metadata_files())]
+        report(1, 1)
+        return files, {"directions": len(found), "share": share}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorrectionWork(CarryingWork):
+    """Handler of blocks of directions: exact minus EKFAC contributions to them.
+
+    Attributes:
+        corrected: Name of the corrected method.
+    """
+
+    corrected: str
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write the differences of a block of directions."""
+        start, stop = rows_of(unit)
+        trajectory = recorded(run)
+        stored = RowStore.open(run.path(layout.corrections(self.corrected, layout.DIRECTIONS)), "direction")
+        directions = stored.read(start, stop).astype(self.compute.dtype)
+        exact = Adjoint(self.coupled(), trajectory, self.tracked).run(directions, report)
+        bent = EkfacReplay(self.training(), trajectory, self.tracked, self.basis(run), directions)
+        difference = exact - bent.run().contributions()
+        bent.engine.close()
+        self.finite(difference, "contributions", trajectory, exact=True)
+        base = layout.corrections(self.corrected, layout.CORRECTED)
+        store = RowStore.open(run.path(base), "contribution")
+        store.write(start, difference)
+        files = [f"{base}/{name}" for name in store.files(start, stop)]
+        return files, {"rows": stop - start, "start": start}

@@ -1,0 +1,87 @@
+"""Units of gradients at the trained weights: of test samples, and of targets made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...storage import layout
+from ...storage.rows import RowStore
+from ...storage.rundir import RunDirectory
+from ...workers.data.labels import with_labels
+from ...workers.replay.targets import mean_gradients
+from ...workers.training.finite import check_test_gradients
+from ...workers.training.test_gradients import TestGradients
+from ...workers.training.training import Training
+from ..executors.base import Report, Unit
+from ..spec.targets import store_of, target_of_each
+from .work import Result, TrainingWork, Work, recorded, rows_of
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestGradientWork(TrainingWork):
+    """Handler of blocks of test samples.
+
+    Attributes:
+        tested: Test indices asked for, (M,).
+        test_labels: Class of every sample of the test dataset, -1 where there is none.
+    """
+
+    __test__ = False  # no test case, whatever its name begins with
+
+    tested: Integers
+    test_labels: Integers
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write the gradients of a block; the driver writes the columns once every block is there."""
+        start, stop = rows_of(unit)
+        training = Training(with_labels(self.recipe, self.test_labels), self.compute)
+        gradients = TestGradients(training, recorded(run))
+        chosen = self.tested[start:stop]
+        rows = gradients.rows(chosen, lambda done: report(done, stop - start))
+        check_test_gradients(training, gradients.dataset, chosen, rows.gradient, rows.loss)
+        gradients.engine.close()
+        store = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient")
+        store.write(start, rows.gradient)
+        files = [f"{layout.TEST_GRADIENTS}/{name}" for name in store.files(start, stop)]
+        return files, {
+            "rows": stop - start,
+            "start": start,
+            "ways": gradients.engine.told()
+            | {
+                "repaired_blocks": gradients.repaired,
+                "through": gradients.through,
+                "derivative": gradients.derivative,
+            },
+            "loss": rows.loss.tolist(),
+            "label": rows.label.tolist(),
+            "prediction": rows.prediction.tolist(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetGradientWork(Work):
+    """Handler of blocks of targets: classes, or the mean over the test samples.
+
+    Attributes:
+        targets: Their kind.
+    """
+
+    targets: str
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write the means of the test gradients of each target of a block."""
+        start, stop = rows_of(unit)
+        gradients, store = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient"), self._store(run)
+        group = target_of_each(store.column("label"), gradients.column("label"), start, stop)
+        mean = mean_gradients(gradients.read, group, gradients.columns, stop - start, report)
+        store.write(start, mean.astype(store.dtype))
+        files = [f"{store_of(self.targets)}/{name}" for name in store.files(start, stop)]
+        return files, {"rows": stop - start, "start": start}
+
+    def _store(self, run: RunDirectory) -> RowStore:
+        return RowStore.open(run.path(store_of(self.targets)), "gradient")

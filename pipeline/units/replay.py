@@ -1,0 +1,152 @@
+"""Units of the replay: hypergradients of a shard of samples, or contributions to a block of targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...storage import layout
+from ...storage.curvature import Curvature, read_curvature
+from ...storage.rows import RowStore
+from ...storage.rundir import RunDirectory
+from ...storage.trajectory import Trajectory
+from ...workers.hessian.tiles import HessianTiles
+from ...workers.model.state import uses_batch_statistics
+from ...workers.recursion.conservation import RowSums, check_sums
+from ...workers.reference.growth import check_finite
+from ...workers.replay.adjoint import Adjoint
+from ...workers.replay.ekfac import EkfacReplay
+from ...workers.replay.exact import ExactReplay
+from ...workers.replay.fast import Replay
+from ...workers.replay.projection import ProjectedReplay
+from ...workers.training.training import Training
+from ..executors.base import Report, Unit
+from ..plan.sharding import WRITE_CHUNKS
+from ..spec.targets import store_of
+from ..vocabulary import EKFAC, EXACT, FAST
+from .reduce import bounds
+from .work import Result, TrainingWork, recorded, rows_of
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CarryingWork(TrainingWork):
+    """A handler that carries something through the recursion, in one form of the Hessian.
+
+    Attributes:
+        method: Name of the stores that are filled.
+        form: Name of the Hessian's form.
+        tracked: Train indices asked for, (n,).
+        targets: Kind of the targets.
+    """
+
+    method: str
+    form: str
+    tracked: Integers
+    targets: str
+
+    def basis(self, run: RunDirectory) -> Curvature:
+        """Return the curvature of the form."""
+        return read_curvature(run.path(layout.curvature(self.form)))
+
+    def target_gradients(self, run: RunDirectory) -> RowStore:
+        """Return the gradients of the targets."""
+        return RowStore.open(run.path(store_of(self.targets)), "gradient")
+
+    def finite(
+        self, values: npt.NDArray[np.floating], what: str, trajectory: Trajectory, *, exact: bool
+    ) -> npt.NDArray[np.floating]:
+        """Return ``values``, unless one is not finite: nothing of that kind is ever stored."""
+        return check_finite(
+            values,
+            what=f"{what} of {self.method}",
+            recipe=self.recipe,
+            compute=self.compute,
+            trajectory=trajectory,
+            tracked=self.tracked,
+            exact=exact,
+        )
+
+    def lawful(self, training: Training) -> bool:
+        """Whether the rows of all shards must add up to what training did to the weights."""
+        return self.form == FAST and len(self.tracked) == training.n_train and not training.holds_statistics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayWork(CarryingWork):
+    """Handler of shards of tracked samples."""
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write the hypergradients of a shard."""
+        start, stop = rows_of(unit)
+        training, trajectory = self.training(), recorded(run)
+        tracked = self.tracked[start:stop]
+        replay: Replay | ExactReplay | EkfacReplay
+        if self.form == EKFAC:
+            replay = EkfacReplay(training, trajectory, tracked, self.basis(run))
+        else:
+            replay = (ExactReplay if self.form == EXACT else Replay)(training, trajectory, tracked)
+        buffers = replay.run(report)
+        base = layout.hypergradients(self.method)
+        store = RowStore.open(run.path(base), "hypergradient")
+        sums = RowSums(training.layout.entries)
+        for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
+            rows = buffers.numpy(first, last)
+            self.finite(rows, "hypergradients", trajectory, exact=self.form == EXACT)
+            store.write(start + first, rows)
+            if self.lawful(training):
+                sums.add(rows)
+        replay.engine.close()
+        files = [f"{base}/{name}" for name in store.files(start, stop)]
+        notes: dict[str, Any] = {"ways": replay.engine.told()}
+        if isinstance(replay, ExactReplay):
+            notes |= told_products(replay.tiles)
+        if self.lawful(training):
+            notes["law"] = sums.values()
+        return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdjointWork(CarryingWork):
+    """Handler of blocks of targets."""
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write the contributions of all tracked samples to a block of targets."""
+        start, stop = rows_of(unit)
+        training, trajectory = self.training(), recorded(run)
+        targets = self.target_gradients(run).read(start, stop)
+        notes: dict[str, Any] = {}
+        if self.form == EXACT:
+            back = Adjoint(training, trajectory, self.tracked)
+            found, notes = back.run(targets, report), told_products(back.tiles)
+        elif self.form == EKFAC:
+            bent = EkfacReplay(training, trajectory, self.tracked, self.basis(run), targets)
+            found, notes = bent.run(report).contributions(), {"ways": bent.engine.told()}
+            bent.engine.close()
+        else:
+            replay = ProjectedReplay(training, trajectory, self.tracked, targets)
+            found, notes = replay.contributions(report), {"ways": replay.engine.told()}
+            replay.engine.close()
+            if self.lawful(training):
+                check_sums(found, targets, trajectory, replay.ways.noise)
+                notes["lawful"] = True
+        base = layout.by_test(self.method)
+        store = RowStore.open(run.path(base), "contribution")
+        store.write(start, self.finite(found, "contributions", trajectory, exact=self.form == EXACT))
+        files = [f"{base}/{name}" for name in store.files(start, stop)]
+        return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
+
+
+def told_products(tiles: HessianTiles) -> dict[str, Any]:
+    """Return what a manifest says of Hessian products."""
+    norms = any(uses_batch_statistics(module) for module in tiles.training.model.modules())
+    return {
+        "products": tiles.choice,
+        "field": tiles.field,
+        "differences": tiles.checked,
+        "running_statistics": norms,
+    }

@@ -78,7 +78,6 @@ def top(
     """
     from ..pipeline.analysis.zeros import zero_warning
     from ..pipeline.opened_run import open_run
-    from ..pipeline.spec.targets import kind_of
 
     opened = open_run(run)
     method = opened.method(method)
@@ -101,7 +100,7 @@ def top(
             for_what = f"test samples of class {label}"
         kind = "harmful" if harmful else "helpful"
         title = f"{len(rows)} most {kind} training samples for {for_what} ({method})"
-        emit_tables(samples_table(title, rows, kind_of(opened.info, method)))
+        emit_tables(samples_table(title, rows, opened.noted.kind_of(method)))
 
 
 @click.command(short_help="Check every file of RUN; with --deep also its numbers.")

@@ -123,5 +123,5 @@ def _writer(path: Path, kind: str, schema: pa.Schema) -> _Writer:
 
 def expected_rows(run: Reader, method: str) -> int | None:
     """Return how many contributions a complete method of the run has; None where it does not say."""
-    tracked, targets = run.info.get("n_tracked"), target_count(run.info, method)
+    tracked, targets = run.info.get("n_tracked"), run.noted.target_count(method)
     return tracked * targets if isinstance(tracked, int) and targets is not None else None

@@ -8,12 +8,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from ..reading.stage_states import StageState, method_names, stage_states
-from ..vocabulary import (
-    ATTRIBUTE,
-    BY_EPOCH,
-    EVALUATE,
-    PREFLIGHT,
-)
+from ..vocabulary import ATTRIBUTE, BY_EPOCH, COMPLETE, EVALUATE, MISSING, PARTIAL
 
 if TYPE_CHECKING:
     from ..reading.reader import Reader
@@ -29,21 +24,21 @@ def status(run: Reader) -> dict[str, Any]:
         (one mapping a run with another seed: ``seed``, ``state``) and ``resume`` (the command that does
         what is missing; None when nothing is).
     """
-    states = stage_states(run.directory, run.info)
+    states = stage_states(run.directory, run.noted)
     # What judges a run is no part of it: it never makes one incomplete.
     judging = (f"{EVALUATE}/", f"{BY_EPOCH}/")
-    complete = all(s.state == "complete" for s in states if not s.stage.startswith(judging))
-    methods = {name: _method_state(states, name) for name in method_names(run.info)}
+    complete = all(s.state == COMPLETE for s in states if not s.stage.startswith(judging))
+    methods = {name: _method_state(states, name) for name in run.noted.method_names()}
     return {
         "run": run.uri,
         "recipe": run.recipe,
-        "state": "complete" if complete else "partial",
+        "state": COMPLETE if complete else PARTIAL,
         **{
-            key: run.info.get(key)
+            key: getattr(run.noted, key)
             for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")
         },
         "methods": methods,
-        "warnings": warnings_of(run.info),
+        "warnings": run.noted.warnings(),
         "stages": [asdict(state) for state in states],
         "seeds": _seeds(run),
         "resume": None if complete else _resume(run, states),
@@ -53,27 +48,18 @@ def status(run: Reader) -> dict[str, Any]:
 def _seeds(run: Reader) -> list[dict[str, Any]]:
     there = run.members()
     return [
-        {"seed": seed, "state": status(there[seed])["state"] if seed in there else "missing"}
-        for seed in run.info.get("seeds", {}).get("others", [])
+        {"seed": seed, "state": status(there[seed])["state"] if seed in there else MISSING}
+        for seed in run.noted.other_seeds
     ]
-
-
-def warnings_of(info: Mapping[str, Any]) -> list[str]:
-    """Return what the preflight of each method warned of, one line each."""
-    found = []
-    for name in method_names(info):
-        entry = info.get("methods", {}).get(name, {}).get(PREFLIGHT, {})
-        found += [f"{name}: {text}" for text in entry.get("warnings", ())]
-    return found
 
 
 def _resume(run: Reader, states: Sequence[StageState]) -> str:
     """Return the command that does what is missing; estimators are added once the rest is there."""
-    methods, spec = run.info.get("methods", {}), run.info.get("spec", {})
-    missing = {state.stage.split("/")[0] for state in states if state.state != "complete"}
+    noted, spec = run.noted, run.noted.spec
+    missing = {state.stage.split("/")[0] for state in states if state.state != COMPLETE}
     seeds = max((len(run.averages(name)) for name in missing), default=0)
-    sources = {methods.get(name, {}).get("source", name) for name in missing}
-    added = [name for name in sources if methods.get(name, {}).get("mode") == ATTRIBUTE]
+    sources = {noted.entry(name).source or name for name in missing}
+    added = [name for name in sources if noted.entry(name).mode == ATTRIBUTE]
     if not added or len(added) < len(sources):
         return command_line({**spec, "seeds": seeds} if seeds else spec, uri=run.uri)
     name = min(added)
@@ -81,7 +67,7 @@ def _resume(run: Reader, states: Sequence[StageState]) -> str:
     if spec.get("recipe", "digits") != "digits":
         words.append(str(spec["recipe"]))
     words += ["--method", name]
-    for key, value in methods[name].get("options", {}).items():
+    for key, value in (noted.entry(name).options or {}).items():
         words += ["--option", f"{key}={_scalar(value)}"]
     if seeds:
         words += ["--seeds", str(seeds)]
@@ -134,6 +120,6 @@ def _scalar(value: object) -> str:
 
 def _method_state(states: Sequence[StageState], method: str) -> str:
     own = [state.state for state in states if state.stage.startswith(f"{method}/")]
-    if own[-1:] == ["complete"]:
-        return "complete"
-    return "missing" if all(state == "missing" for state in own) else "partial"
+    if own[-1:] == [COMPLETE]:
+        return COMPLETE
+    return MISSING if all(state == MISSING for state in own) else PARTIAL

@@ -22,9 +22,9 @@ import numpy as np
 from ...storage import layout
 from ...storage.errors import HydraError
 from ..reading.stage_states import stage_states
-from ..spec.targets import kind_of
+from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import MEAN, SAMPLES
-from .status import command_line, warnings_of
+from .status import command_line
 from .top import top
 from .trust_lines import trust_lines
 from .zeros import zero_warning
@@ -54,14 +54,12 @@ def summary(run: Reader, method: str | None = None) -> dict[str, Any]:
         and ``harmful`` (rows of `top.top`, with ``original_label`` where a label is wrong on
         purpose); ``next`` (commands to type).
     """
-    info = run.info
-    noted = info.get("summary")
-    noted = noted if isinstance(noted, Mapping) else {}
+    info = run.noted
     methods = run.methods()
     method = method if method in methods else _current_method(run, methods)
     states = stage_states(run.directory, info)
     manifests = [m for stage in run.directory.stages() for m in run.directory.manifests(stage)]
-    peaks = [m.values["peak_bytes"] for m in manifests if m.values.get("peak_bytes")]
+    peaks = [values_of(UnitValues, m).peak_bytes or 0 for m in manifests]
     entries = {entry.path: entry for m in manifests for entry in m.files}.values()
     disk: dict[str, list[int]] = {}
     for entry in sorted(entries, key=lambda entry: layout.rank(entry.path)):
@@ -82,18 +80,18 @@ def summary(run: Reader, method: str | None = None) -> dict[str, Any]:
         "run": run.uri,
         "recipe": run.recipe,
         "method": method,
-        "targets": None if method is None else kind_of(info, method),
-        **{key: info.get(key) for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")},
+        "targets": None if method is None else info.kind_of(method),
+        **{key: getattr(info, key) for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")},
         "accuracy": {
-            "train": _accuracy(run, noted, "train_accuracy"),
-            "test": _accuracy(run, noted, "test_accuracy"),
+            "train": _accuracy(run, "train_accuracy"),
+            "test": _accuracy(run, "test_accuracy"),
         },
         "memory": {
-            "peak_bytes": noted.get("peak_bytes") or max(peaks, default=None),
-            "predicted_bytes": noted.get("predicted_bytes") or None,
+            "peak_bytes": info.summary.peak_bytes or max(peaks, default=0) or None,
+            "predicted_bytes": info.summary.predicted_bytes or None,
         },
-        "warnings": [*warnings_of(info), *([zero] if zero else [])],
-        "trust": trust_lines(info["trust"][method]) if method in info.get("trust", {}) else [],
+        "warnings": [*info.warnings(), *([zero] if zero else [])],
+        "trust": trust_lines(info.trust[method]) if method in info.trust else [],
         "stages": [
             {"stage": s.stage, "units": s.done, "rows": s.rows, "bytes": s.bytes, "seconds": s.seconds}
             for s in states
@@ -107,15 +105,15 @@ def summary(run: Reader, method: str | None = None) -> dict[str, Any]:
 
 
 def _current_method(run: Reader, methods: list[str]) -> str | None:
-    current = run.info.get("method")
-    if isinstance(current, str) and current in methods:
-        return current
+    if run.noted.method in methods:
+        return run.noted.method
     return methods[0] if methods else None
 
 
-def _accuracy(run: Reader, noted: Mapping[str, Any], key: str) -> float | None:
-    if noted.get(key) is not None:
-        return float(noted[key])
+def _accuracy(run: Reader, key: str) -> float | None:
+    noted = run.noted.summary.closing.get(key)
+    if noted is not None:
+        return float(noted)
     try:
         values = np.asarray(run.trajectory().epochs.get(key, ()), dtype=np.float64)
     except HydraError:
@@ -139,10 +137,10 @@ def _extremes(run: Reader, method: str | None, harmful: bool) -> list[dict[str, 
 def _next(run: Reader, method: str | None, methods: list[str]) -> list[str]:
     """Return commands that show something at once: they are printed to be copied."""
     if method is None:
-        return [command_line(run.info.get("spec", {}), uri=run.uri)]
+        return [command_line(run.noted.spec, uri=run.uri)]
     where = shlex.quote(run.uri)
     first = run.contributions(method).head(1, columns=["test_index", "test_label"]).to_pylist()
-    kind = kind_of(run.info, method)
+    kind = run.noted.kind_of(method)
     column, option = ("test_index", "--test") if kind == SAMPLES else ("test_label", "--class")
     test = f" {option} {first[0][column]}" if first and kind != MEAN else ""
     chosen = "" if method == methods[0] else f" --method {method}"

@@ -10,7 +10,6 @@ import pyarrow.dataset as pa_dataset
 
 from ...storage.errors import HydraError, InputError
 from ..reading.panels import targets
-from ..spec.targets import kind_of
 from ..vocabulary import CLASSES, MEAN, SAMPLES
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def top(
     else:
         chosen = _one_test_sample(run, k=k, test=test, harmful=harmful, method=method)
     method = run.method(method)
-    if run.averages(method) and (label is None or kind_of(run.info, method) == CLASSES):
+    if run.averages(method) and (label is None or run.noted.kind_of(method) == CLASSES):
         spread = _spread(run, method, chosen, test, label)
         chosen = chosen.append_column("contribution_spread", spread)
     return chosen.add_column(0, "rank", pa.array(np.arange(1, len(chosen) + 1, dtype=np.int32)))
@@ -74,7 +73,7 @@ def top(
 def _one_test_sample(run: Reader, *, k: int, test: int, harmful: bool, method: str | None) -> pa.Table:
     """Stream the rows of one test sample, keeping the best ``k``; statistics prune the rest."""
     name = run.method(method)
-    if kind_of(run.info, name) != SAMPLES:
+    if run.noted.kind_of(name) != SAMPLES:
         raise _no_such_target(run, name, f"test sample {test}", (SAMPLES,))
     dataset = run.contributions(name)
     # An index outside int32 would overflow in the filter; it is not in the run either way.
@@ -105,7 +104,7 @@ def _one_test_sample(run: Reader, *, k: int, test: int, harmful: bool, method: s
 
 def _one_class(run: Reader, *, k: int, label: int, harmful: bool, method: str) -> pa.Table:
     """Stream the rows of one class and average them by training sample."""
-    if kind_of(run.info, method) == MEAN:
+    if run.noted.kind_of(method) == MEAN:
         raise _no_such_target(run, method, f"class {label}", (SAMPLES, CLASSES))
     held = targets(run, method)
     if label < 0 or label not in held.label:
@@ -136,9 +135,9 @@ def _one_class(run: Reader, *, k: int, label: int, harmful: bool, method: str) -
 
 def _no_such_target(run: Reader, method: str, asked: str, kinds: tuple[str, ...]) -> InputError:
     """Return the refusal of what only methods with targets of the given kinds can answer."""
-    own = kind_of(run.info, method)
+    own = run.noted.kind_of(method)
     held = "a mean a class" if own == CLASSES else "the mean over all test samples"
-    able = [f"--method {name}" for name in run.methods() if kind_of(run.info, name) in kinds]
+    able = [f"--method {name}" for name in run.methods() if run.noted.kind_of(name) in kinds]
     remedy = able[0] if able else "a method made with --targets " + " or ".join(kinds)
     choice = "--class C, or " if own == CLASSES else ""
     none = "no classes" if CLASSES in kinds else "no single test samples"
@@ -165,7 +164,7 @@ def _order(train_index: np.ndarray, contribution: np.ndarray, harmful: bool) -> 
 
 
 def _unknown(run: Reader, test: int) -> InputError:
-    held = f"{run.info.get('n_test_tracked', '?')} test samples"
+    held = f"{'?' if run.noted.n_test_tracked is None else run.noted.n_test_tracked} test samples"
     try:
         index = run.test_gradients().column("test_index")
         held += f", from {int(index.min())} to {int(index.max())}"

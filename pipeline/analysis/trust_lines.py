@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from ..reading.run_info import Trust
 
 SHOWN = 4
 """Names of parameters that a line shows."""
 
 
-def trust_lines(trust: Mapping[str, Any]) -> list[str]:
+def trust_lines(trust: Trust) -> list[str]:
     """Return a method's entry in words, a line a fact."""
     lines = []
-    ways, tests = trust.get("ways"), trust.get("test_ways")
+    ways, tests = trust.ways, trust.test_ways
     if ways:
         tried = f"tried on {ways['trials']} batches" if ways["trials"] else "each sample by itself"
         slow = sum(len(ways[kind]) for kind in ("func", "vjp", "untried"))
@@ -33,17 +34,17 @@ def trust_lines(trust: Mapping[str, Any]) -> list[str]:
         lines.append("test losses detach something: differentiated through, as the loss itself changes")
     if tests and tests.get("derivative") is False:
         lines.append("test gradients are those of backward, which is not the derivative of the test loss")
-    if trust.get("field"):
-        lines.append(f"the update is no gradient: {trust['field']}")
-    elif trust.get("differences"):
+    if trust.field:
+        lines.append(f"the update is no gradient: {trust.field}")
+    elif trust.differences:
         lines.append("Hessian products agree with differences of the gradient")
-    if trust.get("running_statistics"):
+    if trust.running_statistics:
         lines.append("running statistics of BatchNorm count as constants in test losses")
-    law = trust["law"]
-    if not law["checked"]:
-        lines.append(f"conservation law: not applicable, {law['reason']}")
-    elif "worst" in law:
-        lines.append(f"conservation law: holds (error {law['error']:.1e}, limit {law['limit']:.1e})")
+    law = trust.law
+    if not law.checked:
+        lines.append(f"conservation law: not applicable, {law.reason}")
+    elif law.error is not None and law.limit is not None:
+        lines.append(f"conservation law: holds (error {law.error:.1e}, limit {law.limit:.1e})")
     else:
         lines.append("conservation law: holds for every target")
     return lines

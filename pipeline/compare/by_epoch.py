@@ -31,6 +31,8 @@ from ..plan.sharding import USUAL_MEMORY, Shard, itemsize_of, spans
 from ..plan.stored_spec import stored_spec
 from ..plan.survey import Survey, compute_of, survey
 from ..reading.reader import Reader, open_reader
+from ..reading.run_info import StageEntry
+from ..reading.unit_values import ByEpochValues, all_values, values_of
 from ..units.by_epoch import ByEpochWork
 from ..vocabulary import BY_EPOCH_SCORES, CURVATURE, EKFAC, EXACT, FAST, SUMMARY, by_epoch_stage
 from .by_epoch_measures import FollowedForms, measure
@@ -117,7 +119,7 @@ def by_epoch(
         surveyed = survey(spec, trial=False)
         place(spec, surveyed)
         _check_same(found, surveyed)
-        check_recipe(found.uri, found.info, surveyed.made_of, observer or null)
+        check_recipe(found.uri, found.noted, surveyed.made_of, observer or null)
         executor = make_executor(spec)
         session = Session(
             spec=spec,
@@ -137,7 +139,7 @@ def by_epoch(
 
 
 def _check_same(run: Reader, surveyed: Survey) -> None:
-    before = run.info.get("chosen", {})
+    before = run.noted.chosen
     differing = [
         f"{name}: stored {before[name]}, now {value}"
         for name, value in chosen(surveyed).items()
@@ -253,7 +255,7 @@ def _stage(
     forms, surveyed, directory = asked.forms, session.surveyed, session.directory
     question = asked.questions[name]
     for manifest in directory.manifests(name):
-        if manifest.values.get("question") != question:
+        if values_of(ByEpochValues, manifest).question != question:
             session.note(f"{name} {manifest.unit} is done again: it was made with other options")
             directory.drop(name, manifest.unit)
             for entry in manifest.files:  # the new answer may have fewer
@@ -284,19 +286,14 @@ def _stage(
 def _shards(session: Session, asked: _Asked) -> tuple[Shard, ...]:
     """Cut the tracked samples by memory and workers; a comparison that goes on keeps its cut."""
     spec, total = session.spec, len(session.surveyed.tracked)
-    entry = session.directory.read().get("stages", {}).get(asked.replays, {})
-    rows = entry.get("rows")
+    rows = session.info().stages.get(asked.replays, StageEntry()).rows
     if rows is None or not session.directory.units(asked.replays):
         capacity = session.executor.capacity(start=False)
         budget = spec.memory or capacity.memory_per_worker or USUAL_MEMORY
         fitting = samples_that_fit(session.surveyed, itemsize_of(spec.dtype), asked.forms, budget)
         rows = min(fitting, math.ceil(total / (capacity.slots or 1)))
-
-    def note(info: dict[str, Any]) -> None:
-        info.setdefault("stages", {}).setdefault(asked.replays, {})["rows"] = rows
-
-    session.update(note)
-    return spans(total, int(rows), "shard")
+    session.update(lambda info: info.with_stage(asked.replays, rows=rows))
+    return spans(total, rows, "shard")
 
 
 def samples_that_fit(surveyed: Survey, itemsize: int, forms: FollowedForms, budget: int) -> int:
@@ -321,7 +318,7 @@ def _measured(run: Reader, asked: _Asked) -> dict[str, Any]:
     """Measure what was followed, and commit that."""
     directory = run.directory
     seconds = {
-        stage: sum(float(m.values.get("seconds", 0.0)) for m in directory.manifests(stage))
+        stage: sum(unit.seconds or 0.0 for unit in all_values(ByEpochValues, directory, stage))
         for stage in (asked.replays, *map(by_epoch_stage, asked.forms.influence))
     }
     found = measure(run, asked.forms, seconds=seconds)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..reading.unit_values import UnitValues, all_values
 from ...storage.errors import InputError
 from ..reading.panels import panel_width, panels, targets
-from ..spec.targets import coarsened, kind_of
+from ..spec.targets import coarsened
 from ..vocabulary import CURVATURE, EKFAC, EXACT, KINDS, RECORD, SAMPLES, TEST_GRADIENTS
 from .ranking import overlap, ranks, sign_errors, spearman
 
@@ -78,7 +79,7 @@ def compare(
                 f"{name} has {len(means[name][0]):,} training samples, {reference} {len(index):,}, not the "
                 "same ones; compare methods with the same --track"
             )
-    kind = max((kind_of(run.info, name) for name in names), key=KINDS.index)
+    kind = run.noted.coarsest(names)
     own = targets(run, reference)
     total, n_test = len(coarsened(own, kind)[0]), int(own.count.sum())
     width = panel or panel_width(len(index) * 3)
@@ -177,15 +178,15 @@ def _choose(run: Reader, reference: str | None, methods: Sequence[str] | None) -
     if reference is None:
         # With nothing but coarser targets, their exact form is the reference.
         exact = [name for name in complete if name == EXACT or name.startswith(f"{EXACT}-")]
-        if not exact or (exact[0] != EXACT and kind_of(run.info, complete[0]) == SAMPLES):
+        if not exact or (exact[0] != EXACT and run.noted.kind_of(complete[0]) == SAMPLES):
             raise InputError(
                 f"{run.uri} has no method {EXACT} to compare with, only {', '.join(complete) or 'none'}; "
                 "name one with --reference, or add it: hydra-pipe run ... --hessian exact on the same --out"
             )
         reference = exact[0]
     reference = run.method(reference)
-    kind = kind_of(run.info, reference)
-    alike = [name for name in complete if kind_of(run.info, name) == kind]
+    kind = run.noted.kind_of(reference)
+    alike = [name for name in complete if run.noted.kind_of(name) == kind]
     chosen = [run.method(name) for name in (alike if methods is None else methods)]
     chosen = [name for name in dict.fromkeys(chosen) if name != reference]
     if not chosen:
@@ -213,7 +214,7 @@ def seconds(run: Reader, method: str) -> float | None:
     """
     seeds = run.averages(method)
     if seeds:
-        members, source = run.members(), str(run.info["methods"][method]["source"])
+        members, source = run.members(), str(run.noted.entry(method).source)
         total = _spent(run, (method, *_owners(run, source))) or 0.0
         for seed in seeds[1:]:
             if seed in members:
@@ -225,18 +226,18 @@ def seconds(run: Reader, method: str) -> float | None:
 
 def _owners(run: Reader, method: str) -> tuple[str, ...]:
     """Return whose stages a method needs: its own, and EKFAC's curvature where it borrows that."""
-    borrows = method.startswith(f"{EKFAC}-") and kind_of(run.info, method) != SAMPLES
+    borrows = method.startswith(f"{EKFAC}-") and run.noted.kind_of(method) != SAMPLES
     return (method, f"{EKFAC}/{CURVATURE}") if borrows else (method,)
 
 
 def _spent(run: Reader, owners: Sequence[str]) -> float | None:
     """Return the seconds of the given stages, or of all stages of the given methods; None where unknown."""
     spent = [
-        float(manifest.values["seconds"])
+        unit.seconds
         for stage in run.directory.stages()
         if stage.split("/")[0] in owners or stage in owners
-        for manifest in run.directory.manifests(stage)
-        if "seconds" in manifest.values
+        for unit in all_values(UnitValues, run.directory, stage)
+        if unit.seconds is not None
     ]
     return sum(spent) if spent else None
 

@@ -27,6 +27,7 @@ from ..plan.provenance import check_recipe
 from ..plan.sharding import EXACT_TARGETS, USUAL_MEMORY, Cut, cut_targets, itemsize_of, spans
 from ..plan.stored_spec import PLACEMENT, stored_spec
 from ..plan.survey import compute_of, survey
+from ..reading.run_info import RunInfo
 from ..spec.spec import averaged
 from ..units.estimate import EstimateWork, PrepareWork
 from ..units.reduce import ReduceWork
@@ -114,12 +115,12 @@ def _attribute(
     found = open_run(uri)
     spec = replace(stored_spec(found, recipe, placement, command="attribute"), seeds=seeds)
     # The mode of HyDRA's own fast method, so that going on beside it is no other specification.
-    mode = found.info.get("methods", {}).get(spec.base_method, {}).get("mode", spec.mode)
+    mode = found.noted.entry(spec.base_method).mode or spec.mode
     spec = replace(spec, mode=mode)
     refuse_unsupported(spec)
     surveyed = survey(spec, trial=False)
     place(spec, surveyed)
-    check_recipe(found.uri, found.info, surveyed.made_of, observer)
+    check_recipe(found.uri, found.noted, surveyed.made_of, observer)
     stored = stored_run(found.directory, spec, surveyed)
     assert stored is not None  # the run is there, and what differs has been refused
     data = check_data(spec, surveyed, found.directory) if seeds > 1 else {}
@@ -157,7 +158,7 @@ def _add(session: Session, chosen: Mapping[str, Estimator], overwrite: bool) -> 
 def _check_options(session: Session, estimator: Estimator, overwrite: bool) -> None:
     """Refuse options that differ from what is there; with ``overwrite`` forget what is there."""
     directory, name = session.directory, estimator.NAME
-    before = directory.read().get("methods", {}).get(name, {}).get("options")
+    before = session.info().entry(name).options
     asked = estimator.options()
     if before is None or before == asked:
         return
@@ -181,8 +182,7 @@ def _check_options(session: Session, estimator: Estimator, overwrite: bool) -> N
 def _cut(session: Session, estimator: Estimator) -> Cut:
     """Cut the test samples into blocks by memory and workers; a resumed method keeps its cut."""
     spec, tested = session.spec, len(session.surveyed.tested)
-    before = session.directory.read().get("methods", {}).get(estimator.NAME, {})
-    count = before.get("shards")
+    count = session.info().entry(estimator.NAME).shards
     if count is None:
         capacity = session.executor.capacity(start=False)
         memory = spec.memory or capacity.memory_per_worker or USUAL_MEMORY
@@ -200,11 +200,12 @@ def _estimate(session: Session, estimator: Estimator) -> Stages:
     directory.clear_litter()
     blocks, options = _cut(session, estimator), estimator.options()
 
-    def note(info: dict[str, Any]) -> None:
-        entry = info["methods"].setdefault(method, {"state": PARTIAL})
-        if entry.get("options") != options:  # done again: also its state
-            entry["state"] = PARTIAL
-        entry.update(mode=ATTRIBUTE, options=options, shards=len(blocks.shards))
+    def note(info: RunInfo) -> RunInfo:
+        before = info.entry(method)
+        state = before.state if before.options == options else PARTIAL  # done again: also its state
+        return info.with_method(
+            method, state=state, mode=ATTRIBUTE, options=options, shards=len(blocks.shards)
+        )
 
     session.update(note)
     if estimator.PREPARES:
@@ -249,7 +250,7 @@ def _estimate(session: Session, estimator: Estimator) -> Stages:
             job=reduce_job(session, cut, method=method, base=method, targets=SAMPLES, mode=ADJOINT),
         ),
     )
-    session.update(lambda info: info["methods"][method].update(state=COMPLETE))
+    session.update(lambda info: info.with_method(method, state=COMPLETE))
 
 
 def _prepare(session: Session, estimator: Estimator) -> Stage:
@@ -258,8 +259,9 @@ def _prepare(session: Session, estimator: Estimator) -> Stage:
     stage, tracked = f"{method}/{PREPARE}", len(surveyed.tracked)
     slots = session.executor.capacity(start=False).slots or 1
     rows = min(PREPARE_ROWS, math.ceil(tracked / slots / TARGETS) * TARGETS)
-    info = session.update(lambda info: info["methods"][method].setdefault("prepare_rows", rows) and None)
-    rows = info["methods"][method]["prepare_rows"]
+    before = session.info().entry(method).prepare_rows
+    rows = rows if before is None else before
+    session.update(lambda info: info.with_method(method, prepare_rows=rows))
     return Stage(
         name=stage,
         units=units_of(stage, spans(tracked, rows, "rows")),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from ...storage.errors import SpecError
 from ...storage.rundir import RunDirectory
@@ -20,6 +19,7 @@ from ..plan.compatibility import place, stored_run
 from ..plan.plan import Plan, cut
 from ..plan.provenance import say_cosmetic
 from ..plan.survey import Survey, compute_of
+from ..reading.run_info import RunInfo
 from ..spec.spec import RunSpec
 from ..units.reduce import ReduceWork
 from ..vocabulary import (
@@ -56,7 +56,7 @@ class Begun:
 
     session: Session
     plan: Plan
-    info: dict[str, Any]
+    info: RunInfo
 
 
 def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observer) -> Begun:
@@ -71,15 +71,14 @@ def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observe
     stored = stored_run(directory, spec, surveyed)
     replaced = stored is None and directory.exists()
     # A resumed run keeps the cut it began with, whatever `auto` would choose today.
-    before = stored.get("methods", {}).get(spec.base_method, {}) if stored else {}
-    fixed = before.get("shards")
+    fixed = stored.entry(spec.base_method).shards if stored else None
     plan = cut(replace(spec, seeds=1), surveyed, executor.capacity(start=False), shards=fixed)
     if replaced:  # only now: what cannot be done must not cost the run that is there
         directory.delete_results()
         session.note(f"replaced the run at {directory.uri}")
     observer(RunStarted(uri=directory.uri, recipe=surveyed.recipe.name, resumed=stored is not None))
-    say_cosmetic(stored or {}, surveyed.made_of, observer)
-    return Begun(session=session, plan=plan, info=run_notes(spec, surveyed, plan, stored or {}))
+    say_cosmetic(stored or RunInfo(), surveyed.made_of, observer)
+    return Begun(session=session, plan=plan, info=run_notes(spec, surveyed, plan, stored))
 
 
 def drive(begun: Begun, stages: Sequence[str]) -> None:
@@ -95,9 +94,10 @@ def drive(begun: Begun, stages: Sequence[str]) -> None:
     session, plan, info = begun.session, begun.plan, begun.info
     session.directory.clear_litter()
     if set(stages) != {RECORD}:
-        for entry in info["methods"].values():
-            entry["state"] = PARTIAL if entry["state"] == ASKED else entry["state"]
-    session.directory.write(info)
+        for name, entry in info.methods.items():
+            if entry.state == ASKED:
+                info = info.with_method(name, state=PARTIAL)
+    session.directory.write(info.to_json())
     makers: dict[str, Callable[[Session, Plan], Stages]] = {
         RECORD: record,
         TEST_GRADIENTS: test_gradients,
@@ -137,9 +137,9 @@ def _reduce_work(session: Session, plan: Plan, method: str) -> ReduceWork:
     return ReduceWork(uri=session.directory.uri, compute=compute_of(spec), job=job)
 
 
-def _close(session: Session, plan: Plan, info: dict[str, Any]) -> None:
+def _close(session: Session, plan: Plan, info: RunInfo) -> RunInfo:
     """Note states and how close the plan was."""
     for method in (session.spec.base_method, session.spec.method):
         if session.directory.manifest(f"{method}/{REDUCE}", INTERCLASS) is not None:
-            info["methods"][method]["state"] = COMPLETE
-    closing_notes(session.directory, plan, info)
+            info = info.with_method(method, state=COMPLETE)
+    return closing_notes(session.directory, plan, info)

@@ -8,6 +8,7 @@ from ...storage import layout
 from ..executors.base import Unit
 from ..plan.plan import Plan
 from ..plan.survey import compute_of
+from ..reading.unit_values import TestGradientValues, values_of
 from ..spec.targets import store_of
 from ..units.gradients import TargetGradientWork, TestGradientWork
 from ..units.record import RecordWork
@@ -93,9 +94,12 @@ def test_gradients(session: Session, plan: Plan) -> Stages:
     for unit in units:
         manifest = directory.manifest(TEST_GRADIENTS, unit.name)
         assert manifest is not None
+        values = values_of(TestGradientValues, manifest)
+        assert values.start is not None
         for column, dtype in (("loss", np.float64), ("label", np.int16), ("prediction", np.int16)):
-            values = np.asarray(manifest.values[column], dtype=dtype)
-            made.write_column(column, values, start=int(manifest.values["start"]))
+            made.write_column(
+                column, np.asarray(getattr(values, column), dtype=dtype), start=values.start
+            )
     commit_index(directory, TEST_GRADIENTS, store, made)
 
 

@@ -8,7 +8,9 @@ that to be little.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from ..executors.base import Unit
 from ..plan.plan import Plan
 from ..plan.survey import compute_of
 from ..plan.times import ENOUGH
+from ..reading.run_info import Preflight
+from ..reading.unit_values import GrowthValues, UnitValues, values_of
 from ..units.curvature import PreflightWork
 from ..vocabulary import EKFAC, PREFLIGHT
 from .stages import Session, Stage, Stages
@@ -70,14 +74,14 @@ def preflight(
                 closing=False,
             )
         found = growth_preflight(directory, stage, spec.dtype, plan.steps)
-    session.update(lambda info: info["methods"][method].update({PREFLIGHT: found}))
-    for text in found["warnings"]:
+    session.update(lambda info: info.with_method(method, preflight=found))
+    for text in found.warnings:
         session.note(f"warning: {text}")
 
 
 def settings_preflight(
     trajectory: Trajectory, dtype: str, curvature: Curvature | None = None
-) -> dict[str, Any]:
+) -> Preflight:
     """Judge the coefficients ``c_t N / B_t`` of the closed form.
 
     Args:
@@ -127,7 +131,7 @@ def settings_preflight(
                 "the steps bear without growing and are set to that limit: EKFAC understates the curvature "
                 "there; a lower learning rate avoids it"
             )
-    return {"warnings": warnings, **found}
+    return Preflight(warnings=tuple(warnings), rest=found)
 
 
 def clipped_eigenvalues(trajectory: Trajectory, curvature: Curvature) -> int:
@@ -141,28 +145,31 @@ def clipped_eigenvalues(trajectory: Trajectory, curvature: Curvature) -> int:
     return int((curvature.eigenvalues > limit).any(0).sum())
 
 
-def growth_preflight(directory: RunDirectory, stage: str, dtype: str, steps: int) -> dict[str, Any]:
+def growth_preflight(directory: RunDirectory, stage: str, dtype: str, steps: int) -> Preflight:
     """Judge what the exact form was seen to do; see ``workers.reference.growth.Growth.run`` for the numbers."""
     manifest = directory.manifest(stage, PREFLIGHT)
     if manifest is None:
         why = f"fewer than {ENOUGH} vectors follow: measuring first would not be cheap beside them"
-        return {"warnings": [], "skipped": why}
-    names = ("growth", "peak", "peak_step", "rounding", "deviation", "limit", "train_index")
-    seen = {name: manifest.values[name] for name in names}
-    warnings, wider = [], _wider(dtype)
-    if seen["deviation"] is not None and not seen["deviation"] <= seen["limit"]:
+        return Preflight(skipped=why)
+    seen = values_of(GrowthValues, manifest)
+    warnings, wider, limit = [], _wider(dtype), seen.limit or 0.0
+    # What is not finite is stored as null.
+    peak, rounding = (math.inf if value is None else value for value in (seen.peak, seen.rounding))
+    if seen.deviation is not None and not seen.deviation <= limit:
         warnings.append(
-            f"{dtype} is not enough for exact hypergradients here: that of train_index {seen['train_index']} "
-            f"is {seen['deviation']:.1e} from float64, the limit is {seen['limit']:.0e}; "
+            f"{dtype} is not enough for exact hypergradients here: that of train_index {seen.train_index} "
+            f"is {seen.deviation:.1e} from float64, the limit is {limit:.0e}; "
             f"use {wider}a lower learning rate or fewer epochs"
         )
-    if not seen["rounding"] <= seen["limit"]:
+    if not rounding <= limit:
         warnings.append(
-            f"exact tangents grow: a change of the first weights is {seen['peak']:.1e} times as large after step "
-            f"{seen['peak_step']} of {steps}, so that rounding alone moves the final weights by about "
-            f"{seen['rounding']:.0e} in {dtype}, the limit is {seen['limit']:.0e}; use {wider}a lower learning rate or fewer epochs"
+            f"exact tangents grow: a change of the first weights is {peak:.1e} times as large after step "
+            f"{seen.peak_step} of {steps}, so that rounding alone moves the final weights by about "
+            f"{rounding:.0e} in {dtype}, the limit is {limit:.0e}; use {wider}a lower learning rate or fewer epochs"
         )
-    return {"warnings": warnings, **seen}
+    common = {field.name for field in fields(UnitValues)}
+    measured = [field.name for field in fields(seen) if field.name not in common]
+    return Preflight(warnings=tuple(warnings), rest={name: getattr(seen, name) for name in measured})
 
 
 def _wider(dtype: str) -> str:

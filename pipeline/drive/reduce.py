@@ -13,6 +13,7 @@ from ..analysis.zeros import zero_warning
 from ..executors.base import Handler
 from ..plan.plan import ReduceCut
 from ..plan.sharding import Shard
+from ..reading.unit_values import ReduceValues, values_of
 from ..units.reduce import ReduceJob, interclass_table
 from ..vocabulary import INTERCLASS, REDUCE, Mode
 from .stages import Session, Stage, Stages, units_of
@@ -32,7 +33,7 @@ def reduce_method(session: Session, cut: ReduceCut, method: str, handler: Callab
     if not done and session.valid(stage, INTERCLASS):
         return
     manifests = [directory.manifest(stage, unit.name) for unit in units]
-    table = interclass_table([m.values["interclass"] for m in manifests if m is not None])
+    table = interclass_table([values_of(ReduceValues, m).interclass for m in manifests if m is not None])
     relative = layout.table_part("interclass", method, "00000")
     parquet.write_table(directory.path(relative), table, parquet.INTERCLASS)
     directory.commit(stage, INTERCLASS, [relative], {})

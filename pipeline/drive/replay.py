@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from ...storage import layout
 from ..plan.plan import Plan
 from ..plan.survey import compute_of
+from ..reading.run_info import RunInfo
 from ..spec.spec import RunSpec
 from ..units.replay import AdjointWork, ReplayWork
 from ..vocabulary import ADJOINT, EKFAC, EXACT, FAST, REDUCE, REPLAY, SAMPLES
@@ -42,10 +42,10 @@ def replay(session: Session, plan: Plan) -> Stages:
         session, plan, method=spec.base_method, later=units, vectors=vectors, exact=spec.form == EXACT
     )
 
-    def note(info: dict[str, Any]) -> None:
-        entry = info["methods"][spec.base_method]
-        entry["shards"] = len(units)
-        entry.setdefault("asked_shards", spec.shards)
+    def note(info: RunInfo) -> RunInfo:
+        asked = info.entry(spec.base_method).asked_shards
+        asked = spec.shards if asked is None else asked
+        return info.with_method(spec.base_method, shards=len(units), asked_shards=asked)
 
     session.update(note)
     yield Stage(
@@ -119,4 +119,4 @@ def _trust(session: Session, plan: Plan, stage: str) -> None:
     elif not session.surveyed.conservation:
         reason = "batch statistics are held constant"
     found = trust_of(session.directory, stage, n_train=plan.n_train, lawful=reason)
-    session.update(lambda info: info.setdefault("trust", {}).update({session.spec.base_method: found}))
+    session.update(lambda info: replace(info, trust={**info.trust, session.spec.base_method: found}))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from importlib import metadata
 from typing import Any
 
@@ -15,67 +15,71 @@ from ..plan.compatibility import chosen, method_options
 from ..plan.plan import Plan
 from ..plan.provenance import made_of_notes
 from ..plan.survey import Survey
+from ..reading.run_info import LayoutEntry, RunInfo, SummaryEntry
+from ..reading.unit_values import RecordValues, UnitValues, values_of
 from ..spec.spec import RunSpec
 from ..spec.targets import TargetSet
 from ..vocabulary import ASKED, RECORD, SAMPLES, SEEDS, TRAJECTORY
 
 
-def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:
+def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: RunInfo | None) -> RunInfo:
     """Return ``run.json`` of a run that begins or goes on.
 
     Args:
         spec: What was asked for.
         surveyed: What the recipe came to.
         plan: How the work is cut.
-        stored: ``run.json`` so far; empty for a new run.
+        stored: ``run.json`` so far; None: a new run.
     """
+    before = stored or RunInfo()
     # What a method was asked for by `record` alone binds nobody: it gives way to what is asked now.
-    methods = {
-        name: entry for name, entry in stored.get("methods", {}).items() if entry.get("state") != ASKED
-    }
+    kept = {name: entry for name, entry in before.methods.items() if entry.state != ASKED}
+    recipe = surveyed.recipe
+    info = RunInfo(
+        method=spec.method,
+        n_train=plan.n_train,
+        n_test=plan.n_test,
+        n_tracked=plan.n_tracked,
+        n_test_tracked=plan.n_tested,
+        dimension=plan.dimension,
+        steps=plan.steps,
+        conservation=surveyed.conservation,
+        identity=before.identity or spec.identity(),
+        spec=_spec_dict(spec),
+        chosen=chosen(surveyed),
+        made_of=made_of_notes(stored, surveyed.made_of),
+        layout=LayoutEntry(
+            shards=len(plan.shards), chunk_rows=plan.chunk_rows, test_chunk_rows=plan.test_chunk_rows
+        ),
+        methods=kept,
+        stages=before.stages,
+        seeds=before.seeds,
+        trust=before.trust,
+        summary=before.summary,
+        rest={
+            "format": 1,
+            "recipe": {
+                "name": recipe.name,
+                "class": f"{type(recipe).__module__}:{type(recipe).__qualname__}",
+                "arguments": dict(spec.recipe_args) or dict(recipe.arguments()),
+                "epochs": recipe.epochs,
+                "batch_size": recipe.batch_size,
+                "seed": recipe.seed,
+            },
+            "strategies": surveyed.strategies,
+            "versions": _versions(),
+            "plan": plan.as_dict(),
+        },
+    )
+    notes = target_notes(plan.targets)
     for method in dict.fromkeys((spec.base_method, spec.method)):  # in this order, which readers see
-        methods.setdefault(method, {"state": ASKED})
-        methods[method].update(mode=spec.mode, options=method_options(spec), **target_notes(plan.targets))
+        state = kept[method].state if method in kept else ASKED
+        info = info.with_method(method, state=state, mode=spec.mode, options=method_options(spec), **notes)
     if spec.seeds > 1:
-        seeds = [surveyed.recipe.seed + k for k in range(spec.seeds)]
-        entry = methods.setdefault(spec.averaged, {"state": ASKED})
-        entry.update(average_entry(spec.method, seeds), **target_notes(plan.targets))
-    return {
-        "format": 1,
-        "spec": _spec_dict(spec),
-        "identity": stored.get("identity") or spec.identity(),
-        "recipe": {
-            "name": surveyed.recipe.name,
-            "class": f"{type(surveyed.recipe).__module__}:{type(surveyed.recipe).__qualname__}",
-            "arguments": dict(spec.recipe_args) or dict(surveyed.recipe.arguments()),
-            "epochs": surveyed.recipe.epochs,
-            "batch_size": surveyed.recipe.batch_size,
-            "seed": surveyed.recipe.seed,
-        },
-        "n_train": plan.n_train,
-        "n_test": plan.n_test,
-        "n_tracked": plan.n_tracked,
-        "n_test_tracked": plan.n_tested,
-        "dimension": plan.dimension,
-        "steps": plan.steps,
-        "method": spec.method,
-        "chosen": chosen(surveyed),
-        **made_of_notes(stored, surveyed.made_of),
-        "conservation": surveyed.conservation,
-        "strategies": surveyed.strategies,
-        "versions": _versions(),
-        "layout": {
-            "shards": len(plan.shards),
-            "chunk_rows": plan.chunk_rows,
-            "test_chunk_rows": plan.test_chunk_rows,
-        },
-        "plan": plan.as_dict(),
-        "methods": methods,
-        "trust": dict(stored.get("trust", {})),
-        "stages": {k: dict(v) for k, v in stored.get("stages", {}).items()},
-        "summary": dict(stored.get("summary", {})),
-        **({"seeds": dict(stored["seeds"])} if "seeds" in stored else {}),
-    }
+        seeds = [recipe.seed + k for k in range(spec.seeds)]
+        state = kept[spec.averaged].state if spec.averaged in kept else ASKED
+        info = info.with_method(spec.averaged, state=state, **average_notes(spec.method, seeds), **notes)
+    return info
 
 
 def target_notes(targets: TargetSet) -> dict[str, Any]:
@@ -83,28 +87,30 @@ def target_notes(targets: TargetSet) -> dict[str, Any]:
     return {} if targets.kind == SAMPLES else {"targets": targets.kind, "n_targets": len(targets)}
 
 
-def average_entry(source: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """Return what ``methods`` says of the average of ``source`` over ``seeds``."""
-    return {"mode": SEEDS, "source": source, "seeds": list(seeds)}
+def average_notes(source: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return what a method's entry says where it is the average of ``source`` over ``seeds``."""
+    return {"mode": SEEDS, "source": source, "seeds": tuple(seeds)}
 
 
-def closing_notes(directory: RunDirectory, plan: Plan, info: dict[str, Any]) -> None:
-    """Add to ``info`` what the stages came to: losses, sizes, seconds, memory beside the plan's."""
+def closing_notes(directory: RunDirectory, plan: Plan, info: RunInfo) -> RunInfo:
+    """Return ``info`` with what the stages came to: losses, sizes, seconds, memory beside the plan's."""
     manifests = [m for stage in directory.stages() for m in directory.manifests(stage)]
     record = directory.manifest(RECORD, TRAJECTORY)
-    closing = dict(record.values) if record else {}
-    info["summary"] = {
-        **{k: v for k, v in closing.items() if k.endswith(("_accuracy", "_loss"))},
-        "peak_bytes": max((m.values.get("peak_bytes", 0) for m in manifests), default=0),
-        "predicted_bytes": plan.memory.largest,
-        "disk_bytes": sum(e.bytes for m in manifests for e in m.files),
-        "predicted_disk_bytes": plan.disk["total"],
-        "seconds": sum(v.get("seconds", 0.0) for v in info["stages"].values()),
-        "predicted_seconds": plan.seconds.get("total"),
-    }
-    if record is not None:
-        trajectory = open_trajectory(directory.path(layout.TRAJECTORY))
-        info["environment"] = trajectory.attrs.get("environment", {})
+    closing = values_of(RecordValues, record).closing if record else {}
+    summary = SummaryEntry(
+        peak_bytes=max((values_of(UnitValues, m).peak_bytes or 0 for m in manifests), default=0),
+        predicted_bytes=plan.memory.largest,
+        disk_bytes=sum(entry.bytes for m in manifests for entry in m.files),
+        predicted_disk_bytes=plan.disk["total"],
+        seconds=sum(entry.seconds or 0.0 for entry in info.stages.values()),
+        predicted_seconds=plan.seconds.get("total"),
+        closing={k: v for k, v in closing.items() if k.endswith(("_accuracy", "_loss"))},
+    )
+    info = replace(info, summary=summary)
+    if record is None:
+        return info
+    trajectory = open_trajectory(directory.path(layout.TRAJECTORY))
+    return replace(info, rest={**info.rest, "environment": trajectory.attrs.get("environment", {})})
 
 
 def _spec_dict(spec: RunSpec) -> dict[str, Any]:

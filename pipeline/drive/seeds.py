@@ -26,15 +26,17 @@ from ..plan.plan import cut_reduce
 from ..plan.sharding import itemsize_of
 from ..plan.survey import Survey
 from ..reading.reader import Reader, open_reader
+from ..reading.run_info import RunInfo, SeedsEntry
+from ..reading.unit_values import ReduceValues, all_values
 from ..spec.spec import RunSpec, averaged
 from ..spec.targets import target_set
 from ..units.average import AverageWork, content
 from ..units.record import RecordWork
-from ..vocabulary import ADJOINT, COMPLETE, INDEX, PARTIAL, RECORD, REDUCE, TEST_GRADIENTS, TRAJECTORY
+from ..vocabulary import ADJOINT, COMPLETE, INDEX, RECORD, REDUCE, TEST_GRADIENTS, TRAJECTORY
 from .drive import Begun, begin, drive
 from .gradients import record_work
 from .reduce import reduce_job, reduce_method
-from .run_info import average_entry, target_notes
+from .run_info import average_notes, target_notes
 from .stages import Session, run_stages
 
 
@@ -65,7 +67,7 @@ def check_data(spec: RunSpec, surveyed: Survey, directory: RunDirectory) -> Mapp
     """
     stored = stored_run(directory, spec, surveyed)
     data = data_digests(surveyed.recipe)
-    before = (stored or {}).get("seeds", {}).get("data", data)
+    before = stored.seeds.data if stored and stored.seeds else data
     for what in dict.fromkeys([*before, *data]):
         if what.endswith("labels") and not (what in before and what in data):
             continue  # the samples hold them; earlier versions knew them by attributes alone
@@ -92,13 +94,9 @@ def drive_members(session: Session, data: Mapping[str, str], stages: Sequence[st
     spec, surveyed = session.spec, session.surveyed
     others = _others(spec, surveyed)
 
-    def note(info: dict[str, Any]) -> None:
-        known = info.get("seeds", {}).get("others", [])
-        info["seeds"] = {
-            "first": surveyed.recipe.seed,
-            "others": sorted({*known, *others}),
-            "data": dict(data),
-        }
+    def note(info: RunInfo) -> RunInfo:
+        known = tuple(sorted({*info.other_seeds, *others}))
+        return replace(info, seeds=SeedsEntry(first=surveyed.recipe.seed, others=known, data=data))
 
     session.update(note)
     members = {seed: _member(session, seed) for seed in others}
@@ -131,8 +129,8 @@ def average(session: Session, source: str) -> None:
         with naming(seed):
             open_reader(member.uri).method(source)
     digests = tuple(content(member, source) for member in members)
-    made = directory.manifests(stage)
-    if any(tuple(m.values.get("members", digests)) != digests for m in made):
+    made = all_values(ReduceValues, directory, stage)
+    if any(unit.members is not None and unit.members != digests for unit in made):
         session.note(f"{name} is averaged again: a member's contributions changed")
         directory.drop(stage)
     # Tiles follow from the numbers of samples alone; shards there are none.
@@ -140,10 +138,8 @@ def average(session: Session, source: str) -> None:
     row = surveyed.dimension * itemsize_of(spec.dtype)
     cut = cut_reduce(len(surveyed.tracked), len(targets), row, spec.reduce_memory)
 
-    def note(info: dict[str, Any]) -> None:
-        entry = info["methods"].setdefault(name, {"state": PARTIAL})
-        entry.update(average_entry(source, seeds), **target_notes(targets))
-        info["method"] = name
+    def note(info: RunInfo) -> RunInfo:
+        return replace(info.with_method(name, **average_notes(source, seeds), **target_notes(targets)), method=name)
 
     session.update(note)
 
@@ -157,18 +153,15 @@ def average(session: Session, source: str) -> None:
         )
 
     run_stages(session, reduce_method(session, cut, name, work))
-    session.update(lambda info: info["methods"][name].update(state=COMPLETE))
+    session.update(lambda info: info.with_method(name, state=COMPLETE))
 
 
 def announce(session: Session, source: str) -> None:
     """Note in ``run.json`` that a method is to be averaged, so that ``status`` knows what is missing."""
     seeds = seeds_of(session.spec, session.surveyed)
 
-    def note(info: dict[str, Any]) -> None:
-        entry = info["methods"].setdefault(averaged(source, len(seeds)), {"state": PARTIAL})
-        entry.update(average_entry(source, seeds))
-
-    session.update(note)
+    name = averaged(source, len(seeds))
+    session.update(lambda info: info.with_method(name, **average_notes(source, seeds)))
 
 
 def seeds_of(spec: RunSpec, surveyed: Survey) -> list[int]:
@@ -256,7 +249,7 @@ def _record_ahead(session: Session, begun: Mapping[int, Begun]) -> None:
     started, works = time.monotonic(), {}
     for seed, one in fresh.items():
         one.session.directory.clear_litter()
-        one.session.directory.write(one.info)
+        one.session.directory.write(one.info.to_json())
         works[f"seed-{seed}"] = (seed, record_work(one.session))
     units = [Unit(stage=RECORD, name=name, arguments={}) for name in works]
     steps = sum(one.plan.steps for one in fresh.values())

@@ -6,11 +6,9 @@ yields one stage after the other, so that a later one can be made from what an e
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ...storage.errors import CorruptStore, IncompleteStage
 from ...storage.rows import RowStore
@@ -20,6 +18,7 @@ from ..executors.base import Executor, Handler, Unit
 from ..executors.events import Note, Observer, StageFinished, StageStarted, UnitSkipped
 from ..plan.sharding import Shard
 from ..plan.survey import Survey
+from ..reading.run_info import RunInfo, StageEntry, read_info
 from ..spec.spec import RunSpec
 from ..vocabulary import COMPLETE, INDEX, PARTIAL, RECORD
 from .stores import StoreOf
@@ -52,14 +51,16 @@ class Runner:
         """Tell the observer."""
         self.observer(Note(message=message))
 
-    def update(self, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Change ``run.json`` as it is now, so that nothing another command noted is lost; return it."""
-        info = self.directory.read()
-        before = copy.deepcopy(info)
-        change(info)
-        if info != before:
-            self.directory.write(info)
-        return info
+    def info(self) -> RunInfo:
+        """Return ``run.json`` as it is now."""
+        return read_info(self.directory)
+
+    def update(self, change: Callable[[RunInfo], RunInfo]) -> None:
+        """Change ``run.json`` as it is now, so that nothing another command noted is lost."""
+        before = self.info()
+        after = change(before)
+        if after != before:
+            self.directory.write(after.to_json())
 
     def require(self, *needed: Needed) -> None:
         """Raise where one of these units is not committed.
@@ -183,11 +184,11 @@ def run_stage(runner: Runner, stage: Stage) -> list[str]:
 def _note_stage(runner: Runner, name: str, units: int, seconds: float) -> None:
     """Note how many units a stage has and the time that went into it; write only what is news."""
 
-    def change(info: dict[str, Any]) -> None:
-        entry = info.setdefault("stages", {}).setdefault(name, {})
-        entry["units"] = units
+    def change(info: RunInfo) -> RunInfo:
+        spent = info.stages.get(name, StageEntry()).seconds
         if seconds:
-            entry["seconds"] = float(entry.get("seconds", 0.0)) + seconds
+            spent = (spent or 0.0) + seconds
+        return info.with_stage(name, units=units, seconds=spent)
 
     runner.update(change)
 
@@ -200,10 +201,11 @@ def void(runner: Runner, stages: Sequence[str]) -> None:
     for stage in there:
         runner.directory.drop(stage)
 
-    def change(info: dict[str, Any]) -> None:
-        for name, entry in info.get("methods", {}).items():
-            if entry.get("state") == COMPLETE and any(stage.startswith(f"{name}/") for stage in there):
-                entry["state"] = PARTIAL
+    def change(info: RunInfo) -> RunInfo:
+        for name, entry in info.methods.items():
+            if entry.state == COMPLETE and any(stage.startswith(f"{name}/") for stage in there):
+                info = info.with_method(name, state=PARTIAL)
+        return info
 
     runner.update(change)
 

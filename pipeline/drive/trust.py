@@ -13,10 +13,12 @@ from ...storage.errors import ConservationBroken
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import open_trajectory
 from ...workers.recursion.conservation import REMEDY, law_of
-from ..vocabulary import RECORD, TEST_GRADIENTS, TRAJECTORY
+from ..reading.run_info import Law, Trust
+from ..reading.unit_values import RecordValues, ReplayValues, TestGradientValues, all_values, values_of
+from ..vocabulary import CLOSING_UNITS, RECORD, TEST_GRADIENTS, TRAJECTORY
 
 
-def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str | None) -> dict[str, Any]:
+def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str | None) -> Trust:
     """Return what the units of a stage of replays tell.
 
     Args:
@@ -28,40 +30,38 @@ def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str |
     Raises:
         ConservationBroken: The hypergradients do not add up; names the parameter.
     """
-    units = [m.values for m in directory.manifests(stage) if "rows" in m.values]
-    tests = [m.values["ways"] for m in directory.manifests(TEST_GRADIENTS) if "ways" in m.values]
+    manifests = [m for m in directory.manifests(stage) if m.unit not in CLOSING_UNITS]
+    units = [values_of(ReplayValues, manifest) for manifest in manifests]
+    tests = all_values(TestGradientValues, directory, TEST_GRADIENTS)
     record = directory.manifest(RECORD, TRAJECTORY)
-    found: dict[str, Any] = {
-        "update": None if record is None else record.values.get("checked_steps"),
-        "ways": _joined([u["ways"] for u in units if "ways" in u]),
-        "test_ways": _joined(tests),
-        "law": {"checked": False, "reason": lawful},
-    }
-    for name in ("products", "field", "differences", "running_statistics"):
-        if units and name in units[0]:
-            found[name] = units[0][name]
-    if lawful is None:
-        found["law"] = _law(directory, units, n_train)
-    return found
+    first = units[0] if units else ReplayValues()
+    return Trust(
+        update=None if record is None else values_of(RecordValues, record).checked_steps,
+        ways=_joined([unit.ways for unit in units if unit.ways is not None]),
+        test_ways=_joined([unit.ways for unit in tests if unit.ways is not None]),
+        law=_law(directory, units, n_train) if lawful is None else Law(checked=False, reason=lawful),
+        products=first.products,
+        field=first.field,
+        differences=first.differences,
+        running_statistics=first.running_statistics,
+    )
 
 
-def _law(directory: RunDirectory, units: Sequence[Mapping[str, Any]], n_train: int) -> dict[str, Any]:
-    if units and all("lawful" in unit for unit in units):
-        return {"checked": True}
-    shards = [unit["law"] for unit in units if "law" in unit]
+def _law(directory: RunDirectory, units: Sequence[ReplayValues], n_train: int) -> Law:
+    if units and all(unit.lawful for unit in units):
+        return Law(checked=True)
+    shards = [unit.law for unit in units if unit.law is not None]
     if len(shards) < len(units):
-        return {
-            "checked": False,
-            "reason": "shards of an older version did not note it; verify reads the store",
-        }
-    noise = max((unit["ways"].get("noise", 0.0) for unit in units if "ways" in unit), default=0.0)
+        reason = "shards of an older version did not note it; verify reads the store"
+        return Law(checked=False, reason=reason)
+    noise = max((unit.ways.get("noise", 0.0) for unit in units if unit.ways is not None), default=0.0)
     law = law_of(open_trajectory(directory.path(layout.TRAJECTORY)), shards, n_train, noise)
     if not law.ok:
         raise ConservationBroken(
             f"the hypergradients of all samples do not add up to what training did to parameter {law.worst!r} "
             f"(off by {law.error:.1e}, rounding allows {law.limit:.1e}); {REMEDY}"
         )
-    return {"checked": True, "worst": law.worst, "error": law.error, "limit": law.limit}
+    return Law(checked=True, worst=law.worst, error=law.error, limit=law.limit)
 
 
 def _joined(ways: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -28,7 +28,6 @@ from ..plan.stored_spec import REPEATED, stored_spec
 from ..plan.survey import Integers, compute_of, resolve_recipe
 from ..reading.reader import Reader, open_reader
 from ..spec.spec import RunSpec
-from ..spec.targets import kind_of
 from ..units.retrain import Change, RetrainWork, unchanged
 from ..vocabulary import EVALUATE_SCORES, RETRAIN, SUMMARY, Way
 from .outcomes import Evidence, tracked_samples
@@ -148,7 +147,7 @@ class _Evaluation:
     @property
     def n_train(self) -> int:
         """N."""
-        return int(self.run.info["n_train"])
+        return self.run.noted.training_size
 
 
 def _prepared(
@@ -162,8 +161,8 @@ def _prepared(
     complete = run.methods()
     if not complete:
         raise IncompleteStage(f"{run.uri} has no complete method to evaluate; finish the run first")
-    kind = kind_of(run.info, complete[0])  # the finest come first
-    alike = [name for name in complete if kind_of(run.info, name) == kind]
+    kind = run.noted.kind_of(complete[0])  # the finest come first
+    alike = [name for name in complete if run.noted.kind_of(name) == kind]
     methods = list(dict.fromkeys(run.method(m) for m in questions.methods or alike))
     if not questions.methods and len(alike) < len(complete):
         coarser = ", ".join(name for name in complete if name not in alike)
@@ -173,7 +172,7 @@ def _prepared(
     spec = stored_spec(run, recipe, overrides, command="evaluate", free=REPEATED)
     with preserved_generators():
         resolved = resolve_recipe(spec)
-    look_and_check(run.uri, run.info, spec, observer)
+    look_and_check(run.uri, run.noted, spec, observer)
     return _Evaluation(
         run=run,
         questions=questions,

@@ -17,7 +17,7 @@ from ...storage import layout
 from ...storage.errors import InputError
 from ...storage.rundir import RunDirectory
 from ..reading.panels import targets, tested
-from ..spec.targets import coarsened, kind_of, target_set
+from ..spec.targets import coarsened, target_set
 from ..units.retrain import read_part
 from ..vocabulary import KINDS, SAMPLES
 from .scores import predict
@@ -62,7 +62,7 @@ class Evidence:
         places: Sequence[RunDirectory],
     ) -> None:
         self.run, self.tracked, self.tests, self.places = run, tracked, tests, list(places)
-        kind = max((kind_of(run.info, method) for method in methods), key=KINDS.index)
+        kind = run.noted.coarsest(methods)
         labels = np.full(len(tests), -1) if kind == SAMPLES else run.test_gradients().column("label")
         self.targets, self._of_tests = coarsened(target_set(SAMPLES, tests, labels), kind)
         self.base_loss, self.base_accuracy = self._outcome(baseline)
@@ -135,7 +135,7 @@ class Evidence:
         return losses, float(np.mean([_accuracy(table["correct"].to_numpy()) for table in tables]))
 
     def _taken(self) -> Floats:
-        n_train = int(self.run.info["n_train"])
+        n_train = self.run.noted.training_size
         rows = [1 - trial.change.weights(n_train)[self.tracked] for trial in self.trials]
         return np.array(rows).reshape(len(rows), len(self.tracked))
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..reading.unit_values import UnitValues, values_of
 from ..compare.compare import seconds
 from ..compare.ranking import sign_errors, spearman
-from ..spec.targets import kind_of
 from ..vocabulary import EXACT, MEAN, RETRAIN, SAMPLES
 from .outcomes import Evidence
 from .scores import Lds, agreement, detection, harm, lds, recommendation
@@ -76,7 +76,7 @@ def summarize(evidence: Evidence, methods: Sequence[str], asked: Mapping[str, An
         "retrainings": {
             "asked": (len({trial.change.unit for trial in evidence.trials}) + 1) * len(evidence.places),
             "stored": len(manifests),
-            "seconds": sum(float(m.values.get("seconds", 0.0)) for m in manifests),
+            "seconds": sum((values_of(UnitValues, m).seconds or 0.0) for m in manifests),
         },
         "cost": cost,
         "lds": [
@@ -241,7 +241,7 @@ def _mislabelled(evidence: Evidence, methods: Sequence[str]) -> list[dict[str, A
     scores = {}
     for method in methods:
         scores[f"{method}: -C(i)"] = -evidence.contribution(method)
-        kind = kind_of(run.info, method)
+        kind = run.noted.kind_of(method)
         if kind == MEAN:  # one number a sample has no spread
             continue
         each = "C(i, j)" if kind == SAMPLES else "C(i, class)"

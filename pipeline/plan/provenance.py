@@ -10,27 +10,25 @@ from ...storage.errors import SpecMismatch
 from ...storage.rundir import RunDirectory
 from ...workers.training.made_of import cosmetic, differences
 from ..executors.events import Note, Observer
+from ..reading.run_info import RunInfo
 from ..spec.spec import RunSpec
 from .survey import survey
-
-KEY = "made_of"
-"""Of ``run.json``: the digests of ``workers.training.made_of``."""
 
 REMEDY = "bring that back, or make a run of its own: another --out, or hydra-pipe run --overwrite"
 
 
-def recipe_differences(stored: Mapping[str, Any], made_of: Mapping[str, Any]) -> list[str]:
+def recipe_differences(stored: RunInfo, made_of: Mapping[str, Any]) -> list[str]:
     """Return in words what a recipe has that a run's has not; nothing where the run does not know."""
-    known = stored.get(KEY)
+    known = stored.made_of
     return differences(known, made_of) if known else []
 
 
-def check_recipe(uri: str, stored: Mapping[str, Any], made_of: Mapping[str, Any], observer: Observer) -> None:
+def check_recipe(uri: str, stored: RunInfo, made_of: Mapping[str, Any], observer: Observer) -> None:
     """Refuse a recipe that is not the one a run was made from; say where only its text is another.
 
     Args:
         uri: The run.
-        stored: Its ``run.json``.
+        stored: Its ``run.json``, read.
         made_of: Of the recipe beside it.
         observer: Hears of a cosmetic change.
 
@@ -43,14 +41,14 @@ def check_recipe(uri: str, stored: Mapping[str, Any], made_of: Mapping[str, Any]
     say_cosmetic(stored, made_of, observer)
 
 
-def say_cosmetic(stored: Mapping[str, Any], made_of: Mapping[str, Any], observer: Observer) -> None:
+def say_cosmetic(stored: RunInfo, made_of: Mapping[str, Any], observer: Observer) -> None:
     """Tell of a change of the recipe's text that is none of the recipe."""
-    note = cosmetic(stored.get(KEY) or {}, made_of)
+    note = cosmetic(stored.made_of or {}, made_of)
     if note is not None:
         observer(Note(message=note))
 
 
-def look_and_check(uri: str, stored: Mapping[str, Any], spec: RunSpec, observer: Observer) -> None:
+def look_and_check(uri: str, stored: RunInfo, spec: RunSpec, observer: Observer) -> None:
     """Do `check_recipe` for a command that does not survey the recipe itself.
 
     A recipe of another name is held against the run by what it does alone.
@@ -59,29 +57,28 @@ def look_and_check(uri: str, stored: Mapping[str, Any], spec: RunSpec, observer:
         SpecMismatch: See `check_recipe`.
         RecipeError: The recipe cannot be trained here.
     """
-    if not stored.get(KEY):
+    if not stored.made_of:
         return
     made_of = survey(replace(spec, track="all", test="all"), trial=False).made_of
-    if spec.recipe_reference != stored.get("identity", {}).get("recipe"):
+    if spec.recipe_reference != stored.identity.get("recipe"):
         made_of = {**made_of, "source": {}}
     check_recipe(uri, stored, made_of, observer)
 
 
-def made_of_notes(stored: Mapping[str, Any], made_of: Mapping[str, Any]) -> dict[str, Any]:
+def made_of_notes(stored: RunInfo | None, made_of: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the entry of ``run.json``: as first made, with the source as it reads now.
 
     A run of before there were digests gets none: what it was made from is not known.
     """
-    if not stored:
-        return {KEY: dict(made_of)}
-    known = stored.get(KEY)
+    if stored is None:
+        return made_of
+    known = stored.made_of
     if not known:
-        return {}
+        return None
     edited = cosmetic(known, made_of) is not None
-    return {KEY: {**known, "source": made_of["source"]} if edited else known}
+    return {**known, "source": made_of["source"]} if edited else known
 
 
-def adopt(directory: RunDirectory, stored: dict[str, Any], made_of: Mapping[str, Any]) -> None:
+def adopted(directory: RunDirectory, stored: RunInfo, made_of: Mapping[str, Any]) -> RunInfo:
     """Let a run of which nothing is committed yet be made from what is here now."""
-    if not directory.stages():
-        stored[KEY] = dict(made_of)
+    return stored if directory.stages() else replace(stored, made_of=made_of)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as pa_dataset
 
 from ...storage.errors import CorruptStore, HydraError
-from ..spec.targets import TargetSet, coarsened, kind_of, store_of, target_set
+from ..spec.targets import TargetSet, coarsened, store_of, target_set
 from ..vocabulary import SAMPLES
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def targets(run: Reader, method: str) -> TargetSet:
     Raises:
         IncompleteStage: The store that says so is not there.
     """
-    kind = kind_of(run.info, method)
+    kind = run.noted.kind_of(method)
     if kind == SAMPLES:
         index = tested(run, method)
         return target_set(kind, index, _labels(run, method, index))

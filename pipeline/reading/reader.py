@@ -15,8 +15,9 @@ from ...storage import layout
 from ...storage.errors import IncompleteStage, InputError, RunNotFound
 from ...storage.rundir import RunDirectory
 from ...storage.uri import check_uri
-from ..vocabulary import FAST, RECORD, REDUCE, REPLAY, SEEDS, TEST_GRADIENTS
-from .stage_states import method_names, stage_state
+from ..vocabulary import COMPLETE, FAST, RECORD, REDUCE, REPLAY, TEST_GRADIENTS
+from .run_info import RunInfo
+from .stage_states import stage_state
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,12 +39,14 @@ class Reader:
         uri: Where the run is.
         directory: The run directory with its manifests.
         info: The contents of ``run.json`` when the run was opened.
+        noted: The same, as values.
     """
 
     def __init__(self, directory: RunDirectory, info: Mapping[str, Any]) -> None:
         self.directory = directory
         self.uri: str = directory.uri
         self.info: dict[str, Any] = dict(info)
+        self.noted = RunInfo.from_json(info, directory.path("run.json"))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r}, recipe={self.recipe!r}, methods={self.methods()})"
@@ -56,7 +59,7 @@ class Reader:
 
     def methods(self) -> list[str]:
         """Return the estimators whose results are complete, ``hydra`` first."""
-        return [m for m in method_names(self.info) if self._state(f"{m}/{REDUCE}") == "complete"]
+        return [m for m in self.noted.method_names() if self._state(f"{m}/{REDUCE}") == COMPLETE]
 
     def method(self, method: str | None = None) -> str:
         """Return ``method``, or the default one: the only one there is, otherwise ``hydra`` first.
@@ -65,7 +68,7 @@ class Reader:
             InputError: The run has no such method.
             IncompleteStage: The method's results are not complete.
         """
-        complete, known = self.methods(), method_names(self.info)
+        complete, known = self.methods(), self.noted.method_names()
         if method is None:
             if complete:
                 return complete[0]
@@ -120,14 +123,12 @@ class Reader:
 
     def members(self) -> dict[int, Self]:
         """Return the runs with other seeds that lie inside this one, by seed; see ``--seeds``."""
-        seeds = self.info.get("seeds", {}).get("others", [])
-        found = {int(seed): self.directory.of_seed(int(seed)) for seed in seeds}
+        found = {seed: self.directory.of_seed(seed) for seed in self.noted.other_seeds}
         return {seed: type(self)(place, place.read()) for seed, place in found.items() if place.exists()}
 
     def averages(self, method: str) -> list[int]:
         """Return the seeds that a method is averaged over; empty where it is none."""
-        entry = self.info.get("methods", {}).get(method, {})
-        return [int(seed) for seed in entry.get("seeds", [])] if entry.get("mode") == SEEDS else []
+        return self.noted.averages(method)
 
     def hypergradients(self, method: str = FAST) -> zarr.Array[Any]:
         """Return the hypergradients, shape (n_tracked, D); row r is that of ``train_index[r]``."""
@@ -190,14 +191,14 @@ class Reader:
         return dataset(self.uri, kind, self.method(method))
 
     def _state(self, stage: str) -> str:
-        return stage_state(self.directory, self.info, stage).state
+        return stage_state(self.directory, self.noted, stage).state
 
     def _require(self, stage: str) -> None:
-        if self._state(stage) != "complete":
+        if self._state(stage) != COMPLETE:
             raise self._incomplete(stage)
 
     def _incomplete(self, stage: str) -> IncompleteStage:
-        state = stage_state(self.directory, self.info, stage)
+        state = stage_state(self.directory, self.noted, stage)
         done = f"{state.done} of {'?' if state.units is None else state.units} units are committed"
         return IncompleteStage(
             f"{self.uri}: stage {stage} is {state.state} ({done}); "

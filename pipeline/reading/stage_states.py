@@ -8,12 +8,11 @@ values may hold ``rows`` and ``seconds``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-from ...storage.rundir import Manifest, RunDirectory
-from ..spec.targets import kind_of
+from ...storage.rundir import RunDirectory
 from ..vocabulary import (
     ADJOINT,
     ATTRIBUTE,
@@ -37,7 +36,15 @@ from ..vocabulary import (
     SINGLE,
     TARGET_GRADIENTS,
     TEST_GRADIENTS,
+    COMPLETE,
+    MISSING,
+    PARTIAL,
+    State,
 )
+from .run_info import RunInfo, StageEntry
+from .unit_values import UnitValues, values_of
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +63,7 @@ class StageState:
     """
 
     stage: str
-    state: str
+    state: State
     done: int
     units: int | None
     rows: int | None
@@ -64,20 +71,20 @@ class StageState:
     seconds: float | None
 
 
-def stage_state(directory: RunDirectory, info: Mapping[str, Any], stage: str) -> StageState:
+def stage_state(directory: RunDirectory, info: RunInfo, stage: str) -> StageState:
     """Return the state of ``stage`` from its manifests.
 
     Args:
         directory: The run.
-        info: Its ``run.json``.
+        info: Its ``run.json``, read.
         stage: ``record``, ``test-gradients``, ``<method>/replay`` or ``<method>/reduce``.
     """
     manifests = directory.manifests(stage)
-    noted = info.get("stages", {}).get(stage)
-    noted = noted if isinstance(noted, Mapping) else {}
+    noted = info.stages.get(stage, StageEntry())
     work = [m for m in manifests if m.unit not in CLOSING_UNITS]
-    units = _units(info, stage, noted.get("units"))
-    rows = _total(work, "rows")
+    units = _units(info, stage, noted.units)
+    values = [values_of(UnitValues, manifest) for manifest in work]
+    rows = _sum([one.rows for one in values])
     single = stage == RECORD or stage.endswith(SINGLE)
     free = stage == RETRAIN or stage.startswith(f"{BY_EPOCH}/")
     needed = None if single or free else INTERCLASS if stage.endswith(f"/{REDUCE}") else INDEX
@@ -87,89 +94,70 @@ def stage_state(directory: RunDirectory, info: Mapping[str, Any], stage: str) ->
     complete = closed and (whole or (needed == INTERCLASS and expected is None))
     if units is None and complete:
         units = len(work)
-    seconds = noted.get("seconds")
+    seconds = noted.seconds
     return StageState(
         stage=stage,
-        state="complete" if complete else "partial" if manifests else "missing",
+        state=COMPLETE if complete else PARTIAL if manifests else MISSING,
         done=len(work),
         units=units,
-        rows=None if rows is None else int(rows),
+        rows=rows,
         bytes=sum(entry.bytes for manifest in manifests for entry in manifest.files),
-        seconds=_total(work, "seconds") if seconds is None else float(seconds),
+        seconds=_sum([one.seconds for one in values]) if seconds is None else seconds,
     )
 
 
-def stage_states(directory: RunDirectory, info: Mapping[str, Any]) -> list[StageState]:
+def stage_states(directory: RunDirectory, info: RunInfo) -> list[StageState]:
     """Return the state of every stage that the run has or is asked to have, in running order."""
     names = [RECORD, TEST_GRADIENTS]
     known = directory.stages()
-    names += [stage for stage in TARGET_GRADIENTS if stage in known or stage in info.get("stages", {})]
-    for method in method_names(info):
+    names += [stage for stage in TARGET_GRADIENTS if stage in known or stage in info.stages]
+    for method in info.method_names():
         # Estimators that need no replay commit none: list what their run or run.json mentions.
         replay, reduce = f"{method}/{REPLAY}", f"{method}/{REDUCE}"
         adjoint = f"{method}/{ADJOINT}"
         names += [f"{method}/{part}" for part in (CURVATURE, PREFLIGHT) if f"{method}/{part}" in known]
-        mode = info.get("methods", {}).get(method, {}).get("mode")
+        mode = info.entry(method).mode
         if mode == SEEDS:
             pass
         elif mode == ATTRIBUTE:
             names += [f"{method}/{PREPARE}"] if f"{method}/{PREPARE}" in known else []
             names.append(f"{method}/{ATTRIBUTE}")
-        elif adjoint in known or adjoint in info.get("stages", {}):
+        elif adjoint in known or adjoint in info.stages:
             names.append(adjoint)
-        elif f"{method}/{CORRECTION}" in known or f"{method}/{DIRECTIONS}" in info.get("stages", {}):
+        elif f"{method}/{CORRECTION}" in known or f"{method}/{DIRECTIONS}" in info.stages:
             names += [f"{method}/{DIRECTIONS}", f"{method}/{CORRECTION}"]
-        elif kind_of(info, method) != SAMPLES:
+        elif info.kind_of(method) != SAMPLES:
             names.append(adjoint)
-        elif replay in known or replay in info.get("stages", {}) or reduce not in known:
+        elif replay in known or replay in info.stages or reduce not in known:
             names.append(replay)
         names.append(reduce)
     names += [stage for stage in known if stage not in names]
     return [stage_state(directory, info, stage) for stage in names]
 
 
-def method_names(info: Mapping[str, Any]) -> list[str]:
-    """Return the methods of a run: those in ``methods`` and the one being made.
-
-    ``hydra`` comes first; those with classes for targets, then with the mean, come last.
-    """
-    names = [str(name) for name in info.get("methods", {})]
-    current = info.get("method")
-    if isinstance(current, str) and current not in names:
-        names.append(current)
-    return sorted(names, key=lambda name: (KINDS.index(kind_of(info, name)), name != FAST))
-
-
-def _units(info: Mapping[str, Any], stage: str, noted: int | None) -> int | None:
+def _units(info: RunInfo, stage: str, noted: int | None) -> int | None:
     """Return how many units of work a stage has; the one that closes it is not counted."""
     if stage == RECORD or stage.endswith(SINGLE):
         return 1
     if noted is not None:
         return int(noted) - 1
     if stage.endswith((f"/{REPLAY}", f"/{ADJOINT}")):
-        shards = info.get("layout", {}).get("shards")
-        return None if shards is None else int(shards)
+        return info.layout.shards
     return None
 
 
-def _expected_rows(info: Mapping[str, Any], stage: str) -> int | None:
+def _expected_rows(info: RunInfo, stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
     if stage in (RECORD, RETRAIN, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, f"/{CORRECTION}")):
         return None
     if stage.startswith(f"{BY_EPOCH}/"):
         return None
     if stage.endswith((f"/{ADJOINT}", f"/{ATTRIBUTE}")):
-        return target_count(info, stage.rsplit("/", 1)[0])
-    value = info.get("n_test_tracked" if stage == TEST_GRADIENTS else "n_tracked")
-    return value if isinstance(value, int) else None
+        return info.target_count(stage.rsplit("/", 1)[0])
+    return info.n_test_tracked if stage == TEST_GRADIENTS else info.n_tracked
 
 
-def target_count(info: Mapping[str, Any], method: str) -> int | None:
-    """Return how many targets a method of a run has: its test samples, unless it notes another number."""
-    value = info.get("methods", {}).get(method, {}).get("n_targets", info.get("n_test_tracked"))
-    return value if isinstance(value, int) else None
-
-
-def _total(manifests: Sequence[Manifest], key: str) -> Any:
-    values = [manifest.values[key] for manifest in manifests if key in manifest.values]
-    return sum(values) if values else None
+def _sum(values: Sequence[Number | None]) -> Number | None:
+    """Return the sum of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known[1:], start=known[0]) if known else None

@@ -111,11 +111,6 @@ def store_of(kind: str) -> str:
     return layout.TEST_GRADIENTS if kind == SAMPLES else layout.target_gradients(kind)
 
 
-def kind_of(info: Mapping[str, Any], method: str) -> str:
-    """Return the kind of targets of a method of a run, from ``run.json``."""
-    return str(info.get("methods", {}).get(method, {}).get("targets", SAMPLES))
-
-
 def target_of_each(target_K: npt.ArrayLike, label_M: npt.ArrayLike, start: int, stop: int) -> Integers:
     """Return which of the targets ``start`` to ``stop`` each test sample belongs to, (M,); -1: none.
 

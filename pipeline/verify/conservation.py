@@ -32,14 +32,14 @@ BLOCK_BYTES = 64 << 20
 
 def not_applicable(run: Reader) -> str | None:
     """Return why the law does not hold for this run, or None where it does."""
-    info = run.info
+    info = run.noted
     if METHOD not in run.methods():
         return f"the run has no complete method {METHOD!r}"
-    if info.get("n_tracked") != info.get("n_train"):
-        return f"{info.get('n_tracked')} of {info.get('n_train')} training samples are tracked, not all"
+    if info.n_tracked != info.n_train:
+        return f"{info.n_tracked} of {info.n_train} training samples are tracked, not all"
     if not _has_store(run):
         return "the run stores no hypergradients (adjoint mode)"
-    if info.get("conservation") is False:
+    if info.conservation is False:
         return "batch statistics are held constant, so per-sample gradients do not add up to the batch's"
     return None
 
@@ -58,7 +58,7 @@ def conservation(run: Reader) -> dict[str, Any]:
     rows = block_rows(store.chunk_rows, store.columns, np.dtype(store.dtype).itemsize)
     for start in range(0, store.rows, rows):
         total += store.read(start, min(start + rows, store.rows)).sum(0, dtype=np.float64)
-    return compare(run.trajectory(), total, n_train=int(run.info["n_train"]))
+    return compare(run.trajectory(), total, n_train=int(run.noted.n_train))
 
 
 def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: int) -> dict[str, Any]:
@@ -108,5 +108,5 @@ def block_rows(chunk_rows: int, columns: int, itemsize: int) -> int:
 
 
 def _has_store(run: Reader) -> bool:
-    mode = run.info.get("methods", {}).get(METHOD, {}).get("mode", FORWARD)
+    mode = run.noted.entry(METHOD).mode or FORWARD
     return bool(run.directory.manifests(f"{METHOD}/{REPLAY}")) and mode != ADJOINT

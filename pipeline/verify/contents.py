@@ -13,7 +13,7 @@ from ...storage.rows import RowStore
 from ...workers.replay.targets import mean_gradients
 from ..reading.panels import targets
 from ..reading.stage_states import target_count
-from ..spec.targets import kind_of, store_of, target_of_each
+from ..spec.targets import store_of, target_of_each
 from ..vocabulary import SAMPLES
 from . import conservation as law
 
@@ -34,7 +34,7 @@ class Contents:
 
     def __init__(self, run: Reader, advance: Callable[[int, str], None]) -> None:
         self.run = run
-        self.info = run.info
+        self.info = run.noted
         self.advance = advance
         self.problems: list[str] = []
         self.rows: dict[str, int] = {}
@@ -60,15 +60,15 @@ class Contents:
     def test_gradients(self) -> None:
         """Check the test gradients: counts, indices, finite values."""
         store = self.run.test_gradients()
-        self.shape(layout.TEST_GRADIENTS, store, self.info.get("n_test_tracked"), self.info.get("dimension"))
-        self.index(f"{layout.TEST_GRADIENTS}/test_index", store.column("test_index"), self.info.get("n_test"))
+        self.shape(layout.TEST_GRADIENTS, store, self.info.n_test_tracked, self.info.dimension)
+        self.index(f"{layout.TEST_GRADIENTS}/test_index", store.column("test_index"), self.info.n_test)
         self.stream(layout.TEST_GRADIENTS, store)
 
     def target_gradients(self, kind: str) -> None:
         """Check that the gradients of classes, or of the mean, are the means of the test gradients."""
         name, tests = store_of(kind), self.run.test_gradients()
         store = RowStore.open(self.run.directory.path(name), "gradient")
-        self.shape(name, store, None, self.info.get("dimension"))
+        self.shape(name, store, None, self.info.dimension)
         step = law.block_rows(store.chunk_rows, store.columns, 8)
         for start in range(0, store.rows, step):
             stop = min(store.rows, start + step)
@@ -97,12 +97,12 @@ class Contents:
         """
         name = layout.hypergradients(method)
         store = self.run.hypergradient_store(method)
-        self.shape(name, store, self.info.get("n_tracked"), self.info.get("dimension"))
-        self.index(f"{name}/train_index", store.column("train_index"), self.info.get("n_train"))
+        self.shape(name, store, self.info.n_tracked, self.info.dimension)
+        self.index(f"{name}/train_index", store.column("train_index"), self.info.n_train)
         total = self.stream(name, store)
         if not lawful or method != law.METHOD or law.not_applicable(self.run) is not None:
             return {}
-        found = law.compare(self.run.trajectory(), total, n_train=int(self.info["n_train"]))
+        found = law.compare(self.run.trajectory(), total, n_train=self.info.training_size)
         self.problems += [
             f"{name}: the sum of all rows is off the recorded weights by {g['error']:.1e} "
             f"(relative, parameter group {g['group']}), the limit is {g['limit']:.1e}"
@@ -114,12 +114,12 @@ class Contents:
     def contributions(self, method: str) -> None:
         """Check contributions, samples and interclass of a method, and that they agree."""
         name, summed = layout.table("contributions", method), layout.table("samples", method)
-        tracked, tests = self.info.get("n_tracked"), target_count(self.info, method)
+        tracked, tests = self.info.n_tracked, self.info.target_count(method)
         # C(i) is the mean over the test samples: a class weighs as many as it has.
-        weights = None if kind_of(self.info, method) == SAMPLES else targets(self.run, method)
+        weights = None if self.info.kind_of(method) == SAMPLES else targets(self.run, method)
         samples = self.run.samples(method)
         train_index = samples["train_index"].to_numpy()
-        self.index(f"{summed}: train_index", train_index, self.info.get("n_train"))
+        self.index(f"{summed}: train_index", train_index, self.info.n_train)
         self.count(summed, len(samples), tracked)
         for column in ("contribution", "contribution_std"):
             self.finite(f"{summed}: {column}", samples[column].to_numpy())
@@ -172,7 +172,7 @@ class Contents:
         self.count(name, rows, self.rows.get(layout.table("contributions", method)))
         if negative:
             self.problems.append(f"{name}: {negative:,} values are below 0")
-        members, source = self.run.members(), str(self.info["methods"][method]["source"])
+        members, source = self.run.members(), str(self.info.entry(method).source)
         missing = [seed for seed in seeds[1:] if seed not in members]
         if missing:
             self.problems.append(f"{name}: the run with seed {missing[0]} that it averages is not there")

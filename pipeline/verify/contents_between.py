@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..reading.unit_values import UnitValues, values_of
 from ...storage import layout
 from ...storage.curvature import read_curvature
 from ...storage.errors import HydraError
@@ -19,7 +20,6 @@ from ...storage.rows import RowStore
 from ...storage.rundir import Manifest
 from ..reading.panels import targets
 from ..reading.stage_states import target_count
-from ..spec.targets import kind_of
 from ..vocabulary import RETRAIN, SAMPLES
 from .contents import MEAN_TOLERANCE, Contents
 
@@ -30,8 +30,8 @@ def by_test(check: Contents, method: str) -> None:
     """Check contributions by target: shape, which targets, finite values, and that C(i) is their mean."""
     name = layout.by_test(method)
     store = RowStore.open(check.run.directory.path(name), "contribution")
-    count = target_count(check.info, method)
-    check.shape(name, store, count, check.info.get("n_tracked"))
+    count = check.info.target_count(method)
+    check.shape(name, store, count, check.info.n_tracked)
     mean = check.stream(name, store) / max(store.rows, 1)
     if method not in check.run.methods() or store.rows != count:
         return
@@ -41,7 +41,7 @@ def by_test(check: Contents, method: str) -> None:
             check.problems.append(f"{name}/{column}: not the targets of the run")
     samples = check.run.samples(method)
     stored = samples["contribution"].to_numpy()
-    if kind_of(check.info, method) == SAMPLES and len(stored) == len(mean):
+    if check.info.kind_of(method) == SAMPLES and len(stored) == len(mean):
         scale = np.maximum(np.abs(stored), samples["contribution_std"].to_numpy())
         wrong = np.abs(mean - stored) > MEAN_TOLERANCE * np.maximum(scale, np.finfo(np.float32).tiny)
         if wrong.any():
@@ -55,8 +55,8 @@ def prepared(check: Contents, method: str) -> None:
     """Check what an estimator prepared: one finite number a tracked sample."""
     name = layout.prepared(method)
     store = RowStore.open(check.run.directory.path(name), "value")
-    check.shape(name, store, check.info.get("n_tracked"), 1)
-    check.index(f"{name}/train_index", store.column("train_index"), check.info.get("n_train"))
+    check.shape(name, store, check.info.n_tracked, 1)
+    check.index(f"{name}/train_index", store.column("train_index"), check.info.n_train)
     check.stream(name, store)
 
 
@@ -64,7 +64,7 @@ def curvature(check: Contents, method: str) -> None:
     """Check a form's eigenbasis: one finite eigenvalue a checkpoint and coordinate, finite vectors."""
     name = layout.curvature(method)
     found = read_curvature(check.run.directory.path(name))
-    expected = (len(found.steps), check.info.get("dimension", found.eigenvalues.shape[-1]))
+    expected = (len(found.steps), check.info.dimension or found.eigenvalues.shape[-1])
     if found.eigenvalues.shape != expected:
         check.problems.append(f"{name}/eigenvalues: shape {found.eigenvalues.shape}, not {expected}")
     check.finite(f"{name}/eigenvalues", found.eigenvalues)
@@ -85,9 +85,9 @@ def corrections(check: Contents, method: str) -> None:
     corrected = RowStore.open(open_at(where(layout.CORRECTED)), "contribution")
     rank = directions.rows
     for name, store, rows, columns in (
-        (layout.DIRECTIONS, directions, rank, check.info.get("dimension")),
-        (layout.COORDINATES, coordinates, target_count(check.info, method), rank),
-        (layout.CORRECTED, corrected, rank, check.info.get("n_tracked")),
+        (layout.DIRECTIONS, directions, rank, check.info.dimension),
+        (layout.COORDINATES, coordinates, check.info.target_count(method), rank),
+        (layout.CORRECTED, corrected, rank, check.info.n_tracked),
     ):
         check.shape(where(name), store, rows, columns)
         check.stream(where(name), store)
@@ -143,9 +143,9 @@ class _Judging:
 
     def _by_epoch(self, path: str, table: pa.Table, manifest: Manifest) -> None:
         tracked = self.tracked
-        if tracked is not None and "start" in manifest.values:
-            start = int(manifest.values["start"])
-            tracked = tracked[start : start + int(manifest.values["rows"])]
+        unit = values_of(UnitValues, manifest)
+        if tracked is not None and unit.start is not None and unit.rows is not None:
+            tracked = tracked[unit.start : unit.start + unit.rows]
         keys = [name for name in ("epoch", "method", "reference") if name in table.column_names]
         for key in table.select(keys).group_by(keys).aggregate([]).to_pylist():
             mine = np.ones(len(table), dtype=bool)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.dataset as pa_dataset
 
+from ..reading.unit_values import UnitValues, all_values
 from ...storage import layout
 from ...storage.curvature import read_curvature
 from ...storage.errors import IncompleteStage, SpecError
@@ -105,9 +106,9 @@ class _Deep:
         if not methods:
             raise IncompleteStage(f"{run.uri} has no complete method to verify; finish the run first")
         spec = stored_spec(run, recipe, overrides, command="verify --deep", free=REPEATED)
-        look_and_check(run.uri, run.info, spec, observer)
+        look_and_check(run.uri, run.noted, spec, observer)
         self.recipe, self.compute = resolve_recipe(spec), compute_of(spec)
-        self.trajectory, self.n_train = run.trajectory(), int(run.info["n_train"])
+        self.trajectory, self.n_train = run.trajectory(), int(run.noted.n_train)
         self.covered = [name for name in methods if name in HESSIANS or _corrected(name)]
         self.notes = [
             f"{name}: not covered; the reference knows {', '.join(HESSIANS)}, corrected or not"
@@ -217,7 +218,7 @@ class _Deep:
     def _method(self, method: str, form: Form, tangents: Floats) -> None:
         """Hold what a method stored against the reference, and its tables against what it stored."""
         limits, expected = self._limits(form), self._products(tangents)
-        if self.run.info["methods"][method].get("mode") == ADJOINT:
+        if self.run.noted.entry(method).mode == ADJOINT:
             store = RowStore.open(self.run.directory.path(layout.by_test(method)), "contribution")
             products = rows_of(store, self.columns)[:, self.rows].T
             kept = "contributions (adjoint = forward)"
@@ -284,8 +285,10 @@ class _Deep:
         stages = [f"{name}/{kind}" for name in self.run.methods()]
         found = [[(0, total)]]
         for stage in stages if kind == REPLAY else [*stages, TEST_GRADIENTS]:
-            values = [m.values for m in self.run.directory.manifests(stage) if "start" in m.values]
-            found.append([(int(v["start"]), int(v["start"]) + int(v["rows"])) for v in values])
+            values = all_values(UnitValues, self.run.directory, stage)
+            found.append(
+                [(v.start, v.start + v.rows) for v in values if v.start is not None and v.rows is not None]
+            )
         return max(found, key=len)
 
     @contextmanager

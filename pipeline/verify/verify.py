@@ -16,6 +16,8 @@ from ...storage.files import PARTIAL, list_files
 from ..reading.stage_states import method_names, stage_states
 from ..spec.targets import store_of
 from ..vocabulary import (
+    COMPLETE,
+    MISSING,
     ADJOINT,
     ATTRIBUTE,
     BY_EPOCH,
@@ -93,7 +95,7 @@ def verify(run: Reader, *, progress: Progress | None = None) -> Verification:
     from ..reading.reader import open_reader
 
     found = _verify(run, progress)
-    for seed in run.info.get("seeds", {}).get("others", []):
+    for seed in run.noted.other_seeds:
         place = layout.of_seed(seed)
         try:
             inner = _verify(open_reader(run.directory.of_seed(seed).uri), progress)
@@ -133,8 +135,8 @@ def _verify(run: Reader, progress: Progress | None) -> Verification:
 class _Verifier:
     def __init__(self, run: Reader, progress: Progress | None) -> None:
         self.run = run
-        self.info = run.info
-        self.states = {state.stage: state for state in stage_states(run.directory, run.info)}
+        self.info = run.noted
+        self.states = {state.stage: state for state in stage_states(run.directory, run.noted)}
         self.manifests = [m for stage in run.directory.stages() for m in run.directory.manifests(stage)]
         self.sizes = {entry.path: entry.bytes for m in self.manifests for entry in m.files}
         self.damaged: set[str] = set()
@@ -153,11 +155,11 @@ class _Verifier:
         if self._readable(TEST_GRADIENTS, layout.TEST_GRADIENTS):
             self._guard(layout.TEST_GRADIENTS, contents.test_gradients)
         for kind in KINDS[1:]:
-            if self._state(stage_of(kind)) != "missing" and self._readable(stage_of(kind), store_of(kind)):
+            if self._state(stage_of(kind)) != MISSING and self._readable(stage_of(kind), store_of(kind)):
                 self._guard(store_of(kind), partial(contents.target_gradients, kind))
         record = not any(path.startswith(f"{layout.TRAJECTORY}/") for path in self.damaged)
         found: dict[str, Any] = {}
-        for method in method_names(self.info):
+        for method in self.info.method_names():
             name = layout.hypergradients(method)
             if self._readable(f"{method}/{REPLAY}", name) and any(p.startswith(name) for p in self.sizes):
                 found |= self._guard(name, partial(contents.hypergradients, method, lawful=record)) or {}
@@ -186,7 +188,7 @@ class _Verifier:
     def _between(self, stage: str, contents: Contents) -> None:
         """Judge what a stage left that is no table of a method."""
         if stage.startswith((f"{EVALUATE}/", f"{BY_EPOCH}/")):
-            if self._state(stage) == "complete":
+            if self._state(stage) == COMPLETE:
                 self._guard(stage, partial(between.judging, contents, stage, self.damaged))
             return
         owner, _, part = stage.rpartition("/")
@@ -196,7 +198,7 @@ class _Verifier:
             check, names = between.prepared, [layout.prepared(owner)]
         elif part == CURVATURE:
             check, names = between.curvature, [layout.curvature(owner)]
-        elif part == CORRECTION and self._state(f"{owner}/{DIRECTIONS}") == "complete":
+        elif part == CORRECTION and self._state(f"{owner}/{DIRECTIONS}") == COMPLETE:
             stores = (layout.DIRECTIONS, layout.COORDINATES, layout.CORRECTED)
             check, names = between.corrections, [layout.corrections(owner, name) for name in stores]
         else:
@@ -207,10 +209,10 @@ class _Verifier:
     def _stages(self) -> None:
         """Note what is not complete; it is a problem where ``run.json`` claims that it is."""
         claimed = {
-            name for name, entry in self.info.get("methods", {}).items() if entry.get("state") == "complete"
+            name for name, entry in self.info.methods.items() if entry.state == COMPLETE
         }
         for state in self.states.values():
-            if state.state == "complete":
+            if state.state == COMPLETE:
                 continue
             of = "" if state.units is None else f" of {state.units}"
             done = f"{state.stage}: {state.done}{of} units committed"
@@ -254,15 +256,15 @@ class _Verifier:
 
     def _of_a_seed(self, place: layout.Place) -> bool:
         """Whether a file is that of a run with another seed, which is checked by itself."""
-        others = self.info.get("seeds", {}).get("others", [])
+        others = self.info.other_seeds
         return place.kind.form == "run" and place.key in {str(seed) for seed in others}
 
     def _still_writing(self, place: layout.Place) -> str | None:
         """Return the stage that may have been interrupted before it committed a file; None: there is none."""
         stages = stages_of(place)
-        begun = [s for s in stages if s in self.states or s in self.info.get("stages", {})]
+        begun = [s for s in stages if s in self.states or s in self.info.stages]
         for stage in begun:
-            if self._state(stage) != "complete":
+            if self._state(stage) != COMPLETE:
                 return stage
         if begun:
             return None
@@ -270,14 +272,14 @@ class _Verifier:
             folder = stages[0].split("/")[0]
             return stages[0] if any(name.startswith(f"{folder}/") for name in self.states) else None
         own = [state for name, state in self.states.items() if name.split("/")[0] == place.key]
-        return stages[0] if stages and any(state.state != "complete" for state in own) else None
+        return stages[0] if stages and any(state.state != COMPLETE for state in own) else None
 
     def _state(self, stage: str) -> str:
-        return self.states[stage].state if stage in self.states else "missing"
+        return self.states[stage].state if stage in self.states else MISSING
 
     def _readable(self, stage: str, *names: str) -> bool:
         """Whether the contents are to be judged: the stage is complete and no file of it damaged."""
-        if self._state(stage) != "complete":
+        if self._state(stage) != COMPLETE:
             return False
         if any(path.startswith(name + "/") for path in self.damaged for name in names):
             self.notes.append(f"{names[0]}: contents not judged, because files of it are damaged")

@@ -1,0 +1,195 @@
+"""What the manifest of a unit says beside its files, as values: one class a kind of stage.
+
+A field is None where the unit was committed by a version that did not note it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ...storage.rundir import Manifest, RunDirectory
+from ...storage.typed import from_json, rest_field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitValues:
+    """What every unit notes.
+
+    Attributes:
+        rows: Rows of its stage that it is about.
+        start: The first of them.
+        seconds: Wall time of the work.
+        peak_bytes: Largest resident set of the worker meanwhile.
+    """
+
+    rows: int | None = None
+    start: int | None = None
+    seconds: float | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordValues(UnitValues):
+    """The record.
+
+    Attributes:
+        steps: T.
+        dimension: D.
+        checked_steps: Steps on which the optimiser's formula was held against what it did.
+        closing: Final losses and accuracies, by name; None where there is none.
+    """
+
+    steps: int | None = None
+    dimension: int | None = None
+    checked_steps: int | None = None
+    closing: Mapping[str, Any] = rest_field()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestGradientValues(UnitValues):
+    """A block of test samples.
+
+    Attributes:
+        ways: How their gradients were had.
+        loss: Of each; None: not finite.
+        label: Of each, -1: none.
+        prediction: Of each, -1: none.
+    """
+
+    ways: Mapping[str, Any] | None = None
+    loss: tuple[float | None, ...] = ()
+    label: tuple[int, ...] = ()
+    prediction: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayValues(UnitValues):
+    """A shard of tracked samples, or a block of targets.
+
+    Attributes:
+        steps: T.
+        ways: How per-sample gradients were had; see ``PerSampleGradients.told``.
+        law: What the shard adds to the conservation law; see ``RowSums.values``.
+        lawful: Whether every target of the block obeys it.
+        products: How products with the Hessian were had.
+        field: How an update that is no gradient was differentiated.
+        differences: Whether products were held against differences of the gradient.
+        running_statistics: Whether there are some.
+    """
+
+    steps: int | None = None
+    ways: Mapping[str, Any] | None = None
+    law: Mapping[str, Any] | None = None
+    lawful: bool | None = None
+    products: Any = None
+    field: Any = None
+    differences: Any = None
+    running_statistics: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurvatureValues(UnitValues):
+    """EKFAC's curvature.
+
+    Attributes:
+        steps: Of its checkpoints.
+        attrs: What the estimate says of itself.
+    """
+
+    steps: tuple[int, ...] = ()
+    attrs: Mapping[str, Any] = rest_field()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrowthValues(UnitValues):
+    """How exact tangents grow; see ``workers.reference.growth``. None where it is not finite."""
+
+    growth: float | None = None
+    peak: float | None = None
+    peak_step: int | None = None
+    rounding: float | None = None
+    deviation: float | None = None
+    limit: float | None = None
+    train_index: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DirectionsValues(UnitValues):
+    """The leading directions.
+
+    Attributes:
+        directions: How many there are.
+        share: Of the targets' gradients that they hold.
+    """
+
+    directions: int | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReduceValues(UnitValues):
+    """A block of a method's tables.
+
+    Attributes:
+        interclass: [train class, test class, sum of contributions, pairs], one a pair of classes.
+        members: Of an average: digests of what was averaged.
+    """
+
+    interclass: tuple[tuple[float, ...], ...] = ()
+    members: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EstimateValues(UnitValues):
+    """A block of an estimator; ``notes`` are its own."""
+
+    notes: Mapping[str, Any] = rest_field()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ByEpochValues(UnitValues):
+    """A shard, or an epoch, of a comparison over training.
+
+    Attributes:
+        question: What was asked; work that answers another question is done again.
+        epoch: After which an influence function was asked.
+    """
+
+    question: Mapping[str, Any] | None = None
+    epoch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrainValues(UnitValues):
+    """A retraining.
+
+    Attributes:
+        way: How it trained.
+        changed: Training samples whose weight it changed.
+        loss: Mean over the test samples; None: not finite.
+        accuracy: Share of right predictions, where classes are known.
+    """
+
+    way: str
+    changed: int
+    loss: float | None = None
+    accuracy: float | None = None
+
+
+V = TypeVar("V", bound=UnitValues)
+
+
+def values_of(kind: type[V], manifest: Manifest) -> V:
+    """Return what a manifest says.
+
+    Raises:
+        CorruptStore: A value has not the type of its field; names unit and field.
+    """
+    return from_json(kind, manifest.values, f"manifest of {manifest.stage} {manifest.unit}")
+
+
+def all_values(kind: type[V], directory: RunDirectory, stage: str) -> list[V]:
+    """Return what the manifests of a stage say, sorted by unit."""
+    return [values_of(kind, manifest) for manifest in directory.manifests(stage)]

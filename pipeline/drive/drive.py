@@ -33,10 +33,11 @@ from ..executors.events import (
 )
 from ..executors.ray import make_executor
 from ..opened_run import Run, open_run
-from ..plan.compatibility import ASKED, method_options, place, refuse_unsupported, stored_run
+from ..plan.compatibility import ASKED, place, refuse_unsupported, stored_run
 from ..plan.plan import Plan, cut
 from ..plan.provenance import say_cosmetic
 from ..plan.survey import Survey, compute_of, survey
+from ..spec.method_options import CurvatureOptions
 from ..spec.spec import RunSpec
 from ..units.reduce import ReduceJob, interclass_table
 from ..units.tasks import Tasks
@@ -151,7 +152,7 @@ class _Driver(GradientStages, CurvatureStages):
         self.form: str = spec.form
         self.collect_stage = f"{self.base}/{ADJOINT if adjoint else REPLAY}"
         self.reduce_stage = f"{self.method}/{REDUCE}"
-        self.options = method_options(spec)
+        self.options = CurvatureOptions.asked_by(spec).to_json()
         super().__init__(directory, executor, observer, self._info(stored))
 
     def drive(self, stages: Sequence[str]) -> None:

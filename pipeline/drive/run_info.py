@@ -11,10 +11,11 @@ from typing import Any
 from ...storage import layout
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import open_trajectory
-from ..plan.compatibility import ASKED, chosen, method_options
+from ..plan.compatibility import ASKED, chosen
 from ..plan.plan import Plan
 from ..plan.provenance import made_of_notes
 from ..plan.survey import Survey
+from ..spec.method_options import CurvatureOptions
 from ..spec.spec import RunSpec
 from ..vocabulary import RECORD, SAMPLES, SEEDS, TRAJECTORY
 
@@ -34,7 +35,8 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: Mapping[str, 
     }
     for method in dict.fromkeys((spec.base_method, spec.method)):  # in this order, which readers see
         methods.setdefault(method, {"state": ASKED})
-        methods[method].update(mode=spec.mode, options=method_options(spec), **target_notes(spec, plan))
+        options = CurvatureOptions.asked_by(spec).to_json()
+        methods[method].update(mode=spec.mode, options=options, **target_notes(spec, plan))
     if spec.seeds > 1:
         seeds = [surveyed.recipe.seed + k for k in range(spec.seeds)]
         entry = methods.setdefault(spec.averaged, {"state": ASKED})

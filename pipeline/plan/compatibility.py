@@ -11,6 +11,8 @@ from ...storage.place import check_place
 from ...storage.rundir import RunDirectory
 from ...workers.determinism import resolve_device
 from ..executors.raysetup import inside_ray_job
+from ..spec.groups import PlacementSpec
+from ..spec.method_options import CurvatureOptions
 from ..spec.spec import RunSpec
 from ..vocabulary import KINDS
 from .provenance import adopt, recipe_differences
@@ -20,7 +22,7 @@ ASKED = "asked"
 """State of a method in ``run.json`` for which nothing has been done but the record."""
 
 
-def refuse_unsupported(spec: RunSpec) -> None:
+def refuse_unsupported(spec: PlacementSpec) -> None:
     """Refuse what this machine cannot do.
 
     Raises:
@@ -58,9 +60,9 @@ def method_differences(spec: RunSpec, methods: Mapping[str, Mapping[str, Any]]) 
     stored = begun(methods).get(spec.base_method, {})
     if stored.get("mode", spec.mode) != spec.mode:
         lines.append(f"mode: stored {stored['mode']!r}, asked {spec.mode!r}")
-    before = stored_options(spec, methods) or method_options(spec)
-    if before != method_options(spec):
-        lines.append(f"options: stored {before}, asked {method_options(spec)}")
+    before, asked = stored_options(spec, methods), CurvatureOptions.asked_by(spec)
+    if before is not None and before != asked:
+        lines.append(f"options: stored {before.to_json()}, asked {asked.to_json()}")
     shards = stored.get("shards")
     if shards and spec.shards not in ("auto", shards, stored.get("asked_shards")):
         lines.append(f"shards: stored {shards}, asked {spec.shards}")
@@ -72,28 +74,17 @@ def begun(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, An
     return {name: entry for name, entry in methods.items() if entry.get("state") != ASKED}
 
 
-def stored_options(spec: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the `method_options` with which a run has this spec's form; empty where it has none."""
-    own = [spec.base_method, *_of_the_form(spec)]
+def stored_options(spec: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> CurvatureOptions | None:
+    """Return the options with which a run has the curvature of this spec's form; None where it has none.
+
+    Raises:
+        CorruptStore: They cannot be read.
+    """
     there = begun(methods)
-    return next((dict(there[name]["options"]) for name in own if there.get(name, {}).get("options")), {})
-
-
-def _of_the_form(spec: RunSpec) -> list[str]:
-    return [spec.form, *(f"{spec.form}-{kind}" for kind in KINDS)]
-
-
-def method_options(spec: RunSpec) -> dict[str, Any]:
-    """Return what a method depends on beyond the run's identity."""
-    if spec.hessian != "ekfac":
-        return {}
-    at = {} if spec.curvature_at is None else {"at": list(spec.curvature_at)}
-    return {
-        **at,
-        "checkpoints": spec.curvature_checkpoints,
-        "samples": spec.curvature_samples,
-        "core": spec.curvature_core,
-    }
+    for name in (spec.base_method, spec.form, *(f"{spec.form}-{kind}" for kind in KINDS)):
+        if options := there.get(name, {}).get("options"):
+            return CurvatureOptions.from_json(options, method=name)
+    return None
 
 
 def chosen(surveyed: Survey) -> dict[str, Any]:

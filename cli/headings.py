@@ -2,26 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import click
+
+from ..pipeline.spec.groups import (
+    BudgetSpec,
+    CurvatureSpec,
+    OutputSpec,
+    PlacementSpec,
+    QuestionSpec,
+    TrainingSpec,
+)
+from ..pipeline.spec.setting import Group, names
 
 FIRST = "Options"
 """Heading of what belongs below no other."""
 
-HEADINGS: dict[str, tuple[str, ...]] = {
-    "What is trained": ("recipe_args", "epochs", "batch_size", "seed", "seeds", "dtype", "checkpoint_every"),
-    "What is asked": ("track", "test", "mode", "targets", "batch_norm", "per_sample", "estimators"),
-    "Curvature": ("hessian", "exact_rank", "curvature_options", "estimator_options"),
-    "Placement": (
-        *("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers", "threads", "device"),
-        "shards",
-    ),
-    "Budget": ("memory", "reduce_memory", "max_attempts", "start_timeout"),
-    "Output": ("out", "overwrite", "config", "figures", "output_format", "quiet", "debug"),
-}
-"""Names of parameters, in the order of the headings."""
 
-PLAIN = ("What is trained", "What is asked", "Curvature")
-"""Headings that only commands with a specification have."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heading:
+    """A heading, and which options stand below it.
+
+    Attributes:
+        title: Its text.
+        group: Group of a specification whose fields they are for.
+        more: Names of further parameters.
+        specified: Whether only commands with a whole specification have it.
+    """
+
+    title: str
+    group: type[Group]
+    more: tuple[str, ...] = ()
+    specified: bool = False
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of parameters."""
+        return (*names(self.group), *self.more)
+
+
+HEADINGS = (
+    Heading(title="What is trained", group=TrainingSpec, specified=True),
+    Heading(title="What is asked", group=QuestionSpec, more=("estimators",), specified=True),
+    Heading(
+        title="Curvature",
+        group=CurvatureSpec,
+        more=("curvature_options", "estimator_options"),
+        specified=True,
+    ),
+    Heading(title="Placement", group=PlacementSpec),
+    Heading(title="Budget", group=BudgetSpec),
+    Heading(
+        title="Output",
+        group=OutputSpec,
+        more=("config", "figures", "output_format", "quiet", "debug", "help"),
+    ),
+)
 
 
 def headed(command: click.Command, context: click.Context) -> dict[str, list[click.Option]]:
@@ -34,20 +71,15 @@ def headed(command: click.Command, context: click.Context) -> dict[str, list[cli
         for parameter in command.get_params(context)
         if isinstance(parameter, click.Option) and parameter.get_help_record(context) is not None
     ]
-    names = {option.name for option in options}
-    if "executor" not in names:
+    there = {option.name for option in options}
+    if "executor" not in there:
         return {FIRST: options}
-    specified = "config" in names
-    known = {
-        name: heading
-        for heading, members in HEADINGS.items()
-        for name in members
-        if specified or heading not in PLAIN
-    }
-    found = {heading: list[click.Option]() for heading in (FIRST, *HEADINGS)}
+    used = [heading for heading in HEADINGS if not heading.specified or "config" in there]
+    known = {name: heading.title for heading in used for name in heading.members}
+    found = {title: list[click.Option]() for title in (FIRST, *known.values())}
     for option in options:
-        heading = "Output" if "--help" in option.opts else known.get(option.name or "", FIRST)
-        found[heading].append(option)
+        name = "help" if "--help" in option.opts else option.name or ""  # click has a name of its own for it
+        found[known.get(name, FIRST)].append(option)
     return {heading: members for heading, members in found.items() if members}
 
 

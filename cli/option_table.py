@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
+
+from ..pipeline.spec.groups import BatchNorm, Device, Dtype, ExecutorName, PerSample
+from ..pipeline.spec.spec import RunSpec
+from ..pipeline.vocabulary import Hessian, Mode, Targets
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _POSITIVE = click.IntRange(min=1)
 
 
-def _option(name: str, default: str, text: str, **settings: Any) -> Callable[[F], F]:
-    """Return an option that is None unless given; ``default`` is shown, `RunSpec` applies it."""
+def _saying(name: str, default: str, text: str, **settings: Any) -> Callable[[F], F]:
+    """Return an option that is None unless given, and what its help says of that."""
     return click.option(name, default=None, help=f"{text}  [default: {default}]", **settings)
+
+
+def _option(name: str, text: str, **settings: Any) -> Callable[[F], F]:
+    """Return an option that is None unless given; the default of `RunSpec`, which applies it, is shown."""
+    default = getattr(RunSpec, name.removeprefix("--").replace("-", "_"))
+    shown = f"{default:g}" if isinstance(default, float) else str(default)
+    return _saying(name, shown, text, **settings)
 
 
 # In the order of the contract's table. A default of None everywhere: what is not given comes from
 # the configuration file, then from RunSpec, and what RunSpec leaves open from the recipe.
 SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    _option(
+    _saying(
         "--out",
         "runs/<recipe name>",
         "Run directory: a local path, s3://, gs:// or az:// address.",
@@ -28,63 +39,54 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     _option(
         "--shards",
-        "auto",
         "How many shards the tracked samples are cut into; more than there are workers queue. "
         "`auto` decides from memory and workers.",
         metavar="N|auto",
     ),
     _option(
         "--track",
-        "all",
         "Training samples to track: the first N, indices A to B-1, a share of every class, "
         "or a file with one index a line.",
         metavar="all|N|A:B|F%|FILE",
     ),
     _option(
         "--test",
-        "all",
         "Test samples: the first N, indices A to B-1, or a file with one index a line.",
         metavar="all|N|A:B|FILE",
     ),
     _option(
         "--mode",
-        "forward",
         "forward: one hypergradient a tracked sample, stored. adjoint: one vector a test sample, "
         "carried backwards; contributions of all training samples.",
-        type=click.Choice(["forward", "adjoint"]),
+        type=click.Choice(get_args(Mode)),
     ),
     _option(
         "--hessian",
-        "none",
         "Drop the Hessian (HyDRA's fast form), keep it in EKFAC form, or keep it exactly.",
-        type=click.Choice(["none", "ekfac", "exact"]),
+        type=click.Choice(get_args(Hessian)),
     ),
     _option(
         "--targets",
-        "samples",
         "With --mode adjoint: one vector a test sample, one a class (the mean over its test samples), "
         "or one for the mean over all test samples.",
-        type=click.Choice(["samples", "classes", "mean"]),
+        type=click.Choice(get_args(Targets)),
     ),
     _option(
         "--exact-rank",
-        "0",
         "With --hessian ekfac: correct exactly along R directions of the test gradients.",
         type=click.IntRange(min=0),
         metavar="R",
     ),
     _option(
         "--dtype",
-        "float32",
         "Numbers of training and of hypergradients.",
-        type=click.Choice(["float32", "float64"]),
+        type=click.Choice(get_args(Dtype)),
     ),
-    _option("--epochs", "the recipe's", "Passes over the training samples.", type=_POSITIVE, metavar="N"),
-    _option("--batch-size", "the recipe's", "Samples a step.", type=_POSITIVE, metavar="B"),
-    _option("--seed", "the recipe's", "Of initial weights, batch order and dropout.", type=int, metavar="N"),
+    _saying("--epochs", "the recipe's", "Passes over the training samples.", type=_POSITIVE, metavar="N"),
+    _saying("--batch-size", "the recipe's", "Samples a step.", type=_POSITIVE, metavar="B"),
+    _saying("--seed", "the recipe's", "Of initial weights, batch order and dropout.", type=int, metavar="N"),
     _option(
         "--seeds",
-        "1",
         "Train with K seeds, from --seed on, and average the contributions: METHOD-seedsK, with their spread.",
         type=_POSITIVE,
         metavar="K",
@@ -99,31 +101,28 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     _option(
         "--batch-norm",
-        "constant",
         "Statistics of a BatchNorm layer within a step: held constant, or coupling the samples "
         "of the batch exactly (slower).",
-        type=click.Choice(["constant", "coupled"]),
+        type=click.Choice(get_args(BatchNorm)),
     ),
     _option(
         "--per-sample",
-        "auto",
         "Gradients of single samples: the fastest way that agrees with autograd when tried, or autograd "
         "itself, one backward pass a sample (slow, always right).",
-        type=click.Choice(["auto", "vjp"]),
+        type=click.Choice(get_args(PerSample)),
     ),
     _option(
         "--executor",
-        "ray",
         "Where shards run: on Ray, or in this process.",
-        type=click.Choice(["ray", "serial"]),
+        type=click.Choice(get_args(ExecutorName)),
     ),
-    _option(
+    _saying(
         "--address",
         "RAY_ADDRESS, a running local cluster, or a new one",
         "Ray cluster to use.",
         metavar="ADDRESS",
     ),
-    _option(
+    _saying(
         "--gpus-per-actor",
         "1 where the cluster has GPUs, else 0",
         "GPUs an actor asks Ray for; a fraction shares one.",
@@ -132,33 +131,32 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     _option(
         "--cpus-per-actor",
-        "1",
         "CPU cores an actor asks Ray for.",
         type=click.FloatRange(min=0),
         metavar="X",
     ),
-    _option("--workers", "what the cluster holds", "Actors at a time.", type=_POSITIVE, metavar="N"),
-    _option(
+    _saying("--workers", "what the cluster holds", "Actors at a time.", type=_POSITIVE, metavar="N"),
+    _saying(
         "--threads",
         "the whole part of --cpus-per-actor",
         "CPU threads of each worker; part of what makes runs repeat bit for bit.",
         type=_POSITIVE,
         metavar="N",
     ),
-    _option("--device", "auto", "Where tensors live.", type=click.Choice(["auto", "cpu", "cuda"])),
-    _option(
+    _option("--device", "Where tensors live.", type=click.Choice(get_args(Device))),
+    _saying(
         "--memory",
         "measured",
         "Memory an actor may use: bytes, or with a unit such as 4GiB.",
         metavar="SIZE",
     ),
-    _option(
+    _saying(
         "--reduce-memory",
-        "1GiB",
+        f"{RunSpec.reduce_memory >> 30}GiB",
         "Memory a reduce task may use: bytes, or with a unit such as 1GiB.",
         metavar="SIZE",
     ),
-    _option(
+    _saying(
         "--checkpoint-every",
         "the plan's",
         "Steps between checkpoints of the record.",
@@ -167,12 +165,11 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     _option(
         "--curvature-checkpoints",
-        "5",
         "With ekfac: checkpoints of the record the curvature is taken at.",
         type=_POSITIVE,
         metavar="N",
     ),
-    _option(
+    _saying(
         "--curvature-at",
         "spread evenly",
         "With ekfac: steps whose nearest checkpoints are taken instead.",
@@ -180,28 +177,24 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     _option(
         "--curvature-samples",
-        "4096",
         "With ekfac: at most how many training samples the curvature is averaged over.",
         type=_POSITIVE,
         metavar="N",
     ),
     _option(
         "--curvature-core",
-        "256",
         "With ekfac: leading coordinates that keep their full curvature, across layers too; 0: none.",
         type=click.IntRange(min=0),
         metavar="C",
     ),
     _option(
         "--max-attempts",
-        "3",
         "How often a shard is tried when its worker dies.",
         type=_POSITIVE,
         metavar="N",
     ),
     _option(
         "--start-timeout",
-        "120",
         "Seconds to wait for the cluster to place the actors.",
         type=click.FloatRange(min=0.1),
         metavar="SECONDS",

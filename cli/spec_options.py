@@ -5,32 +5,32 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from ..pipeline.spec.groups import KEPT, BudgetSpec, CurvatureSpec, PlacementSpec
+from ..pipeline.spec.method_options import CURVATURE_FIELDS
+from ..pipeline.spec.setting import Decides, names
+from ..pipeline.spec.spec import RunSpec, load_toml
 from .option_table import SPEC_OPTIONS
-
-if TYPE_CHECKING:
-    from ..pipeline.spec.spec import RunSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PLACEMENT = ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers")
+PLACEMENT = names(PlacementSpec, Decides.NOTHING)
 """Options that say where the work is done."""
 
-BUDGET = ("memory", "max_attempts", "start_timeout")
+BUDGET = names(BudgetSpec, Decides.NOTHING)
 """What the work may use there."""
 
-CURVATURE = ("curvature_checkpoints", "curvature_at", "curvature_samples", "curvature_core")
+CURVATURE = CURVATURE_FIELDS
 """Given by ``--option`` and in files. Options of their own too, which ``--help`` does not show."""
 
-METHOD = ("mode", "hessian", "targets", "exact_rank", "shards", *CURVATURE)
+METHOD = names(RunSpec, Decides.METHOD)
 """What `replay` chooses; the record is the same whatever these are."""
 
-OF_THE_RUN = ("executor", "cpus_per_actor", "threads", "device")
+OF_THE_RUN = (*KEPT, *names(PlacementSpec, Decides.RUN))
 """Options that the run's own values stand for, where there is a run."""
 
 
@@ -122,15 +122,13 @@ def given_values(ctx: click.Context, pairs: Sequence[str] = ()) -> dict[str, Any
         SpecError: A key of the file is wrong.
         click.UsageError: A field is given as an option and by ``--option``.
     """
-    from ..pipeline.spec.spec import RunSpec, load_toml
-
-    names = {field.name for field in fields(RunSpec)}
+    known = names(RunSpec)
     config = ctx.params.get("config")
     values: dict[str, Any] = dict(load_toml(config)) if config else {}
     given = {
         name: value
         for name, value in ctx.params.items()
-        if name in names and ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
+        if name in known and ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
     }
     arguments = given.pop("recipe_args", ())
     for pair in pairs:
@@ -151,8 +149,6 @@ def build_spec(ctx: click.Context, pairs: Sequence[str] = ()) -> RunSpec:
     Raises:
         SpecError: A value, or a key of the file, is wrong.
     """
-    from ..pipeline.spec.spec import RunSpec
-
     return RunSpec(**given_values(ctx, pairs))
 
 
@@ -193,9 +189,10 @@ def curvature_option(function: F) -> F:
 
 
 CURVATURE_HELP = (
-    "With --hessian ekfac: curvature-checkpoints=N of the record (5), or curvature-at=STEP,... for those "
-    "nearest; curvature-samples=N training samples at most (4096); curvature-core=C leading coordinates with "
-    "their full curvature (256)."
+    f"With --hessian ekfac: curvature-checkpoints=N of the record ({CurvatureSpec.curvature_checkpoints}), or "
+    "curvature-at=STEP,... for those nearest; curvature-samples=N training samples at most "
+    f"({CurvatureSpec.curvature_samples}); curvature-core=C leading coordinates with their full curvature "
+    f"({CurvatureSpec.curvature_core})."
 )
 
 

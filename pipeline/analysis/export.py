@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from ...storage.errors import CorruptStore, InputError, StoreError
 from ...storage.files import staged
-from ..reading.stage_states import target_count
 
 if TYPE_CHECKING:
     from ..reading.reader import Reader

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from ..reading.stage_states import StageState, method_names, stage_states
+from ..reading.stage_states import StageState, stage_states
 from ..vocabulary import ATTRIBUTE, BY_EPOCH, COMPLETE, EVALUATE, MISSING, PARTIAL
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def status(run: Reader) -> dict[str, Any]:
         },
         "methods": methods,
         "warnings": run.noted.warnings(),
-        "stages": [asdict(state) for state in states],
+        "stages": [dataclasses.asdict(state) for state in states],
         "seeds": _seeds(run),
         "resume": None if complete else _resume(run, states),
     }
@@ -86,11 +86,11 @@ def command_line(spec: Mapping[str, Any], *, uri: str, command: str = "run") -> 
     if spec.get("recipe", "digits") != "digits":
         words.append(str(spec["recipe"]))
     words += ["--out", uri]
-    for field in fields(RunSpec):
+    for field in dataclasses.fields(RunSpec):
         name, value = field.name, spec.get(field.name)
         if name in ("recipe", "out", "recipe_args", "overwrite") or value is None:
             continue
-        if field.default is not MISSING and value == field.default:
+        if field.default is not dataclasses.MISSING and value == field.default:
             continue
         option = name.replace("_", "-")
         if name.startswith("curvature_"):

@@ -14,7 +14,6 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,12 +75,16 @@ def summary(run: Reader, method: str | None = None) -> dict[str, Any]:
         disk[layout.of_seed(seed)] = [sum(inside.values()), len(inside)]
     helpful, harmful = (_extremes(run, method, harmful) for harmful in (False, True))
     zero = None if method is None else zero_warning(run.directory, method)
+    trust = None if method is None else info.trust.get(method)
     return {
         "run": run.uri,
         "recipe": run.recipe,
         "method": method,
         "targets": None if method is None else info.kind_of(method),
-        **{key: getattr(info, key) for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")},
+        **{
+            key: getattr(info, key)
+            for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")
+        },
         "accuracy": {
             "train": _accuracy(run, "train_accuracy"),
             "test": _accuracy(run, "test_accuracy"),
@@ -91,7 +94,7 @@ def summary(run: Reader, method: str | None = None) -> dict[str, Any]:
             "predicted_bytes": info.summary.predicted_bytes or None,
         },
         "warnings": [*info.warnings(), *([zero] if zero else [])],
-        "trust": trust_lines(info.trust[method]) if method in info.trust else [],
+        "trust": trust_lines(trust) if trust else [],
         "stages": [
             {"stage": s.stage, "units": s.done, "rows": s.rows, "bytes": s.bytes, "seconds": s.seconds}
             for s in states

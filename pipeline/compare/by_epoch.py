@@ -33,7 +33,7 @@ from ..plan.survey import Survey, compute_of, survey
 from ..reading.reader import Reader, open_reader
 from ..reading.run_info import StageEntry
 from ..reading.unit_values import ByEpochValues, all_values, values_of
-from ..units.by_epoch import ByEpochWork
+from ..units.by_epoch import ByEpochWork, Epoch
 from ..vocabulary import BY_EPOCH_SCORES, CURVATURE, EKFAC, EXACT, FAST, SUMMARY, by_epoch_stage
 from .by_epoch_measures import FollowedForms, measure
 
@@ -243,7 +243,8 @@ def _stages(session: Session, asked: _Asked) -> Stages:
     for name in forms.influence:
         stage = by_epoch_stage(name)
         units = [
-            Unit(stage=stage, name=f"epoch-{epoch:05d}", arguments={"epoch": epoch}) for epoch in asked.late
+            Unit(stage=stage, name=f"epoch-{epoch:05d}", arguments=Epoch(number=epoch))
+            for epoch in asked.late
         ]
         yield _stage(session, asked, stage, units, 0, "")
 

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..reading.unit_values import UnitValues, values_of
 from ...storage import layout
 from ...storage.errors import CorruptStore
 from ...storage.files import read_bytes
 from ...workers.replay.by_epoch import RAW, pairs
+from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import EKFAC, EXACT, FAST, by_epoch_stage
 from .ranking import sign_errors, spearman
 
@@ -106,7 +106,8 @@ class _Look:
         self.run, self.epoch, self.late = run, epoch, epoch >= forms.influence_from
         directory = run.directory
         shards = sorted(
-            (values_of(UnitValues, m).start or 0, m.unit) for m in directory.manifests(by_epoch_stage(forms.stage))
+            (values_of(UnitValues, m).start or 0, m.unit)
+            for m in directory.manifests(by_epoch_stage(forms.stage))
         )
         at = f"epoch-{epoch:05d}"
         self._parts = [(forms.stage, f"{unit}-{at}") for _, unit in shards]

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..reading.unit_values import UnitValues, all_values
 from ...storage.errors import InputError
 from ..reading.panels import panel_width, panels, targets
+from ..reading.unit_values import UnitValues, all_values
 from ..spec.targets import coarsened
-from ..vocabulary import CURVATURE, EKFAC, EXACT, KINDS, RECORD, SAMPLES, TEST_GRADIENTS
+from ..vocabulary import CURVATURE, EKFAC, EXACT, RECORD, SAMPLES, TEST_GRADIENTS
 from .ranking import overlap, ranks, sign_errors, spearman
 
 if TYPE_CHECKING:

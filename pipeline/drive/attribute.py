@@ -115,8 +115,8 @@ def _attribute(
     found = open_run(uri)
     spec = replace(stored_spec(found, recipe, placement, command="attribute"), seeds=seeds)
     # The mode of HyDRA's own fast method, so that going on beside it is no other specification.
-    mode = found.noted.entry(spec.base_method).mode or spec.mode
-    spec = replace(spec, mode=mode)
+    mode = found.noted.entry(spec.base_method).mode
+    spec = replace(spec, mode=ADJOINT if mode == ADJOINT else spec.mode)
     refuse_unsupported(spec)
     surveyed = survey(spec, trial=False)
     place(spec, surveyed)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from ...storage import layout
 from ...storage.rows import RowStore
 from ..executors.base import Unit
-from ..plan.compatibility import method_options
 from ..plan.plan import Plan
 from ..plan.sharding import EXACT_TARGETS, spans
 from ..plan.survey import compute_of
 from ..plan.times import curvature_passes
+from ..spec.method_options import CurvatureOptions
 from ..units.curvature import CorrectionWork, CurvatureWork, DirectionsWork
 from ..vocabulary import CORRECTION, CURVATURE, DIRECTIONS
 from .gradients import TESTED
@@ -26,13 +26,13 @@ def curvature(session: Session, voids: Sequence[str]) -> Stage:
     stage = f"{spec.form}/{CURVATURE}"
     return Stage(
         name=stage,
-        units=[Unit(stage=stage, name=CURVATURE, arguments={})],
+        units=[Unit(stage=stage, name=CURVATURE)],
         handler=lambda: CurvatureWork(
             uri=session.directory.uri,
             recipe=session.surveyed.recipe,
             compute=compute_of(spec),
             form=spec.form,
-            options=method_options(spec),
+            options=CurvatureOptions.asked_by(spec),
         ),
         total=curvature_passes(spec),
         label="pass",
@@ -47,8 +47,10 @@ def correction(session: Session, plan: Plan) -> Stages:
     stage = f"{spec.method}/{DIRECTIONS}"
     yield Stage(
         name=stage,
-        units=[Unit(stage=stage, name=DIRECTIONS, arguments={"rank": spec.exact_rank})],
-        handler=lambda: DirectionsWork(uri=directory.uri, method=spec.method, targets=spec.targets),
+        units=[Unit(stage=stage, name=DIRECTIONS)],
+        handler=lambda: DirectionsWork(
+            uri=directory.uri, method=spec.method, targets=spec.targets, rank=spec.exact_rank
+        ),
         total=1,
         label="set",
         needs=[TESTED],

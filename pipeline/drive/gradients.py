@@ -33,7 +33,7 @@ def record(session: Session, plan: Plan) -> Stages:
     """Record the training; a new record makes everything computed from an older one void."""
     yield Stage(
         name=RECORD,
-        units=[Unit(stage=RECORD, name=TRAJECTORY, arguments={})],
+        units=[Unit(stage=RECORD, name=TRAJECTORY)],
         handler=lambda: record_work(session),
         total=plan.steps,
         label="step",
@@ -97,9 +97,7 @@ def test_gradients(session: Session, plan: Plan) -> Stages:
         values = values_of(TestGradientValues, manifest)
         assert values.start is not None
         for column, dtype in (("loss", np.float64), ("label", np.int16), ("prediction", np.int16)):
-            made.write_column(
-                column, np.asarray(getattr(values, column), dtype=dtype), start=values.start
-            )
+            made.write_column(column, np.asarray(getattr(values, column), dtype=dtype), start=values.start)
     commit_index(directory, TEST_GRADIENTS, store, made)
 
 

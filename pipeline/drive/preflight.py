@@ -62,7 +62,7 @@ def preflight(
         if vectors >= ENOUGH and not done:
             yield Stage(
                 name=stage,
-                units=[Unit(stage=stage, name=PREFLIGHT, arguments={})],
+                units=[Unit(stage=stage, name=PREFLIGHT)],
                 handler=lambda: PreflightWork(
                     uri=directory.uri,
                     recipe=session.surveyed.recipe,
@@ -79,9 +79,7 @@ def preflight(
         session.note(f"warning: {text}")
 
 
-def settings_preflight(
-    trajectory: Trajectory, dtype: str, curvature: Curvature | None = None
-) -> Preflight:
+def settings_preflight(trajectory: Trajectory, dtype: str, curvature: Curvature | None = None) -> Preflight:
     """Judge the coefficients ``c_t N / B_t`` of the closed form.
 
     Args:

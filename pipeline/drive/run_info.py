@@ -11,12 +11,13 @@ from typing import Any
 from ...storage import layout
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import open_trajectory
-from ..plan.compatibility import chosen, method_options
+from ..plan.compatibility import chosen
 from ..plan.plan import Plan
 from ..plan.provenance import made_of_notes
 from ..plan.survey import Survey
 from ..reading.run_info import LayoutEntry, RunInfo, SummaryEntry
 from ..reading.unit_values import RecordValues, UnitValues, values_of
+from ..spec.method_options import CurvatureOptions
 from ..spec.spec import RunSpec
 from ..spec.targets import TargetSet
 from ..vocabulary import ASKED, RECORD, SAMPLES, SEEDS, TRAJECTORY
@@ -71,10 +72,10 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: RunInfo | Non
             "plan": plan.as_dict(),
         },
     )
-    notes = target_notes(plan.targets)
+    notes, options = target_notes(plan.targets), CurvatureOptions.asked_by(spec).to_json()
     for method in dict.fromkeys((spec.base_method, spec.method)):  # in this order, which readers see
         state = kept[method].state if method in kept else ASKED
-        info = info.with_method(method, state=state, mode=spec.mode, options=method_options(spec), **notes)
+        info = info.with_method(method, state=state, mode=spec.mode, options=options, **notes)
     if spec.seeds > 1:
         seeds = [recipe.seed + k for k in range(spec.seeds)]
         state = kept[spec.averaged].state if spec.averaged in kept else ASKED

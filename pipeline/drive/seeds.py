@@ -139,7 +139,9 @@ def average(session: Session, source: str) -> None:
     cut = cut_reduce(len(surveyed.tracked), len(targets), row, spec.reduce_memory)
 
     def note(info: RunInfo) -> RunInfo:
-        return replace(info.with_method(name, **average_notes(source, seeds), **target_notes(targets)), method=name)
+        return replace(
+            info.with_method(name, **average_notes(source, seeds), **target_notes(targets)), method=name
+        )
 
     session.update(note)
 
@@ -235,7 +237,7 @@ class _RecordAhead:
     def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
         seed, work = self.works[unit.name]
         with naming(seed):
-            return work(Unit(stage=RECORD, name=TRAJECTORY, arguments={}), report)
+            return work(Unit(stage=RECORD, name=TRAJECTORY), report)
 
 
 def _record_ahead(session: Session, begun: Mapping[int, Begun]) -> None:
@@ -251,7 +253,7 @@ def _record_ahead(session: Session, begun: Mapping[int, Begun]) -> None:
         one.session.directory.clear_litter()
         one.session.directory.write(one.info.to_json())
         works[f"seed-{seed}"] = (seed, record_work(one.session))
-    units = [Unit(stage=RECORD, name=name, arguments={}) for name in works]
+    units = [Unit(stage=RECORD, name=name) for name in works]
     steps = sum(one.plan.steps for one in fresh.values())
     observer = session.observer
     observer(StageStarted(stage=RECORD, units=len(units), total=steps, unit_label="step"))

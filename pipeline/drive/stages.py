@@ -237,7 +237,4 @@ def commit_index(directory: RunDirectory, stage: str, store: StoreOf, made: RowS
 
 def units_of(stage: str, spans: Sequence[Shard]) -> list[Unit]:
     """Return one unit a span of rows."""
-    return [
-        Unit(stage=stage, name=span.name, arguments={"start": span.start, "stop": span.stop})
-        for span in spans
-    ]
+    return [Unit(stage=stage, name=span.name, arguments=span) for span in spans]

@@ -19,7 +19,7 @@ from ...storage.rundir import RunDirectory
 from ..reading.panels import targets, tested
 from ..spec.targets import coarsened, target_set
 from ..units.retrain import read_part
-from ..vocabulary import KINDS, SAMPLES
+from ..vocabulary import SAMPLES
 from .scores import predict
 from .trials import Trial
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..reading.unit_values import UnitValues, values_of
 from ..compare.compare import seconds
 from ..compare.ranking import sign_errors, spearman
+from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import EXACT, MEAN, RETRAIN, SAMPLES
 from .outcomes import Evidence
 from .scores import Lds, agreement, detection, harm, lds, recommendation

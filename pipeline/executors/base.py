@@ -6,7 +6,7 @@ itself, so that a unit whose worker died half-way is simply done again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,12 +23,12 @@ class Unit:
     Attributes:
         stage: Name of the stage.
         name: Name of the unit, unique in its stage.
-        arguments: What the handler needs to know; plain data that pickles.
+        arguments: What the handler needs to know of it; a value that pickles, None where the name says all.
     """
 
     stage: str
     name: str
-    arguments: Mapping[str, Any]
+    arguments: object = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

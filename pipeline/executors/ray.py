@@ -18,7 +18,7 @@ from typing import Any
 from ...storage.errors import RecipeError, ResourceError, WorkerLost
 from ...workers.actor import actor_class
 from ...workers.recipes.beside import packed
-from ..spec.spec import RunSpec
+from ..spec.groups import ExecutionSpec
 from . import placement, raysetup
 from .base import Capacity, Executor, Handler, Unit
 from .dispatch import Dispatch
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _OBJECT_STORE = 100 << 20  # bytes; next to nothing goes through it
 
 
-def make_executor(spec: RunSpec) -> Executor:
+def make_executor(spec: ExecutionSpec) -> Executor:
     """Return the executor that ``spec`` asks for. Nothing is started yet."""
     if spec.executor == "serial":
         return SerialExecutor()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 from ...storage.errors import SpecError, SpecMismatch
@@ -11,13 +10,16 @@ from ...storage.place import check_place
 from ...storage.rundir import RunDirectory
 from ...workers.determinism import resolve_device
 from ..executors.raysetup import inside_ray_job
+from ..reading.run_info import MethodEntry, RunInfo, read_info
+from ..spec.groups import PlacementSpec
+from ..spec.method_options import CurvatureOptions
 from ..spec.spec import RunSpec
 from ..vocabulary import ASKED, KINDS
-from .provenance import adopt, recipe_differences
+from .provenance import adopted, recipe_differences
 from .survey import Survey
 
 
-def refuse_unsupported(spec: RunSpec) -> None:
+def refuse_unsupported(spec: PlacementSpec) -> None:
     """Refuse what this machine cannot do.
 
     Raises:
@@ -46,51 +48,40 @@ def place(spec: RunSpec, surveyed: Survey) -> str:
     return out
 
 
-def method_differences(spec: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def method_differences(spec: RunSpec, info: RunInfo) -> list[str]:
     """Compare what belongs to one method of a run, not to the run, as ``RunSpec.differences`` does.
 
     Methods of one form share its curvature, so their options must be the same.
     """
     lines = []
-    stored = begun(methods).get(spec.base_method, {})
-    if stored.get("mode", spec.mode) != spec.mode:
-        lines.append(f"mode: stored {stored['mode']!r}, asked {spec.mode!r}")
-    before = stored_options(spec, methods) or method_options(spec)
-    if before != method_options(spec):
-        lines.append(f"options: stored {before}, asked {method_options(spec)}")
-    shards = stored.get("shards")
-    if shards and spec.shards not in ("auto", shards, stored.get("asked_shards")):
-        lines.append(f"shards: stored {shards}, asked {spec.shards}")
+    stored = begun(info, spec.base_method) or MethodEntry()
+    if stored.mode not in (None, spec.mode):
+        lines.append(f"mode: stored {stored.mode!r}, asked {spec.mode!r}")
+    before, asked = stored_options(spec, info), CurvatureOptions.asked_by(spec)
+    if before is not None and before != asked:
+        lines.append(f"options: stored {before.to_json()}, asked {asked.to_json()}")
+    if stored.shards and spec.shards not in ("auto", stored.shards, stored.asked_shards):
+        lines.append(f"shards: stored {stored.shards}, asked {spec.shards}")
     return [f"{line} (method {spec.base_method})" for line in lines]
 
 
-def begun(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the methods of a run of which something has been computed."""
-    return {name: entry for name, entry in methods.items() if entry.get("state") != ASKED}
+def begun(info: RunInfo, method: str) -> MethodEntry | None:
+    """Return the entry of a method of which something has been computed; None where nothing has."""
+    entry = info.methods.get(method)
+    return None if entry is None or entry.state == ASKED else entry
 
 
-def stored_options(spec: RunSpec, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the `method_options` with which a run has this spec's form; empty where it has none."""
-    own = [spec.base_method, *_of_the_form(spec)]
-    there = begun(methods)
-    return next((dict(there[name]["options"]) for name in own if there.get(name, {}).get("options")), {})
+def stored_options(spec: RunSpec, info: RunInfo) -> CurvatureOptions | None:
+    """Return the options with which a run has the curvature of this spec's form; None where it has none.
 
-
-def _of_the_form(spec: RunSpec) -> list[str]:
-    return [spec.form, *(f"{spec.form}-{kind}" for kind in KINDS)]
-
-
-def method_options(spec: RunSpec) -> dict[str, Any]:
-    """Return what a method depends on beyond the run's identity."""
-    if spec.hessian != "ekfac":
-        return {}
-    at = {} if spec.curvature_at is None else {"at": list(spec.curvature_at)}
-    return {
-        **at,
-        "checkpoints": spec.curvature_checkpoints,
-        "samples": spec.curvature_samples,
-        "core": spec.curvature_core,
-    }
+    Raises:
+        CorruptStore: They cannot be read.
+    """
+    for name in (spec.base_method, spec.form, *(f"{spec.form}-{kind}" for kind in KINDS)):
+        entry = begun(info, name)
+        if entry is not None and entry.options:
+            return CurvatureOptions.from_json(entry.options, method=name)
+    return None
 
 
 def chosen(surveyed: Survey) -> dict[str, Any]:
@@ -105,21 +96,20 @@ def chosen(surveyed: Survey) -> dict[str, Any]:
     }
 
 
-def stored_run(directory: RunDirectory, spec: RunSpec, surveyed: Survey) -> dict[str, Any] | None:
-    """Return run.json of a run to go on with, None for a fresh start (maybe in place of another run)."""
+def stored_run(directory: RunDirectory, spec: RunSpec, surveyed: Survey) -> RunInfo | None:
+    """Return ``run.json`` of a run to go on with, None for a fresh start (maybe in place of another run)."""
     if not directory.exists():
         check_place(directory.uri)
         return None
-    stored = directory.read()
-    adopt(directory, stored, surveyed.made_of)
-    differing = spec.differences(stored.get("identity", {}))
-    before = stored.get("chosen", {})
+    stored = adopted(directory, read_info(directory), surveyed.made_of)
+    differing = spec.differences(stored.identity)
+    before = stored.chosen
     differing += [
         f"{name}: stored {before[name]}, now {value}"
         for name, value in chosen(surveyed).items()
         if name in before and before[name] != value
     ]
-    differing += method_differences(spec, stored.get("methods", {}))
+    differing += method_differences(spec, stored)
     differing += recipe_differences(stored, surveyed.made_of)
     if not differing:
         return stored

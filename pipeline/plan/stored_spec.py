@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from ...storage.errors import InputError, RunNotFound, SpecError, SpecMismatch
 from ...workers.recipe import Recipe
 from ...workers.recipes import BUILT_IN
 from ..reading.reader import Reader, open_reader
+from ..spec.groups import KEPT, ExecutionSpec, TrainingSpec
+from ..spec.setting import Decides, names
 from ..spec.spec import RunSpec
-from ..vocabulary import ADJOINT, SAMPLES
+from ..vocabulary import ADJOINT, REDUCE, REPLAY, SAMPLES
 from .compatibility import begun, stored_options
 from .survey import resolve_recipe
 
-PLACEMENT = (
-    "executor",
-    "address",
-    "workers",
-    "gpus_per_actor",
-    "cpus_per_actor",
-    "memory",
-    "max_attempts",
-    "start_timeout",
-)
+PLACEMENT = names(ExecutionSpec, Decides.NOTHING)
 """Fields of ``RunSpec`` that say where the work is done and not what comes out."""
 
 REPEATED = ("recipe", "recipe_args", "device", "threads")
 """What may be named otherwise where training must give the recorded weights again in any case."""
 
-STAGES = ("replay", "reduce")
+STAGES = (REPLAY, REDUCE)
 """Commands that do a stage of a run which is there."""
 
 
@@ -48,12 +41,10 @@ def stage_spec(given: Mapping[str, Any], *, command: str) -> RunSpec:
         InputError: The recipe is not built in and has to be named.
         SpecMismatch: What is given is not what the run was made with.
     """
-    recipe = given.get("recipe")
-    named = {"recipe": recipe} if recipe is not None else {}
-    out = given.get("out")
+    recipe, out = given.get("recipe"), given.get("out")
     if out is None:
-        arguments = {"recipe_args": given["recipe_args"]} if "recipe_args" in given else {}
-        out = f"runs/{resolve_recipe(RunSpec(**named, **arguments)).name}"
+        named = {name: given[name] for name in ("recipe", "recipe_args") if given.get(name) is not None}
+        out = f"runs/{resolve_recipe(TrainingSpec(**named)).name}"
     try:
         run = open_reader(out)
     except RunNotFound:
@@ -67,14 +58,14 @@ def stage_spec(given: Mapping[str, Any], *, command: str) -> RunSpec:
     if "recipe_args" in own:
         own["recipe_args"] = {**spec.recipe_args, **own["recipe_args"]}
     asked = replace(spec, **{**own, "mode": ADJOINT})  # which fits all targets
-    methods = run.info.get("methods", {})
-    before = begun(methods).get(asked.base_method, {})
-    kept = {"mode": before["mode"]} if before else {}
-    if command == "reduce" and asked.targets != SAMPLES:
+    before = begun(run.noted, asked.base_method)
+    kept: dict[str, Any] = {"mode": before.mode} if before and before.mode else {}
+    if command == REDUCE and asked.targets != SAMPLES:
         kept.setdefault("mode", ADJOINT)  # the only one; that it was not replayed is said later
-    kept |= {f"curvature_{name}": value for name, value in stored_options(asked, methods).items()}
+    options = stored_options(asked, run.noted)
+    kept |= options.as_fields() if options is not None else {}
     spec = replace(spec, **{**kept, **own})
-    differing = spec.differences(run.info.get("identity", {}))
+    differing = spec.differences(run.noted.identity)
     if differing:
         raise SpecMismatch(
             f"{run.uri}: {command} goes on with a run of another specification ({'; '.join(differing)}); "
@@ -109,7 +100,7 @@ def stored_spec(
         SpecError: A field is given that is the run's own.
         SpecMismatch: What is named is not what the run was made from.
     """
-    identity = dict(run.info.get("identity", {}))
+    identity = dict(run.noted.identity)
     reference = str(identity.get("recipe", ""))
     if recipe is None:
         if reference not in BUILT_IN:
@@ -125,10 +116,9 @@ def stored_spec(
     unknown = [name for name in given if name not in allowed]
     if unknown:
         raise SpecError(f"{unknown[0]} is the run's own and cannot be chosen; {', '.join(allowed)} can")
-    names = {field.name for field in fields(RunSpec)}
-    values = {name: value for name, value in identity.items() if name in names}
-    spoken = run.info.get("spec", {})
-    values |= {k: spoken[k] for k in ("executor", "cpus_per_actor") if spoken.get(k) is not None}
+    values = {name: identity[name] for name in names(RunSpec, Decides.RUN) if name in identity}
+    spoken = run.noted.spec
+    values |= {name: spoken[name] for name in KEPT if spoken.get(name) is not None}
     chosen = {name: value for name, value in given.items() if value is not None}
     if isinstance(recipe, str):
         arguments = {**values.pop("recipe_args", {}), **chosen.pop("recipe_args", {})}

@@ -39,6 +39,7 @@ from ...workers.training.validate import (
     check_overlap,
     check_scheduler,
 )
+from ..spec.groups import TrainingSpec
 from ..spec.selection import select
 from ..spec.spec import RunSpec
 
@@ -88,7 +89,7 @@ class Survey:
     made_of: dict[str, Any] = field(default_factory=dict)
 
 
-def resolve_recipe(spec: RunSpec) -> Recipe:
+def resolve_recipe(spec: TrainingSpec) -> Recipe:
     """Return the recipe instance with epochs, batch size and seed overridden by the spec.
 
     Raises:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from ...workers.ekfac.curvature import passes
+from ..spec.groups import CurvatureSpec
 from ..spec.spec import RunSpec
 from ..vocabulary import ADJOINT, CORRECTION, CURVATURE, PREFLIGHT, RECORD, REDUCE, REPLAY, TEST_GRADIENTS
 from .sharding import Shard
@@ -27,7 +28,7 @@ ENOUGH = 128
 """Vectors (tracked samples, targets or directions) of an exact stage from which on it has a preflight."""
 
 
-def curvature_passes(spec: RunSpec) -> int:
+def curvature_passes(spec: CurvatureSpec) -> int:
     """Return how often the samples of EKFAC's curvature are run, over all its checkpoints."""
     count = spec.curvature_checkpoints if spec.curvature_at is None else len(spec.curvature_at)
     return count * passes(spec.curvature_core)

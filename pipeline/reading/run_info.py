@@ -304,5 +304,3 @@ def read_info(directory: RunDirectory) -> RunInfo:
         CorruptStore: It cannot be read, or a value has not the type of its field.
     """
     return RunInfo.from_json(directory.read(), directory.path("run.json"))
-
-

@@ -1,4 +1,4 @@
-"""The check of every field of a RunSpec: value in, checked and normalised value out, or SpecError."""
+"""The checks that fields are declared with: value in, checked and normalised value out, or SpecError."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 from ...storage.errors import SpecError
-from .. import vocabulary
 
 Check = Callable[[str, Any], Any]
 
@@ -52,7 +51,9 @@ def _is_integer(value: Any) -> bool:
     return not isinstance(value, bool) and hasattr(value, "__index__")
 
 
-def _one_of(*known: str) -> Check:
+def one_of(*known: str) -> Check:
+    """Return the check of a word out of ``known``."""
+
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in known:
             raise SpecError(f"{name} {value!r}: {near(str(value), list(known))} ({' or '.join(known)})")
@@ -61,7 +62,9 @@ def _one_of(*known: str) -> Check:
     return check
 
 
-def _whole(least: int, most: int | None = None, *, optional: bool = False) -> Check:
+def whole(least: int, most: int | None = None, *, optional: bool = False) -> Check:
+    """Return the check of a whole number from ``least`` to ``most``."""
+
     limit = f"at least {least}" if most is None else f"{least} to {most}"
 
     def check(name: str, value: Any) -> int | None:
@@ -74,7 +77,9 @@ def _whole(least: int, most: int | None = None, *, optional: bool = False) -> Ch
     return check
 
 
-def _number(least: float, *, optional: bool = False, whole_above_one: bool = False) -> Check:
+def number(least: float, *, optional: bool = False, whole_above_one: bool = False) -> Check:
+    """Return the check of a number from ``least`` on."""
+
     def check(name: str, value: Any) -> float | None:
         if optional and value is None:
             return None
@@ -89,20 +94,24 @@ def _number(least: float, *, optional: bool = False, whole_above_one: bool = Fal
     return check
 
 
-def _size(*, optional: bool = False) -> Check:
+def size(*, optional: bool = False) -> Check:
+    """Return the check of a size in memory; see `parse_bytes`."""
+
     def check(name: str, value: Any) -> int | None:
         return None if optional and value is None else parse_bytes(value, name)
 
     return check
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any) -> bool:
+    """Check a yes or no."""
     if not isinstance(value, bool):
         raise SpecError(f"{name} {value!r}: must be true or false")
     return value
 
 
-def _recipe(name: str, value: Any) -> Any:
+def recipe(name: str, value: Any) -> Any:
+    """Check that ``value`` names a recipe or is as good as one."""
     if isinstance(value, str):
         if not value.strip():
             raise SpecError("recipe '': must be a built-in name, module:Class or path/to/file.py:Class")
@@ -118,7 +127,8 @@ def _recipe(name: str, value: Any) -> Any:
     return value
 
 
-def _arguments(name: str, value: Any) -> dict[str, Any]:
+def arguments(name: str, value: Any) -> dict[str, Any]:
+    """Check keyword arguments that are to be stored as JSON."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise SpecError(f"{name} {value!r}: must map names of constructor arguments to values")
     for key, entry in value.items():
@@ -133,7 +143,8 @@ def _arguments(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _out(name: str, value: Any) -> str | None:
+def out(name: str, value: Any) -> str | None:
+    """Check the address of a run directory."""
     if value is None:
         return None
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
@@ -145,7 +156,8 @@ def _out(name: str, value: Any) -> str | None:
     return str(os.fspath(value))
 
 
-def _shards(name: str, value: Any) -> int | str:
+def shards(name: str, value: Any) -> int | str:
+    """Check a number of shards, or ``auto``."""
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
         value = int(value)
     if value == "auto":
@@ -155,7 +167,8 @@ def _shards(name: str, value: Any) -> int | str:
     return int(value)
 
 
-def _samples(name: str, value: Any) -> str | tuple[int, ...]:
+def samples(name: str, value: Any) -> str | tuple[int, ...]:
+    """Check a choice of samples as far as it can be without the dataset."""
     if isinstance(value, str) and value.strip():
         return value.strip()
     if _is_integer(value) and not hasattr(value, "__len__"):
@@ -171,7 +184,8 @@ def _samples(name: str, value: Any) -> str | tuple[int, ...]:
     return tuple(int(position) for position in positions)
 
 
-def _address(name: str, value: Any) -> str | None:
+def address(name: str, value: Any) -> str | None:
+    """Check the address of a Ray cluster."""
     if value is None:
         return None
     if value in ("auto", "local"):
@@ -196,52 +210,15 @@ def ray_address(value: Any, what: str) -> str:
     return str(value)
 
 
-def _steps(name: str, value: Any) -> tuple[int, ...] | None:
+def steps(name: str, value: Any) -> tuple[int, ...] | None:
+    """Check a list of training steps."""
     if value is None:
         return None
     parts = value.split(",") if isinstance(value, str) else value
     try:
-        steps = tuple(dict.fromkeys(int(part) for part in parts))
+        found = tuple(dict.fromkeys(int(part) for part in parts))
     except (TypeError, ValueError):
-        steps = ()
-    if not steps or min(steps) < 0:
+        found = ()
+    if not found or min(found) < 0:
         raise SpecError(f"{name} {value!r}: write steps of the training, from 0 on, such as 0,100,400")
-    return steps
-
-
-CHECKS: dict[str, Check] = {
-    "recipe": _recipe,
-    "recipe_args": _arguments,
-    "out": _out,
-    "shards": _shards,
-    "track": _samples,
-    "test": _samples,
-    "mode": _one_of(*get_args(vocabulary.Mode)),
-    "hessian": _one_of(*get_args(vocabulary.Hessian)),
-    "targets": _one_of(*vocabulary.KINDS),
-    "exact_rank": _whole(0),
-    "dtype": _one_of("float32", "float64"),
-    "epochs": _whole(1, optional=True),
-    "batch_size": _whole(1, optional=True),
-    "seed": _whole(0, 2**63 - 1, optional=True),
-    "seeds": _whole(1),
-    "executor": _one_of("ray", "serial"),
-    "address": _address,
-    "gpus_per_actor": _number(0, optional=True, whole_above_one=True),
-    "cpus_per_actor": _number(0.01),
-    "workers": _whole(1, optional=True),
-    "threads": _whole(1, optional=True),
-    "device": _one_of("auto", "cpu", "cuda"),
-    "overwrite": _flag,
-    "batch_norm": _one_of("constant", "coupled"),
-    "per_sample": _one_of("auto", "vjp"),
-    "memory": _size(optional=True),
-    "reduce_memory": _size(),
-    "checkpoint_every": _whole(1, optional=True),
-    "curvature_checkpoints": _whole(1),
-    "curvature_at": _steps,
-    "curvature_samples": _whole(1),
-    "curvature_core": _whole(0),
-    "max_attempts": _whole(1),
-    "start_timeout": _number(0.1),
-}
+    return found

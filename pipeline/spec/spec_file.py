@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ...storage.errors import SpecError
 from .checks import near
 
 
-def read_spec_file(path: str, names: list[str]) -> dict[str, Any]:
+def read_spec_file(path: str, names: Sequence[str]) -> dict[str, Any]:
     """Read ``path`` into fields of a run specification.
 
     Args:

@@ -6,7 +6,6 @@ in it, is the mean of theirs. Letters: M test samples, K targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 

@@ -9,7 +9,7 @@ depend on neither shards nor executor.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from ...storage.rundir import RunDirectory
 from ..executors.base import Report, Unit
 from ..reading.panels import panel_width, read_block, targets
 from ..reading.reader import Reader, open_reader
+from ..reading.unit_values import ReduceValues
 from ..vocabulary import REDUCE
 from .reduce import ReduceJob, bounds, number_of, write_rows, write_tiles
 from .work import Result, Work, rows_of
@@ -48,7 +49,7 @@ class AverageWork(Work):
         """Write means and spreads of a block."""
         members = [open_reader(uri) for uri in self.members]
         files, values = average_rows(run, self.job, members, self.source, unit.name, *rows_of(unit), report)
-        return files, {**values, "members": list(self.digests)}
+        return files, replace(values, members=self.digests)
 
 
 def content(run: RunDirectory, method: str) -> str:
@@ -69,7 +70,7 @@ def average_rows(
     start: int,
     stop: int,
     report: Report,
-) -> Result:
+) -> tuple[list[str], ReduceValues]:
     """Average tracked rows ``start`` to ``stop`` over the members and write mean and spread.
 
     Held at a time: the rows' means (float64) and spreads (float32) of all M targets, and a panel

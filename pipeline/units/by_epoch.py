@@ -22,6 +22,7 @@ from ...workers.estimators import make
 from ...workers.estimators.influence_after import influence_after
 from ...workers.replay.by_epoch import ByEpoch, State
 from ..executors.base import Report, Unit
+from ..reading.unit_values import ByEpochValues
 from ..vocabulary import EKFAC
 from .work import Result, TrainingWork, recorded, rows_of
 
@@ -61,6 +62,17 @@ CONTRIBUTIONS = pa.schema(
 """C(i, j), sorted by (test_index, train_index) for each (epoch, form)."""
 
 
+Followed = tuple[list[str], ByEpochValues]
+"""Files and values of a unit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Epoch:
+    """After which epoch an influence function is asked: the argument of its unit."""
+
+    number: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ByEpochWork(TrainingWork):
     """Handler of the stages of a comparison over training.
@@ -90,9 +102,9 @@ class ByEpochWork(TrainingWork):
         kind = unit.stage.rsplit("/", 1)[-1]
         work = self._influence if kind in self.influence else self._states
         files, values = work(run, kind, unit, report)
-        return files, {**values, "question": dict(self.question)}
+        return files, replace(values, question=self.question)
 
-    def _states(self, run: RunDirectory, kind: str, unit: Unit, report: Report) -> Result:
+    def _states(self, run: RunDirectory, kind: str, unit: Unit, report: Report) -> Followed:
         start, stop = rows_of(unit)
         tracked = self.tracked[start:stop]
         curvature = None
@@ -133,10 +145,11 @@ class ByEpochWork(TrainingWork):
             ):
                 files.append(_write(run, layout.by_epoch(kind, table, name), schema, parts))
         following.close()
-        return files, {"start": start, "rows": stop - start}
+        return files, ByEpochValues(start=start, rows=stop - start)
 
-    def _influence(self, run: RunDirectory, kind: str, unit: Unit, report: Report) -> Result:
-        epoch = unit.arguments["epoch"]
+    def _influence(self, run: RunDirectory, kind: str, unit: Unit, report: Report) -> Followed:
+        assert isinstance(unit.arguments, Epoch)
+        epoch = unit.arguments.number
         found = influence_after(
             self.recipe,
             self.compute,
@@ -155,7 +168,7 @@ class ByEpochWork(TrainingWork):
             table = self._pairs(epoch, kind, self.tracked, found.contribution)
             name = layout.by_epoch(kind, "contributions", unit.name)
             files.append(_write(run, name, CONTRIBUTIONS, [table]))
-        return files, {"epoch": epoch}
+        return files, ByEpochValues(epoch=epoch)
 
     def _pairs(
         self, epoch: int, method: str, tracked: Integers, values: npt.NDArray[np.floating]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,8 @@ from ...workers.replay.adjoint import Adjoint
 from ...workers.replay.directions import spanning_directions
 from ...workers.replay.ekfac import EkfacReplay
 from ..executors.base import Report, Unit
+from ..reading.unit_values import CurvatureValues, DirectionsValues, GrowthValues, UnitValues
+from ..spec.method_options import CurvatureOptions
 from ..spec.targets import store_of
 from .replay import CarryingWork
 from .work import Result, TrainingWork, Work, recorded, rows_of
@@ -31,18 +32,29 @@ class CurvatureWork(TrainingWork):
 
     Attributes:
         form: Name of the Hessian's form.
-        options: Of ``CurvatureEstimate``.
+        options: How it is estimated.
     """
 
     form: str
-    options: dict[str, Any]
+    options: CurvatureOptions
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write basis and eigenvalues."""
-        curvature = CurvatureEstimate(self.training(), recorded(run), **self.options).run(report)
+        options = self.options
+        assert options.checkpoints is not None
+        assert options.samples is not None
+        assert options.core is not None
+        curvature = CurvatureEstimate(
+            self.training(),
+            recorded(run),
+            checkpoints=options.checkpoints,
+            samples=options.samples,
+            core=options.core,
+            at=options.at,
+        ).run(report)
         base = layout.curvature(self.form)
         files = [f"{base}/{name}" for name in write_curvature(run.path(base), curvature)]
-        return files, {"steps": curvature.steps.tolist(), **curvature.attrs}
+        return files, CurvatureValues(steps=tuple(curvature.steps.tolist()), attrs=curvature.attrs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +69,7 @@ class PreflightWork(TrainingWork):
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write nothing; the manifest says what was seen."""
-        return [], Growth(self.coupled(), recorded(run), self.tracked).run(report)
+        return [], GrowthValues(**Growth(self.coupled(), recorded(run), self.tracked).run(report))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,17 +79,17 @@ class DirectionsWork(Work):
     Attributes:
         method: Name of the corrected method.
         targets: Kind of the targets.
+        rank: Most directions.
     """
 
     method: str
     targets: str
+    rank: int
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write the directions and the targets' coordinates along them."""
         gradients = RowStore.open(run.path(store_of(self.targets)), "gradient")
-        found, coordinates, share = spanning_directions(
-            gradients.read, gradients.rows, unit.arguments["rank"]
-        )
+        found, coordinates, share = spanning_directions(gradients.read, gradients.rows, self.rank)
         files = []
         for name, place, array, axes in (
             ("direction", layout.DIRECTIONS, found, ("rank", "parameter")),
@@ -98,7 +110,7 @@ class DirectionsWork(Work):
             store.write(0, array)
             files += [f"{base}/{file}" for file in (*store.files(0, array.shape[0]), *store.metadata_files())]
         report(1, 1)
-        return files, {"directions": len(found), "share": share}
+        return files, DirectionsValues(directions=len(found), share=share)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,4 +138,4 @@ class CorrectionWork(CarryingWork):
         store = RowStore.open(run.path(base), "contribution")
         store.write(start, difference)
         files = [f"{base}/{name}" for name in store.files(start, stop)]
-        return files, {"rows": stop - start, "start": start}
+        return files, UnitValues(rows=stop - start, start=start)

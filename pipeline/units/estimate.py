@@ -13,6 +13,7 @@ from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
 from ...workers.estimators.base import Estimator, Found, Ground, Targets
 from ..executors.base import Report, Unit
+from ..reading.unit_values import EstimateValues
 from .work import Result, TrainingWork, recorded, rows_of
 
 Integers = npt.NDArray[np.int64]
@@ -47,7 +48,7 @@ class EstimatorWork(TrainingWork):
         store = RowStore.open(run.path(base), name)
         store.write(start, np.ascontiguousarray(block, dtype=store.dtype))
         files = [f"{base}/{path}" for path in store.files(start, stop)]
-        return files, {"rows": stop - start, "start": start, **found.notes}
+        return files, EstimateValues(rows=stop - start, start=start, notes=found.notes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from ...workers.training.finite import check_test_gradients
 from ...workers.training.test_gradients import TestGradients
 from ...workers.training.training import Training
 from ..executors.base import Report, Unit
+from ..reading.unit_values import TestGradientValues, UnitValues
 from ..spec.targets import store_of, target_of_each
 from .work import Result, TrainingWork, Work, recorded, rows_of
 
@@ -48,19 +49,19 @@ class TestGradientWork(TrainingWork):
         store = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient")
         store.write(start, rows.gradient)
         files = [f"{layout.TEST_GRADIENTS}/{name}" for name in store.files(start, stop)]
-        return files, {
-            "rows": stop - start,
-            "start": start,
-            "ways": gradients.engine.told()
+        return files, TestGradientValues(
+            rows=stop - start,
+            start=start,
+            ways=gradients.engine.told()
             | {
                 "repaired_blocks": gradients.repaired,
                 "through": gradients.through,
                 "derivative": gradients.derivative,
             },
-            "loss": rows.loss.tolist(),
-            "label": rows.label.tolist(),
-            "prediction": rows.prediction.tolist(),
-        }
+            loss=tuple(rows.loss.tolist()),
+            label=tuple(rows.label.tolist()),
+            prediction=tuple(rows.prediction.tolist()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +82,7 @@ class TargetGradientWork(Work):
         mean = mean_gradients(gradients.read, group, gradients.columns, stop - start, report)
         store.write(start, mean.astype(store.dtype))
         files = [f"{store_of(self.targets)}/{name}" for name in store.files(start, stop)]
-        return files, {"rows": stop - start, "start": start}
+        return files, UnitValues(rows=stop - start, start=start)
 
     def _store(self, run: RunDirectory) -> RowStore:
         return RowStore.open(run.path(store_of(self.targets)), "gradient")

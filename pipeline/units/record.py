@@ -9,6 +9,7 @@ from ...storage.files import list_files
 from ...storage.rundir import RunDirectory
 from ...workers.training.record import Recorder
 from ..executors.base import Report, Unit
+from ..reading.unit_values import RecordValues
 from .work import Result, TrainingWork
 
 
@@ -27,5 +28,8 @@ class RecordWork(TrainingWork):
         training = self.training()
         uri = run.path(layout.TRAJECTORY)
         closing = Recorder(training, uri, self.checkpoint_every).run(report)
+        checked = closing.pop("checked_steps")
         files = [f"{layout.TRAJECTORY}/{name}" for name in list_files(uri)]
-        return files, {"steps": training.steps, "dimension": training.layout.dimension, **closing}
+        return files, RecordValues(
+            steps=training.steps, dimension=training.layout.dimension, checked_steps=checked, closing=closing
+        )

@@ -6,7 +6,7 @@ the contributions of the unit held until its Parquet files are full. Letters as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +25,7 @@ from ...workers.replay.join import Panels, contributions
 from ...workers.training.training import Compute
 from ..executors.base import Report, Unit
 from ..plan.plan import ReduceTiles
+from ..reading.unit_values import ReduceValues
 from ..spec.targets import store_of
 from ..vocabulary import ADJOINT, SAMPLES
 from .work import Result, Work, rows_of
@@ -116,7 +117,9 @@ def reduce_rows(
     return write_rows(run, job, name, block, start, stop)
 
 
-def write_rows(run: RunDirectory, job: ReduceJob, name: str, block: Floats, start: int, stop: int) -> Result:
+def write_rows(
+    run: RunDirectory, job: ReduceJob, name: str, block: Floats, start: int, stop: int
+) -> tuple[list[str], ReduceValues]:
     """Write the contributions (rows, M) of tracked rows ``start`` to ``stop``; see `reduce_rows`."""
     gradients = RowStore.open(run.path(store_of(job.targets)), "gradient")
     if not np.isfinite(block).all():
@@ -138,7 +141,8 @@ def write_rows(run: RunDirectory, job: ReduceJob, name: str, block: Floats, star
     count = None if job.targets == SAMPLES else gradients.column("count").astype(np.int64)
     files = write_tiles(run, job, name, block, index, labels, test_index, test_label)
     files.append(_write_samples(run, job, name, block, count, index, start, stop))
-    return files, {"rows": stop - start, "interclass": class_sums(block, labels, test_label, count)}
+    sums = class_sums(block, labels, test_label, count)
+    return files, ReduceValues(rows=stop - start, interclass=sums)
 
 
 def _joined(
@@ -259,7 +263,7 @@ def number_of(unit: str) -> str:
 
 def class_sums(
     block: Floats, train_label: Integers, test_label: Integers, count: Integers | None = None
-) -> list[list[float]]:
+) -> tuple[tuple[float, ...], ...]:
     """Return [train class, test class, sum of contributions, pairs] for each pair of classes.
 
     Args:
@@ -278,12 +282,12 @@ def class_sums(
         for train_class in np.unique(train_label):
             chosen = train_label == train_class
             rows.append(
-                [int(train_class), int(test_class), float(total[chosen].sum()), int(chosen.sum()) * width]
+                (int(train_class), int(test_class), float(total[chosen].sum()), int(chosen.sum()) * width)
             )
-    return rows
+    return tuple(rows)
 
 
-def interclass_table(parts: list[list[list[float]]]) -> pa.Table:
+def interclass_table(parts: Iterable[Iterable[Sequence[float]]]) -> pa.Table:
     """Merge the units' class sums into the class-by-class table of Eq. 23.
 
     ``contribution`` is the mean over all pairs of samples of the two classes; ``normalized`` divides

@@ -25,6 +25,7 @@ from ...workers.replay.projection import ProjectedReplay
 from ...workers.training.training import Training
 from ..executors.base import Report, Unit
 from ..plan.sharding import WRITE_CHUNKS
+from ..reading.unit_values import ReplayValues
 from ..spec.targets import store_of
 from ..vocabulary import EKFAC, EXACT, FAST
 from .reduce import bounds
@@ -107,7 +108,7 @@ class ReplayWork(CarryingWork):
             notes |= told_products(replay.tiles)
         if self.lawful(training):
             notes["law"] = sums.values()
-        return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
+        return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +139,7 @@ class AdjointWork(CarryingWork):
         store = RowStore.open(run.path(base), "contribution")
         store.write(start, self.finite(found, "contributions", trajectory, exact=self.form == EXACT))
         files = [f"{base}/{name}" for name in store.files(start, stop)]
-        return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
+        return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)
 
 
 def told_products(tiles: HessianTiles) -> dict[str, Any]:

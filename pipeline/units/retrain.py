@@ -31,6 +31,7 @@ from ...workers.training.retrain import (
 )
 from ...workers.training.training import Training
 from ..executors.base import Report, Unit
+from ..reading.unit_values import RetrainValues
 from ..vocabulary import RETRAIN, Way
 from .work import Result, TrainingWork, recorded
 
@@ -99,7 +100,7 @@ class Change:
 
     def as_unit(self) -> Unit:
         """Return the unit of work."""
-        return Unit(stage=RETRAIN, name=self.unit, arguments={"change": self})
+        return Unit(stage=RETRAIN, name=self.unit, arguments=self)
 
 
 def unchanged() -> Change:
@@ -130,7 +131,8 @@ class RetrainWork(TrainingWork):
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Retrain, measure, and write the losses."""
-        change: Change = unit.arguments["change"]
+        change = unit.arguments
+        assert isinstance(change, Change)
         training = self._train(run, change, report)
         found = test_losses(training, self.tested)
         files = [self._write(run, unit.name, layout.LOSSES, LOSSES, self._losses(found))]
@@ -142,12 +144,12 @@ class RetrainWork(TrainingWork):
                 self._write(run, unit.name, layout.TRAINING_LOSS, TRAINING_LOSS, self._own(training))
             )
         known = found.correct[found.correct >= 0]
-        return files, {
-            "way": change.way,
-            "changed": len(change.index),
-            "loss": float(found.loss.mean()),
-            "accuracy": float(known.mean()) if len(known) else None,
-        }
+        return files, RetrainValues(
+            way=change.way,
+            changed=len(change.index),
+            loss=float(found.loss.mean()),
+            accuracy=float(known.mean()) if len(known) else None,
+        )
 
     def _train(self, run: RunDirectory, change: Change, report: Callable[[int, int], None]) -> Training:
         if change.way == "subset":

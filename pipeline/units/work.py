@@ -14,13 +14,16 @@ from typing import Any
 from ...storage import layout
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory, open_trajectory
+from ...storage.typed import to_json
 from ...workers.data.user_code import user_code
 from ...workers.memory import peak_bytes, reset_peak
 from ...workers.recipe import Recipe
 from ...workers.training.training import Compute, Training
 from ..executors.base import Report, Unit
+from ..plan.sharding import Shard
+from ..reading.unit_values import UnitValues
 
-Result = tuple[list[str], dict[str, Any]]
+Result = tuple[list[str], UnitValues]
 """The files of a unit, relative to the run, and what its manifest says."""
 
 
@@ -40,9 +43,10 @@ def commit_unit(uri: str, unit: Unit, work: Callable[[RunDirectory], Result]) ->
     run = RunDirectory(uri)
     with user_code(f"{unit.stage} {unit.name} raised"):
         files, values = work(run)
-    values = {**values, "seconds": time.perf_counter() - begun, "peak_bytes": peak_bytes()}
-    run.commit(unit.stage, unit.name, files, values)
-    return values
+    values = replace(values, seconds=time.perf_counter() - begun, peak_bytes=peak_bytes())
+    noted: dict[str, Any] = to_json(values)
+    run.commit(unit.stage, unit.name, files, noted)
+    return noted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,4 +96,5 @@ def recorded(run: RunDirectory) -> Trajectory:
 
 def rows_of(unit: Unit) -> tuple[int, int]:
     """Return the rows that a unit is about."""
-    return unit.arguments["start"], unit.arguments["stop"]
+    assert isinstance(unit.arguments, Shard)
+    return unit.arguments.start, unit.arguments.stop

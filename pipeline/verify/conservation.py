@@ -58,7 +58,7 @@ def conservation(run: Reader) -> dict[str, Any]:
     rows = block_rows(store.chunk_rows, store.columns, np.dtype(store.dtype).itemsize)
     for start in range(0, store.rows, rows):
         total += store.read(start, min(start + rows, store.rows)).sum(0, dtype=np.float64)
-    return compare(run.trajectory(), total, n_train=int(run.noted.n_train))
+    return compare(run.trajectory(), total, n_train=run.noted.training_size)
 
 
 def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from ...storage import layout
 from ...storage.rows import RowStore
 from ...workers.replay.targets import mean_gradients
 from ..reading.panels import targets
-from ..reading.stage_states import target_count
 from ..spec.targets import store_of, target_of_each
 from ..vocabulary import SAMPLES
 from . import conservation as law

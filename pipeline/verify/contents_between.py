@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..reading.unit_values import UnitValues, values_of
 from ...storage import layout
 from ...storage.curvature import read_curvature
 from ...storage.errors import HydraError
@@ -19,7 +18,7 @@ from ...storage.files import read_bytes
 from ...storage.rows import RowStore
 from ...storage.rundir import Manifest
 from ..reading.panels import targets
-from ..reading.stage_states import target_count
+from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import RETRAIN, SAMPLES
 from .contents import MEAN_TOLERANCE, Contents
 

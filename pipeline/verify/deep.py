@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.dataset as pa_dataset
 
-from ..reading.unit_values import UnitValues, all_values
 from ...storage import layout
 from ...storage.curvature import read_curvature
 from ...storage.errors import IncompleteStage, SpecError
@@ -36,6 +35,7 @@ from ..plan.stored_spec import REPEATED, stored_spec
 from ..plan.survey import compute_of, resolve_recipe
 from ..reading.panels import tested
 from ..reading.reader import Reader
+from ..reading.unit_values import UnitValues, all_values
 from ..vocabulary import ADJOINT, EKFAC, EXACT, FORMS, REPLAY, TEST_GRADIENTS
 from .deep_checks import DeepVerification, Findings, rows_of, spread
 
@@ -108,7 +108,7 @@ class _Deep:
         spec = stored_spec(run, recipe, overrides, command="verify --deep", free=REPEATED)
         look_and_check(run.uri, run.noted, spec, observer)
         self.recipe, self.compute = resolve_recipe(spec), compute_of(spec)
-        self.trajectory, self.n_train = run.trajectory(), int(run.noted.n_train)
+        self.trajectory, self.n_train = run.trajectory(), run.noted.training_size
         self.covered = [name for name in methods if name in HESSIANS or _corrected(name)]
         self.notes = [
             f"{name}: not covered; the reference knows {', '.join(HESSIANS)}, corrected or not"

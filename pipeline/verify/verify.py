@@ -13,21 +13,21 @@ from ...storage import layout
 from ...storage.contributions import SCHEMAS
 from ...storage.errors import CorruptStore, HydraError, RunNotFound
 from ...storage.files import PARTIAL, list_files
-from ..reading.stage_states import method_names, stage_states
+from ..reading.stage_states import stage_states
 from ..spec.targets import store_of
 from ..vocabulary import (
-    COMPLETE,
-    MISSING,
     ADJOINT,
     ATTRIBUTE,
     BY_EPOCH,
     BY_EPOCH_SCORES,
+    COMPLETE,
     CORRECTION,
     CURVATURE,
     DIRECTIONS,
     EVALUATE,
     EVALUATE_SCORES,
     KINDS,
+    MISSING,
     PREPARE,
     RECORD,
     REDUCE,
@@ -208,9 +208,7 @@ class _Verifier:
 
     def _stages(self) -> None:
         """Note what is not complete; it is a problem where ``run.json`` claims that it is."""
-        claimed = {
-            name for name, entry in self.info.methods.items() if entry.state == COMPLETE
-        }
+        claimed = {name for name, entry in self.info.methods.items() if entry.state == COMPLETE}
         for state in self.states.values():
             if state.state == COMPLETE:
                 continue

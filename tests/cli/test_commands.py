@@ -101,7 +101,7 @@ def test_status_in_all_formats(built: Built) -> None:
 def test_status_of_a_part_shows_what_to_type(tmp_path: Path) -> None:
     part = Built(tmp_path / "r").build(upto="test-gradients")
     out = call("status", part.uri).stdout
-    assert f"  hydra-pipe run --out {part.uri} --shards 2" in out
+    assert f"  hydra-pipe run --out {part.uri} --epochs 3 --shards 2" in out
 
 
 def test_verify_in_all_formats(built: Built) -> None:

@@ -13,8 +13,22 @@ import click
 import pytest
 from click.testing import CliRunner
 from hydra_pipe.cli import main
-from hydra_pipe.cli.spec_options import SPEC_OPTIONS, build_spec, parse_pairs, spec_options
+from hydra_pipe.cli.headings import HEADINGS as HEADINGS_TABLE
+from hydra_pipe.cli.headings import headed
+from hydra_pipe.cli.spec_options import (
+    BUDGET,
+    CURVATURE,
+    METHOD,
+    OF_THE_RUN,
+    PLACEMENT,
+    SPEC_OPTIONS,
+    build_spec,
+    parse_pairs,
+    spec_options,
+)
 from hydra_pipe.pipeline.analysis.status import command_line
+from hydra_pipe.pipeline.plan import stored_spec
+from hydra_pipe.pipeline.spec.setting import names
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import SpecError
 
@@ -213,3 +227,20 @@ def test_the_defaults_that_help_shows_are_those_of_the_spec() -> None:
         if field.name != "recipe_args":
             assert f"[default: {text}]" in shown[field.name], field.name
     assert set(shown) - {"config", "recipe"} == {f.name for f in fields(RunSpec)} - {"recipe"}
+
+
+def test_every_option_of_the_spec_stands_below_the_heading_of_its_group() -> None:
+    command = click.Command("run", params=list(spec_options(lambda: None).__click_params__))  # type: ignore[attr-defined]
+    found = headed(command, click.Context(command))
+    assert "Options" not in found
+    for heading in HEADINGS_TABLE:
+        shown = {option.name for option in found[heading.title] if "--help" not in option.opts}
+        assert shown - set(heading.more) == set(names(heading.group)) - {"recipe", *CURVATURE}
+
+
+def test_who_takes_what_follows_from_the_fields() -> None:
+    assert PLACEMENT == ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers")
+    assert BUDGET == ("memory", "max_attempts", "start_timeout")
+    assert (*PLACEMENT, *BUDGET) == stored_spec.PLACEMENT
+    assert set(OF_THE_RUN) == {"executor", "cpus_per_actor", "threads", "device"}
+    assert set(METHOD) == {"mode", "hessian", "targets", "exact_rank", "shards", *CURVATURE}

@@ -190,7 +190,7 @@ def test_status_of_a_killed_run_names_what_resumes_it(tmp_path: Path) -> None:
     words = shlex.split(found["resume"])
     assert words == [
         *("hydra-pipe", "run", "--out", built.uri),
-        *("--shards", "2", "--epochs", "3", "--set", "noise=0.1"),
+        *("--epochs", "3", "--shards", "2", "--set", "noise=0.1"),
     ]
 
 

@@ -1,0 +1,223 @@
+"""The groups of what a run can be asked for: fields with their defaults, checks and meaning.
+
+They are also the headings of the command line's help, so nothing here is heavy to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ...storage.errors import SpecError
+from ..vocabulary import ADJOINT, FORMS, FORWARD, SAMPLES, Form, Hessian, Mode, Targets
+from . import checks
+from .setting import Group, free, of_the_method, of_the_run
+
+Dtype = Literal["float32", "float64"]
+BatchNorm = Literal["constant", "coupled"]
+PerSample = Literal["auto", "vjp"]
+ExecutorName = Literal["ray", "serial"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec(Group):
+    """What is trained.
+
+    Attributes:
+        recipe: Built-in name, ``module:Class``, ``path/to/file.py:Class``, or a Recipe instance.
+        recipe_args: Keyword arguments of the recipe's constructor; JSON-able. Not with an instance.
+        epochs: Passes over the training dataset; None: the recipe's.
+        batch_size: Samples a step; None: the recipe's.
+        seed: Seed of the training; None: the recipe's.
+        seeds: Trainings with as many seeds, from ``seed`` on; contributions are averaged over them.
+        dtype: ``float32`` or ``float64``, of training and hypergradients.
+        checkpoint_every: Steps between checkpoints of the record; None: chosen by the plan.
+    """
+
+    recipe: str | Any = field(
+        default="digits",
+        metadata=of_the_run(checks.recipe, stored=lambda group: group.recipe_reference),
+    )
+    recipe_args: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=of_the_run(checks.arguments, stored=lambda group: group._made_with()),
+    )
+    epochs: int | None = field(default=None, metadata=of_the_run(checks.whole(1, optional=True)))
+    batch_size: int | None = field(default=None, metadata=of_the_run(checks.whole(1, optional=True)))
+    seed: int | None = field(default=None, metadata=of_the_run(checks.whole(0, 2**63 - 1, optional=True)))
+    seeds: int = field(default=1, metadata=free(checks.whole(1)))  # each has a record of its own
+    dtype: Dtype = field(default="float32", metadata=of_the_run(checks.one_of(*get_args(Dtype))))
+    checkpoint_every: int | None = field(default=None, metadata=of_the_run(checks.whole(1, optional=True)))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.recipe, str) and self.recipe_args:
+            raise SpecError(
+                f"recipe_args {sorted(self.recipe_args)}: a Recipe instance takes none; "
+                "pass them to its constructor"
+            )
+
+    @property
+    def recipe_reference(self) -> str:
+        """The recipe as text: what was given, or ``module:Class`` of an instance."""
+        if isinstance(self.recipe, str):
+            return self.recipe
+        kind = type(self.recipe)
+        return f"{kind.__module__}:{kind.__qualname__}"
+
+    def _made_with(self) -> Mapping[str, Any]:
+        if isinstance(self.recipe, str):
+            return self.recipe_args
+        return self.recipe.arguments() if hasattr(self.recipe, "arguments") else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionSpec(Group):
+    """What is asked of the training.
+
+    Attributes:
+        track: Which training samples: ``all``, N, ``A:B``, ``F%``, a file, or positions.
+        test: Which test samples, likewise.
+        mode: ``forward`` or ``adjoint``.
+        targets: In adjoint mode, what is carried backwards: ``samples``, one vector a test sample;
+            ``classes``, the mean over those of each label; ``mean``, the mean over all of them.
+        batch_norm: ``constant``: batch statistics held constant in per-sample gradients;
+            ``coupled``: differentiated through.
+        per_sample: ``auto``: the fastest way to each parameter's per-sample gradients that agrees with
+            autograd when tried; ``vjp``: autograd itself, one backward pass a sample.
+    """
+
+    track: str | int | Sequence[int] = field(default="all", metadata=of_the_run(checks.samples))
+    test: str | int | Sequence[int] = field(default="all", metadata=of_the_run(checks.samples))
+    mode: Mode = field(default=FORWARD, metadata=of_the_method(checks.one_of(*get_args(Mode))))
+    targets: Targets = field(default=SAMPLES, metadata=of_the_method(checks.one_of(*get_args(Targets))))
+    batch_norm: BatchNorm = field(
+        default="constant", metadata=of_the_run(checks.one_of(*get_args(BatchNorm)))
+    )
+    per_sample: PerSample = field(
+        default="auto",
+        # Rounding alone, so that runs of before it existed go on.
+        metadata=of_the_run(checks.one_of(*get_args(PerSample)), unless_default=True),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.targets != SAMPLES and self.mode != ADJOINT:
+            raise SpecError(
+                f"targets {self.targets!r}: only mode='adjoint' carries targets, {self.mode!r} has every test "
+                "sample at the same price; use mode='adjoint', or targets='samples' and the table interclass"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureSpec(Group):
+    """What becomes of the Hessian.
+
+    Attributes:
+        hessian: ``none``, ``ekfac`` or ``exact``.
+        exact_rank: With ``ekfac``: directions along which contributions are corrected exactly.
+        curvature_checkpoints: With ``ekfac``: checkpoints of the record the curvature is taken at.
+        curvature_at: With ``ekfac``: steps (or text such as ``"0,100"``) whose nearest checkpoints are taken
+            instead; None: spread evenly.
+        curvature_samples: With ``ekfac``: at most how many training samples it is averaged over.
+        curvature_core: With ``ekfac``: leading coordinates that keep their full curvature; 0: none.
+    """
+
+    hessian: Hessian = field(default="none", metadata=of_the_method(checks.one_of(*get_args(Hessian))))
+    exact_rank: int = field(default=0, metadata=of_the_method(checks.whole(0)))
+    curvature_checkpoints: int = field(default=5, metadata=of_the_method(checks.whole(1)))
+    curvature_at: Sequence[int] | str | None = field(default=None, metadata=of_the_method(checks.steps))
+    curvature_samples: int = field(default=4096, metadata=of_the_method(checks.whole(1)))
+    curvature_core: int = field(default=256, metadata=of_the_method(checks.whole(0)))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exact_rank and self.hessian != "ekfac":
+            raise SpecError(
+                f"exact_rank {self.exact_rank}: only hessian='ekfac' is corrected, not {self.hessian!r}; "
+                "use hessian='ekfac' or exact_rank=0"
+            )
+
+    @property
+    def form(self) -> Form:
+        """Name of this Hessian's form, and of the curvature that its methods share."""
+        return FORMS[self.hessian]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementSpec(Group):
+    """Where the work is done.
+
+    Attributes:
+        executor: ``ray`` or ``serial``.
+        address: Ray cluster, ``host:port``, ``auto`` or ``local``; None: ``RAY_ADDRESS``, then a
+            running local cluster, then a new one.
+        gpus_per_actor: GPUs a worker holds; None: 1 where the cluster has GPUs, else 0.
+        cpus_per_actor: CPUs a worker holds.
+        workers: Most workers at a time; None: as many as fit.
+        threads: torch threads of every process that computes; None: the whole part of
+            ``cpus_per_actor``, at least 1.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        shards: How many shards the tracked samples are cut into, or ``auto``.
+    """
+
+    executor: ExecutorName = field(default="ray", metadata=free(checks.one_of(*get_args(ExecutorName))))
+    address: str | None = field(default=None, metadata=free(checks.address))
+    gpus_per_actor: float | None = field(
+        default=None, metadata=free(checks.number(0, optional=True, whole_above_one=True))
+    )
+    cpus_per_actor: float = field(default=1, metadata=free(checks.number(0.01)))
+    workers: int | None = field(default=None, metadata=free(checks.whole(1, optional=True)))
+    threads: int | None = field(
+        default=None,
+        metadata=of_the_run(checks.whole(1, optional=True), stored=lambda group: group.torch_threads),
+    )
+    device: Device = field(default="auto", metadata=of_the_run(checks.one_of(*get_args(Device))))
+    shards: int | str = field(default="auto", metadata=of_the_method(checks.shards))
+
+    @property
+    def torch_threads(self) -> int:
+        """Torch threads of every process that computes."""
+        return self.threads if self.threads is not None else max(1, int(self.cpus_per_actor))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSpec(Group):
+    """What the work may use.
+
+    Attributes:
+        memory: Main memory one worker may use, bytes; None: measured. Text such as ``"4GiB"`` is
+            turned into bytes.
+        reduce_memory: Memory of one reduce worker's tile, bytes or text; fixes the tiles.
+        max_attempts: How often a unit is tried when its workers die.
+        start_timeout: Seconds to wait for the first worker.
+    """
+
+    memory: int | None = field(default=None, metadata=free(checks.size(optional=True)))
+    reduce_memory: int = field(default=1 << 30, metadata=of_the_run(checks.size()))
+    max_attempts: int = field(default=3, metadata=free(checks.whole(1)))
+    start_timeout: float = field(default=120.0, metadata=free(checks.number(0.1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionSpec(BudgetSpec, PlacementSpec):
+    """Where the work is done and what it may use there: what an executor is made from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSpec(Group):
+    """Where the results go.
+
+    Attributes:
+        out: Run directory, local path or URI; None: ``runs/<recipe name>``.
+        overwrite: Replace a run whose spec differs.
+    """
+
+    out: str | None = field(default=None, metadata=free(checks.out))
+    overwrite: bool = field(default=False, metadata=free(checks.flag))
+
+
+KEPT = ("executor", "cpus_per_actor")
+"""Free fields that a run goes on with unless others are given."""

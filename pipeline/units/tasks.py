@@ -23,18 +23,12 @@ from ...workers.data.labels import with_labels
 from ...workers.data.user_code import user_code
 from ...workers.determinism import prepare_process, resolve_device
 from ...workers.ekfac.curvature import CurvatureEstimate
-from ...workers.hessian.tiles import HessianTiles
 from ...workers.memory import peak_bytes, reset_peak
-from ...workers.model.state import uses_batch_statistics
 from ...workers.recipe import Recipe
 from ...workers.recursion.conservation import RowSums, check_sums
 from ...workers.reference.growth import Growth, check_finite
-from ...workers.replay.adjoint import Adjoint
 from ...workers.replay.directions import spanning_directions
-from ...workers.replay.ekfac import EkfacReplay
-from ...workers.replay.exact import ExactReplay
-from ...workers.replay.fast import Replay
-from ...workers.replay.projection import ProjectedReplay
+from ...workers.replay.make import make_replay
 from ...workers.replay.targets import mean_gradients
 from ...workers.training.finite import check_test_gradients
 from ...workers.training.record import Recorder
@@ -52,6 +46,7 @@ from ..vocabulary import (
     EKFAC,
     EXACT,
     FAST,
+    FORWARD,
     MEAN,
     PREFLIGHT,
     RECORD,
@@ -176,26 +171,19 @@ class Tasks:
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         training = Training(self.recipe, self.compute)
         trajectory = open_trajectory(run.path(layout.TRAJECTORY))
-        tracked = self.tracked[start:stop]
-        replay: Replay | ExactReplay | EkfacReplay
-        if self.form == EKFAC:
-            replay = EkfacReplay(training, trajectory, tracked, self._basis(run))
-        else:
-            replay = (ExactReplay if self.form == EXACT else Replay)(training, trajectory, tracked)
-        buffers = replay.run(report)
+        tracked, bent = self.tracked[start:stop], self._basis(run)
+        replay = make_replay(self.form, FORWARD, training, trajectory, tracked, curvature=bent).run(report)
         store = RowStore.open(run.path(layout.hypergradients(self.method)), "hypergradient")
         sums = RowSums(training.layout.entries)
         for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
-            rows = self._finite(buffers.numpy(first, last), "hypergradients", trajectory)
+            rows = self._finite(replay.numpy(first, last), "hypergradients", trajectory)
             store.write(start + first, rows)
             if self._lawful(training):
                 sums.add(rows)
-        replay.engine.close()
+        replay.close()
         base = layout.hypergradients(self.method)
         files = [f"{base}/{name}" for name in store.files(start, stop)]
-        notes: dict[str, Any] = {"ways": replay.engine.told()}
-        if isinstance(replay, ExactReplay):
-            notes |= told_products(replay.tiles)
+        notes = replay.told()
         if self._lawful(training):
             notes["law"] = sums.values()
         return files, {"rows": stop - start, "start": start, "steps": training.steps, **notes}
@@ -209,21 +197,20 @@ class Tasks:
         training = Training(self.recipe, self.compute)
         trajectory = open_trajectory(run.path(layout.TRAJECTORY))
         targets = self._targets(run).read(start, stop)
-        notes: dict[str, Any] = {}
-        if self.form == EXACT:
-            back = Adjoint(training, trajectory, self.tracked)
-            found, notes = back.run(targets, report), told_products(back.tiles)
-        elif self.form == EKFAC:
-            bent = EkfacReplay(training, trajectory, self.tracked, self._basis(run), targets)
-            found, notes = bent.run(report).contributions(), {"ways": bent.engine.told()}
-            bent.engine.close()
-        else:
-            replay = ProjectedReplay(training, trajectory, self.tracked, targets)
-            found, notes = replay.contributions(report), {"ways": replay.engine.told()}
-            replay.engine.close()
-            if self._lawful(training):
-                check_sums(found, targets, trajectory, replay.ways.noise)
-                notes["lawful"] = True
+        back = make_replay(
+            self.form,
+            ADJOINT,
+            training,
+            trajectory,
+            self.tracked,
+            curvature=self._basis(run),
+            targets=targets,
+        )
+        found, notes = back.run(report).contributions(), back.told()
+        back.close()
+        if self._lawful(training):
+            check_sums(found, targets, trajectory, notes["ways"]["noise"])
+            notes["lawful"] = True
         base = layout.by_test(self.method)
         store = RowStore.open(run.path(base), "contribution")
         store.write(start, self._finite(found, "contributions", trajectory))
@@ -296,11 +283,16 @@ class Tasks:
         stored = RowStore.open(run.path(layout.corrections(self.final, layout.DIRECTIONS)), "direction")
         directions = stored.read(start, stop).astype(self.compute.dtype)
         coupled = replace(self.compute, batch_norm="coupled")
-        exact = Adjoint(Training(self.recipe, coupled), trajectory, self.tracked).run(directions, report)
-        training = Training(self.recipe, self.compute)
-        bent = EkfacReplay(training, trajectory, self.tracked, self._basis(run), directions)
-        difference = exact - bent.run().contributions()
-        bent.engine.close()
+        straight = Training(self.recipe, coupled)
+        exact = make_replay(EXACT, ADJOINT, straight, trajectory, self.tracked, targets=directions)
+        difference = exact.run(report).contributions()
+        exact.close()
+        training, basis = Training(self.recipe, self.compute), self._basis(run)
+        bent = make_replay(
+            EKFAC, ADJOINT, training, trajectory, self.tracked, curvature=basis, targets=directions
+        )
+        difference = difference - bent.run().contributions()
+        bent.close()
         self._finite(difference, "contributions", trajectory, exact=True)
         base = layout.corrections(self.final, layout.CORRECTED)
         store = RowStore.open(run.path(base), "contribution")
@@ -308,7 +300,9 @@ class Tasks:
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, {"rows": stop - start, "start": start}
 
-    def _basis(self, run: RunDirectory) -> Curvature:
+    def _basis(self, run: RunDirectory) -> Curvature | None:
+        if self.form != EKFAC:
+            return None
         return read_curvature(run.path(layout.curvature(self.form)))
 
     def _targets(self, run: RunDirectory) -> RowStore:
@@ -319,17 +313,6 @@ class Tasks:
         device = resolve_device(self.compute.device)
         start, stop = unit.arguments["start"], unit.arguments["stop"]
         return reduce_rows(run, self.job, unit.name, start, stop, device, report)
-
-
-def told_products(tiles: HessianTiles) -> dict[str, Any]:
-    """Return what a manifest says of Hessian products."""
-    norms = any(uses_batch_statistics(module) for module in tiles.training.model.modules())
-    return {
-        "products": tiles.choice,
-        "field": tiles.field,
-        "differences": tiles.checked,
-        "running_statistics": norms,
-    }
 
 
 def files_under(uri: str) -> list[str]:

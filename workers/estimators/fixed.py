@@ -51,7 +51,7 @@ class FixedWeights:
 
     def __init__(self, training: Training, trajectory: Trajectory) -> None:
         self.training, self.trajectory = training, trajectory
-        self.columns = Columns(training.layout, torch.float64, training.device)
+        self.columns = Columns(training.layout.column_groups(), torch.float64, training.device)
         groups = trajectory.weight_decay.shape[1]
         self.optimised = self.columns.spread(np.ones(groups)).expand(training.layout.dimension)
         self.decay = self.columns.spread(trajectory.weight_decay[-1])

@@ -1,11 +1,12 @@
 """Hessian products for tiles of directions: the way that is chosen once, and its tiles of fixed width.
 
-See ``hessian_probe`` for what is tried before any way is believed.
+See ``probe`` for what is tried before any way is believed.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...storage.errors import DoesNotFit, RecipeError
 from ..determinism import preserved_generators
-from ..model.state import unchanged_buffers
+from ..model.state import unchanged_buffers, uses_batch_statistics
 from ..recipe import Batch
 from ..training.training import Training
 from .probe import chosen_way, dependence, first_samples, one_line
@@ -78,6 +79,16 @@ class HessianTiles:
             text += f", one in batches of {sizes}, where the bits of a row depend on the others"
         return text
 
+    def told(self) -> dict[str, Any]:
+        """Return what a manifest says of the products."""
+        norms = any(uses_batch_statistics(module) for module in self.training.model.modules())
+        return {
+            "products": self.choice,
+            "field": self.field,
+            "differences": self.checked,
+            "running_statistics": norms,
+        }
+
     def at(self, step: int, batch: Batch) -> StepTiles:
         """Return the products of one step, at the model's present weights."""
         return StepTiles(self, step, batch)
@@ -90,8 +101,7 @@ class StepTiles:
         self.tiles, self.step = tiles, step
         self.batch = batch
         self.alone = tiles.training.batch_size(step) in tiles.slow_sizes
-        slow = self.alone and tiles.fallback is not None
-        kind = tiles.fallback if slow and tiles.fallback is not None else tiles.kind
+        kind = tiles.fallback if self.alone and tiles.fallback is not None else tiles.kind
         self.way: TangentTile | SecondOrder = kind(tiles.training, step, batch)
 
     def tile(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:

@@ -76,10 +76,10 @@ class DenseReference(VerifiedReplay):
         self.replay(report)
         return self.dense
 
-    def step(self, step: int, batch: Batch, rows: Rows) -> None:
+    def step(self, step: int, batch: Batch, rows: Rows) -> Tensor:
         """Move every tangent by the linearised step at the recorded weights, then train."""
         self.dense.step(step, batch, rows)
-        self.training.step(step, batch)
+        return self.training.step(step, batch)
 
 
 class DenseTangents:

@@ -12,7 +12,6 @@ the eigenvectors of their full matrix of second moments (see ``core``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from ..persample.reference import constant_statistics
 from ..persample.rules import unfolded
 from ..persample.trials import choose_ways
 from ..recipe import Batch
+from ..training.fixed_pass import FixedPass, fixed_pass
 from ..training.metrics import evaluating
 from ..training.test_gradients import TEST_BATCH
 from ..training.training import Training
@@ -110,8 +110,8 @@ class CurvatureEstimate:
         engine = PerSampleGradients(training.recipe, training.model, training.layout, self.ways)
         factors = _Factors(training.layout.entries, engine)
         for done, k in enumerate(self.kept, start=1):
-            for calls, _size in self._passes(engine, k):
-                factors.add(calls)
+            for _found in self._passes(engine, k):
+                factors.add(engine.capture.take())
             if report:
                 report(done, total)
         engine.close()
@@ -164,34 +164,26 @@ class CurvatureEstimate:
             else:
                 sums.append(found)
 
-        for _calls, size in self._passes(eigen, k, draw, keep=True):
-            eigen.hand_over(torch.arange(size, device=self.training.device), size, add)
+        for found in self._passes(eigen, k, draw):
+            found.rows(add)
         values: npt.NDArray[np.float64] = (sums[0] / len(self.samples)).cpu().numpy()
         return values
 
-    def _passes(
-        self, engine: PerSampleGradients, k: int, draw: int = 0, keep: bool = False
-    ) -> Iterator[tuple[list[Call], int]]:
+    def _passes(self, engine: PerSampleGradients, k: int, draw: int = 0) -> Iterator[FixedPass]:
         """Run the samples forward and backward at checkpoint ``k``, targets drawn from the model."""
         name = f"curvature/{k}/{draw}" if draw else f"curvature/{k}"
         training = self.training
         kept = self.trajectory.checkpoint(k)
         training.load_weights(kept.weights, kept.buffers)
-        with evaluating(training.model), constant_statistics(training.model):
+        with evaluating(training.model):
             for start in range(0, len(self.samples), TEST_BATCH):
                 chosen = self.samples[start : start + TEST_BATCH]
                 batch = self._fetch(chosen)
                 seed_everything(derived_seed(training.recipe.seed, name, start))  # fetching has its own seed
-                batch = self._drawn(batch)
-                engine.trace(
-                    batch,
-                    torch.arange(len(chosen), device=training.device),
-                    len(chosen),
-                    partial(training.losses, batch, len(chosen)),
-                    training.gradient_of,
-                )
-                calls = [] if keep else [call for call in engine.capture.take() if call.d_B is not None]
-                yield calls, len(chosen)
+                with constant_statistics(training.model):
+                    batch = self._drawn(batch)
+                with fixed_pass(training, engine, batch, len(chosen)) as found:
+                    yield found
 
     def _drawn(self, batch: Batch) -> Batch:
         drawn = self.training.recipe.sample_targets(self.training.model, batch)

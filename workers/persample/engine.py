@@ -234,7 +234,7 @@ class PerSampleGradients:
         unfit = {*self._misfits(size), *self._unproven(batch, losses_B, before)}
         chosen += sorted(unfit)
         if self.ways.untried:
-            chosen += self._moving(sorted(self.ways.untried), losses_B)
+            chosen += self.moving(sorted(self.ways.untried), losses_B)
         alone = [i for i in self._by["func"] if i not in unfit]
         if alone and before is not None and before.generators != generator_states():
             self._repair(alone, "random numbers are drawn")
@@ -300,7 +300,7 @@ class PerSampleGradients:
                 self._repair(sorted(bad), "a step with another graph than those tried before disagrees")
         return self._forms[form]
 
-    def _moving(self, entries: Sequence[int], losses_B: Tensor) -> list[int]:
+    def moving(self, entries: Sequence[int], losses_B: Tensor) -> list[int]:
         """Return those of the entries that any sample of the batch has a gradient for.
 
         One backward pass with random weights: what cancels in the mean does not cancel here.
@@ -348,7 +348,7 @@ class PerSampleGradients:
             sink: Gets the first row's number and a (rows, width) block, only valid during the call.
             factors: Gets the factors of factored entries, for all rows at once.
         """
-        calls = [call for call in self.capture.take() if call.d_B is not None and self._owned(call)]
+        calls = [call for call in self.capture.take() if call.d_B is not None and self.owned(call)]
         inputs = [self.prepared(call, size) for call in calls]
         for call in calls:
             assert call.d_B is not None
@@ -378,7 +378,7 @@ class PerSampleGradients:
             sink(start, self._block[:count])
         self._ready = {}
 
-    def _owned(self, call: Call) -> list[tuple[str, int]]:
+    def owned(self, call: Call) -> list[tuple[str, int]]:
         """Return (name in the layer, entry) of what a call's rule gives in this step."""
         owned = self._entries[call.module]
         return [(name, i) for name, i in owned if i not in self._ready] if self._ready else owned
@@ -395,7 +395,7 @@ class PerSampleGradients:
         return call.x_B if prepare is None else prepare(call.module, call.x_B)
 
     def _hand_factors(self, call: Call, positions: Tensor, factors: FactorSink) -> None:
-        for _name, i in self._owned(call):
+        for _name, i in self.owned(call):
             if i not in self.factored:
                 continue
             assert call.d_B is not None
@@ -410,7 +410,7 @@ class PerSampleGradients:
         """Write (or add to) one call's products in the tile; ``written`` collects the entries hit."""
         assert call.d_B is not None
         rule, _prepare = self.capture.rules[call.module]
-        owned = [(name, i) for name, i in self._owned(call) if i in self._dense]
+        owned = [(name, i) for name, i in self.owned(call) if i in self._dense]
         if not owned:
             return
         x_R = x_B.index_select(0, positions)

@@ -315,7 +315,7 @@ class _OneBatch:
     def _look_further(self, losses_B: Tensor) -> None:
         """Look for samples with a gradient where the chosen ones have none."""
         still = [i for i in range(len(self.parameters)) if i not in self.moving]
-        still = self.engine._moving(still, losses_B) if still else []
+        still = self.engine.moving(still, losses_B) if still else []
         for start in range(0, len(self.rest), self.engine.tile):
             if not still:
                 return
@@ -348,7 +348,7 @@ class _OneBatch:
         for call in engine.capture.take():
             if call.d_B is None:
                 continue
-            owned = {i for _name, i in engine._owned(call)}
+            owned = {i for _name, i in engine.owned(call)}
             try:
                 x_B = engine.prepared(call, size)
                 call.d_B = call.d_B * size

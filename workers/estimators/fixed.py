@@ -126,7 +126,7 @@ class FixedWeights:
         return out
 
     def targets(self, indices: Integers) -> Tensor:
-        """Return the gradients of a block's test samples at the present weights, (K, D) float64.
+        """Return the gradients of a block's test samples at the present weights, (Q, D) float64.
 
         Blocks are whole multiples of ``TARGETS``: passes of so many have the same bits in any block.
         """
@@ -136,10 +136,10 @@ class FixedWeights:
         ]
         return torch.cat(parts).double()
 
-    def products(self, indices: Integers, directions_KD: Tensor) -> Tensor:
-        """Return <g_i, v_k> for training samples i and directions v_k: (K, n) float64."""
-        count = len(directions_KD)
-        directions = directions_KD.to(device=self.training.device, dtype=self.training.dtype)
+    def products(self, indices: Integers, directions_QD: Tensor) -> Tensor:
+        """Return <g_i, v_k> for training samples i and directions v_k: (Q, n) float64."""
+        count = len(directions_QD)
+        directions = directions_QD.to(device=self.training.device, dtype=self.training.dtype)
         missing = -count % TARGETS
         tiles = torch.cat([directions, directions.new_zeros(missing, directions.shape[1])]).split(TARGETS)
         out = torch.zeros(count + missing, len(indices), dtype=torch.float64, device=directions.device)

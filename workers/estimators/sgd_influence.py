@@ -1,7 +1,7 @@
 """SGD-influence (Hara, Nitanda & Maehara 2019): the training run linearised, backwards.
 
-    u <- g_j(w_T);   for t = T..1:  C(i, j) += (eta_t / B_t) <g_i(w_{t-1}), u>  if i was in batch t,
-                                    u <- (1 - eta_t (H_t + L)) u
+    a_u <- g_j(w_T);   for t = T..1:  C(i, j) += (h_t / B_t) <g_i(w_{t-1}), a_u>  if i was in batch t,
+                                    a_u <- (1 - h_t (H_t + L)) a_u
 
 It asks what would become of w_T if i were left out of its batches, the others still divided by B_t:
 to first order this is the derivative that the exact adjoint (``--hessian exact``) takes, so for plain

@@ -14,9 +14,9 @@ step whose graph has another form than those that were tried is tried itself, be
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,13 @@ from torch import Tensor, nn
 from ...storage.errors import RecipeError
 from ..determinism import generator_states
 from ..model.layout import Layout
-from ..model.state import Kept, buffers_from, kept_buffers, own_parameters
+from ..model.state import buffers_from, kept_buffers, own_parameters
 from ..recipe import Batch, Recipe
 from .capture import Call, Capture
 from .reference import func, same_losses, vjp
+from .ways import Before, Ways, form_of
 
 logger = logging.getLogger(__name__)
-
-Strategy = Literal["outer", "rule", "func", "vjp"]
-"""``outer``: a rule whose result is one outer product a row, so that it may be kept as factors."""
 
 Sink = Callable[[int, Tensor], None]
 """Takes (first row, block): per-sample gradients of rows first, first + 1, … of those asked for."""
@@ -46,79 +44,6 @@ TILE = 16
 
 DEVICE_TILE = 64
 """The same on an accelerator, where every call costs a launch."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ways:
-    """How the gradients of each parameter are had; see ``trials``.
-
-    Attributes:
-        strategies: One per entry of the layout.
-        untried: Entries (``vjp``) whose gradients were zero in every trial: a pass with random weights says
-            in each step whether there is anything to compute.
-        random: Whether the losses draw random numbers.
-        coupled: Whether samples see each other in the losses; None where that could not be tried.
-        graphs: Forms of the graphs of the batches that were tried; see ``form_of``.
-        judge: Tries a step whose graph has another form: given the model, the batch and what the step began
-            with, the entries whose way is not right there.
-        noise: How far rows added up to something else than a batch's gradient, relative: more than rounding of
-            the run's dtype where layers compute in a lower precision.
-        trials: How many batches were tried.
-        rows: How many gradients of single samples were held against autograd.
-    """
-
-    strategies: tuple[Strategy, ...]
-    untried: frozenset[int] = frozenset()
-    random: bool = False
-    coupled: bool | None = None
-    graphs: frozenset[int] = frozenset()
-    judge: Judge | None = None
-    noise: float = 0.0
-    trials: int = 0
-    rows: int = 0
-
-
-def always_vjp(layout: Layout) -> Ways:
-    """Return the ways that need no trial."""
-    way: Strategy = "vjp"
-    return Ways(strategies=(way,) * len(layout.entries))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Before:
-    """What a step began with: generators and buffers, for passes of its own.
-
-    ``generators`` is None where no way alone (``func``) asks whether anything was drawn.
-    """
-
-    generators: object
-    random: Tensor
-    buffers: Kept
-
-
-Judge = Callable[[nn.Module, Batch, Before], frozenset[int]]
-
-
-def form_of(losses_B: Tensor, entries: Mapping[int, int]) -> int:
-    """Return a hash of the form of a graph: its operations, how they hang together, the parameters used.
-
-    Args:
-        losses_B: Its end.
-        entries: Entry of each parameter, by id.
-    """
-    numbers: dict[Any, int] = {}
-    waiting = [losses_B.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in numbers:
-            numbers[node] = len(numbers)
-            waiting += [following for following, _ in node.next_functions]
-    parts = []
-    for node in numbers:
-        variable = getattr(node, "variable", None)
-        leaf = None if variable is None else entries.get(id(variable), -1)
-        parts.append((node.name(), leaf, tuple(numbers.get(f, -1) for f, _ in node.next_functions)))
-    return hash(tuple(parts))
 
 
 class PerSampleGradients:

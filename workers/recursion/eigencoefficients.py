@@ -27,8 +27,8 @@ class EigenCoefficients:
     Args:
         settings: What the optimiser used, (T, G).
         groups: (D,) group of each direction, -1: not optimised.
-        eigenvalues: (C, D) float64 at C checkpoints.
-        steps: (C,) the steps they belong to; each step uses the nearest.
+        eigenvalues: (K, D) float64 at K checkpoints.
+        steps: (K,) the steps they belong to; each step uses the nearest.
         device: Where the coefficients are used.
         dtype: Of the coefficients handed out.
     """

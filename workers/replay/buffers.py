@@ -141,7 +141,7 @@ class HypergradientBuffers:
 
 
 class _Factors:
-    """Visits of one Linear weight (O, I): left (rows, S, O) and right (rows, S, I), padded, S slots."""
+    """Visits of one Linear weight (O, I): left (n, V, O) and right (n, V, I), padded, V visits."""
 
     def __init__(
         self, rows: int, shape: Sequence[int], slots: int, epochs: int, zeros: Callable[..., Tensor]

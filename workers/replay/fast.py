@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...storage.trajectory import Trajectory
 from ..model.layout import Layout
-from ..persample.engine import PerSampleGradients, Ways
+from ..persample.engine import PerSampleGradients
+from ..persample.ways import Ways
 from ..recipe import Batch
 from ..recursion.columns import Columns
 from ..training.training import Training

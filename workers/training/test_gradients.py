@@ -18,8 +18,9 @@ from ..data.batches import fetch, to_device
 from ..data.cast import cast_model
 from ..determinism import derived_seed, generator_states, preserved_generators, seed_everything
 from ..model.state import copied, unchanged_buffers
-from ..persample.engine import PerSampleGradients, Ways, always_vjp
+from ..persample.engine import PerSampleGradients
 from ..persample.trials import choose_ways
+from ..persample.ways import Ways, always_vjp
 from ..recipe import Batch
 from .fixed_pass import fixed_pass
 from .metrics import OutputWatch, evaluating, predicted

@@ -33,8 +33,8 @@ from ..determinism import (
 from ..model.layout import Layout, checksum, flatten, load_flat
 from ..model.state import Kept, buffers_from, copied, kept_buffers, load_buffers, same_buffer
 from ..persample.engine import Watch
+from ..persample.one_batch import NOISE
 from ..persample.reference import constant_statistics, couples_samples
-from ..persample.trials import NOISE
 from ..recipe import Batch, Recipe
 from .finite import check_gradients
 from .update import TrainableSet, check_optimizer, check_owned

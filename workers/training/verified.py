@@ -22,6 +22,10 @@ Rows = npt.NDArray[np.int64]
 class VerifiedReplay:
     """Runs every recorded step; what is collected on the way is the subclass's business.
 
+    Losses that are no numbers end a replay. On a CPU each is looked at after its step (``at_once``); on an
+    accelerator that would make the host wait at every step, so they are looked at where it waits anyway:
+    before weights are compared, at the end of an epoch and of an ``advance``.
+
     Args:
         training: A fresh ``Training`` of the recipe that was recorded.
         trajectory: The record.
@@ -37,6 +41,7 @@ class VerifiedReplay:
         self._digests = dict(zip(trajectory.digest_step.tolist(), trajectory.digest.tolist(), strict=True))
         self._row_of = np.full(training.n_train, -1, dtype=np.int64)
         self._row_of[tracked] = np.arange(len(tracked))
+        self.at_once = training.device.type == "cpu"
         self.done = 0
         self._losses: list[tuple[int, Tensor, Tensor]] = []  # step, batch loss, own losses: not yet looked at
         if not np.array_equal(training.batches, trajectory.batches):
@@ -54,20 +59,15 @@ class VerifiedReplay:
         self.advance(self.training.steps, report)
 
     def advance(self, stop: int, report: Report | None = None) -> None:
-        """Replay from where this stands until ``stop`` steps are done; raises as ``replay``.
-
-        Losses are looked at after each step on a CPU. On an accelerator that would make the host wait at
-        every step: they are looked at wherever it waits anyway, before weights are compared, and at the end.
-        """
+        """Replay from where this stands until ``stop`` steps are done; raises as ``replay``."""
         training = self.training
-        at_once = training.device.type == "cpu"
         for step, batch in enumerate(training.loader(self.done, stop), start=self.done):
             training.apply_settings(self._settings, step)
             loss = self.step(step, batch, self.rows(step))
             self._losses.append((step, loss, training.own_losses))
             self.done = step + 1
             ends = self.done % training.steps_per_epoch == 0
-            if at_once or ends or self.done in self._digests or self.done == stop:
+            if self.at_once or ends or self.done in self._digests or self.done == stop:
                 self._check_losses()
             if self.done in self._digests:
                 self.verify(self.done)

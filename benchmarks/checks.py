@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.recipes.digits import Digits
-from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.training import Compute, Training
 from hydra_pipe.workers.training.trials import tried_ways
@@ -53,9 +54,9 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     everyone = np.arange(Training(recipe, compute).n_train)
 
     def replay() -> None:
-        made = Replay(Training(recipe, compute), trajectory, everyone)
+        made = Replay(Training(recipe, compute), trajectory, everyone, FastRows)
         made.run()
-        made.engine.close()
+        made.close()
 
     training = Training(recipe, compute)
     taken = take_turns(
@@ -82,11 +83,11 @@ def _plain(recipe: Digits, compute: Compute) -> float:
 
 
 def _tracked(recipe: Digits, compute: Compute, trajectory: Any, everyone: np.ndarray) -> float:
-    made = Replay(Training(recipe, compute), trajectory, everyone)
+    made = Replay(Training(recipe, compute), trajectory, everyone, FastRows)
     batches = list(made.training.loader(0, COUNTED))
     with Operators() as operators, torch.enable_grad():
         for step, batch in enumerate(batches):
             made.training.apply_settings(made._settings, step)
             made.step(step, batch, made.rows(step))
-    made.engine.close()
+    made.close()
     return operators.count / COUNTED

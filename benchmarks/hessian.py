@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate
 from hydra_pipe.workers.replay.adjoint import Adjoint
-from hydra_pipe.workers.replay.ekfac import EkfacReplay
-from hydra_pipe.workers.replay.exact import ExactReplay
-from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.exact import ExactRows
+from hydra_pipe.workers.replay.fast import FastRows
+from hydra_pipe.workers.replay.make import make_replay
 from hydra_pipe.workers.training.training import Compute
+from hydra_pipe.workers.words import EKFAC, FORWARD
 
 from .cases import Clothes, Prefetched, record
 from .report import Result
@@ -59,25 +61,29 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
         return lambda: [training.step(step, batch) for step, batch in enumerate(batches)]
 
     def fast() -> Callable[[], object]:
-        return Replay(Prefetched(recipe, compute, batches), trajectory, tracked).run
+        return Replay(Prefetched(recipe, compute, batches), trajectory, tracked, FastRows).run
 
     def ekfac() -> Callable[[], object]:
-        return EkfacReplay(Prefetched(recipe, compute, batches), trajectory, tracked, curvature).run
+        return make_replay(
+            EKFAC, FORWARD, Prefetched(recipe, compute, batches), trajectory, tracked, curvature=curvature
+        ).run
 
     def rows() -> Callable[[], object]:
-        replay = EkfacReplay(Prefetched(recipe, compute, batches), trajectory, tracked, curvature).run()
+        replay = make_replay(
+            EKFAC, FORWARD, Prefetched(recipe, compute, batches), trajectory, tracked, curvature=curvature
+        ).run()
         return lambda: replay.numpy(0, len(tracked))
 
     def adjoint(count: int) -> Callable[[], Callable[[], object]]:
         def build() -> Callable[[], object]:
-            back = Adjoint(Prefetched(recipe, coupled, batches), trajectory, tracked)
-            return lambda: back.run(targets[:count])
+            back = Adjoint(Prefetched(recipe, coupled, batches), trajectory, tracked, targets[:count])
+            return back.run
 
         return build
 
     def forward() -> Callable[[], object]:
         first = trajectory.batches[0][: sizes["forward"]].astype(np.int64)
-        return ExactReplay(Prefetched(recipe, coupled, batches), trajectory, first).run
+        return Replay(Prefetched(recipe, coupled, batches), trajectory, first, ExactRows).run
 
     candidates = {"plain": plain, "fast": fast, "ekfac": ekfac, "rows": rows, "forward": forward}
     candidates |= {f"adjoint {count}": adjoint(count) for count in sizes["targets"]}

@@ -19,7 +19,9 @@ from hydra_pipe.storage.rows import RowStore, chunk_rows_for
 from hydra_pipe.storage.trajectory import Trajectory
 from hydra_pipe.workers.recipe import Batch
 from hydra_pipe.workers.replay import fast as replaying
-from hydra_pipe.workers.replay.buffers import HypergradientBuffers
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.fast import FastRows
+from hydra_pipe.workers.replay.sink.buffers import HypergradientBuffers
 from hydra_pipe.workers.training.training import Compute
 
 from .cases import Clothes, Prefetched, record
@@ -103,7 +105,7 @@ def alternate(
     dense = DenseAlgorithm(case.training()) if dense_steps else None
     switch = nullcontext() if factors else mock.patch.object(replaying, "factored_entries", _none)
     with switch:
-        replay = replaying.Replay(case.training(), case.trajectory, np.asarray(tracked))
+        replay = Replay(case.training(), case.trajectory, np.asarray(tracked), FastRows)
     taken: dict[str, list[float]] = {"tracked": [], "plain": [], "dense": []}
 
     def train(first: int, stop: int) -> None:
@@ -123,11 +125,11 @@ def alternate(
 
     begun = time.perf_counter()
     replay.run(after)
-    replay.engine.close()
+    replay.close()
     if dense:
         dense.close()
     # The first of each touched fresh memory.
-    return Alternation(buffers=replay.buffers, **{name: values[1:] for name, values in taken.items()})
+    return Alternation(buffers=replay.sink.buffers, **{name: values[1:] for name, values in taken.items()})
 
 
 def _none(*_arguments: object) -> frozenset[int]:

@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 from hydra_pipe.workers.replay.adjoint import Adjoint
-from hydra_pipe.workers.replay.exact import ExactReplay
-from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.exact import ExactRows
+from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.training import Compute
 
 from .cases import Photographs, Prefetched, record
@@ -72,20 +73,22 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     first, last = (trajectory.batches[step][: max(sizes["tracked"])].astype(np.int64) for step in (0, -1))
 
     def fast(tracked: Any) -> Callable[[], Callable[[], object]]:
-        return lambda: Replay(Prefetched(recipe, compute, batches), trajectory, tracked).run
+        return lambda: Replay(Prefetched(recipe, compute, batches), trajectory, tracked, FastRows).run
 
     def exact(tracked: Any) -> Callable[[], Callable[[], object]]:
         def build() -> Callable[[], object]:
-            ahead = ExactReplay(Prefetched(recipe, coupled, batches), trajectory, tracked)
-            choices.add(ahead.tiles.choice)
+            ahead = Replay(Prefetched(recipe, coupled, batches), trajectory, tracked, ExactRows)
+            choices.add(ahead.sink.tiles.choice)
             return ahead.run
 
         return build
 
     def adjoint(count: int) -> Callable[[], Callable[[], object]]:
         def build() -> Callable[[], object]:
-            back = Adjoint(Prefetched(recipe, coupled, batches), trajectory, np.arange(sizes["samples"]))
-            return lambda: back.run(targets[:count])
+            back = Adjoint(
+                Prefetched(recipe, coupled, batches), trajectory, np.arange(sizes["samples"]), targets[:count]
+            )
+            return back.run
 
         return build
 

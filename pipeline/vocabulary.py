@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ..storage import layout
+from ..workers.recursion import forms
 
 # ---------------------------------------------------------------------- stages
 
@@ -18,7 +19,7 @@ REDUCE = "reduce"
 STAGES = (RECORD, TEST_GRADIENTS, REPLAY, REDUCE)
 """What a run can be asked to do, in order; in adjoint mode `REPLAY` is done by `ADJOINT`."""
 
-ADJOINT: Literal["adjoint"] = "adjoint"
+ADJOINT = forms.ADJOINT
 """Last part of the stage that carries targets backwards, and the ``mode`` of a method made that way."""
 CURVATURE = "curvature"
 DIRECTIONS = "directions"
@@ -64,20 +65,18 @@ ASKED: State = "asked"
 
 # ---------------------------------------------------------------------- modes, forms, targets
 
-Mode = Literal["forward", "adjoint"]
-FORWARD: Mode = "forward"
+Mode = forms.Mode
+FORWARD = forms.FORWARD
 SEEDS = "seeds"
 """``mode`` of an average over seeds in ``run.json``; its only stage is ``reduce``."""
 
 Hessian = Literal["none", "ekfac", "exact"]
-Form = Literal["hydra", "hydra-ekfac", "hydra-exact"]
+Form = forms.Form
 Targets = Literal["samples", "classes", "mean"]
 Way = Literal["weighted", "rescaled", "subset"]
 """How the rest is trained when samples are removed; see ``workers.training.retrain``."""
 
-FAST: Form = "hydra"
-EKFAC: Form = "hydra-ekfac"
-EXACT: Form = "hydra-exact"
+FAST, EKFAC, EXACT = forms.FAST, forms.EKFAC, forms.EXACT
 FORMS: dict[Hessian, Form] = {"none": FAST, "ekfac": EKFAC, "exact": EXACT}
 
 SAMPLES: Targets = "samples"

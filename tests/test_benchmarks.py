@@ -7,7 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.training import Compute
 from rich.console import Console
 
@@ -28,7 +29,7 @@ def test_the_dense_form_gives_the_hypergradients_of_replay(tmp_path):
     for step, batch in enumerate(batches):
         dense.step(step, batch)
     dense.close()
-    follow = Replay(Prefetched(recipe, compute, batches), trajectory, np.arange(40))
+    follow = Replay(Prefetched(recipe, compute, batches), trajectory, np.arange(40), FastRows)
     rows = follow.run().numpy(0, 40)
     assert relative_error(rows, dense.rows()) < DENSE_FLOAT32
 

@@ -21,7 +21,8 @@ from ...workers.data.user_code import user_code
 from ...workers.determinism import preserved_generators, seed_everything
 from ...workers.hessian.tiles import activation_bytes
 from ...workers.memory import peak_bytes, reset_peak
-from ...workers.persample.engine import PerSampleGradients, Ways
+from ...workers.persample.engine import PerSampleGradients
+from ...workers.persample.ways import Ways
 from ...workers.recipe import Recipe
 from ...workers.replay.buffers import row_numbers
 from ...workers.replay.fast import factored_entries

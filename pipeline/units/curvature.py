@@ -13,13 +13,13 @@ from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
 from ...workers.ekfac.curvature import CurvatureEstimate
 from ...workers.reference.growth import Growth
-from ...workers.replay.adjoint import Adjoint
 from ...workers.replay.directions import spanning_directions
-from ...workers.replay.ekfac import EkfacReplay
+from ...workers.replay.make import make_replay
 from ..executors.base import Report, Unit
 from ..reading.unit_values import CurvatureValues, DirectionsValues, GrowthValues, UnitValues
 from ..spec.method_options import CurvatureOptions
 from ..spec.targets import store_of
+from ..vocabulary import ADJOINT, EKFAC, EXACT
 from .replay import CarryingWork
 from .work import Result, TrainingWork, Work, recorded, rows_of
 
@@ -129,10 +129,20 @@ class CorrectionWork(CarryingWork):
         trajectory = recorded(run)
         stored = RowStore.open(run.path(layout.corrections(self.corrected, layout.DIRECTIONS)), "direction")
         directions = stored.read(start, stop).astype(self.compute.dtype)
-        exact = Adjoint(self.coupled(), trajectory, self.tracked).run(directions, report)
-        bent = EkfacReplay(self.training(), trajectory, self.tracked, self.basis(run), directions)
-        difference = exact - bent.run().contributions()
-        bent.engine.close()
+        exact = make_replay(EXACT, ADJOINT, self.coupled(), trajectory, self.tracked, targets=directions)
+        difference = exact.run(report).contributions()
+        exact.close()
+        bent = make_replay(
+            EKFAC,
+            ADJOINT,
+            self.training(),
+            trajectory,
+            self.tracked,
+            curvature=self.basis(run),
+            targets=directions,
+        )
+        difference = difference - bent.run().contributions()
+        bent.close()
         self.finite(difference, "contributions", trajectory, exact=True)
         base = layout.corrections(self.corrected, layout.CORRECTED)
         store = RowStore.open(run.path(base), "contribution")

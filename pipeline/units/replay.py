@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,21 +12,15 @@ from ...storage.curvature import Curvature, read_curvature
 from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory
-from ...workers.hessian.tiles import HessianTiles
-from ...workers.model.state import uses_batch_statistics
 from ...workers.recursion.conservation import RowSums, check_sums
 from ...workers.reference.growth import check_finite
-from ...workers.replay.adjoint import Adjoint
-from ...workers.replay.ekfac import EkfacReplay
-from ...workers.replay.exact import ExactReplay
-from ...workers.replay.fast import Replay
-from ...workers.replay.projection import ProjectedReplay
+from ...workers.replay.make import make_replay
 from ...workers.training.training import Training
 from ..executors.base import Report, Unit
 from ..plan.sharding import WRITE_CHUNKS
 from ..reading.unit_values import ReplayValues
 from ..spec.targets import store_of
-from ..vocabulary import EKFAC, EXACT, FAST
+from ..vocabulary import ADJOINT, EKFAC, EXACT, FAST, FORWARD
 from .reduce import bounds
 from .work import Result, TrainingWork, recorded, rows_of
 
@@ -50,8 +43,10 @@ class CarryingWork(TrainingWork):
     tracked: Integers
     targets: str
 
-    def basis(self, run: RunDirectory) -> Curvature:
-        """Return the curvature of the form."""
+    def basis(self, run: RunDirectory) -> Curvature | None:
+        """Return the curvature of the form, where it has one."""
+        if self.form != EKFAC:
+            return None
         return read_curvature(run.path(layout.curvature(self.form)))
 
     def target_gradients(self, run: RunDirectory) -> RowStore:
@@ -85,27 +80,20 @@ class ReplayWork(CarryingWork):
         """Write the hypergradients of a shard."""
         start, stop = rows_of(unit)
         training, trajectory = self.training(), recorded(run)
-        tracked = self.tracked[start:stop]
-        replay: Replay | ExactReplay | EkfacReplay
-        if self.form == EKFAC:
-            replay = EkfacReplay(training, trajectory, tracked, self.basis(run))
-        else:
-            replay = (ExactReplay if self.form == EXACT else Replay)(training, trajectory, tracked)
-        buffers = replay.run(report)
+        tracked, bent = self.tracked[start:stop], self.basis(run)
+        replay = make_replay(self.form, FORWARD, training, trajectory, tracked, curvature=bent).run(report)
         base = layout.hypergradients(self.method)
         store = RowStore.open(run.path(base), "hypergradient")
         sums = RowSums(training.layout.entries)
         for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
-            rows = buffers.numpy(first, last)
+            rows = replay.numpy(first, last)
             self.finite(rows, "hypergradients", trajectory, exact=self.form == EXACT)
             store.write(start + first, rows)
             if self.lawful(training):
                 sums.add(rows)
-        replay.engine.close()
+        replay.close()
         files = [f"{base}/{name}" for name in store.files(start, stop)]
-        notes: dict[str, Any] = {"ways": replay.engine.told()}
-        if isinstance(replay, ExactReplay):
-            notes |= told_products(replay.tiles)
+        notes = replay.told()
         if self.lawful(training):
             notes["law"] = sums.values()
         return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)
@@ -120,34 +108,22 @@ class AdjointWork(CarryingWork):
         start, stop = rows_of(unit)
         training, trajectory = self.training(), recorded(run)
         targets = self.target_gradients(run).read(start, stop)
-        notes: dict[str, Any] = {}
-        if self.form == EXACT:
-            back = Adjoint(training, trajectory, self.tracked)
-            found, notes = back.run(targets, report), told_products(back.tiles)
-        elif self.form == EKFAC:
-            bent = EkfacReplay(training, trajectory, self.tracked, self.basis(run), targets)
-            found, notes = bent.run(report).contributions(), {"ways": bent.engine.told()}
-            bent.engine.close()
-        else:
-            replay = ProjectedReplay(training, trajectory, self.tracked, targets)
-            found, notes = replay.contributions(report), {"ways": replay.engine.told()}
-            replay.engine.close()
-            if self.lawful(training):
-                check_sums(found, targets, trajectory, replay.ways.noise)
-                notes["lawful"] = True
+        back = make_replay(
+            self.form,
+            ADJOINT,
+            training,
+            trajectory,
+            self.tracked,
+            curvature=self.basis(run),
+            targets=targets,
+        )
+        found, notes = back.run(report).contributions(), back.told()
+        back.close()
+        if self.lawful(training):
+            check_sums(found, targets, trajectory, notes["ways"]["noise"])
+            notes["lawful"] = True
         base = layout.by_test(self.method)
         store = RowStore.open(run.path(base), "contribution")
         store.write(start, self.finite(found, "contributions", trajectory, exact=self.form == EXACT))
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)
-
-
-def told_products(tiles: HessianTiles) -> dict[str, Any]:
-    """Return what a manifest says of Hessian products."""
-    norms = any(uses_batch_statistics(module) for module in tiles.training.model.modules())
-    return {
-        "products": tiles.choice,
-        "field": tiles.field,
-        "differences": tiles.checked,
-        "running_statistics": norms,
-    }

@@ -26,7 +26,7 @@ from ...workers.recipe import Recipe
 from ...workers.reference import tolerances
 from ...workers.reference.dense import DenseReference, DenseTangents, dense_test_gradients
 from ...workers.reference.tolerances import Form
-from ...workers.replay.adjoint import Adjoint
+from ...workers.replay.make import make_replay
 from ...workers.training.training import Training
 from ..executors.base import Report
 from ..executors.events import Note, Observer, StageFinished, StageStarted, UnitFinished, UnitProgress, null
@@ -259,7 +259,8 @@ class _Deep:
         training = Training(self.recipe, replace(self.compute, batch_norm="coupled"))
         targets = self.gradients[:ADJOINTS].astype(self.compute.dtype)
         with self._stage("verify/adjoint", training.steps) as report:
-            found = Adjoint(training, self.trajectory, self.samples).run(targets, report)
+            back = make_replay(EXACT, ADJOINT, training, self.trajectory, self.samples, targets=targets)
+            found = back.run(report).contributions()
         return found.T.astype(np.float64)
 
     def _products(self, tangents: Floats) -> Floats:

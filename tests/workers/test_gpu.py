@@ -7,7 +7,8 @@ import pytest
 import torch
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.replay import buffers
-from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.training import Compute, Training
 
@@ -25,7 +26,7 @@ def replayed(recipe, tmp_path, tracked, compute=CUDA):
     uri = str(tmp_path / "trajectory.zarr")
     Recorder(Training(recipe, compute), uri).run()
     trajectory = open_trajectory(uri)
-    replay = Replay(Training(recipe, compute), trajectory, np.asarray(tracked))
+    replay = Replay(Training(recipe, compute), trajectory, np.asarray(tracked), FastRows)
     return replay.run().numpy(0, len(tracked)).copy(), trajectory, replay
 
 
@@ -50,14 +51,14 @@ def test_any_subset_gives_the_same_bits(kind, tmp_path):
     compute = Compute(device="cuda")
     whole, trajectory, _ = replayed(kind(), tmp_path, list(range(44)), compute)
     for tracked in ([7], [0, 1, 2], list(range(5, 40))):
-        again = Replay(Training(kind(), compute), trajectory, np.asarray(tracked)).run()
+        again = Replay(Training(kind(), compute), trajectory, np.asarray(tracked), FastRows).run()
         assert np.array_equal(again.numpy(0, len(tracked)), whole[tracked])
 
 
 def test_buffers_that_do_not_fit_go_to_pinned_host_memory(tmp_path, monkeypatch):
     on_device, _, replay = replayed(Images(), tmp_path / "a", [1, 2, 30])
-    assert replay.buffers.dense.is_cuda
+    assert replay.sink.buffers.dense.is_cuda
     monkeypatch.setattr(buffers, "DEVICE_SHARE", 0.0)
     on_host, _, replay = replayed(Images(), tmp_path / "b", [1, 2, 30])
-    assert replay.buffers.dense.is_pinned()
+    assert replay.sink.buffers.dense.is_pinned()
     assert np.allclose(on_host, on_device, rtol=1e-12, atol=1e-14)

@@ -55,32 +55,32 @@ class Core:
             rows.index_copy_(1, self.index, self._turned[: len(rows), : self.count])
 
 
-def leading(eigenvalues_CD: Matrix, groups_D: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+def leading(eigenvalues_KD: Matrix, groups_D: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
     """Return the coordinates of the largest mean eigenvalue, ascending; frozen ones (group -1) never."""
-    mean = np.where(groups_D < 0, -1.0, eigenvalues_CD.mean(0))
+    mean = np.where(groups_D < 0, -1.0, eigenvalues_KD.mean(0))
     count = min(count, int((groups_D >= 0).sum()))
     chosen: npt.NDArray[np.int64] = np.sort(np.argsort(-mean, kind="stable")[:count])
     return chosen
 
 
-def decoupled(moments_kCC: Matrix, groups_C: npt.NDArray[np.int64]) -> tuple[Matrix, Matrix]:
+def decoupled(moments_KCC: Matrix, groups_C: npt.NDArray[np.int64]) -> tuple[Matrix, Matrix]:
     """Return the eigenvectors of the mean of second moments, and their moments at each checkpoint.
 
     Coordinates of different parameter groups are never mixed: each group has its own learning rate.
 
     Args:
-        moments_kCC: E[x x^T] of the core at each of k checkpoints.
+        moments_KCC: E[x x^T] of the core at each of K checkpoints.
         groups_C: Parameter group of each coordinate.
 
     Returns:
-        Eigenvectors (C, C) as columns; ``E[(x vectors)^2]``, (k, C).
+        Eigenvectors (C, C) as columns; ``E[(x vectors)^2]``, (K, C).
     """
-    mean = moments_kCC.mean(0)
+    mean = moments_KCC.mean(0)
     vectors = np.zeros_like(mean)
     for group in np.unique(groups_C):
         own = np.flatnonzero(groups_C == group)
         vectors[np.ix_(own, own)] = axes(mean[np.ix_(own, own)])
-    return vectors, np.einsum("ci,kcd,di->ki", vectors, moments_kCC, vectors, optimize=True)
+    return vectors, np.einsum("ci,kcd,di->ki", vectors, moments_KCC, vectors, optimize=True)
 
 
 def axes(matrix: Matrix) -> Matrix:

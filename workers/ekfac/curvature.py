@@ -1,8 +1,8 @@
 """EKFAC curvature of the training loss: eigenvectors per layer, eigenvalues fitted in them.
 
-Per layer with input a and output gradient d (one row a sample and position): eigenvectors of
-E[a a^T] and E[d d^T] (Kronecker-factored curvature), then eigenvalues E[(left^T G right)^2] of the
-per-sample gradients G in that basis (George et al. 2018). Targets are drawn from the model where its
+Per layer with input x and output gradient d (one row a sample and position): eigenvectors of
+E[x x^T] and E[d d^T] (Kronecker-factored curvature), then eigenvalues E[(left^T g_i right)^2] of the
+per-sample gradients g_i in that basis (George et al. 2018). Targets are drawn from the model where its
 outputs are class scores, which makes this the Gauss-Newton curvature; otherwise the given targets
 are used. Parameters without a Kronecker form (norm layers, single vectors, grouped convolutions)
 keep their own axes: a diagonal. The coordinates with the largest eigenvalues are then decoupled by
@@ -12,7 +12,6 @@ the eigenvectors of their full matrix of second moments (see ``core``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from ..persample.reference import constant_statistics
 from ..persample.rules import unfolded
 from ..persample.trials import choose_ways
 from ..recipe import Batch
+from ..training.fixed_pass import FixedPass, fixed_pass
 from ..training.metrics import evaluating
 from ..training.test_gradients import TEST_BATCH
 from ..training.training import Training
@@ -110,8 +110,8 @@ class CurvatureEstimate:
         engine = PerSampleGradients(training.recipe, training.model, training.layout, self.ways)
         factors = _Factors(training.layout.entries, engine)
         for done, k in enumerate(self.kept, start=1):
-            for calls, _size in self._passes(engine, k):
-                factors.add(calls)
+            for _found in self._passes(engine, k):
+                factors.add(engine.capture.take())
             if report:
                 report(done, total)
         engine.close()
@@ -164,34 +164,26 @@ class CurvatureEstimate:
             else:
                 sums.append(found)
 
-        for _calls, size in self._passes(eigen, k, draw, keep=True):
-            eigen.hand_over(torch.arange(size, device=self.training.device), size, add)
+        for found in self._passes(eigen, k, draw):
+            found.rows(add)
         values: npt.NDArray[np.float64] = (sums[0] / len(self.samples)).cpu().numpy()
         return values
 
-    def _passes(
-        self, engine: PerSampleGradients, k: int, draw: int = 0, keep: bool = False
-    ) -> Iterator[tuple[list[Call], int]]:
+    def _passes(self, engine: PerSampleGradients, k: int, draw: int = 0) -> Iterator[FixedPass]:
         """Run the samples forward and backward at checkpoint ``k``, targets drawn from the model."""
         name = f"curvature/{k}/{draw}" if draw else f"curvature/{k}"
         training = self.training
         kept = self.trajectory.checkpoint(k)
         training.load_weights(kept.weights, kept.buffers)
-        with evaluating(training.model), constant_statistics(training.model):
+        with evaluating(training.model):
             for start in range(0, len(self.samples), TEST_BATCH):
                 chosen = self.samples[start : start + TEST_BATCH]
                 batch = self._fetch(chosen)
                 seed_everything(derived_seed(training.recipe.seed, name, start))  # fetching has its own seed
-                batch = self._drawn(batch)
-                engine.trace(
-                    batch,
-                    torch.arange(len(chosen), device=training.device),
-                    len(chosen),
-                    partial(training.losses, batch, len(chosen)),
-                    training.gradient_of,
-                )
-                calls = [] if keep else [call for call in engine.capture.take() if call.d_B is not None]
-                yield calls, len(chosen)
+                with constant_statistics(training.model):
+                    batch = self._drawn(batch)
+                with fixed_pass(training, engine, batch, len(chosen)) as found:
+                    yield found
 
     def _drawn(self, batch: Batch) -> Batch:
         drawn = self.training.recipe.sample_targets(self.training.model, batch)
@@ -207,7 +199,7 @@ class CurvatureEstimate:
 
 
 class _Factors:
-    """Sums a a^T and d d^T over everything each layer saw."""
+    """Sums x x^T and d d^T over everything each layer saw."""
 
     def __init__(self, entries: Sequence[Any], engine: PerSampleGradients) -> None:
         self.entries, self.engine = entries, engine
@@ -235,10 +227,10 @@ class _Factors:
             layer = self.layers.get(id(call.module))
             if layer is None or call.d_B is None:
                 continue
-            a, d = _rows(call.module, call.x_B, call.d_B)
-            if a is not None and len(layer) == 2:
-                a = torch.cat([a, a.new_ones(len(a), 1)], 1)
-            left, right = None if a is None else (a.T @ a).double(), (d.T @ d).double()
+            x, d = _rows(call.module, call.x_B, call.d_B)
+            if x is not None and len(layer) == 2:
+                x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+            left, right = None if x is None else (x.T @ x).double(), (d.T @ d).double()
             before = self.sums.get(layer[0])
             if before is not None:
                 left = None if left is None or before[0] is None else left + before[0]
@@ -253,8 +245,8 @@ class _Factors:
         for i, entry in enumerate(self.entries):
             size = int(np.prod(entry.shape)) if entry.shape else 1
             if i in joined:
-                a, d = self.sums[i]
-                if a is None:  # an embedding's inputs are one-hot: its rows are their own axes
+                x, d = self.sums[i]
+                if x is None:  # an embedding's inputs are one-hot: its rows are their own axes
                     basis = BlockBasis(
                         entries=(i,),
                         rows=entry.shape[0],
@@ -264,7 +256,7 @@ class _Factors:
                     )
                 else:
                     basis = BlockBasis(
-                        entries=joined[i], rows=len(d), columns=len(a), left=_axes(d), right=_axes(a)
+                        entries=joined[i], rows=len(d), columns=len(x), left=_axes(d), right=_axes(x)
                     )
                 out.append(basis)
             elif i not in taken:
@@ -279,7 +271,7 @@ def _has_form(module: nn.Module) -> bool:
 
 
 def _rows(module: nn.Module, x_B: Tensor, d_B: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Return what a layer saw and got back as (rows, K) and (rows, O); no inputs for embeddings."""
+    """Return what a layer saw and got back as (rows, I) and (rows, O); no inputs for embeddings."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return unfolded(module, x_B, d_B.shape[2:]), d_B.flatten(2).transpose(1, 2).reshape(-1, d_B.shape[1])
     if isinstance(module, nn.Embedding):

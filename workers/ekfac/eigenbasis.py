@@ -1,7 +1,7 @@
 """The flat vector in the eigenbasis of the curvature: rotations there and back.
 
 D coordinates, block after block (see ``storage.curvature``); n rows. A block's coordinates are
-``left^T G right``, G the (O, K) matrix of a weight with its bias as last column. The core is turned last.
+``left^T w right``, w the (O, I) matrix of a weight with its bias as last column. The core is turned last.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ class Eigenbasis:
             out[self.span(k)] = self.layout.entries[block.entries[0]].group
         return out
 
-    def turn(self, k: int, parts: Sequence[Tensor], out_nOK: Tensor) -> None:
+    def turn(self, k: int, parts: Sequence[Tensor], out_nOI: Tensor) -> None:
         """Rotate block ``k`` into the eigenbasis.
 
         Args:
             k: Which block.
-            parts: Its parameters' rows, each (n, O, width), which side by side are (n, O, K).
-            out_nOK: Where the result goes.
+            parts: Its parameters' rows, each (n, O, width), which side by side are (n, O, I).
+            out_nOI: Where the result goes.
         """
-        self._turns[k].there(parts, out_nOK)
+        self._turns[k].there(parts, out_nOI)
 
     def to_eigen(self, rows_nD: Tensor) -> Tensor:
         """Rotate rows from parameters into the eigenbasis."""
@@ -132,13 +132,13 @@ class _Turn:
         self._buffer = aligned(like, max(1, TURN_NUMBERS // per_row), self.rows, self.columns)
 
     def there(self, parts: Sequence[Tensor], out: Tensor) -> None:
-        """Write ``left^T M right`` of every row; M is the parts side by side."""
+        """Write ``left^T w right`` of every row; w is the parts side by side."""
         left = None if self._left is None else self._left.T
         for span in self._spans(len(out)):
             out[span] = self._product(left, [part[span] for part in parts], self._right)
 
     def back(self, matrix: Tensor, parts: Sequence[Tensor]) -> None:
-        """Write ``left M right^T`` of every row into the parts."""
+        """Write ``left w right^T`` of every row into the parts."""
         right = None if self._right is None else self._right.T
         for span in self._spans(len(matrix)):
             found = self._product(self._left, [matrix[span]], right)

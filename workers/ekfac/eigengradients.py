@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..model.layout import Layout
 from ..persample.capture import Call
-from ..persample.engine import FactorSink, PerSampleGradients, Sink, Ways
+from ..persample.engine import FactorSink, PerSampleGradients, Sink
+from ..persample.ways import Ways
 from ..recipe import Recipe
 from .eigenbasis import Eigenbasis
 

@@ -1,6 +1,10 @@
 """Estimators of contributions beside HyDRA, one file each.
 
 Only names live here, so that listing them imports no torch; ``make`` imports the one asked for.
+
+Letters: N training samples, n tracked ones, M test samples, Q of them in a block, R rows at a time, D parameters,
+G parameter groups, T steps, K checkpoints; g_i and g_j gradients of a training and a test sample's loss, H the
+Hessian, L weight decay, A = H + L + damping, h learning rate, p momentum, v a direction, a_u the adjoint.
 """
 
 from __future__ import annotations

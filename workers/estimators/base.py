@@ -1,6 +1,6 @@
 """What an estimator is: options in, contributions of the tracked samples to a block of tests out.
 
-Shape letters: N training samples, n tracked of them, K test samples of a block, D parameters.
+Shape letters: N training samples, n tracked of them, Q test samples of a block, D parameters.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Ground:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Targets:
-    """A block of test samples: ``index`` (K,) and ``gradient`` (K, D), d loss_j / d w at w_T."""
+    """A block of test samples: ``index`` (Q,) and ``gradient`` (Q, D), d loss_j / d w at w_T."""
 
     index: Integers
     gradient: Floats
@@ -53,7 +53,7 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Found:
-    """Contributions (K, n) (or prepared values), and JSON-able notes for the unit's manifest."""
+    """Contributions (Q, n) (or prepared values), and JSON-able notes for the unit's manifest."""
 
     values: npt.NDArray[np.float64]
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def contributions(self, ground: Ground, targets: Targets, report: Report) -> Found:
-        """Return contributions of all tracked samples to the block's test samples, (K, n).
+        """Return contributions of all tracked samples to the block's test samples, (Q, n).
 
         Args:
             ground: Recipe and record.

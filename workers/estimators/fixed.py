@@ -7,7 +7,6 @@ are multiplied with the targets at once: (N, D) is never held. Shape letters as 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,10 @@ from ..data.batches import fetch, to_device
 from ..determinism import derived_seed, preserved_generators, seed_everything
 from ..model.layout import load_flat
 from ..persample.engine import PerSampleGradients
-from ..persample.reference import constant_statistics
 from ..persample.trials import choose_ways
 from ..recipe import Batch
 from ..recursion.columns import Columns
+from ..training.fixed_pass import fixed_pass
 from ..training.metrics import evaluating
 from ..training.training import Training
 from .base import TARGETS, Integers
@@ -51,7 +50,7 @@ class FixedWeights:
 
     def __init__(self, training: Training, trajectory: Trajectory) -> None:
         self.training, self.trajectory = training, trajectory
-        self.columns = Columns(training.layout, torch.float64, training.device)
+        self.columns = Columns(training.layout.column_groups(), torch.float64, training.device)
         groups = trajectory.weight_decay.shape[1]
         self.optimised = self.columns.spread(np.ones(groups)).expand(training.layout.dimension)
         self.decay = self.columns.spread(trajectory.weight_decay[-1])
@@ -99,24 +98,17 @@ class FixedWeights:
             NonFiniteLoss: A loss is NaN or infinite: named by its index.
         """
         training = self.training
-        with evaluating(training.model), constant_statistics(training.model):
+        with evaluating(training.model):
             for first in range(0, len(indices), self.size):
                 chosen = indices[first : first + self.size]
                 batch = self.fetch(dataset, chosen)
-                positions = torch.arange(len(chosen), device=training.device)
 
                 def keep(start: int, block: Tensor, first: int = first) -> None:
                     sink(first + start, block)
 
-                losses_B = self._engine.trace(
-                    batch,
-                    positions,
-                    len(chosen),
-                    partial(training.losses, batch, len(chosen)),
-                    training.gradient_of,
-                )
-                _check_finite(losses_B, chosen)
-                self._engine.hand_over(positions, len(chosen), keep)
+                with fixed_pass(training, self._engine, batch, len(chosen)) as found:
+                    _check_finite(found.losses_B, chosen)
+                    found.rows(keep)
 
     def rows(self, dataset: Dataset[Any], indices: Integers) -> Tensor:
         """Return the gradients of a few samples, (R, D)."""
@@ -134,7 +126,7 @@ class FixedWeights:
         return out
 
     def targets(self, indices: Integers) -> Tensor:
-        """Return the gradients of a block's test samples at the present weights, (K, D) float64.
+        """Return the gradients of a block's test samples at the present weights, (Q, D) float64.
 
         Blocks are whole multiples of ``TARGETS``: passes of so many have the same bits in any block.
         """
@@ -144,10 +136,10 @@ class FixedWeights:
         ]
         return torch.cat(parts).double()
 
-    def products(self, indices: Integers, directions_KD: Tensor) -> Tensor:
-        """Return <g_i, v_k> for training samples i and directions v_k: (K, n) float64."""
-        count = len(directions_KD)
-        directions = directions_KD.to(device=self.training.device, dtype=self.training.dtype)
+    def products(self, indices: Integers, directions_QD: Tensor) -> Tensor:
+        """Return <g_i, v_k> for training samples i and directions v_k: (Q, n) float64."""
+        count = len(directions_QD)
+        directions = directions_QD.to(device=self.training.device, dtype=self.training.dtype)
         missing = -count % TARGETS
         tiles = torch.cat([directions, directions.new_zeros(missing, directions.shape[1])]).split(TARGETS)
         out = torch.zeros(count + missing, len(indices), dtype=torch.float64, device=directions.device)

@@ -101,8 +101,8 @@ class GeneralizedInfluence(Estimator):
 class _Masked:
     """Products with A_S: A_:S, S being each right-hand side's own."""
 
-    def __init__(self, hessian: LossHessian, chosen_KD: Tensor) -> None:
-        self.hessian, self.chosen = hessian, chosen_KD
+    def __init__(self, hessian: LossHessian, chosen_QD: Tensor) -> None:
+        self.hessian, self.chosen = hessian, chosen_QD
 
     def __call__(self, rows: list[int], vectors: Tensor) -> Tensor:
         mask = self.chosen[rows]

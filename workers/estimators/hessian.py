@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from ...storage.errors import EstimatorError
 from ..determinism import preserved_generators
-from ..hessian.probe import unlike_differences
+from ..hessian.differences import unlike_differences
 from ..persample.reference import constant_statistics, twice_differentiable_layers
 from ..recipe import Batch
 from ..training.metrics import evaluating
@@ -68,24 +68,24 @@ class LossHessian:
                 "need none"
             )
 
-    def __call__(self, vectors_KD: Tensor) -> Tensor:
-        """Return A v for each row, (K, D) float64; each row's bits are its own."""
+    def __call__(self, vectors_QD: Tensor) -> Tensor:
+        """Return A v for each row, (Q, D) float64; each row's bits are its own."""
         self.calls += 1
         total = self.fixed.training.n_train
-        out = torch.zeros_like(vectors_KD)
+        out = torch.zeros_like(vectors_QD)
         for batch, size in self._batches():
-            self._add(batch, size, size / total, vectors_KD, out)
-        return self._finish(out, vectors_KD)
+            self._add(batch, size, size / total, vectors_QD, out)
+        return self._finish(out, vectors_QD)
 
-    def on(self, indices: Integers, vectors_KD: Tensor) -> Tensor:
-        """Return the same with the mean over the given samples in place of all, (K, D)."""
-        out = torch.zeros_like(vectors_KD)
+    def on(self, indices: Integers, vectors_QD: Tensor) -> Tensor:
+        """Return the same with the mean over the given samples in place of all, (Q, D)."""
+        out = torch.zeros_like(vectors_QD)
         batch = self.fixed.fetch(self.fixed.training.dataset, indices)
-        self._add(batch, len(indices), 1.0, vectors_KD, out)
-        return self._finish(out, vectors_KD)
+        self._add(batch, len(indices), 1.0, vectors_QD, out)
+        return self._finish(out, vectors_QD)
 
-    def _finish(self, out: Tensor, vectors_KD: Tensor) -> Tensor:
-        return (out + (self.fixed.decay + self.damping) * vectors_KD) * self.fixed.optimised
+    def _finish(self, out: Tensor, vectors_QD: Tensor) -> Tensor:
+        return (out + (self.fixed.decay + self.damping) * vectors_QD) * self.fixed.optimised
 
     def _batches(self) -> Iterator[tuple[Batch, int]]:
         training = self.fixed.training
@@ -100,8 +100,8 @@ class LossHessian:
                     self._room -= held
             yield batch, stop - start
 
-    def _add(self, batch: Batch, size: int, weight: float, vectors_KD: Tensor, out_KD: Tensor) -> None:
-        """Add ``weight`` times the mean loss's Hessian products to ``out_KD``."""
+    def _add(self, batch: Batch, size: int, weight: float, vectors_QD: Tensor, out_QD: Tensor) -> None:
+        """Add ``weight`` times the mean loss's Hessian products to ``out_QD``."""
         training = self.fixed.training
         layout, parameters = training.layout, training.parameters
         # Fused attention kernels have no second derivative; the plain formula has.
@@ -117,7 +117,7 @@ class LossHessian:
             if not used:  # the loss is linear in the weights
                 return
             starts = [entry.start for entry in layout.entries]
-            for vector, out in zip(vectors_KD, out_KD, strict=True):
+            for vector, out in zip(vectors_QD, out_QD, strict=True):
                 cast = (vector * self.fixed.optimised).to(training.dtype)
                 directions = [
                     cast[starts[i] : starts[i] + layout.size(i)].view_as(parameters[i]) for i in used

@@ -52,9 +52,9 @@ class InfluenceCG(Estimator):
         values = (products / ground.training.n_train).cpu().numpy()
         return Found(values=values, notes=solution.notes(self.NAME, targets.index.tolist()))
 
-    def solve(self, fixed: FixedWeights, right_KD: Tensor, report: Report) -> Solution:
+    def solve(self, fixed: FixedWeights, right_QD: Tensor, report: Report) -> Solution:
         """Return (H + damping)^-1 b for each row; raises NegativeCurvature."""
-        right = right_KD.to(device=fixed.training.device, dtype=torch.float64) * fixed.optimised
+        right = right_QD.to(device=fixed.training.device, dtype=torch.float64) * fixed.optimised
         hessian = LossHessian(fixed, self.damping)
         return conjugate_gradients(
             lambda _rows, vectors: hessian(vectors),

@@ -67,8 +67,8 @@ class InfluenceLissa(Estimator):
         fixed.close()
         return Found(values=(products / ground.training.n_train).cpu().numpy(), notes={"last_change": moving})
 
-    def solve(self, fixed: FixedWeights, right_KD: Tensor, report: Report) -> tuple[Tensor, list[float]]:
-        """Return the inverse products (K, D) and how much, relatively, each series' last term changed it.
+    def solve(self, fixed: FixedWeights, right_QD: Tensor, report: Report) -> tuple[Tensor, list[float]]:
+        """Return the inverse products (Q, D) and how much, relatively, each series' last term changed it.
 
         Raises:
             EstimatorDiverged: A series ran away.
@@ -76,16 +76,16 @@ class InfluenceLissa(Estimator):
         hessian = LossHessian(fixed, self.damping)
         total = fixed.training.n_train
         size = min(self.batch_size, total)
-        first = right_KD.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        out, change = torch.zeros_like(right_KD), torch.zeros_like(first)
+        first = right_QD.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        out, change = torch.zeros_like(right_QD), torch.zeros_like(first)
         for repeat in range(self.repeats):
             generator = np.random.default_rng(
                 derived_seed(fixed.training.recipe.seed + self.seed, "lissa", repeat)
             )
-            v = right_KD.clone()
+            v = right_QD.clone()
             for term in range(self.depth):
                 chosen = np.sort(generator.choice(total, size, replace=False))
-                moved = right_KD + v - hessian.on(chosen, v) / self.scale
+                moved = right_QD + v - hessian.on(chosen, v) / self.scale
                 change, v = (moved - v).norm(dim=1), moved
                 if not bool((v.norm(dim=1) <= RUNAWAY * first).all()):
                     raise EstimatorDiverged(

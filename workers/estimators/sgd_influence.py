@@ -1,7 +1,7 @@
 """SGD-influence (Hara, Nitanda & Maehara 2019): the training run linearised, backwards.
 
-    u <- g_j(w_T);   for t = T..1:  C(i, j) += (eta_t / B_t) <g_i(w_{t-1}), u>  if i was in batch t,
-                                    u <- (1 - eta_t (H_t + L)) u
+    a_u <- g_j(w_T);   for t = T..1:  C(i, j) += (h_t / B_t) <g_i(w_{t-1}), a_u>  if i was in batch t,
+                                    a_u <- (1 - h_t (H_t + L)) a_u
 
 It asks what would become of w_T if i were left out of its batches, the others still divided by B_t:
 to first order this is the derivative that the exact adjoint (``--hessian exact``) takes, so for plain
@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 
 from ..recursion.coefficients import Settings, recorded_settings
-from ..recursion.columns import Columns, LinearSteps
 from ..replay.adjoint import Adjoint
 from .base import Estimator, Found, Ground, Report, Targets, one_of
 
@@ -44,8 +43,9 @@ class SgdInfluence(Estimator):
 
     def contributions(self, ground: Ground, targets: Targets, report: Report) -> Found:
         """Carry the block's gradients back through the record; see ``Estimator``."""
-        backwards = _PlainAdjoint(ground, self.settings(recorded_settings(ground.trajectory)))
-        found = backwards.run(targets.gradient, report)
+        settings = self.settings(recorded_settings(ground.trajectory))
+        back = Adjoint(ground.training, ground.trajectory, ground.tracked, targets.gradient, settings)
+        found = back.run(report).contributions()
         uses = bool((ground.trajectory.momentum != 0).any())
         return Found(values=found.astype(np.float64), notes={"momentum": self.momentum if uses else "none"})
 
@@ -57,13 +57,3 @@ class SgdInfluence(Estimator):
             rate = rate * np.where(recorded.momentum != 0, gain, 1.0)
         none = np.zeros_like(recorded.momentum)
         return replace(recorded, learning_rate=rate, momentum=none, nesterov=np.zeros_like(recorded.nesterov))
-
-
-class _PlainAdjoint(Adjoint):
-    """The adjoint with other settings in the recursion than in the replayed training."""
-
-    def __init__(self, ground: Ground, settings: Settings) -> None:
-        super().__init__(ground.training, ground.trajectory, ground.tracked)
-        training = ground.training
-        columns = Columns(training.layout, training.dtype, training.device)
-        self._linear = LinearSteps(settings, columns)

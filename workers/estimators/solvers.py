@@ -26,7 +26,7 @@ class Solution:
     """What the solver came to.
 
     Attributes:
-        x: (K, D) float64.
+        x: (Q, D) float64.
         iterations: Iterations of each right-hand side.
         residual: ||b - A x|| / ||b|| of each, as the recursion has it; 0 for b = 0.
         tolerance: What was asked for.
@@ -57,13 +57,13 @@ class Solution:
 
 
 def conjugate_gradients(
-    product: Product, right_KD: Tensor, *, tolerance: float, max_iterations: int, report: Callable[[], None]
+    product: Product, right_QD: Tensor, *, tolerance: float, max_iterations: int, report: Callable[[], None]
 ) -> Solution:
-    """Solve A x = b for each row of ``right_KD``, A symmetric and positive definite.
+    """Solve A x = b for each row of ``right_QD``, A symmetric and positive definite.
 
     Args:
         product: Multiplies with A.
-        right_KD: The right-hand sides, float64.
+        right_QD: The right-hand sides, float64.
         tolerance: Stop when ||r|| <= tolerance ||b||.
         max_iterations: Stop anyway after so many.
         report: Called once an iteration.
@@ -71,9 +71,9 @@ def conjugate_gradients(
     Raises:
         NegativeCurvature: A direction with <p, A p> <= 0 came up; the message names the damping to use.
     """
-    count = len(right_KD)
-    x = torch.zeros_like(right_KD)
-    residual, direction = right_KD.clone(), right_KD.clone()
+    count = len(right_QD)
+    x = torch.zeros_like(right_QD)
+    residual, direction = right_QD.clone(), right_QD.clone()
     square = [float(row @ row) for row in residual]
     goal = [tolerance * tolerance * value for value in square]
     start = [value or 1.0 for value in square]

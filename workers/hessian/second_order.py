@@ -17,7 +17,7 @@ and dropout draws the masks of the training step. Two ways, the same numbers to 
   right for anything that has second derivatives.
 - ``TangentTile``: the tangent along v of ``w -> (batch gradient, losses)``, forward differentiation over
   the backward pass. What belongs to w alone is computed once a tile, what belongs to the directions
-  for all K of them at once.
+  for all Q of them at once.
 - ``FieldSecondOrder`` and ``FieldTangentTile``: the same where something is detached; J^T v and J v.
 
 ``hessian_tiles`` chooses between them.
@@ -83,9 +83,9 @@ class SecondOrder:
         """Return what the second backward pass runs under."""
         return nullcontext()
 
-    def tile(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
-        """Write H v for each direction into ``out_KD`` and return the <g_i, v>, (K, B)."""
-        return torch.stack([self.apply(v, out) for v, out in zip(directions_KD, out_KD, strict=True)])
+    def tile(self, directions_QD: Tensor, out_QD: Tensor) -> Tensor:
+        """Write H v for each direction into ``out_QD`` and return the <g_i, v>, (Q, B)."""
+        return torch.stack([self.apply(v, out) for v, out in zip(directions_QD, out_QD, strict=True)])
 
     def apply(self, direction_D: Tensor, out_D: Tensor) -> Tensor:
         """Write H v into ``out_D`` (D,) and return <g_i, v> for the samples of the batch, (B,)."""
@@ -127,7 +127,7 @@ class FieldSecondOrder(SecondOrder):
 class TangentTile:
     """The same for a whole tile of directions at once; arguments as for ``SecondOrder``. Gives J v.
 
-    A direction's bits may depend on the number K of directions it is computed with.
+    A direction's bits may depend on the number Q of directions it is computed with.
     """
 
     graph = False
@@ -141,21 +141,21 @@ class TangentTile:
             name: parameter.detach() for name, parameter in zip(self._names, training.parameters, strict=True)
         }
 
-    def tile(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
-        """Write H v for each direction into ``out_KD`` and return the <g_i, v>, (K, B)."""
-        training, count = self.training, len(directions_KD)
+    def tile(self, directions_QD: Tensor, out_QD: Tensor) -> Tensor:
+        """Write H v for each direction into ``out_QD`` and return the <g_i, v>, (Q, B)."""
+        training, count = self.training, len(directions_QD)
         spans = [
             (entry.start, entry.start + training.layout.size(i))
             for i, entry in enumerate(training.layout.entries)
         ]
         tangents = {
-            name: directions_KD[:, start:stop].reshape(count, *entry.shape)
+            name: directions_QD[:, start:stop].reshape(count, *entry.shape)
             for name, (start, stop), entry in zip(self._names, spans, training.layout.entries, strict=True)
         }
-        products, values_KB = self._tangents(tangents, count)
+        products, values_QB = self._tangents(tangents, count)
         for name, (start, stop) in zip(self._names, spans, strict=True):
-            out_KD[:, start:stop] = products[name].reshape(count, -1)
-        return values_KB
+            out_QD[:, start:stop] = products[name].reshape(count, -1)
+        return values_QB
 
     def _tangents(self, tangents: Named, count: int) -> tuple[Named, Tensor]:
         """Return (J v, <g_i, v>) for all directions."""

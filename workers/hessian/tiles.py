@@ -1,11 +1,12 @@
 """Hessian products for tiles of directions: the way that is chosen once, and its tiles of fixed width.
 
-See ``hessian_probe`` for what is tried before any way is believed.
+See ``probe`` for what is tried before any way is believed.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...storage.errors import DoesNotFit, RecipeError
 from ..determinism import preserved_generators
-from ..model.state import unchanged_buffers
+from ..model.state import unchanged_buffers, uses_batch_statistics
 from ..recipe import Batch
 from ..training.training import Training
-from .probe import chosen_way, dependence, first_samples, one_line
+from .differences import first_samples, one_line
+from .probe import chosen_way, dependence
 from .second_order import SecondOrder, TangentTile
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,16 @@ class HessianTiles:
             text += f", one in batches of {sizes}, where the bits of a row depend on the others"
         return text
 
+    def told(self) -> dict[str, Any]:
+        """Return what a manifest says of the products."""
+        norms = any(uses_batch_statistics(module) for module in self.training.model.modules())
+        return {
+            "products": self.choice,
+            "field": self.field,
+            "differences": self.checked,
+            "running_statistics": norms,
+        }
+
     def at(self, step: int, batch: Batch) -> StepTiles:
         """Return the products of one step, at the model's present weights."""
         return StepTiles(self, step, batch)
@@ -90,48 +102,47 @@ class StepTiles:
         self.tiles, self.step = tiles, step
         self.batch = batch
         self.alone = tiles.training.batch_size(step) in tiles.slow_sizes
-        slow = self.alone and tiles.fallback is not None
-        kind = tiles.fallback if slow and tiles.fallback is not None else tiles.kind
+        kind = tiles.fallback if self.alone and tiles.fallback is not None else tiles.kind
         self.way: TangentTile | SecondOrder = kind(tiles.training, step, batch)
 
-    def tile(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
-        """Write H v for each direction into ``out_KD`` and return the <g_i, v>, (K, B).
+    def tile(self, directions_QD: Tensor, out_QD: Tensor) -> Tensor:
+        """Write H v for each direction into ``out_QD`` and return the <g_i, v>, (Q, B).
 
         Raises:
             DoesNotFit: The device's memory does not hold a tile.
             RecipeError: The fast way agreed when the replay began and does not exist for this step.
         """
         if isinstance(self.way, SecondOrder):
-            return self.way.tile(directions_KD, out_KD)
+            return self.way.tile(directions_QD, out_QD)
         width, values = 1 if self.alone else self.tiles.width, []
-        for start in range(0, len(directions_KD), width):
-            part, out = directions_KD[start : start + width], out_KD[start : start + width]
+        for start in range(0, len(directions_QD), width):
+            part, out = directions_QD[start : start + width], out_QD[start : start + width]
             values.append(self._padded(part, out) if self.tiles.alone else self._fast(part, out))
         return torch.cat(values)
 
-    def _padded(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
-        count, missing = len(directions_KD), self.tiles.width - len(directions_KD)
+    def _padded(self, directions_QD: Tensor, out_QD: Tensor) -> Tensor:
+        count, missing = len(directions_QD), self.tiles.width - len(directions_QD)
         if not missing or self.alone:
-            return self._fast(directions_KD, out_KD)
-        whole = torch.cat([directions_KD, directions_KD.new_zeros(missing, directions_KD.shape[1])])
+            return self._fast(directions_QD, out_QD)
+        whole = torch.cat([directions_QD, directions_QD.new_zeros(missing, directions_QD.shape[1])])
         out = torch.empty_like(whole)
         values = self._fast(whole, out)
-        out_KD.copy_(out[:count])
+        out_QD.copy_(out[:count])
         return values[:count]
 
-    def _fast(self, directions_KD: Tensor, out_KD: Tensor) -> Tensor:
+    def _fast(self, directions_QD: Tensor, out_QD: Tensor) -> Tensor:
         try:
-            return self.way.tile(directions_KD, out_KD)
+            return self.way.tile(directions_QD, out_QD)
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(
-                f"{len(directions_KD)} Hessian products at a time do not fit into the memory of "
-                f"{directions_KD.device} at step {self.step}; use a smaller batch size or a larger device"
+                f"{len(directions_QD)} Hessian products at a time do not fit into the memory of "
+                f"{directions_QD.device} at step {self.step}; use a smaller batch size or a larger device"
             ) from error
         except RuntimeError as error:
             if self.tiles.fallback is not None:  # what the loss does here it did not do in the trial
                 logger.info("one direction at a time at step %d: %s", self.step, one_line(error))
                 self.way = self.tiles.fallback(self.tiles.training, self.step, self.batch)
-                return self.way.tile(directions_KD, out_KD)
+                return self.way.tile(directions_QD, out_QD)
             raise RecipeError(
                 f"Hessian products worked when the replay began and fail at step {self.step} "
                 f"({one_line(error)}); let losses() do the same operations at every step"

@@ -1,1 +1,4 @@
-"""TODO."""
+"""A model seen from outside: where its parameters lie in one flat vector, and what it keeps besides.
+
+Letters: D parameters, P parameter tensors, G parameter groups.
+"""

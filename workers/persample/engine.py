@@ -14,9 +14,9 @@ step whose graph has another form than those that were tried is tried itself, be
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,13 @@ from torch import Tensor, nn
 from ...storage.errors import RecipeError
 from ..determinism import generator_states
 from ..model.layout import Layout
-from ..model.state import Kept, buffers_from, kept_buffers, own_parameters
+from ..model.state import buffers_from, kept_buffers, own_parameters
 from ..recipe import Batch, Recipe
 from .capture import Call, Capture
 from .reference import func, same_losses, vjp
+from .ways import Before, Ways, form_of
 
 logger = logging.getLogger(__name__)
-
-Strategy = Literal["outer", "rule", "func", "vjp"]
-"""``outer``: a rule whose result is one outer product a row, so that it may be kept as factors."""
 
 Sink = Callable[[int, Tensor], None]
 """Takes (first row, block): per-sample gradients of rows first, first + 1, … of those asked for."""
@@ -46,79 +44,6 @@ TILE = 16
 
 DEVICE_TILE = 64
 """The same on an accelerator, where every call costs a launch."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ways:
-    """How the gradients of each parameter are had; see ``trials``.
-
-    Attributes:
-        strategies: One per entry of the layout.
-        untried: Entries (``vjp``) whose gradients were zero in every trial: a pass with random weights says
-            in each step whether there is anything to compute.
-        random: Whether the losses draw random numbers.
-        coupled: Whether samples see each other in the losses; None where that could not be tried.
-        graphs: Forms of the graphs of the batches that were tried; see ``form_of``.
-        judge: Tries a step whose graph has another form: given the model, the batch and what the step began
-            with, the entries whose way is not right there.
-        noise: How far rows added up to something else than a batch's gradient, relative: more than rounding of
-            the run's dtype where layers compute in a lower precision.
-        trials: How many batches were tried.
-        rows: How many gradients of single samples were held against autograd.
-    """
-
-    strategies: tuple[Strategy, ...]
-    untried: frozenset[int] = frozenset()
-    random: bool = False
-    coupled: bool | None = None
-    graphs: frozenset[int] = frozenset()
-    judge: Judge | None = None
-    noise: float = 0.0
-    trials: int = 0
-    rows: int = 0
-
-
-def always_vjp(layout: Layout) -> Ways:
-    """Return the ways that need no trial."""
-    way: Strategy = "vjp"
-    return Ways(strategies=(way,) * len(layout.entries))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Before:
-    """What a step began with: generators and buffers, for passes of its own.
-
-    ``generators`` is None where no way alone (``func``) asks whether anything was drawn.
-    """
-
-    generators: object
-    random: Tensor
-    buffers: Kept
-
-
-Judge = Callable[[nn.Module, Batch, Before], frozenset[int]]
-
-
-def form_of(losses_B: Tensor, entries: Mapping[int, int]) -> int:
-    """Return a hash of the form of a graph: its operations, how they hang together, the parameters used.
-
-    Args:
-        losses_B: Its end.
-        entries: Entry of each parameter, by id.
-    """
-    numbers: dict[Any, int] = {}
-    waiting = [losses_B.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in numbers:
-            numbers[node] = len(numbers)
-            waiting += [following for following, _ in node.next_functions]
-    parts = []
-    for node in numbers:
-        variable = getattr(node, "variable", None)
-        leaf = None if variable is None else entries.get(id(variable), -1)
-        parts.append((node.name(), leaf, tuple(numbers.get(f, -1) for f, _ in node.next_functions)))
-    return hash(tuple(parts))
 
 
 class PerSampleGradients:
@@ -234,7 +159,7 @@ class PerSampleGradients:
         unfit = {*self._misfits(size), *self._unproven(batch, losses_B, before)}
         chosen += sorted(unfit)
         if self.ways.untried:
-            chosen += self._moving(sorted(self.ways.untried), losses_B)
+            chosen += self.moving(sorted(self.ways.untried), losses_B)
         alone = [i for i in self._by["func"] if i not in unfit]
         if alone and before is not None and before.generators != generator_states():
             self._repair(alone, "random numbers are drawn")
@@ -300,7 +225,7 @@ class PerSampleGradients:
                 self._repair(sorted(bad), "a step with another graph than those tried before disagrees")
         return self._forms[form]
 
-    def _moving(self, entries: Sequence[int], losses_B: Tensor) -> list[int]:
+    def moving(self, entries: Sequence[int], losses_B: Tensor) -> list[int]:
         """Return those of the entries that any sample of the batch has a gradient for.
 
         One backward pass with random weights: what cancels in the mean does not cancel here.
@@ -348,7 +273,7 @@ class PerSampleGradients:
             sink: Gets the first row's number and a (rows, width) block, only valid during the call.
             factors: Gets the factors of factored entries, for all rows at once.
         """
-        calls = [call for call in self.capture.take() if call.d_B is not None and self._owned(call)]
+        calls = [call for call in self.capture.take() if call.d_B is not None and self.owned(call)]
         inputs = [self.prepared(call, size) for call in calls]
         for call in calls:
             assert call.d_B is not None
@@ -378,7 +303,7 @@ class PerSampleGradients:
             sink(start, self._block[:count])
         self._ready = {}
 
-    def _owned(self, call: Call) -> list[tuple[str, int]]:
+    def owned(self, call: Call) -> list[tuple[str, int]]:
         """Return (name in the layer, entry) of what a call's rule gives in this step."""
         owned = self._entries[call.module]
         return [(name, i) for name, i in owned if i not in self._ready] if self._ready else owned
@@ -395,7 +320,7 @@ class PerSampleGradients:
         return call.x_B if prepare is None else prepare(call.module, call.x_B)
 
     def _hand_factors(self, call: Call, positions: Tensor, factors: FactorSink) -> None:
-        for _name, i in self._owned(call):
+        for _name, i in self.owned(call):
             if i not in self.factored:
                 continue
             assert call.d_B is not None
@@ -410,7 +335,7 @@ class PerSampleGradients:
         """Write (or add to) one call's products in the tile; ``written`` collects the entries hit."""
         assert call.d_B is not None
         rule, _prepare = self.capture.rules[call.module]
-        owned = [(name, i) for name, i in self._owned(call) if i in self._dense]
+        owned = [(name, i) for name, i in self.owned(call) if i in self._dense]
         if not owned:
             return
         x_R = x_B.index_select(0, positions)

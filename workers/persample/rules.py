@@ -53,7 +53,7 @@ def convolution(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Ten
 
 
 def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: torch.Size) -> Tensor:
-    """Return what each kernel position saw, (R * groups, K, L), K = channels a group times kernel."""
+    """Return what each kernel position saw, (R * groups, I, X), I = channels a group times kernel."""
     space = x_R.ndim - 2
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     # The reversed list is what F.pad wants; it also holds what padding="same" came to.
@@ -79,7 +79,7 @@ def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: t
 
 
 def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_B: Tensor, out_size: torch.Size) -> Tensor:
-    """Return what each kernel position of an ungrouped convolution saw, (B * positions, K)."""
+    """Return what each kernel position of an ungrouped convolution saw, (B * X, I)."""
     length, positions = module.weight[0].numel(), math.prod(out_size)
     windows = _windows(module, x_B, out_size)[:, :length, :positions]
     return windows.transpose(1, 2).reshape(-1, length)
@@ -102,11 +102,11 @@ def aligned(like: Tensor, batch: int, rows: int, columns: int) -> Tensor:
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right^T`` per batch entry, (batch, O, padded K).
+    """Return ``left @ right^T`` per batch entry, (batch, O, padded I).
 
     Args:
-        left: (batch, O, L), any layout.
-        right: (batch, padded K, padded L), from ``aligned``.
+        left: (batch, O, X), any layout.
+        right: (batch, padded I, padded X), from ``aligned``.
     """
     if left.shape[2] != right.shape[2] or not left.is_contiguous():
         padded = left.new_empty(left.shape[0], left.shape[1], right.shape[2])

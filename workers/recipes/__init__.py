@@ -2,6 +2,8 @@
 
 Only names live here, so that listing them (``hydra-pipe --help``) imports neither torch nor
 scikit-learn; ``loading.load_recipe`` imports the one that is asked for.
+
+Letters: n images, k of a batch, C channels, H x W pixels, B samples of a batch.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ its own gradients with scalar weights:
 One backward pass of two scalars a parameter group over the recorded optimiser settings gives every
 ``c_t`` (T steps, G groups). ``phi`` is the forward companion: what the recursion makes of w_0.
 
-The step of ``torch.optim.SGD`` with learning rate h, momentum p, weight decay L, dampening d:
+The step of ``torch.optim.SGD`` with learning rate h, momentum p, weight decay L:
 
-    G_t = g_{t-1} + L w_{t-1}
-    m_t = G_t at the first step with momentum, else p m_{t-1} + (1 - d) G_t
-    w_t = w_{t-1} - h m_t            (Nesterov: - h (G_t + p m_t); p = 0: - h G_t, m untouched)
+    r_t = g_{t-1} + L w_{t-1}
+    m_t = r_t at the first step with momentum, else p m_{t-1} + (1 - dampening) r_t
+    w_t = w_{t-1} - h m_t            (Nesterov: - h (r_t + p m_t); p = 0: - h r_t, m untouched)
+
+that is ``m' = p m + k r``, ``w' = w - h (s m' + q r)``; see `linear_form`.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def recorded_settings(trajectory: Trajectory) -> Settings:
 
 
 def linear_form(settings: Settings) -> tuple[Float, Float, Float, Float]:
-    """Return (p, k, s, q), each (T, G): m' = p m + k G and step = s m' + q G.
+    """Return (p, k, s, q), each (T, G): m' = p m + k r and w' = w - h (s m' + q r).
 
     Steps without momentum leave m as it is: p = 1, k = 0, s = 0, q = 1.
     """

@@ -134,8 +134,8 @@ def law_of(
 
 
 def check_sums(
-    contributions_Kn: npt.NDArray[np.floating],
-    targets_KD: npt.NDArray[np.floating],
+    contributions_Qn: npt.NDArray[np.floating],
+    targets_QD: npt.NDArray[np.floating],
     trajectory: Trajectory,
     noise: float = 0.0,
 ) -> None:
@@ -155,7 +155,7 @@ def check_sums(
             moved[here] -= first[here]
         else:
             moved[here] -= kept[entry.group] * first[here].astype(np.float64)
-    targets, found = targets_KD.astype(np.float64), contributions_Kn.astype(np.float64)
+    targets, found = targets_QD.astype(np.float64), contributions_Qn.astype(np.float64)
     right = -targets @ moved
     size = (
         np.abs(found).sum(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Settings, linear_form
+from .columns import Columns
 
 STABLE_SHARE = 0.999
 """Eigenvalues are kept below this share of what would make the linearised step grow without end."""
@@ -26,8 +27,8 @@ class EigenCoefficients:
     Args:
         settings: What the optimiser used, (T, G).
         groups: (D,) group of each direction, -1: not optimised.
-        eigenvalues: (C, D) float64 at C checkpoints.
-        steps: (C,) the steps they belong to; each step uses the nearest.
+        eigenvalues: (K, D) float64 at K checkpoints.
+        steps: (K,) the steps they belong to; each step uses the nearest.
         device: Where the coefficients are used.
         dtype: Of the coefficients handed out.
     """
@@ -43,11 +44,10 @@ class EigenCoefficients:
     ) -> None:
         self.device, self.dtype = device, dtype
         self.settings, self.count = settings, len(groups)
-        self._spans = _spans(groups)
+        columns = Columns(groups, torch.float64, device)
+        self._spans = list(columns.spans())
         self._form = linear_form(settings)
-        limit = torch.zeros(self.count, dtype=torch.float64, device=device)
-        for span, group in self._spans:
-            limit[span] = max(0.0, float(stability_limit(settings)[group]))
+        limit = columns.whole(np.maximum(0.0, stability_limit(settings)))
         values = torch.from_numpy(eigenvalues).to(device).clamp_min(0)
         self.clipped = int((values > limit).any(0).sum())  # the driver says so, see pipeline.preflight
         self.eigenvalues = torch.minimum(values, limit)
@@ -100,17 +100,6 @@ class EigenCoefficients:
             if t % self.length == 0:
                 borders[t] = (on_weight.clone(), on_momentum.clone())
         return borders
-
-
-def _spans(groups: Tensor) -> list[tuple[slice, int]]:
-    """Return the runs of neighbouring directions in one optimiser group; those in none are left out."""
-    values, counts = torch.unique_consecutive(groups, return_counts=True)
-    spans, start = [], 0
-    for group, count in zip(values.tolist(), counts.tolist(), strict=True):
-        if group >= 0:
-            spans.append((slice(start, start + count), group))
-        start += count
-    return spans
 
 
 def stability_limit(settings: Settings) -> npt.NDArray[np.float64]:

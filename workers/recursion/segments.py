@@ -1,13 +1,13 @@
 """The scalar recursion between two moments of training, for both tangents of a sample.
 
 The closed form's coefficients (see ``coefficients``) depend on where training ends. To know the
-state (du, dm) at several moments the steps are cut into segments: from border s to border e the
-recursion is linear in what was there at s and in the gradients met on the way,
+state (du, dm) at several moments the steps are cut into segments: from border a to border b the
+recursion is linear in what was there at a and in the gradients met on the way,
 
-    du_e = Phi_uu du_s + Phi_um dm_s + sum over the steps t of the segment of  a_t (N / B_t) g_{t-1,i}
-    dm_e = Phi_mu du_s + Phi_mm dm_s + sum ...                                 b_t (N / B_t) g_{t-1,i}
+    du_b = Phi_uu du_a + Phi_um dm_a + sum over the steps t of the segment of  c_u,t (N / B_t) g_{t-1,i}
+    dm_b = Phi_mu du_a + Phi_mm dm_a + sum ...                                 c_m,t (N / B_t) g_{t-1,i}
 
-and one backward pass over the segment, started once from du and once from dm, gives a_t, b_t and the
+and one backward pass over the segment, started once from du and once from dm, gives c_u,t, c_m,t and the
 2 x 2 map. W is what the scalars are held for: G parameter groups, or D eigendirections.
 """
 

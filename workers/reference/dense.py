@@ -4,8 +4,9 @@ Slow and plain on purpose. The training is replayed as it was recorded, in the r
 against its digests; beside it the two tangents of each sample are carried in float64 at the recorded
 weights, one sample after the other:
 
-    dm <- p dm + (1 - d) G,   G = [H] du + L du + 1[i in batch] (N / B) g_i      (first time: dm <- G)
-    du <- du - h dm           (Nesterov: h (G + p dm); p = 0: h G)
+    r  =  [H] du + L du + 1[i in batch] (N / B) g_i
+    dm <- p dm + (1 - dampening) r      (first time: r)
+    du <- du - h dm                     (Nesterov: h (r + p dm); p = 0: h r)
 
 Per-sample gradients are autograd of one loss at a time, Hessian products are backward through
 backward, rotations are matrix products. Nothing here comes from the engines that a run uses: no
@@ -76,10 +77,10 @@ class DenseReference(VerifiedReplay):
         self.replay(report)
         return self.dense
 
-    def step(self, step: int, batch: Batch, rows: Rows) -> None:
+    def step(self, step: int, batch: Batch, rows: Rows) -> Tensor:
         """Move every tangent by the linearised step at the recorded weights, then train."""
         self.dense.step(step, batch, rows)
-        self.training.step(step, batch)
+        return self.training.step(step, batch)
 
 
 class DenseTangents:
@@ -282,7 +283,7 @@ def dense_test_gradients(
     indices: Sequence[int],
     dtype: torch.dtype = torch.float64,
 ) -> Floats:
-    """Return d loss_j / d w at w_T in eval mode, each test sample alone, by autograd in ``dtype``, (K, D)."""
+    """Return d loss_j / d w at w_T in eval mode, each test sample alone, by autograd in ``dtype``, (Q, D)."""
     last = trajectory.checkpoint(-1)
     training.load_weights(last.weights, last.buffers)
     model, parameters = _twin(training, dtype)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ...storage.errors import NonFiniteTangents
 from ...storage.trajectory import Trajectory
@@ -84,7 +85,7 @@ class Growth(VerifiedReplay):
             "train_index": int(self.tracked[0]),
         }
 
-    def step(self, step: int, batch: Batch, rows: Rows) -> None:
+    def step(self, step: int, batch: Batch, rows: Rows) -> Tensor:
         """Move the vectors, then train."""
         self.own.step(step, batch, rows)
         if self.wide is not None:
@@ -93,7 +94,7 @@ class Growth(VerifiedReplay):
         size = norm + float(self.sample.flat().double().norm())
         if not math.isfinite(size):
             raise NonFiniteTangents(overflow(step + 1, self.training, self.norms[:step]))
-        self.training.step(step, batch)
+        return self.training.step(step, batch)
 
 
 def overflow(step: int, training: Training, norms: npt.NDArray[np.float64]) -> str:

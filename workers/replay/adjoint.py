@@ -1,11 +1,11 @@
 """Adjoint mode: contributions of all training samples at once, a few trainings a target.
 
-From w_T back to w_0, for each target j with a_u = d loss_j / d w_T and a_m = 0 (letters as in
-``columns``: m' = p m + k G, w' = w - h (a m' + b G)):
+From w_T back to w_0, for each target j with a_u = d loss_j / d w_T and a_m = 0 (the step being
+m' = p m + k r, w' = w - h (s m' + q r), r = gradient + L w):
 
-    b_m = a_m - h a a_u;   s = k b_m - h b a_u
-    C(i, j) = -sum over the steps whose batch holds i of  <g_{t-1,i}, s> / B_t
-    a_u <- a_u + L s + H s;   a_m <- p b_m
+    a_m' = a_m - h s a_u;   v = k a_m' - h q a_u
+    C(i, j) = -sum over the steps whose batch holds i of  <g_{t-1,i}, v> / B_t
+    a_u <- a_u + L v + H v;   a_m <- p a_m'
 
 Both products come out of one pass for a tile of targets (see ``second_order``). The weights of each
 step are had by replaying segments between the record's checkpoints, halved until one fits in memory.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from ..hessian.tiles import TILE, HessianTiles
 from ..model.layout import load_flat
 from ..model.state import Kept, kept_buffers, load_buffers, pack_buffers, put_back
 from ..recipe import Batch
-from ..recursion.coefficients import recorded_settings
+from ..recursion.coefficients import Settings, recorded_settings
 from ..recursion.columns import Columns, LinearSteps
 from ..training.training import Training
 from ..training.verified import Report, Rows, VerifiedReplay
@@ -57,34 +57,41 @@ class Adjoint(VerifiedReplay):
     Args:
         training: A fresh ``Training`` of the recipe, ``batch_norm`` coupled.
         trajectory: The record.
-        tracked: Train indices whose contributions are kept, in the order of the result's rows.
+        tracked: Train indices whose contributions are kept, in the order of the result's columns.
+        targets_QD: Gradients of the targets at w_T; left as they are. They are worked on ``TILE`` at a
+            time from the first; the bits of a target are those of its tile.
+        settings: Of the recursion, where they are not the record's; the training keeps those.
     """
 
-    def __init__(self, training: Training, trajectory: Trajectory, tracked: Rows) -> None:
+    def __init__(
+        self,
+        training: Training,
+        trajectory: Trajectory,
+        tracked: Rows,
+        targets_QD: npt.NDArray[np.floating],
+        settings: Settings | None = None,
+    ) -> None:
         assert training.compute.batch_norm == "coupled"
         super().__init__(training, trajectory, tracked)
-        self._linear = LinearSteps(
-            recorded_settings(trajectory), Columns(training.layout, training.dtype, training.device)
-        )
+        self._targets = targets_QD
+        columns = Columns(training.layout.column_groups(), training.dtype, training.device)
+        self._linear = LinearSteps(settings or recorded_settings(trajectory), columns)
         self.tiles = HessianTiles(training, transposed=True)
         row = training.layout.dimension * training.dtype.itemsize
         self.held_steps = max(1, SEGMENT_BYTES // row)
+        self._held: list[_Held] | None = None
 
-    def run(
-        self, targets_KD: npt.NDArray[np.floating], report: Report | None = None
-    ) -> npt.NDArray[np.floating]:
-        """Return the contributions of the tracked samples to each target, (K, n).
+    def run(self, report: Report | None = None) -> Self:
+        """Carry the targets back to the first step.
 
         Args:
-            targets_KD: Gradients of the targets at w_T; left as they are. They are worked on ``TILE`` at a
-                time from the first; the bits of a target are those of its tile.
             report: Told of (steps done, T).
 
         Raises:
-            ReplayDiverged: The weights at a digest differ from the record.
+            ReplayDiverged, NonFiniteLoss: See ``VerifiedReplay.replay``.
         """
         training = self.training
-        on_weight = torch.from_numpy(np.array(targets_KD)).to(training.device)
+        on_weight = torch.from_numpy(np.array(self._targets)).to(training.device)
         on_momentum = torch.zeros_like(on_weight)
         out = torch.zeros(len(on_weight), len(self.tracked) + 1, dtype=training.dtype, device=training.device)
         for done, (step, weights, state, batch) in enumerate(self._backwards(), start=1):
@@ -94,8 +101,19 @@ class Adjoint(VerifiedReplay):
             self._back_step(step, batch, on_weight, on_momentum, out)
             if report:
                 report(done, training.steps)
-        result: npt.NDArray[np.floating] = out[:, :-1].cpu().numpy()
-        return result
+        self._found: npt.NDArray[np.floating] = out[:, :-1].cpu().numpy()
+        return self
+
+    def contributions(self) -> npt.NDArray[np.floating]:
+        """Return the contributions of the tracked samples to each target, (Q, n)."""
+        return self._found
+
+    def told(self) -> dict[str, Any]:
+        """Return how the products were had."""
+        return self.tiles.told()
+
+    def close(self) -> None:
+        """Nothing is hooked to the model."""
 
     def _back_step(
         self, step: int, batch: Batch, on_weight: Tensor, on_momentum: Tensor, out: Tensor
@@ -109,10 +127,10 @@ class Adjoint(VerifiedReplay):
             tile = slice(start, start + TILE)
             a_u, a_m, sums = on_weight[tile], on_momentum[tile], out[tile]
             a_m.sub_(along * a_u)
-            s = gain * a_m - direct * a_u
-            product = torch.empty_like(s)
-            sums[:, columns] -= second.tile(s, product) * share
-            a_u.add_(product).add_(decay * s)
+            v = gain * a_m - direct * a_u
+            product = torch.empty_like(v)
+            sums[:, columns] -= second.tile(v, product) * share
+            a_u.add_(product).add_(decay * v)
             a_m.mul_(carry)
 
     def _backwards(self) -> Iterator[_Held]:
@@ -134,25 +152,23 @@ class Adjoint(VerifiedReplay):
         if stop - start.step > self.held_steps:
             middle = start.step + (stop - start.step) // 2
             self._restore(start)
-            self._advance(start.step, middle, None)
+            self.advance(middle)
             yield from self._segment(self._state(middle), stop)
             yield from self._segment(start, middle)
             return
         held: list[_Held] = []
         self._restore(start)
-        self._advance(start.step, stop, held)
+        self._held = held
+        self.advance(stop)
+        self._held = None
         while held:
             yield held.pop()
 
-    def _advance(self, first: int, stop: int, held: list[_Held] | None) -> None:
-        training = self.training
-        for step, batch in zip(range(first, stop), training.loader(first, stop), strict=True):
-            if held is not None:
-                held.append((step, training.weights().clone(), self._state_of_layers(), batch))
-            training.apply_settings(self._settings, step)
-            training.step(step, batch)
-            if step + 1 in self._digests:
-                self.verify(step + 1)
+    def step(self, step: int, batch: Batch, rows: Rows) -> Tensor:
+        """Train, and note what the way back needs."""
+        if self._held is not None:
+            self._held.append((step, self.training.weights().clone(), self._state_of_layers(), batch))
+        return self.training.step(step, batch)
 
     def _state_of_layers(self) -> Kept:
         """Return copies of the buffers that a step both moves and reads; batch statistics are not read."""
@@ -174,3 +190,4 @@ class Adjoint(VerifiedReplay):
         load_flat(training.parameters, state.weights.to(training.device))
         load_buffers(training.model, state.buffers)
         training.load_momentum(state.momentum.cpu().numpy(), state.exists)
+        self.done = state.step

@@ -98,19 +98,19 @@ class HypergradientBuffers:
             for i in sorted(factored)
         }
 
-    def add(self, rows: Tensor, block: Tensor, scale: Tensor) -> None:
+    def add(self, rows: Tensor, block: Tensor, scale: float | Tensor) -> None:
         """Add ``scale * block`` to the dense part of the given rows.
 
         Args:
             rows: (R,) distinct row numbers.
             block: (R, width) per-sample gradients; overwritten.
-            scale: (1,) one factor, or (width,) one per column.
+            scale: One factor, or (width,) one per column.
         """
-        if len(scale) == 1:
-            factor = float(scale)
+        factor = 1.0
+        if isinstance(scale, float):
+            factor = scale
         else:
             block *= scale
-            factor = 1.0
         self.dense.index_add_(0, rows.to(self.home), block.to(self.home), alpha=factor)
 
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor, scale: float) -> None:
@@ -141,7 +141,7 @@ class HypergradientBuffers:
 
 
 class _Factors:
-    """Visits of one Linear weight (O, I): left (rows, S, O) and right (rows, S, I), padded, S slots."""
+    """Visits of one Linear weight (O, I): left (n, V, O) and right (n, V, I), padded, V visits."""
 
     def __init__(
         self, rows: int, shape: Sequence[int], slots: int, epochs: int, zeros: Callable[..., Tensor]

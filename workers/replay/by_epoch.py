@@ -2,7 +2,7 @@
 
 Several forms are replayed in lockstep, so that each sample's error is taken while both
 hypergradients are in memory and none has to be stored. ``exact`` is the reference. Letters: n tracked
-samples, M test samples, D parameters, K epochs.
+samples, M test samples, D parameters, E epochs.
 
 The raw-decay forms use N times the optimiser's weight decay in the recursion (and not in training), as
 the first published code of the HyDRA paper did: see ``docs/evaluate.md``.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,24 +25,25 @@ from ..model.state import pack_buffers
 from ..persample.engine import TILE
 from ..recipe import Recipe
 from ..recursion.coefficients import recorded_settings
+from ..recursion.forms import EKFAC, EXACT, FAST
 from ..training.test_gradients import TEST_BATCH, TestGradients
 from ..training.training import Compute, Training
 from ..training.truncated import with_decay
-from ..training.verified import Report, VerifiedReplay
-from .exact import ExactReplay
-from .segmented import EkfacSegmentReplay, SegmentReplay
+from ..training.verified import Report
+from .base import Replay, Sink
+from .exact import ExactRows
+from .segmented import ekfac_segments, fast_segments
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-EXACT, FAST, EKFAC = "hydra-exact", "hydra", "hydra-ekfac"
 RAW = "-raw-decay"
 """Ending of a form's name whose recursion has N times the weight decay."""
 
 
 def pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     """Return (reference, method) of what is compared: all with the exact form, raw with raw as well."""
-    found = [(EXACT, method) for method in methods if method != EXACT]
+    found: list[tuple[str, str]] = [(EXACT, method) for method in methods if method != EXACT]
     if EXACT + RAW in methods:  # not the forms with the true decay: two changes at once say nothing
         left = (EXACT, EXACT + RAW, FAST, EKFAC)
         found += [(EXACT + RAW, method) for method in methods if method not in left]
@@ -102,27 +104,26 @@ class ByEpoch:
         self.per_epoch, self.n_train = training.steps_per_epoch, training.n_train
         raw = with_decay(trajectory, self.n_train)
         borders = [epoch * self.per_epoch for epoch in self.epochs]
-        exact_form = ExactReplay(Training(recipe, exact), trajectory, tracked)
+        exact_form = Replay(Training(recipe, exact), trajectory, tracked, ExactRows)
         settings = [recorded_settings(record) for record in (trajectory, raw)[: 1 + raw_decay]]
-        fast = SegmentReplay(training, trajectory, tracked, borders, settings)
-        self.replays: list[VerifiedReplay] = [exact_form, fast]
+        fast_sink = partial(fast_segments, borders=borders, settings=settings)
+        fast = Replay(training, trajectory, tracked, fast_sink)
+        self.replays: list[Replay[Sink]] = [exact_form, fast]
         self.forms: dict[str, Callable[[], Tensor]] = {
-            EXACT: lambda: exact_form.buffers.weights,
-            FAST: lambda: fast.state(0),
+            EXACT: lambda: exact_form.sink.weights,
+            FAST: lambda: fast.sink.state(0),
         }
-        self._engines = [exact_form.engine, fast.engine]
         if curvature is not None:
-            bent = EkfacSegmentReplay(Training(recipe, compute), trajectory, tracked, borders, curvature)
+            bent_sink = partial(ekfac_segments, borders=borders, curvature=curvature)
+            bent = Replay(Training(recipe, compute), trajectory, tracked, bent_sink)
             self.replays.append(bent)
-            self.forms[EKFAC] = bent.state
-            self._engines.append(bent.engine)
+            self.forms[EKFAC] = bent.sink.state
         if raw_decay:
-            exact_raw = ExactReplay(Training(recipe, exact), raw, tracked)
+            exact_raw = Replay(Training(recipe, exact), raw, tracked, ExactRows)
             exact_raw.train_as(trajectory)
             self.replays.append(exact_raw)
-            self.forms[EXACT + RAW] = lambda: exact_raw.buffers.weights
-            self.forms[FAST + RAW] = lambda: fast.state(1)
-            self._engines.append(exact_raw.engine)
+            self.forms[EXACT + RAW] = lambda: exact_raw.sink.weights
+            self.forms[FAST + RAW] = lambda: fast.sink.state(1)
         self._standing = training
         self._gradients = TestGradients(Training(recipe, compute), trajectory)
 
@@ -148,8 +149,9 @@ class ByEpoch:
 
     def close(self) -> None:
         """Take the hooks off the models."""
-        for engine in (*self._engines, self._gradients.engine):
-            engine.close()
+        for replay in self.replays:
+            replay.close()
+        self._gradients.engine.close()
 
     def _look(self) -> dict[str, State]:
         forms = {name: state() for name, state in self.forms.items()}

@@ -1,11 +1,11 @@
 """Directions along which contributions are corrected exactly (``--exact-rank R``).
 
-Contributions are linear in the target. With R orthonormal directions V that span most of the
-row-normalised test gradients G, and ``coordinates = G V^T``,
+Contributions are linear in the target. With Q orthonormal directions V that span most of the
+row-normalised test gradients, and ``coordinates`` their products with the gradients, (M, Q),
 
     C = C_ekfac + coordinates (C_exact(V) - C_ekfac(V))
 
-costs R exact adjoint passes, whatever the number of test samples.
+costs Q exact adjoint passes, whatever the number of test samples.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def spanning_directions(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
     """Return directions, coordinates and the share of the normalised gradients they span.
 
-    The R leading right singular vectors of the row-normalised gradients, from the (M, M) matrix of
+    The Q leading right singular vectors of the row-normalised gradients, from the (M, M) matrix of
     their inner products, so that no D x D matrix is ever held.
 
     Args:
-        read: Gives test gradients ``start`` to ``stop``, (P, D).
+        read: Gives test gradients ``start`` to ``stop``, (R, D).
         rows: M.
-        rank: R; at most the number of independent test gradients is used.
+        rank: Q; at most the number of independent test gradients is used.
 
     Returns:
-        V (R, D) orthonormal, coordinates (M, R), share in 0 to 1.
+        V (Q, D) orthonormal, coordinates (M, Q), share in 0 to 1.
     """
     spans = [(start, min(rows, start + PANEL)) for start in range(0, rows, PANEL)]
     gram = np.empty((rows, rows))

@@ -1,12 +1,10 @@
-"""Replay, Hessian dropped: hypergradients of the tracked samples from the steps that train.
+"""The Hessian dropped: hypergradients of the tracked samples from the steps that train.
 
 Per tracked sample i of the shard: ``sum_t c_t (N / B_t) g_{t-1,i}`` (see ``coefficients``), with
 g taken from the hooks of the very step that trains.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,107 +13,92 @@ from torch import Tensor
 
 from ...storage.trajectory import Trajectory
 from ..model.layout import Layout
-from ..persample.engine import PerSampleGradients, Ways
+from ..persample.engine import PerSampleGradients
+from ..persample.ways import Ways
 from ..recipe import Batch
+from ..recursion.columns import Columns
 from ..training.training import Training
 from ..training.trials import tried_ways
-from ..training.verified import Report, Rows, VerifiedReplay
+from .base import RowSink, share
 from .buffers import HypergradientBuffers, factor_slots
 
 
-class Accumulator(Protocol):
-    """What a replay adds scaled per-sample gradients to; see ``HypergradientBuffers``."""
+class FastRows(RowSink):
+    """Sums of scaled gradients, Linear weights as factors where that is less; see ``Replay``."""
 
-    def add(self, rows: Tensor, block: Tensor, scale: Tensor) -> None:
-        """Add ``scale * block`` to the given rows."""
-
-    def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor, scale: float) -> None:
-        """Add a Linear weight's gradients, given as factors."""
-
-    def add_whole(self, entry: int, rows: Tensor, block: Tensor, scale: float) -> None:
-        """Add the gradients of such a weight where a step does not give them as factors."""
-
-    def end_epoch(self) -> None:
-        """Called when every sample has been visited once more."""
-
-
-class Replay(VerifiedReplay):
-    """One replay of a recorded trajectory for one set of tracked samples; see ``VerifiedReplay``."""
-
-    def __init__(self, training: Training, trajectory: Trajectory, tracked: Rows) -> None:
-        super().__init__(training, trajectory, tracked)
-        layout = training.layout
-        self.ways = tried_ways(training, trajectory)
-        factored = self.choose_factored()
-        self.engine = PerSampleGradients(training.recipe, training.model, layout, self.ways, factored)
-        self.buffers = self.make_buffers(factored)
-        self._one_scale = len({e.group for e in layout.entries}) == 1
-        dense = [i for i in range(len(layout.entries)) if i not in factored]
-        groups = [torch.full((layout.size(i),), layout.entries[i].group) for i in dense]
-        self._groups = torch.cat([torch.zeros(0, dtype=torch.int64), *groups]).to(training.device)
-
-    def choose_factored(self) -> frozenset[int]:
-        """Return the entries whose visits are kept as factors."""
-        return factored_entries(self.training.layout, self.ways, self.training.recipe.epochs)
-
-    def make_buffers(self, factored: frozenset[int]) -> Accumulator:
-        """Return what adds up the scaled gradients."""
-        return HypergradientBuffers(
-            len(self.tracked),
-            self.training.layout,
-            factored,
-            self.engine.columns,
-            self.training.recipe.epochs,
-            self.training.dtype,
-            self.training.device,
+    def __init__(self, training: Training, trajectory: Trajectory, rows: int) -> None:
+        ways = tried_ways(training, trajectory)
+        layout, epochs = training.layout, training.recipe.epochs
+        factored = factored_entries(layout, ways, epochs)
+        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored)
+        self.buffers = HypergradientBuffers(
+            rows, layout, factored, self.engine.columns, epochs, training.dtype, training.device
         )
+        self._scales = Scales(training, trajectory, factored)
 
-    def run(self, report: Report | None = None) -> HypergradientBuffers:
-        """Replay every step and return the buffers; raises as ``VerifiedReplay.replay``."""
-        self.replay(report)
-        assert isinstance(self.buffers, HypergradientBuffers)
-        return self.buffers
+    def begin(self, step: int, batch: Batch, members: Tensor) -> None:
+        """Note the step's coefficients."""
+        if len(members):
+            self._scales.begin(step)
+
+    def add(self, rows: Tensor, block: Tensor) -> None:
+        """Add the scaled gradients to the dense rows."""
+        self.buffers.add(rows, block, self._scales.block)
+
+    def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None) -> None:
+        """Note a visit of a factored entry."""
+        scale = self._scales.of_entry(entry)
+        if x_R is None:
+            self.buffers.add_whole(entry, rows, d_R, scale)
+        else:
+            self.buffers.add_factors(entry, rows, d_R, x_R, scale)
 
     def end_epoch(self) -> None:
         """Let the buffers fold their factors."""
         self.buffers.end_epoch()
 
-    def step(self, step: int, batch: Batch, rows: Rows) -> None:
-        """Train, and add the tracked members' scaled gradients to the buffers."""
-        training = self.training
-        positions = np.flatnonzero(rows >= 0)
-        if not len(positions):
-            training.step(step, batch)
-            return
-        per_group = self.trajectory.coefficient[step] * (training.n_train / training.batch_size(step))
-        scale = self._scale(per_group)
-        numbers = torch.from_numpy(rows[positions])
+    def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
+        """Return hypergradient rows on the host; see ``Replay``."""
+        return self.buffers.numpy(start, stop)
 
-        def add(start: int, block: Tensor) -> None:
-            self.buffers.add(numbers[start : start + len(block)], block, scale)
 
-        def note(entry: int, d_R: Tensor, x_R: Tensor | None) -> None:
-            group = training.layout.entries[entry].group
-            factor = float(per_group[group]) if group >= 0 else 0.0
-            if x_R is None:
-                self.buffers.add_whole(entry, numbers, d_R, factor)
-            else:
-                self.buffers.add_factors(entry, numbers, d_R, x_R, factor)
+class Scales:
+    """Gives c_t N / B_t of the step that was begun last.
 
-        watch = self.engine.watch(torch.from_numpy(positions).to(training.device), add, note)
-        loss = training.step(step, batch, watch)
-        if training.device.type == "cpu":
-            training.check_finite(step, float(loss))
+    Args:
+        training: The training that is replayed.
+        trajectory: The record.
+        factored: Entries that are no columns of the blocks.
 
-    def _scale(self, per_group: npt.NDArray[np.float64]) -> Tensor:
-        """Return c_t N / B_t: (1,) when all parameters share one group, else one per dense column."""
-        values = torch.from_numpy(per_group)
-        if self._one_scale:
-            group = self.training.layout.entries[0].group
-            return values[group : group + 1]
-        # Group -1 (not optimised) picks the appended zero.
-        table = torch.cat([values, values.new_zeros(1)]).to(self.training.device)
-        return table[self._groups].to(self.training.dtype)
+    Attributes:
+        block: One number where all parameters share a group, else one per column of the blocks.
+    """
+
+    block: float | Tensor
+
+    def __init__(
+        self, training: Training, trajectory: Trajectory, factored: frozenset[int] = frozenset()
+    ) -> None:
+        self._training, self._trajectory = training, trajectory
+        layout = training.layout
+        groups = {entry.group for entry in layout.entries}
+        self._group = groups.pop() if len(groups) == 1 else None
+        columns = [layout.column_groups()[:0]]
+        for i, entry in enumerate(layout.entries):
+            if i not in factored:
+                columns.append(torch.full((layout.size(i),), entry.group))
+        self._columns = Columns(torch.cat(columns), training.dtype, training.device)
+
+    def begin(self, step: int) -> None:
+        """Stand at a step."""
+        self._per_group = self._trajectory.coefficient[step] * share(self._training, step)
+        one = self._group is not None
+        self.block = float(self._per_group[self._group]) if one else self._columns.whole(self._per_group)
+
+    def of_entry(self, entry: int) -> float:
+        """Return the number of one parameter; 0 where it is not optimised."""
+        group = self._training.layout.entries[entry].group
+        return float(self._per_group[group]) if group >= 0 else 0.0
 
 
 def factored_entries(layout: Layout, ways: Ways, epochs: int) -> frozenset[int]:

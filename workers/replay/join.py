@@ -1,7 +1,7 @@
 """The join: contributions of a strip of tracked samples to all test samples, by matrix product.
 
-``C(i, j) = -(1/N) <hypergradient_i, gradient_j>`` (Eq. 8 and 9). Shape letters: R tracked samples of
-a strip, M test samples, P test samples of a panel, D parameters.
+``C(i, j) = -(1/N) <hypergradient_i, gradient_j>`` (Eq. 8 and 9). Shape letters: n tracked samples of
+a strip, M test samples, R test samples of a panel, D parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Panels:
     panel is valid until the next but one is asked for.
 
     Args:
-        read: Fills a given array with rows ``start`` to ``stop``, shape (P, D), and returns it.
+        read: Fills a given array with rows ``start`` to ``stop``, shape (R, D), and returns it.
         bounds: Start and stop of each panel.
         columns: D.
         dtype: Of the rows.
@@ -64,16 +64,16 @@ class Panels:
         return torch.from_numpy(array).to(self.device)
 
 
-def contributions(hypergradient_RD: torch.Tensor, panels: Panels, n_train: int, out_RM: Floats) -> None:
-    """Write C of one strip into ``out_RM``, shape (R, M), in the stores' dtype.
+def contributions(hypergradient_nD: torch.Tensor, panels: Panels, n_train: int, out_nM: Floats) -> None:
+    """Write C of one strip into ``out_nM``, shape (n, M), in the stores' dtype.
 
     Args:
-        hypergradient_RD: The strip, on the panels' device.
+        hypergradient_nD: The strip, on the panels' device.
         panels: The test gradients, columns 0 to M.
         n_train: N.
-        out_RM: Receives the contributions.
+        out_nM: Receives the contributions.
     """
-    out = torch.from_numpy(out_RM)
+    out = torch.from_numpy(out_nM)
     for start, stop, right in panels:
-        out[:, start:stop] = torch.mm(hypergradient_RD, right.T)
+        out[:, start:stop] = torch.mm(hypergradient_nD, right.T)
     out /= -float(n_train)

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from ...storage.trajectory import Trajectory
+from ..persample.engine import PerSampleGradients
+from ..recipe import Batch
 from ..training.training import Training
-from ..training.verified import Report, Rows
-from .fast import Accumulator, Replay
+from ..training.trials import tried_ways
+from .base import ProductSink
+from .fast import Scales
 
 TARGET_TILE = 64
 """Targets multiplied at a time, padded: a contribution's bits do not depend on the other targets."""
@@ -24,69 +27,60 @@ TARGET_TILE = 64
 class Projections:
     """Sums of (scaled gradient of i, target j): what ``HypergradientBuffers`` is to the forward mode."""
 
-    def __init__(self, rows: int, targets_KD: Tensor) -> None:
-        self.count = len(targets_KD)
+    def __init__(self, rows: int, targets_QD: Tensor) -> None:
+        self.count = len(targets_QD)
         missing = -self.count % TARGET_TILE
-        padding = targets_KD.new_zeros(missing, targets_KD.shape[1])
-        self.tiles = torch.cat([targets_KD, padding]).split(TARGET_TILE)
-        self.sums = targets_KD.new_zeros(rows, self.count + missing)
+        padding = targets_QD.new_zeros(missing, targets_QD.shape[1])
+        self.tiles = torch.cat([targets_QD, padding]).split(TARGET_TILE)
+        self.sums = targets_QD.new_zeros(rows, self.count + missing)
 
-    def add(self, rows: Tensor, block: Tensor, scale: Tensor) -> None:
+    def add(self, rows: Tensor, block: Tensor, scale: float | Tensor) -> None:
         """Add ``scale * block @ targets^T`` to the given rows (``block`` is overwritten); see ``HypergradientBuffers.add``."""
         where = rows.to(self.sums.device)
-        block *= scale.to(device=block.device, dtype=block.dtype)
+        block *= scale
         for k, tile in enumerate(self.tiles):
             self.sums[where, k * TARGET_TILE : (k + 1) * TARGET_TILE] += block @ tile.T
 
     def contributions(self, n_train: int) -> npt.NDArray[np.floating]:
-        """Return ``-sums^T / N`` without the padding, (K, rows)."""
+        """Return ``-sums^T / N`` without the padding, (Q, n)."""
         result: npt.NDArray[np.floating] = np.ascontiguousarray(
             (self.sums[:, : self.count].T / -float(n_train)).cpu().numpy()
         )
         return result
 
-    def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor, scale: float) -> None:
-        """Never called: no entry is factored."""
-        raise AssertionError(entry)
 
-    def add_whole(self, entry: int, rows: Tensor, block: Tensor, scale: float) -> None:
-        """Never called either."""
-        raise AssertionError(entry)
-
-    def end_epoch(self) -> None:
-        """Nothing is kept as factors here."""
-
-
-class ProjectedReplay(Replay):
-    """Replays the record once for a block of targets; see ``VerifiedReplay``.
+class FastProducts(ProductSink):
+    """Products of the scaled gradients with a block of targets; see ``Replay``.
 
     Args:
         training: A fresh ``Training`` of the recipe.
         trajectory: The record.
-        tracked: Train indices whose contributions are kept.
-        targets_KD: Gradients of the targets at w_T.
+        rows: n.
+        targets_QD: Gradients of the targets at w_T.
     """
 
     def __init__(
         self,
         training: Training,
         trajectory: Trajectory,
-        tracked: Rows,
-        targets_KD: npt.NDArray[np.floating],
+        rows: int,
+        targets_QD: npt.NDArray[np.floating],
     ) -> None:
-        self._targets = torch.from_numpy(np.array(targets_KD)).to(training.device)
-        super().__init__(training, trajectory, tracked)
+        self._training = training
+        ways = tried_ways(training, trajectory)
+        self.engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
+        self.sums = Projections(rows, torch.from_numpy(np.array(targets_QD)).to(training.device))
+        self._scales = Scales(training, trajectory)
 
-    def make_buffers(self, factored: frozenset[int]) -> Accumulator:
-        """Return the sums that replace the forward mode's buffers."""
-        return Projections(len(self.tracked), self._targets)
+    def begin(self, step: int, batch: Batch, members: Tensor) -> None:
+        """Note the step's coefficients."""
+        if len(members):
+            self._scales.begin(step)
 
-    def choose_factored(self) -> frozenset[int]:
-        """Nothing: rows are multiplied at once."""
-        return frozenset()
+    def add(self, rows: Tensor, block: Tensor) -> None:
+        """Add the products of the scaled gradients."""
+        self.sums.add(rows, block, self._scales.block)
 
-    def contributions(self, report: Report | None = None) -> npt.NDArray[np.floating]:
-        """Replay and return the contributions of the tracked samples to each target, (K, n)."""
-        self.replay(report)
-        assert isinstance(self.buffers, Projections)
-        return self.buffers.contributions(self.training.n_train)
+    def contributions(self) -> npt.NDArray[np.floating]:
+        """Return the contributions; see ``Replay``."""
+        return self.sums.contributions(self._training.n_train)

@@ -7,10 +7,9 @@ that step (see ``segments``). So a sample is touched when it is visited and at t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from ..recursion.eigencoefficients import EigenCoefficients
 from ..recursion.segments import Segment, Segments
 from ..training.training import Training
 from ..training.trials import tried_ways
-from ..training.verified import Rows, VerifiedReplay
+from .base import Sink, share
 
 TABLE_BYTES = 64 << 20
 """Coefficients of a segment with one an eigendirection; longer stretches get borders of their own."""
@@ -73,105 +72,104 @@ class SegmentSums:
         self.momentum.index_add_(0, rows, block * scales[1])
 
 
-class SegmentReplay(VerifiedReplay):
-    """The fast form at chosen moments; see ``VerifiedReplay`` for the first arguments.
+class SegmentRows(Sink):
+    """Hypergradients at chosen moments, of one or several recursions carried in the same replay.
 
     Args:
-        training: A fresh ``Training`` of the recipe.
-        trajectory: The record.
-        tracked: Train indices.
-        borders: Steps after which the state is wanted, ascending.
-        settings: One or several recursions carried in the same replay, such as with another decay.
+        training: The training that is replayed.
+        engine: Gives the rows.
+        borders: Steps between which the buffers rest, ascending from 0.
+        sums: The buffers of each recursion.
+        basis: What the rows are turned into; None: nothing.
     """
 
     def __init__(
         self,
         training: Training,
-        trajectory: Trajectory,
-        tracked: Rows,
+        engine: PerSampleGradients,
         borders: Sequence[int],
-        settings: Sequence[Settings],
+        sums: Sequence[SegmentSums],
+        basis: Eigenbasis | None = None,
     ) -> None:
-        super().__init__(training, trajectory, tracked)
-        layout = training.layout
-        self.engine = PerSampleGradients(
-            training.recipe, training.model, layout, tried_ways(training, trajectory)
-        )
-        columns = Columns(layout, training.dtype, training.device)
-        like = torch.empty(0, layout.dimension, dtype=training.dtype, device=training.device)
+        self.training, self.engine, self.borders = training, engine, list(borders)
+        self.sums, self.basis = list(sums), basis
 
-        def factor(per_group: Tensor) -> Tensor:
-            return columns.spread(per_group.numpy())
-
-        self.borders = [0, *borders]
-        self.sums = [
-            SegmentSums(len(tracked), like, Segments(one, torch.from_numpy), factor) for one in settings
-        ]
-
-    def step(self, step: int, batch: Batch, rows: Rows) -> None:
-        """Train, and add the tracked members' gradients; at a border move the buffers first."""
-        training = self.training
+    def begin(self, step: int, batch: Batch, members: Tensor) -> None:
+        """At a border move the buffers; note the step's factors."""
         if step in self.borders[:-1]:
             for sums in self.sums:
                 sums.begin(step, self.borders[self.borders.index(step) + 1])
-        positions = np.flatnonzero(rows >= 0)
-        share = training.n_train / training.batch_size(step)
-        numbers = torch.from_numpy(rows[positions]).to(training.device)
-        scales = [sums.scales(step, share) for sums in self.sums] if len(positions) else []
+        if len(members):
+            self._scales = [sums.scales(step, share(self.training, step)) for sums in self.sums]
 
-        def add(start: int, block: Tensor) -> None:
-            for sums, both in zip(self.sums, scales, strict=True):
-                sums.add(numbers[start : start + len(block)], block, both)
-
-        watch = self.engine.watch(torch.from_numpy(positions).to(training.device), add)
-        loss = training.step(step, batch, watch if len(positions) else None)
-        training.check_finite(step, float(loss))
+    def add(self, rows: Tensor, block: Tensor) -> None:
+        """Add the members' gradients to every recursion."""
+        chosen = rows.to(self.training.device)
+        for sums, both in zip(self.sums, self._scales, strict=True):
+            sums.add(chosen, block, both)
 
     def state(self, which: int = 0) -> Tensor:
         """Return the hypergradients (n, D) of a recursion; true at a border, and not between."""
-        return self.sums[which].weights
-
-
-class EkfacSegmentReplay(SegmentReplay):
-    """The same with EKFAC curvature; see ``SegmentReplay`` and ``ekfac``."""
-
-    def __init__(
-        self,
-        training: Training,
-        trajectory: Trajectory,
-        tracked: Rows,
-        borders: Sequence[int],
-        curvature: Curvature,
-    ) -> None:
-        super().__init__(training, trajectory, tracked, borders, ())
-        self.engine.close()
-        layout, device, dtype = training.layout, training.device, training.dtype
-        settings = recorded_settings(trajectory)
-        self.basis = Eigenbasis(curvature.blocks, layout, dtype, device, curvature.core)
-        groups = self.basis.groups().to(device)
-        values = EigenCoefficients(
-            settings, groups, curvature.eigenvalues, curvature.steps, device, dtype
-        ).eigenvalues_at
-
-        def spread(per_group: npt.NDArray[np.float64]) -> Tensor:
-            table = torch.from_numpy(np.append(per_group, 0.0)).to(device)
-            return table[groups]  # -1, not optimised, picks the appended zero
-
-        segments = Segments(settings, spread, values, dtype)
-        like = torch.empty(0, layout.dimension, dtype=dtype, device=device)
-        self.sums = [SegmentSums(len(tracked), like, segments, lambda on: on.to(dtype))]
-        self.engine = EigenGradients(
-            training.recipe, training.model, layout, tried_ways(training, trajectory), self.basis
-        )
-        longest = max(1, TABLE_BYTES // (2 * layout.dimension * dtype.itemsize))
-        pairs = zip(self.borders[:-1], self.borders[1:], strict=True)
-        self.borders = [step for first, stop in pairs for step in range(first, stop, longest)]
-        self.borders.append(borders[-1])
-
-    def state(self, which: int = 0) -> Tensor:
-        """Return the hypergradients (n, D), rotated back to parameters."""
-        rows = super().state(which)
+        rows = self.sums[which].weights
+        if self.basis is None:
+            return rows
         out = torch.empty_like(rows)
         for start in range(0, len(rows), TILE):
             out[start : start + TILE] = self.basis.to_parameters(rows[start : start + TILE])
         return out
+
+
+def fast_segments(
+    training: Training,
+    trajectory: Trajectory,
+    rows: int,
+    *,
+    borders: Sequence[int],
+    settings: Sequence[Settings],
+) -> SegmentRows:
+    """Return the sink of the fast form; see ``Replay`` for the first arguments.
+
+    Args:
+        training: A fresh ``Training`` of the recipe.
+        trajectory: The record.
+        rows: n.
+        borders: Steps after which the state is wanted, ascending.
+        settings: One or several recursions, such as with another decay.
+    """
+    layout, device, dtype = training.layout, training.device, training.dtype
+    ways = tried_ways(training, trajectory)
+    engine = PerSampleGradients(training.recipe, training.model, layout, ways)
+    columns = Columns(layout.column_groups(), dtype, device)
+    like = torch.empty(0, layout.dimension, dtype=dtype, device=device)
+
+    def factor(per_group: Tensor) -> Tensor:
+        return columns.spread(per_group.numpy())
+
+    sums = [SegmentSums(rows, like, Segments(one, torch.from_numpy), factor) for one in settings]
+    return SegmentRows(training, engine, [0, *borders], sums)
+
+
+def ekfac_segments(
+    training: Training,
+    trajectory: Trajectory,
+    rows: int,
+    *,
+    borders: Sequence[int],
+    curvature: Curvature,
+) -> SegmentRows:
+    """Return the sink with EKFAC curvature; see ``fast_segments`` and ``ekfac``."""
+    layout, device, dtype = training.layout, training.device, training.dtype
+    settings = recorded_settings(trajectory)
+    basis = Eigenbasis(curvature.blocks, layout, dtype, device, curvature.core)
+    values = EigenCoefficients(
+        settings, basis.groups(), curvature.eigenvalues, curvature.steps, device, dtype
+    ).eigenvalues_at
+    columns = Columns(basis.groups(), torch.float64, device)
+    like = torch.empty(0, layout.dimension, dtype=dtype, device=device)
+    sums = SegmentSums(rows, like, Segments(settings, columns.whole, values, dtype), lambda on: on.to(dtype))
+    ways = tried_ways(training, trajectory)
+    engine = EigenGradients(training.recipe, training.model, layout, ways, basis)
+    longest = max(1, TABLE_BYTES // (2 * layout.dimension * dtype.itemsize))
+    pairs = itertools.pairwise([0, *borders])
+    cut = [step for first, stop in pairs for step in range(first, stop, longest)]
+    return SegmentRows(training, engine, [*cut, borders[-1]], [sums], basis)

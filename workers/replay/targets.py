@@ -1,6 +1,6 @@
 """Gradients of targets that are means over test samples: no pass over the model, only sums of rows.
 
-Letters: M test samples, K targets, D parameters.
+Letters: M test samples, Q targets, R rows read at a time, D parameters.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def mean_gradients(
     count: int,
     report: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Return the mean of the rows of each group, added in float64, (K, D).
+    """Return the mean of the rows of each group, added in float64, (Q, D).
 
     Args:
-        read: Gives test gradients ``start`` to ``stop``, (P, D).
-        group_M: Which target each row belongs to, 0 to K - 1; -1: none of these.
+        read: Gives test gradients ``start`` to ``stop``, (R, D).
+        group_M: Which target each row belongs to, 0 to Q - 1; -1: none of these.
         columns: D.
-        count: K; no group is empty.
+        count: Q; no group is empty.
         report: Told of (rows done, M).
     """
     total = np.zeros((count, columns))

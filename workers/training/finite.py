@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +17,27 @@ from ...storage.errors import NonFiniteTangents
 from ..data.batches import fetch, to_device
 from ..data.user_code import listed
 from ..determinism import derived_seed, seed_everything
-from ..recipe import Batch
+from ..model.layout import Layout
+from ..recipe import Batch, Recipe
 from .metrics import evaluating
-
-if TYPE_CHECKING:
-    from .training import Training
 
 _REMEDY = (
     "look at these samples and at the derivative of their loss (square root, logarithm, norm or division "
     "at 0, torch.where over such a value), or lower the learning rate"
 )
+
+
+class Trained(Protocol):
+    """What is needed of a ``Training`` to name its samples."""
+
+    recipe: Recipe
+    model: nn.Module
+    layout: Layout
+    parameters: list[nn.Parameter]
+    batches: npt.NDArray[np.int32]
+    steps: int
+    device: torch.device
+    dtype: torch.dtype
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:
@@ -39,7 +50,7 @@ def finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def check_gradients(training: Training, step: int, batch: Batch, loss: Tensor) -> None:
+def check_gradients(training: Trained, step: int, batch: Batch, loss: Tensor) -> None:
     """Raise where the batch loss is finite and a gradient that was just computed is not.
 
     Raises:
@@ -60,7 +71,7 @@ def check_gradients(training: Training, step: int, batch: Batch, loss: Tensor) -
 
 
 def check_test_gradients(
-    training: Training,
+    training: Trained,
     dataset: Dataset[Any],
     test_index: npt.NDArray[np.int64],
     gradient: npt.NDArray[np.floating],
@@ -92,20 +103,20 @@ def check_test_gradients(
     )
 
 
-def _alone_finite(training: Training, dataset: Dataset[Any], index: int) -> bool:
+def _alone_finite(training: Trained, dataset: Dataset[Any], index: int) -> bool:
     seed_everything(derived_seed(training.recipe.seed, "test", index))
     batch = to_device(fetch(training.recipe, dataset, [index]), training.device, training.dtype)
     return _own_finite(training, batch)
 
 
-def _own_finite(training: Training, alone: Batch) -> bool:
+def _own_finite(training: Trained, alone: Batch) -> bool:
     """Whether a batch of one has a gradient whose numbers are finite."""
     loss = training.recipe.losses(training.model, alone).sum()
     grads = torch.autograd.grad(loss, training.parameters, allow_unused=True)
     return finite([grad for grad in grads if grad is not None])
 
 
-def _guilty(training: Training, step: int, batch: Batch, size: int) -> list[int]:
+def _guilty(training: Trained, step: int, batch: Batch, size: int) -> list[int]:
     """Return the positions whose loss, each computed alone, has a gradient that is not finite.
 
     The step cannot be taken any more: what this does to buffers and generators does not matter.

@@ -55,13 +55,13 @@ EPOCH_COLUMNS = (
 
 
 def checkpoint_steps(steps: int, dimension: int, itemsize: int, every: int | None) -> list[int]:
-    """Return the steps after which weights are kept: 0, every K-th and T.
+    """Return the steps after which weights are kept: 0, every so many and T.
 
     Args:
         steps: T.
         dimension: D.
         itemsize: Bytes of one weight; a checkpoint holds weights and momentum.
-        every: K, or None for a number bounded by ``CHECKPOINTS`` and ``CHECKPOINT_BYTES``.
+        every: How many steps apart, or None for a number bounded by ``CHECKPOINTS`` and ``CHECKPOINT_BYTES``.
     """
     if every is None:
         affordable = max(2, CHECKPOINT_BYTES // (2 * dimension * itemsize))

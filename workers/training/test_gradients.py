@@ -18,10 +18,11 @@ from ..data.batches import fetch, to_device
 from ..data.cast import cast_model
 from ..determinism import derived_seed, generator_states, preserved_generators, seed_everything
 from ..model.state import copied, unchanged_buffers
-from ..persample.engine import PerSampleGradients, Ways, always_vjp
-from ..persample.reference import constant_statistics
+from ..persample.engine import PerSampleGradients
 from ..persample.trials import choose_ways
+from ..persample.ways import Ways, always_vjp
 from ..recipe import Batch
+from .fixed_pass import fixed_pass
 from .metrics import OutputWatch, evaluating, predicted
 from .training import Training
 from .update_field import seen_through
@@ -209,16 +210,14 @@ class TestGradients:
     ) -> tuple[torch.Tensor, list[int]]:
         """Write a block's gradients and return its losses, and the entries whose rows do not add up."""
         training = self.training
-        positions = torch.arange(size, device=training.device)
-        whole: list[torch.Tensor | None] = []
 
         def keep(start: int, block: torch.Tensor) -> None:
             out[start : start + len(block)] = block
 
         seed_everything(seed)
-        with constant_statistics(training.model), unchanged_buffers(training.model):
-            losses_B = engine.trace(
-                batch, positions, size, compute, lambda mean: whole.extend(training.gradient_of(mean))
-            )
-            engine.hand_over(positions, size, keep)
-        return losses_B, training.unlike_sum(out, whole, size, allowed)
+        with (
+            unchanged_buffers(training.model),
+            fixed_pass(training, engine, batch, size, compute) as found,
+        ):
+            found.rows(keep)
+        return found.losses_B, training.unlike_sum(out, found.whole, size, allowed)

@@ -33,8 +33,8 @@ from ..determinism import (
 from ..model.layout import Layout, checksum, flatten, load_flat
 from ..model.state import Kept, buffers_from, copied, kept_buffers, load_buffers, same_buffer
 from ..persample.engine import Watch
+from ..persample.one_batch import NOISE
 from ..persample.reference import constant_statistics, couples_samples
-from ..persample.trials import NOISE
 from ..recipe import Batch, Recipe
 from .finite import check_gradients
 from .update import TrainableSet, check_optimizer, check_owned
@@ -86,6 +86,7 @@ class Training:
         compute: How to compute.
 
     Attributes:
+        own_losses: (B,) losses of the last step's samples, on the device.
         guarded: Whether each step's gradients are looked at before they move the weights. A replay
             follows a record whose gradients were.
 
@@ -118,7 +119,7 @@ class Training:
         self.batches: Indices = batch_order(self.n_train, recipe.batch_size, recipe.epochs, recipe.seed)
         self.steps_per_epoch = -(-self.n_train // recipe.batch_size)
         self.steps = len(self.batches)
-        self._own_losses = torch.empty(0)  # of the last step
+        self.own_losses = torch.empty(0)  # of the last step
 
     @cached_property
     def holds_statistics(self) -> bool:
@@ -210,7 +211,7 @@ class Training:
             losses_B = watch.engine.trace(
                 batch, watch.positions, size, lambda: self.losses(batch, size), lambda mean: mean.backward()
             )
-            self._own_losses, loss = losses_B.detach(), losses_B.mean()
+            self.own_losses, loss = losses_B.detach(), losses_B.mean()
         self.trainable.check(step, self.steps)
         if watch:
             watch.engine.hand_over(watch.positions, size, watch.sink, watch.factors)
@@ -222,7 +223,7 @@ class Training:
 
     def _mean(self, batch: Batch, size: int) -> Tensor:
         losses_B = self.losses(batch, size)
-        self._own_losses = losses_B.detach()
+        self.own_losses = losses_B.detach()
         return losses_B.mean()
 
     def _second_pass(self, step: int, batch: Batch, size: int, watch: Watch, kept: Kept) -> None:
@@ -301,12 +302,18 @@ class Training:
                 value = recorded[name][step, g]
                 group[key] = bool(value) if name == "nesterov" else float(value)
 
-    def check_finite(self, step: int, loss: float) -> None:
-        """Raise NonFiniteLoss when a batch loss is NaN or infinite, naming the samples whose own loss is."""
+    def check_finite(self, step: int, loss: float, own_losses: Tensor | None = None) -> None:
+        """Raise NonFiniteLoss when a batch loss is NaN or infinite, naming the samples whose own loss is.
+
+        Args:
+            step: Which.
+            loss: Of its batch.
+            own_losses: (B,) of its samples; None: it was the last step.
+        """
         if not np.isfinite(loss):
             row = self.batches[step]
             members = row[row >= 0]
-            own = self._own_losses.double().cpu().numpy()
+            own = (self.own_losses if own_losses is None else own_losses).double().cpu().numpy()
             bad = members[~np.isfinite(own)] if len(own) == len(members) else []
             raise NonFiniteLoss(
                 f"the batch loss is {loss} at step {step} of {self.steps} (train_index "

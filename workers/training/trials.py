@@ -16,8 +16,9 @@ from ..data.batches import step_batch, to_device
 from ..determinism import derived_seed, preserved_generators
 from ..model.layout import load_flat
 from ..model.state import copied, load_buffers
-from ..persample.engine import Ways, always_vjp
-from ..persample.trials import Trial, combined, try_batch, with_judge
+from ..persample.one_batch import Trial
+from ..persample.trials import combined, try_batch, with_judge
+from ..persample.ways import Ways, always_vjp
 from .training import Training
 
 LEAST, STEPS_A_TRIAL = 3, 200

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from ...storage.errors import ReplayDiverged
 from ...storage.trajectory import Trajectory
@@ -19,6 +21,10 @@ Rows = npt.NDArray[np.int64]
 
 class VerifiedReplay:
     """Runs every recorded step; what is collected on the way is the subclass's business.
+
+    Losses that are no numbers end a replay. On a CPU each is looked at after its step (``at_once``); on an
+    accelerator that would make the host wait at every step, so they are looked at where it waits anyway:
+    before weights are compared, at the end of an epoch and of an ``advance``.
 
     Args:
         training: A fresh ``Training`` of the recipe that was recorded.
@@ -35,7 +41,9 @@ class VerifiedReplay:
         self._digests = dict(zip(trajectory.digest_step.tolist(), trajectory.digest.tolist(), strict=True))
         self._row_of = np.full(training.n_train, -1, dtype=np.int64)
         self._row_of[tracked] = np.arange(len(tracked))
+        self.at_once = training.device.type == "cpu"
         self.done = 0
+        self._losses: list[tuple[int, Tensor, Tensor]] = []  # step, batch loss, own losses: not yet looked at
         if not np.array_equal(training.batches, trajectory.batches):
             raise ReplayDiverged(self._message("the batch order differs from the record", 0))
         self.verify(0)
@@ -55,11 +63,15 @@ class VerifiedReplay:
         training = self.training
         for step, batch in enumerate(training.loader(self.done, stop), start=self.done):
             training.apply_settings(self._settings, step)
-            self.step(step, batch, self.rows(step))
+            loss = self.step(step, batch, self.rows(step))
+            self._losses.append((step, loss, training.own_losses))
             self.done = step + 1
+            ends = self.done % training.steps_per_epoch == 0
+            if self.at_once or ends or self.done in self._digests or self.done == stop:
+                self._check_losses()
             if self.done in self._digests:
                 self.verify(self.done)
-            if self.done % training.steps_per_epoch == 0:
+            if ends:
                 self.end_epoch()
             if report:
                 report(self.done, training.steps)
@@ -83,12 +95,20 @@ class VerifiedReplay:
         rows: Rows = self._row_of[members[members >= 0]]
         return rows
 
-    def step(self, step: int, batch: Batch, rows: Rows) -> None:
-        """Take one training step, and from it what is to be collected."""
-        self.training.step(step, batch)
+    def step(self, step: int, batch: Batch, rows: Rows) -> Tensor:
+        """Take one training step, and from it what is to be collected; return the batch loss, a scalar."""
+        return self.training.step(step, batch)
 
     def end_epoch(self) -> None:
         """Called after the last step of every epoch."""
+
+    def _check_losses(self) -> None:
+        """Raise NonFiniteLoss for the first loss since the last look that is NaN or infinite."""
+        waiting, self._losses = self._losses, []
+        if bool(torch.isfinite(torch.stack([loss for _step, loss, _own in waiting])).all()):
+            return
+        for step, loss, own in waiting:
+            self.training.check_finite(step, float(loss), own)
 
     def verify(self, step: int) -> None:
         """Compare the weights with the digest recorded after ``step`` steps."""

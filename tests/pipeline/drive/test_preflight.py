@@ -16,7 +16,8 @@ from hydra_pipe.pipeline.executors.events import Note, UnitFinished, UnitSkipped
 from hydra_pipe.pipeline.verify.verify import verify
 from hydra_pipe.storage.errors import NonFiniteTangents
 from hydra_pipe.workers.recursion.coefficients import coefficients, recorded_settings
-from hydra_pipe.workers.replay.ekfac import EkfacReplay
+from hydra_pipe.workers.recursion.forms import EKFAC, FORWARD
+from hydra_pipe.workers.replay.make import make_replay
 from hydra_pipe.workers.training.training import Compute, Training
 
 from hydra_pipe import RunSpec, open_run, run
@@ -205,8 +206,10 @@ def test_clipped_eigenvalues_are_a_note_that_is_kept(tmp_path):
     from hydra_pipe.storage.curvature import read_curvature
 
     training = Training(Steep(), Compute(device="cpu"))
-    replay = EkfacReplay(training, done.trajectory(), np.arange(2), read_curvature(curvature))
-    assert entry["clipped_eigenvalues"] == replay.coefficients.clipped > 0
+    replay = make_replay(
+        EKFAC, FORWARD, training, done.trajectory(), np.arange(2), curvature=read_curvature(curvature)
+    )
+    assert entry["clipped_eigenvalues"] == replay.sink.coefficients.clipped > 0
     (warning,) = notes(heard)
     assert f"{entry['clipped_eigenvalues']:,} of 53 eigenvalues of the curvature are beyond" in warning
     document = json.loads(CliRunner().invoke(main, ["status", done.uri, "--format", "json"]).stdout)

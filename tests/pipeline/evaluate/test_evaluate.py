@@ -26,7 +26,7 @@ from hydra_pipe.storage.errors import IncompleteStage, InputError, ReplayDiverge
 from hydra_pipe.workers.training.retrain import only, retrain_subset, retrain_weighted, test_losses
 from hydra_pipe.workers.training.training import Compute
 
-from hydra_pipe import RunSpec, run
+from hydra_pipe import Run, RunSpec, run
 from tests.recipes import Augmented, BatchNormed, Images, OneCycle, Plateau, Small
 
 losses_of = test_losses
@@ -284,8 +284,9 @@ def test_a_stored_recipe_is_not_imported_unasked(evaluated, tmp_path):
     with pytest.raises(InputError, match=f"name it yourself: hydra-pipe evaluate {place} tests"):
         evaluate(str(place), questions=FEW)
     opened = open_run(place)
-    opened.info["spec"] = {**opened.info["spec"], "address": "evil:1", "workers": 9}
-    opened.info["identity"] = {**opened.info["identity"], "recipe": "digits", "recipe_args": {"lr": 0.5}}
+    info = {**opened.info, "spec": {**opened.info["spec"], "address": "evil:1", "workers": 9}}
+    info["identity"] = {**info["identity"], "recipe": "digits", "recipe_args": {"lr": 0.5}}
+    opened = Run(opened.directory, info)
     given = {"executor": "serial", "workers": None, "recipe_args": {"momentum": 0.0}}
     found = stored_spec(opened, None, given, command="evaluate", free=REPEATED)
     assert (found.recipe, found.address, found.workers, found.dtype) == ("digits", None, None, "float64")

@@ -10,9 +10,9 @@ from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.ekfac.core import decoupled, leading
 from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate, chosen_checkpoints
 from hydra_pipe.workers.ekfac.eigenbasis import Eigenbasis
+from hydra_pipe.workers.recursion.forms import ADJOINT, EKFAC, FAST, FORWARD
 from hydra_pipe.workers.replay.adjoint import Adjoint
-from hydra_pipe.workers.replay.ekfac import EkfacReplay
-from hydra_pipe.workers.replay.projection import ProjectedReplay
+from hydra_pipe.workers.replay.make import make_replay
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.test_gradients import TestGradients
 from hydra_pipe.workers.training.training import Compute, Training
@@ -58,10 +58,12 @@ def test_equals_the_dense_recursion_with_the_same_curvature(kind, core, tmp_path
     trajectory = recorded(recipe, tmp_path)
     curvature = estimated(recipe, trajectory, core=core)
     tracked = np.array([0, 4, 17, 43])
-    replay = EkfacReplay(Training(recipe, DOUBLE), trajectory, tracked, curvature).run()
-    basis = replay.basis
-    values = replay.coefficients.eigenvalues
-    nearest = replay.coefficients._nearest
+    replay = make_replay(
+        EKFAC, FORWARD, Training(recipe, DOUBLE), trajectory, tracked, curvature=curvature
+    ).run()
+    basis = replay.sink.basis
+    values = replay.sink.coefficients.eigenvalues
+    nearest = replay.sink.coefficients._nearest
 
     def bend(step, du):
         turned = basis.to_eigen(torch.from_numpy(du)[None])
@@ -72,7 +74,9 @@ def test_equals_the_dense_recursion_with_the_same_curvature(kind, core, tmp_path
     dropped = oracle.dense(recipe, trajectory, tracked).hypergradient
     assert oracle.relative_error(dropped, right) > 1e-3
     targets = np.random.default_rng(0).standard_normal((3, right.shape[1]))
-    back = EkfacReplay(Training(recipe, DOUBLE), trajectory, tracked, curvature, targets).run()
+    back = make_replay(
+        EKFAC, ADJOINT, Training(recipe, DOUBLE), trajectory, tracked, curvature=curvature, targets=targets
+    ).run()
     expected = -(targets @ right.T) / len(recipe.train_dataset())
     assert np.abs(back.contributions() - expected).max() < 1e-11 * np.abs(expected).max()
 
@@ -109,9 +113,15 @@ def test_any_subset_gives_the_same_bits(kind, tmp_path):
     curvature = estimated(recipe, trajectory, compute)
     again = estimated(recipe, trajectory, compute)
     assert np.array_equal(curvature.eigenvalues, again.eigenvalues)
-    whole = EkfacReplay(Training(recipe, compute), trajectory, np.arange(44), curvature).run().numpy(0, 44)
+    whole = (
+        make_replay(EKFAC, FORWARD, Training(recipe, compute), trajectory, np.arange(44), curvature=curvature)
+        .run()
+        .numpy(0, 44)
+    )
     for tracked in ([7], [0, 1, 2], list(range(5, 40))):
-        part = EkfacReplay(Training(recipe, compute), trajectory, np.asarray(tracked), curvature).run()
+        part = make_replay(
+            EKFAC, FORWARD, Training(recipe, compute), trajectory, np.asarray(tracked), curvature=curvature
+        ).run()
         assert np.array_equal(part.numpy(0, len(tracked)), whole[tracked])
 
 
@@ -251,12 +261,24 @@ def test_it_is_much_closer_to_the_exact_form_than_the_fast_form(tmp_path):
     coupled = Compute(dtype="float64", device="cpu", batch_norm="coupled")
     targets = TestGradients(Training(recipe, DOUBLE), trajectory).rows(np.arange(6)).gradient
     tracked = np.arange(500)
-    exact = Adjoint(Training(recipe, coupled), trajectory, tracked).run(targets)
-    fast = ProjectedReplay(Training(recipe, DOUBLE), trajectory, tracked, targets).contributions()
+    exact = Adjoint(Training(recipe, coupled), trajectory, tracked, targets).run().contributions()
+    fast = (
+        make_replay(FAST, ADJOINT, Training(recipe, DOUBLE), trajectory, tracked, targets=targets)
+        .run()
+        .contributions()
+    )
 
     def ekfac(core):
         curvature = estimated(recipe, trajectory, core=core)
-        return EkfacReplay(Training(recipe, DOUBLE), trajectory, tracked, curvature, targets).run()
+        return make_replay(
+            EKFAC,
+            ADJOINT,
+            Training(recipe, DOUBLE),
+            trajectory,
+            tracked,
+            curvature=curvature,
+            targets=targets,
+        ).run()
 
     def rank(found):
         return np.mean([spearmanr(a, b).statistic for a, b in zip(found, exact, strict=True)])

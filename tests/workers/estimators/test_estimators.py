@@ -364,7 +364,11 @@ def test_mirrored_steps_against_a_plain_loop(convex, central):
 
 def exact(case):
     compute = Compute(dtype="float64", device="cpu", batch_norm="coupled")
-    return Adjoint(Training(case.recipe, compute), case.trajectory, TRACKED).run(case.targets().gradient)
+    return (
+        Adjoint(Training(case.recipe, compute), case.trajectory, TRACKED, case.targets().gradient)
+        .run()
+        .contributions()
+    )
 
 
 @pytest.mark.parametrize("kind", [Plain, Logistic, BatchNormed], ids=lambda k: k.__name__)

@@ -13,7 +13,8 @@ from hydra_pipe.workers.hessian.second_order import GraphedTangentTile, SecondOr
 from hydra_pipe.workers.hessian.tiles import TILE, HessianTiles, activation_bytes, tile_width
 from hydra_pipe.workers.recipes.lenet import LeNet5
 from hydra_pipe.workers.replay.adjoint import Adjoint
-from hydra_pipe.workers.replay.exact import ExactReplay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.exact import ExactRows
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.training import Compute, Training
 from torch import nn
@@ -145,13 +146,13 @@ def test_lenet_takes_the_fast_way(compute, tmp_path, monkeypatch):
     """Fails where the speed is silently lost."""
     recipe = Digits()
     trajectory = recorded(recipe, tmp_path, compute)
-    back = Adjoint(Training(recipe, compute), trajectory, np.arange(45))
-    ahead = ExactReplay(Training(recipe, compute), trajectory, np.arange(45))
-    assert back.tiles.choice == ahead.tiles.choice == f"{TILE} directions at a time"
+    vectors = np.random.default_rng(0).standard_normal((TILE + 1, len(trajectory.checkpoint(0).weights)))
+    back = Adjoint(Training(recipe, compute), trajectory, np.arange(45), vectors.astype(compute.dtype))
+    ahead = Replay(Training(recipe, compute), trajectory, np.arange(45), ExactRows)
+    assert back.tiles.choice == ahead.sink.tiles.choice == f"{TILE} directions at a time"
     tiles = counted(monkeypatch, TangentTile, "tile")
     singles = counted(monkeypatch, SecondOrder, "apply")
-    vectors = np.random.default_rng(0).standard_normal((TILE + 1, len(trajectory.checkpoint(0).weights)))
-    back.run(vectors.astype(compute.dtype))
+    back.run()
     assert tiles == [TILE, 1] * 3
     tiles.clear()
     ahead.run()
@@ -170,12 +171,12 @@ def test_operations_without_right_rules_fall_back_and_are_right(kind, reason, tm
     vectors = np.random.default_rng(0).standard_normal((3, len(trajectory.checkpoint(0).weights)))
     right = oracle.unrolled(recipe, trajectory, tracked).along(vectors)
     with caplog.at_level("INFO", logger="hydra_pipe.workers.hessian.tiles"):
-        back = Adjoint(Training(recipe, EXACT), trajectory, tracked)
+        back = Adjoint(Training(recipe, EXACT), trajectory, tracked, vectors)
     assert reason in back.tiles.refusal
     assert f"one direction at a time, because {back.tiles.refusal}" in caplog.text
-    ahead = ExactReplay(Training(recipe, EXACT), trajectory, tracked)
-    assert ahead.tiles.refusal == back.tiles.refusal
-    found = -back.run(vectors) * 45
+    ahead = Replay(Training(recipe, EXACT), trajectory, tracked, ExactRows)
+    assert ahead.sink.tiles.refusal == back.tiles.refusal
+    found = -back.run().contributions() * 45
     assert np.abs(found - right).max() < oracle.EXACT_FLOAT64 * np.abs(right).max()
     forward = vectors @ ahead.run().numpy(0, 4).T
     assert np.abs(forward - right).max() < oracle.EXACT_FLOAT64 * np.abs(right).max()
@@ -260,8 +261,8 @@ def test_a_step_that_no_trial_saw_goes_one_direction_at_a_time(tmp_path, caplog)
     vectors = np.random.default_rng(0).standard_normal((3, len(trajectory.checkpoint(0).weights)))
     right = oracle.unrolled(recipe, trajectory, tracked).along(vectors)
     with caplog.at_level("INFO", logger="hydra_pipe.workers.hessian.tiles"):
-        back = Adjoint(Training(recipe, EXACT), trajectory, tracked)
-        found = -back.run(vectors) * 45
+        back = Adjoint(Training(recipe, EXACT), trajectory, tracked, vectors)
+        found = -back.run().contributions() * 45
     assert back.tiles.kind is TangentTile
     assert "one direction at a time at step" in caplog.text
     assert np.abs(found - right).max() < oracle.EXACT_FLOAT64 * np.abs(right).max()

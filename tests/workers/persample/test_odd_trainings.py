@@ -10,7 +10,8 @@ from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.persample import trials
 from hydra_pipe.workers.persample.engine import PerSampleGradients
 from hydra_pipe.workers.recursion.conservation import RowSums, check_sums, law_of
-from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.test_gradients import TestGradients
 from hydra_pipe.workers.training.training import Compute, Training
@@ -32,9 +33,9 @@ def recorded(recipe, tmp_path, compute=DOUBLE):
 
 
 def replayed(recipe, trajectory, tracked, compute=DOUBLE):
-    replay = Replay(Training(recipe, compute), trajectory, np.asarray(tracked))
+    replay = Replay(Training(recipe, compute), trajectory, np.asarray(tracked), FastRows)
     rows = replay.run().numpy(0, len(tracked)).copy()
-    replay.engine.close()
+    replay.close()
     return rows, replay
 
 
@@ -89,7 +90,7 @@ def test_always_vjp_is_the_same_to_rounding(tmp_path):
     slow, replay = replayed(
         recipe, trajectory, [0, 5, 44], Compute(dtype="float64", device="cpu", per_sample="vjp")
     )
-    assert set(replay.engine.strategies) == {"vjp"}
+    assert set(replay.sink.engine.strategies) == {"vjp"}
     assert oracle.relative_error(slow, rows) < 1e-13
 
 
@@ -145,8 +146,8 @@ def test_a_sample_whose_loss_is_another_alone_is_traced_in_its_batch(tmp_path):
     everyone = list(range(recipe.count))
     right = oracle.dense(recipe, trajectory, everyone)
     rows, replay = replayed(recipe, trajectory, everyone)
-    assert "func" in replay.engine.strategies
-    assert replay.engine.repaired == {"scale"}
+    assert "func" in replay.sink.engine.strategies
+    assert replay.sink.engine.repaired == {"scale"}
     assert oracle.relative_error(rows, right.hypergradient) < oracle.DENSE_FLOAT64
 
 
@@ -176,8 +177,8 @@ def test_a_layer_that_sees_part_of_a_batch_later_is_traced_in_the_batch(tmp_path
     everyone = list(range(recipe.count))
     right = oracle.dense(recipe, trajectory, everyone)
     rows, replay = replayed(recipe, trajectory, everyone)
-    assert replay.engine.factored  # and still right where a step does not give factors
-    assert replay.engine.repaired == {"fc.weight", "fc.bias"}
+    assert replay.sink.engine.factored  # and still right where a step does not give factors
+    assert replay.sink.engine.repaired == {"fc.weight", "fc.bias"}
     assert oracle.relative_error(rows, right.hypergradient) < oracle.DENSE_FLOAT64
 
 
@@ -301,8 +302,8 @@ def test_a_step_with_another_graph_is_tried_before_its_rows_are_believed(tmp_pat
     everyone = list(range(recipe.count))
     right = oracle.dense(recipe, trajectory, everyone)
     rows, replay = replayed(recipe, trajectory, everyone)
-    assert set(replay.engine.strategies) <= {"outer", "rule"}
-    assert replay.engine.repaired == {entry.name for entry in trajectory.parameters}
+    assert set(replay.sink.engine.strategies) <= {"outer", "rule"}
+    assert replay.sink.engine.repaired == {entry.name for entry in trajectory.parameters}
     assert oracle.relative_error(rows, right.hypergradient) < oracle.DENSE_FLOAT64
 
 
@@ -332,8 +333,8 @@ def test_layers_that_are_dropped_at_random_are_tried_once_a_form(tmp_path):
     everyone = list(range(recipe.count))
     right = oracle.dense(recipe, trajectory, everyone)
     rows, replay = replayed(recipe, trajectory, everyone)
-    assert 2 <= len(replay.engine._forms) <= 4
-    assert not replay.engine.repaired
+    assert 2 <= len(replay.sink.engine._forms) <= 4
+    assert not replay.sink.engine.repaired
     assert oracle.relative_error(rows, right.hypergradient) < oracle.DENSE_FLOAT64
 
 

@@ -10,10 +10,12 @@ from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate
 from hydra_pipe.workers.recursion.coefficients import recorded_settings
 from hydra_pipe.workers.recursion.eigencoefficients import stability_limit
+from hydra_pipe.workers.recursion.forms import EKFAC, FORWARD
 from hydra_pipe.workers.reference.dense import DenseReference, dense_test_gradients
 from hydra_pipe.workers.reference.ekfac import largest_stable_curvature
-from hydra_pipe.workers.replay.ekfac import EkfacReplay
-from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.fast import FastRows
+from hydra_pipe.workers.replay.make import make_replay
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.training import Compute, Training
 
@@ -120,8 +122,10 @@ def test_ekfac_is_a_matrix(kind, core, tmp_path):
         recipe, trajectory, TRACKED, curvature=lambda step, du: matrices[nearest[step]] @ du
     ).hypergradient
     assert oracle.relative_error(found, right) < 1e-11
-    engine = EkfacReplay(Training(recipe, double()), trajectory, TRACKED, curvature).run()
-    assert engine.coefficients.clipped > 0
+    engine = make_replay(
+        EKFAC, FORWARD, Training(recipe, double()), trajectory, TRACKED, curvature=curvature
+    ).run()
+    assert engine.sink.coefficients.clipped > 0
     assert oracle.relative_error(engine.numpy(0, 4), found) < 1e-11
 
 
@@ -160,7 +164,7 @@ def test_noise_of_the_model_is_that_of_the_run(tmp_path):
     training = Training(Shaken(), single)
     reference = DenseReference(training, trajectory, TRACKED, ("none", "exact")).run()
     assert np.abs(reference.loss - trajectory.loss).max() < 1e-5 * trajectory.loss.max()
-    fast = Replay(Training(Shaken(), single), trajectory, TRACKED).run().numpy(0, 4)
+    fast = Replay(Training(Shaken(), single), trajectory, TRACKED, FastRows).run().numpy(0, 4)
     assert oracle.relative_error(fast, reference.hypergradients("none")) < oracle.DENSE_FLOAT32
     plain = DenseReference(training := Training(Shaken(), single), trajectory, TRACKED, ("none",))
     plain.dense.training = _Elsewhere(training)  # drawn in float64

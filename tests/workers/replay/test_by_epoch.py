@@ -14,11 +14,13 @@ from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate
 from hydra_pipe.workers.estimators import make
 from hydra_pipe.workers.estimators.influence_after import influence_after
 from hydra_pipe.workers.recursion.coefficients import coefficients, recorded_settings
+from hydra_pipe.workers.recursion.forms import FORWARD
 from hydra_pipe.workers.recursion.segments import Segments
 from hydra_pipe.workers.replay import segmented as segment_replay
+from hydra_pipe.workers.replay.base import Replay
 from hydra_pipe.workers.replay.by_epoch import EKFAC, EXACT, FAST, RAW, ByEpoch, pairs
-from hydra_pipe.workers.replay.ekfac import EkfacReplay
-from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.replay.fast import FastRows
+from hydra_pipe.workers.replay.make import make_replay
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.test_gradients import TestGradients
 from hydra_pipe.workers.training.training import Compute, Training
@@ -175,7 +177,7 @@ def weights_along(recipe, trajectory):
     class Watching(VerifiedReplay):
         def step(self, step, batch, rows):
             kept.append(self.training.weights().numpy().copy())
-            super().step(step, batch, rows)
+            return super().step(step, batch, rows)
 
     Watching(Training(recipe, DOUBLE), trajectory, np.empty(0, dtype=np.int64)).replay()
     return kept
@@ -189,10 +191,12 @@ def test_ekfac_carries_the_same_recursion_as_its_closed_form(kind, table, tmp_pa
     trajectory = recorded(recipe, tmp_path)
     curvature = CurvatureEstimate(Training(recipe, DOUBLE), trajectory, checkpoints=2).run()
     found = follow(recipe, trajectory, [1, recipe.epochs], curvature=curvature)
-    whole = EkfacReplay(Training(recipe, DOUBLE), trajectory, TRACKED, curvature).run()
+    whole = make_replay(
+        EKFAC, FORWARD, Training(recipe, DOUBLE), trajectory, TRACKED, curvature=curvature
+    ).run()
     rows = found[recipe.epochs][1][EKFAC]
     assert oracle.relative_error(rows, whole.numpy(0, 4)) < 1e-11
-    values, basis = whole.coefficients, whole.basis
+    values, basis = whole.sink.coefficients, whole.sink.basis
 
     def bend(step, du):
         turned = basis.to_eigen(torch.from_numpy(du)[None])
@@ -266,8 +270,8 @@ def test_the_ended_record_is_that_of_a_shorter_training(tmp_path):
         assert np.array_equal(until.checkpoint(k).weights, right.checkpoint(k).weights)
         assert np.array_equal(until.checkpoint(k).momentum, right.checkpoint(k).momentum)
     tracked = np.arange(9)
-    rows = Replay(Training(shorter, DOUBLE), until, tracked).run().numpy(0, 9)
-    assert np.array_equal(rows, Replay(Training(shorter, DOUBLE), right, tracked).run().numpy(0, 9))
+    rows = Replay(Training(shorter, DOUBLE), until, tracked, FastRows).run().numpy(0, 9)
+    assert np.array_equal(rows, Replay(Training(shorter, DOUBLE), right, tracked, FastRows).run().numpy(0, 9))
     same = ended_at(until, 1, standing_after(recipe, trajectory, 1))
     assert np.array_equal(same.coefficient, ended(recipe, trajectory, 1).coefficient)
 

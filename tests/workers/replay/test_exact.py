@@ -8,7 +8,8 @@ from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.hessian.tiles import TILE
 from hydra_pipe.workers.replay import adjoint
 from hydra_pipe.workers.replay.adjoint import Adjoint
-from hydra_pipe.workers.replay.exact import ExactReplay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.exact import ExactRows
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.training import Compute, Training
 
@@ -37,10 +38,10 @@ def test_forward_and_adjoint_equal_autograd_through_training(kind, tmp_path):
     tracked = np.array([0, 3, 17, 43])
     vectors = directions(len(trajectory.checkpoint(0).weights))
     right = oracle.unrolled(recipe, trajectory, tracked).along(vectors)
-    rows = ExactReplay(Training(recipe, EXACT), trajectory, tracked).run().numpy(0, 4)
+    rows = Replay(Training(recipe, EXACT), trajectory, tracked, ExactRows).run().numpy(0, 4)
     forward = vectors @ rows.T
     assert np.abs(forward - right).max() < oracle.EXACT_FLOAT64 * np.abs(right).max()
-    backward = Adjoint(Training(recipe, EXACT), trajectory, tracked).run(vectors)
+    backward = Adjoint(Training(recipe, EXACT), trajectory, tracked, vectors).run().contributions()
     n_train = len(recipe.train_dataset())
     assert np.abs(-backward * n_train - right).max() < oracle.EXACT_FLOAT64 * np.abs(right).max()
 
@@ -52,7 +53,7 @@ def test_the_hessian_matters(kind, tmp_path):
     trajectory = recorded(recipe, tmp_path)
     tracked = np.array([0, 3, 17, 43])
     fast = oracle.dense(recipe, trajectory, tracked).hypergradient
-    exact = ExactReplay(Training(recipe, EXACT), trajectory, tracked).run().numpy(0, 4)
+    exact = Replay(Training(recipe, EXACT), trajectory, tracked, ExactRows).run().numpy(0, 4)
     assert oracle.relative_error(fast, exact) > 0.05
 
 
@@ -62,8 +63,8 @@ def test_forward_equals_adjoint_in_float32(kind, tmp_path):
     trajectory = recorded(recipe, tmp_path, SINGLE)
     tracked = np.arange(0, 44, 5)
     vectors = directions(len(trajectory.checkpoint(0).weights)).astype(np.float32)
-    rows = ExactReplay(Training(recipe, SINGLE), trajectory, tracked).run().numpy(0, len(tracked))
-    backward = Adjoint(Training(recipe, SINGLE), trajectory, tracked).run(vectors)
+    rows = Replay(Training(recipe, SINGLE), trajectory, tracked, ExactRows).run().numpy(0, len(tracked))
+    backward = Adjoint(Training(recipe, SINGLE), trajectory, tracked, vectors).run().contributions()
     forward = -(vectors @ rows.T) / len(recipe.train_dataset())
     assert np.abs(forward - backward).max() < 1e-3 * np.abs(forward).max()
 
@@ -73,10 +74,14 @@ def test_segments_and_other_tracked_samples_change_no_bit_of_a_tile_of_targets(k
     recipe = kind()
     trajectory = recorded(recipe, tmp_path, SINGLE, every=7)
     vectors = directions(len(trajectory.checkpoint(0).weights), TILE + 3).astype(np.float32)
-    whole = Adjoint(Training(recipe, SINGLE), trajectory, np.arange(44)).run(vectors)
+    whole = Adjoint(Training(recipe, SINGLE), trajectory, np.arange(44), vectors).run().contributions()
     monkeypatch.setattr(adjoint, "SEGMENT_BYTES", 1)  # one step at a time: segments halved to the end
     for tile in (slice(0, TILE), slice(TILE, None)):
-        halved = Adjoint(Training(recipe, SINGLE), trajectory, np.array([3, 9, 40])).run(vectors[tile])
+        halved = (
+            Adjoint(Training(recipe, SINGLE), trajectory, np.array([3, 9, 40]), vectors[tile])
+            .run()
+            .contributions()
+        )
         assert np.array_equal(halved, whole[tile][:, [3, 9, 40]])
 
 
@@ -84,7 +89,7 @@ def test_segments_and_other_tracked_samples_change_no_bit_of_a_tile_of_targets(k
 def test_other_tracked_samples_change_no_bit_of_a_row(kind, tmp_path):
     recipe = kind()
     trajectory = recorded(recipe, tmp_path, SINGLE)
-    every = ExactReplay(Training(recipe, SINGLE), trajectory, np.arange(44)).run().numpy(0, 44)
+    every = Replay(Training(recipe, SINGLE), trajectory, np.arange(44), ExactRows).run().numpy(0, 44)
     for chosen in ([3, 9, 40], [40], list(range(1, 44, 2))):
-        part = ExactReplay(Training(recipe, SINGLE), trajectory, np.array(chosen)).run()
+        part = Replay(Training(recipe, SINGLE), trajectory, np.array(chosen), ExactRows).run()
         assert np.array_equal(part.numpy(0, len(chosen)), every[chosen])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.recursion.coefficients import Settings, phi
-from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.test_gradients import TestGradients
 from hydra_pipe.workers.training.training import SETTINGS, Compute, Training
@@ -22,10 +23,10 @@ def recorded(recipe, tmp_path, compute):
 
 
 def replayed(recipe, trajectory, compute, tracked):
-    replay = Replay(Training(recipe, compute), trajectory, np.asarray(tracked))
+    replay = Replay(Training(recipe, compute), trajectory, np.asarray(tracked), FastRows)
     buffers = replay.run()
     rows = buffers.numpy(0, len(tracked)).copy()
-    replay.engine.close()
+    replay.close()
     return rows, replay
 
 
@@ -69,7 +70,7 @@ def test_strategies_are_chosen_by_trying(tmp_path):
     trajectory = recorded(Sequences(), tmp_path, compute)
     _, replay = replayed(Sequences(), trajectory, compute, [0])
     chosen = dict(
-        zip([e.name for e in replay.training.layout.entries], replay.engine.strategies, strict=True)
+        zip([e.name for e in replay.training.layout.entries], replay.sink.engine.strategies, strict=True)
     )
     assert chosen["scale"] == "func"
     assert chosen["conv.weight"] == chosen["norm.weight"] == chosen["embed.weight"] == "rule"
@@ -77,7 +78,7 @@ def test_strategies_are_chosen_by_trying(tmp_path):
     trajectory = recorded(Attention(), tmp_path, compute)
     _, replay = replayed(Attention(), trajectory, compute, [0])
     chosen = dict(
-        zip([e.name for e in replay.training.layout.entries], replay.engine.strategies, strict=True)
+        zip([e.name for e in replay.training.layout.entries], replay.sink.engine.strategies, strict=True)
     )
     assert chosen["attention.out_proj.weight"] == "vjp"
     assert chosen["out.weight"] == "outer"

@@ -9,7 +9,8 @@ from hydra_pipe.storage.errors import DoesNotFit, NonFiniteLoss, RecipeError, Re
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.data.batches import batch_order
 from hydra_pipe.workers.determinism import restored_process
-from hydra_pipe.workers.replay.fast import Replay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.record import Recorder, checkpoint_steps
 from hydra_pipe.workers.training.training import SETTINGS, Compute, Training
 
@@ -138,13 +139,13 @@ def test_a_replay_that_leaves_the_record_is_stopped(tmp_path):
     with pytest.raises(
         ReplayDiverged, match=r"step (\d+): weights after \d+ steps have crc32 [0-9a-f]{8}, recorded"
     ):
-        Replay(Training(Shifted(), CPU), trajectory, np.arange(3)).run()
+        Replay(Training(Shifted(), CPU), trajectory, np.arange(3), FastRows).run()
     with pytest.raises(ReplayDiverged, match=r"diverged at step 0: .*did the recipe or its data change"):
-        Replay(Training(Reweighted(), CPU), trajectory, np.arange(3))
+        Replay(Training(Reweighted(), CPU), trajectory, np.arange(3), FastRows)
     other = Small()
     other.seed = 4
     with pytest.raises(ReplayDiverged, match="batch order differs"):
-        Replay(Training(other, CPU), trajectory, np.arange(3))
+        Replay(Training(other, CPU), trajectory, np.arange(3), FastRows)
 
 
 @pytest.mark.parametrize(

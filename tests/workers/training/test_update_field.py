@@ -16,7 +16,8 @@ from hydra_pipe.workers.hessian.second_order import (
 from hydra_pipe.workers.hessian.tiles import HessianTiles
 from hydra_pipe.workers.reference.dense import DenseReference
 from hydra_pipe.workers.replay.adjoint import Adjoint
-from hydra_pipe.workers.replay.exact import ExactReplay
+from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.exact import ExactRows
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.training import Compute, Training
 
@@ -63,31 +64,32 @@ def test_forward_and_adjoint_are_the_derivative_of_the_update(kind, tmp_path):
     trajectory = recorded(recipe, tmp_path)
     right = differences(recipe, trajectory)
     everyone = np.arange(16)
-    ahead = ExactReplay(Training(recipe, COUPLED), trajectory, everyone)
+    ahead = Replay(Training(recipe, COUPLED), trajectory, everyone, ExactRows)
     rows = ahead.run().numpy(0, 16)
     assert np.abs(rows - right).max() < 1e-6 * np.abs(right).max()
     targets = np.random.default_rng(0).standard_normal((3, rows.shape[1]))
-    back = Adjoint(Training(recipe, COUPLED), trajectory, everyone)
-    found = -16 * back.run(targets)
+    back = Adjoint(Training(recipe, COUPLED), trajectory, everyone, targets)
+    found = -16 * back.run().contributions()
     assert np.abs(found - targets @ rows.T).max() < 1e-11 * np.abs(found).max()
     if kind == "weight_norm":  # a gradient, and torch's own double backward is wrong there
-        assert ahead.tiles.kind is back.tiles.kind is TangentTile
-        assert ahead.tiles.field is None
+        assert ahead.sink.tiles.kind is back.tiles.kind is TangentTile
+        assert ahead.sink.tiles.field is None
     elif kind == "focal":  # the gradient of another loss than the one it says
-        assert ahead.tiles.kind is back.tiles.kind is FieldTangentTile
+        assert ahead.sink.tiles.kind is back.tiles.kind is FieldTangentTile
     else:
-        assert (ahead.tiles.kind, back.tiles.kind) == (FieldTangentTile, FieldSecondOrder)
+        assert (ahead.sink.tiles.kind, back.tiles.kind) == (FieldTangentTile, FieldSecondOrder)
         assert "is not what double backward gives" in back.tiles.choice
 
 
 def test_a_field_that_hides_what_it_is_is_refused_by_name(tmp_path):
     recipe = Field("hidden")
     trajectory = recorded(recipe, tmp_path)
-    for make in (ExactReplay, Adjoint):
+    targets = np.zeros((1, len(trajectory.checkpoint(0).weights)))
+    for kind, last in ((Replay, ExactRows), (Adjoint, targets)):
         with pytest.raises(
             RecipeError, match=r"update of parameter 'f\.0\.weight' is not what double backward"
         ):
-            make(Training(recipe, COUPLED), trajectory, np.arange(16))
+            kind(Training(recipe, COUPLED), trajectory, np.arange(16), last)
 
 
 @pytest.mark.parametrize("kind", DETACHED)
@@ -110,22 +112,22 @@ def test_the_reference_says_where_double_backward_is_right(tmp_path):
     assert reference.deviation < 1e-6
 
 
-@pytest.mark.parametrize("make", [ExactReplay, Adjoint])
-def test_recurrent_layers_in_float32_go_one_direction_at_a_time(make, tmp_path):
+@pytest.mark.parametrize("kind", [Replay, Adjoint])
+def test_recurrent_layers_in_float32_go_one_direction_at_a_time(kind, tmp_path):
     """Forward mode exists in float64 and not in float32: what is tried is tried in the run's dtype."""
     recipe = Recurrent()
     single = Compute(dtype="float32", device="cpu", batch_norm="coupled")
     trajectory = recorded(recipe, tmp_path, single)
-    replay = make(Training(recipe, single), trajectory, np.arange(24))
-    assert replay.tiles.kind is SecondOrder
-    assert replay.tiles.refusal.startswith("torch.func fails: NotImplementedError")
     double = recorded(recipe, tmp_path / "double")
     targets = np.random.default_rng(0).standard_normal((2, len(double.checkpoint(0).weights)))
-    right = -24 * Adjoint(Training(recipe, COUPLED), double, np.arange(24)).run(targets)
-    if make is Adjoint:
-        found = -24 * replay.run(targets.astype(np.float32))
-    else:
-        found = targets @ replay.run().numpy(0, 24).T
+    last = targets.astype(np.float32) if kind is Adjoint else ExactRows
+    replay = kind(Training(recipe, single), trajectory, np.arange(24), last)
+    tiles = replay.tiles if kind is Adjoint else replay.sink.tiles
+    assert tiles.kind is SecondOrder
+    assert tiles.refusal.startswith("torch.func fails: NotImplementedError")
+    right = -24 * Adjoint(Training(recipe, COUPLED), double, np.arange(24), targets).run().contributions()
+    replay.run()
+    found = -24 * replay.contributions() if kind is Adjoint else targets @ replay.numpy(0, 24).T
     assert np.abs(found - right).max() < 1e-4 * np.abs(right).max()
 
 
@@ -151,10 +153,10 @@ def test_products_start_from_the_state_of_the_step(kind, tmp_path):
     recipe = Stateful(kind)
     trajectory = recorded(recipe, tmp_path)
     everyone = np.arange(24)
-    back = Adjoint(Training(recipe, COUPLED), trajectory, everyone)
     targets = np.random.default_rng(0).standard_normal((2, len(trajectory.checkpoint(0).weights)))
-    found = -24 * back.run(targets)
-    rows = ExactReplay(Training(recipe, COUPLED), trajectory, everyone).run().numpy(0, 24)
+    back = Adjoint(Training(recipe, COUPLED), trajectory, everyone, targets)
+    found = -24 * back.run().contributions()
+    rows = Replay(Training(recipe, COUPLED), trajectory, everyone, ExactRows).run().numpy(0, 24)
     assert np.abs(found - targets @ rows.T).max() < 1e-10 * np.abs(found).max()
 
 
@@ -175,8 +177,8 @@ def test_a_layer_under_two_names_keeps_its_parameters(tmp_path):
     trajectory = recorded(recipe, tmp_path)
     right = differences(recipe, trajectory)
     everyone = np.arange(16)
-    rows = ExactReplay(Training(recipe, COUPLED), trajectory, everyone).run().numpy(0, 16)
+    rows = Replay(Training(recipe, COUPLED), trajectory, everyone, ExactRows).run().numpy(0, 16)
     assert np.abs(rows - right).max() < 1e-6 * np.abs(right).max()
     targets = np.random.default_rng(0).standard_normal((2, rows.shape[1]))
-    found = -16 * Adjoint(Training(recipe, COUPLED), trajectory, everyone).run(targets)
+    found = -16 * Adjoint(Training(recipe, COUPLED), trajectory, everyone, targets).run().contributions()
     assert np.abs(found - targets @ rows.T).max() < 1e-11 * np.abs(found).max()

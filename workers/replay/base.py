@@ -1,0 +1,144 @@
+"""The one replayed step: what a recorded step gives for the tracked members of its batch goes to a sink.
+
+What is carried (sums of rows, of rotated rows, of products with targets, tangents, segments) is the sink's.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...storage.trajectory import Trajectory
+from ..persample.engine import PerSampleGradients
+from ..recipe import Batch
+from ..training.training import Training
+from ..training.verified import Report, Rows, VerifiedReplay
+
+
+class Sink(Protocol):
+    """Takes the per-sample gradients of a replay, step after step.
+
+    Attributes:
+        engine: Gives the rows; its hooks are on the training's model.
+    """
+
+    engine: PerSampleGradients
+
+    @abstractmethod
+    def begin(self, step: int, batch: Batch, members: Tensor) -> None:
+        """Make ready for a step, at the weights it begins with.
+
+        Args:
+            step: Which.
+            batch: Its batch.
+            members: (R,) int64 on the host: the rows that are visited, distinct; maybe none.
+        """
+
+    @abstractmethod
+    def add(self, rows: Tensor, block: Tensor) -> None:
+        """Take gradients (R, width) of some members ``rows`` (R,); the block may be overwritten."""
+
+    def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None) -> None:
+        """Take those of a factored entry, for all members; see ``FactorSink``."""
+        raise AssertionError(entry)
+
+    def end_epoch(self) -> None:
+        """Called when every sample has been visited once more."""
+        return
+
+    def told(self) -> dict[str, Any]:
+        """Return what a manifest says of how the numbers were had."""
+        return {"ways": self.engine.told()}
+
+
+class RowSink(Sink, Protocol):
+    """Keeps hypergradients: forward mode."""
+
+    @abstractmethod
+    def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
+        """Return rows as a (stop - start, D) array on the host."""
+
+
+class ProductSink(Sink, Protocol):
+    """Keeps products with targets: adjoint mode."""
+
+    @abstractmethod
+    def contributions(self) -> npt.NDArray[np.floating]:
+        """Return the contributions of the tracked samples to each target, (Q, n)."""
+
+
+S_co = TypeVar("S_co", bound=Sink, covariant=True)
+
+
+class Replay(VerifiedReplay, Generic[S_co]):
+    """Trains as recorded and hands what the tracked samples do to a sink; see ``VerifiedReplay``.
+
+    Args:
+        training: A fresh ``Training`` of the recipe.
+        trajectory: The record.
+        tracked: Train indices, (n,).
+        sink: Makes the sink from the training, the record and n.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        trajectory: Trajectory,
+        tracked: Rows,
+        sink: Callable[[Training, Trajectory, int], S_co],
+    ) -> None:
+        super().__init__(training, trajectory, tracked)
+        self.sink = sink(training, trajectory, len(tracked))
+
+    def step(self, step: int, batch: Batch, rows: Rows) -> Tensor:
+        """Train, and hand the gradients of the tracked members to the sink."""
+        positions = np.flatnonzero(rows >= 0)
+        members = torch.from_numpy(rows[positions])
+        self.sink.begin(step, batch, members)
+        if not len(members):
+            return self.training.step(step, batch)
+
+        def add(start: int, block: Tensor) -> None:
+            self.sink.add(members[start : start + len(block)], block)
+
+        def add_factors(entry: int, d_R: Tensor, x_R: Tensor | None) -> None:
+            self.sink.add_factors(entry, members, d_R, x_R)
+
+        at = torch.from_numpy(positions).to(self.training.device)
+        return self.training.step(step, batch, self.sink.engine.watch(at, add, add_factors))
+
+    def end_epoch(self) -> None:
+        """Let the sink fold what it keeps by visit."""
+        self.sink.end_epoch()
+
+    def run(self, report: Report | None = None) -> Self:
+        """Replay every step; raises as ``VerifiedReplay.replay``."""
+        self.replay(report)
+        return self
+
+    def numpy(self: Replay[RowSink], start: int, stop: int) -> npt.NDArray[np.floating]:
+        """Return hypergradient rows as a (stop - start, D) array on the host (forward mode)."""
+        return self.sink.numpy(start, stop)
+
+    def contributions(self: Replay[ProductSink]) -> npt.NDArray[np.floating]:
+        """Return the contributions of the tracked samples to each target, (Q, n) (adjoint mode)."""
+        return self.sink.contributions()
+
+    def told(self) -> dict[str, Any]:
+        """Return what a manifest says of how the numbers were had."""
+        return self.sink.told()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self.sink.engine.close()
+
+
+def share(training: Training, step: int) -> float:
+    """Return N / B_t."""
+    return training.n_train / training.batch_size(step)

@@ -1,0 +1,87 @@
+"""Which replay makes a form of the Hessian in a mode."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from ...storage.curvature import Curvature
+from ...storage.trajectory import Trajectory
+from ..recursion.forms import ADJOINT, EKFAC, EXACT, FAST, FORWARD, Mode
+from ..training.training import Training
+from ..training.verified import Rows
+from .adjoint import Adjoint
+from .base import ProductSink, Replay, RowSink
+from .ekfac import EkfacProducts, EkfacRows
+from .exact import ExactRows
+from .fast import FastRows
+from .projection import FastProducts
+
+
+@overload
+def make_replay(
+    form: str,
+    mode: Literal["forward"],
+    training: Training,
+    trajectory: Trajectory,
+    tracked: Rows,
+    *,
+    curvature: Curvature | None = None,
+) -> Replay[RowSink]: ...
+
+
+@overload
+def make_replay(
+    form: str,
+    mode: Literal["adjoint"],
+    training: Training,
+    trajectory: Trajectory,
+    tracked: Rows,
+    *,
+    curvature: Curvature | None = None,
+    targets: npt.NDArray[np.floating],
+) -> Replay[ProductSink] | Adjoint: ...
+
+
+def make_replay(
+    form: str,
+    mode: Mode,
+    training: Training,
+    trajectory: Trajectory,
+    tracked: Rows,
+    *,
+    curvature: Curvature | None = None,
+    targets: npt.NDArray[np.floating] | None = None,
+) -> Replay[RowSink] | Replay[ProductSink] | Adjoint:
+    """Return what replays the record in a form and a mode: ``run`` it, take the result, ``close`` it.
+
+    Args:
+        form: ``hydra``, ``hydra-ekfac`` or ``hydra-exact``.
+        mode: ``forward``, whose result are rows ``numpy(start, stop)``, or ``adjoint``, whose result are
+            ``contributions()``.
+        training: A fresh ``Training`` of the recipe; its ``batch_norm`` coupled for the exact form.
+        trajectory: The record.
+        tracked: Train indices, (n,).
+        curvature: For the EKFAC form: basis and eigenvalues.
+        targets: In adjoint mode the gradients of the targets at w_T, (Q, D).
+
+    Raises:
+        ReplayDiverged: See ``VerifiedReplay``.
+    """
+    given = (training, trajectory, tracked)
+    assert (curvature is not None) == (form == EKFAC), form
+    assert (targets is not None) == (mode == ADJOINT), mode
+    assert form in (FAST, EKFAC, EXACT), form
+    assert mode in (FORWARD, ADJOINT), mode
+    if targets is None:
+        if curvature is not None:
+            return Replay(*given, partial(EkfacRows, curvature=curvature))
+        return Replay(*given, ExactRows) if form == EXACT else Replay(*given, FastRows)
+    if curvature is not None:
+        return Replay(*given, partial(EkfacProducts, curvature=curvature, targets_QD=targets))
+    if form == EXACT:
+        return Adjoint(*given, targets)
+    return Replay(*given, partial(FastProducts, targets_QD=targets))

@@ -80,6 +80,7 @@ def command_line(spec: Mapping[str, Any], *, uri: str, command: str = "run") -> 
     Only what differs from the defaults is spelled out. The recipe is shown for the user to read
     and to type: nothing here imports it.
     """
+    from ..spec.method_options import CURVATURE_FIELDS
     from ..spec.spec import RunSpec
 
     words = ["hydra-pipe", command]
@@ -93,7 +94,7 @@ def command_line(spec: Mapping[str, Any], *, uri: str, command: str = "run") -> 
         if field.default is not dataclasses.MISSING and value == field.default:
             continue
         option = name.replace("_", "-")
-        if name.startswith("curvature_"):
+        if name in CURVATURE_FIELDS:
             steps = value if isinstance(value, (int, str)) else ",".join(map(str, value))
             words += ["--option", f"{option}={steps}"]
         else:

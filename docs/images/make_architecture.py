@@ -58,13 +58,13 @@ def files_graph(*, typing_too: bool = True) -> Graph:
     return {name: set(imported(path, known, typing_too=typing_too)) - {name} for name, path in known.items()}
 
 
-def rooms_graph(room: str) -> Graph:
+def top_graph(room: str) -> Graph:
     """Return which sub-room or file at the top of a room imports which other one of that room."""
     graph: Graph = {}
     for name, found in files_graph().items():
         if name.startswith(f"{room}/"):
-            top = graph.setdefault(_top(name), set())
-            top |= {_top(other) for other in found if other.startswith(f"{room}/")} - {_top(name)}
+            others = {_top(other) for other in found if other.startswith(f"{room}/")}
+            graph.setdefault(_top(name), set()).update(others - {_top(name)})
     return graph
 
 
@@ -244,7 +244,7 @@ def _arrow(points: list[tuple[float, float]], room: str) -> str:
 
 
 def _on_floors(room: str, top: float) -> tuple[list[str], float]:
-    layout = Layout(rooms_graph(room))
+    layout = Layout(top_graph(room))
     height = {n: top + FLOOR * (layout.height - floor) + BOX for n, floor in layout.floor.items()}
     arrows = []
     for chain in layout.chains:
@@ -252,7 +252,7 @@ def _on_floors(room: str, top: float) -> tuple[list[str], float]:
         points[0] = (points[0][0], points[0][1] + BOX / 2)
         points[-1] = (points[-1][0], points[-1][1] - BOX / 2 - 6)
         arrows.append(_arrow(points, room))
-    boxes = [_box(name, layout.x[name], height[name], room) for name in sorted(rooms_graph(room))]
+    boxes = [_box(name, layout.x[name], height[name], room) for name in sorted(top_graph(room))]
     ink = f'<g fill="none" stroke="{INKS[room]}" stroke-opacity="0.75">'
     numbers = [
         f'<text x="{MARGIN + 14}" y="{top + FLOOR * (layout.height - floor) + BOX + 4:.0f}" '
@@ -279,7 +279,7 @@ def picture() -> str:
     parts: list[str] = []
     y = 10.0
     for room in ROOMS:
-        names = sorted(name for name in rooms_graph(room) if not name.endswith("__main__"))
+        names = sorted(name for name in top_graph(room) if not name.endswith("__main__"))
         inside, height = (
             _on_floors(room, y + 26) if room in DRAWN_ON_FLOORS else _in_lines(names, room, y + 26)
         )

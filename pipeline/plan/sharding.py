@@ -56,7 +56,7 @@ class Sharding:
 
     Attributes:
         targets: The targets of the spec.
-        items: What is cut: n tracked samples, or K targets in adjoint mode.
+        items: What is cut: n tracked samples, or Q targets in adjoint mode.
         row: Bytes of D numbers.
         held: Bytes a worker holds an item.
     """

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test check test-slow test-gpu bench wheel clean
+.PHONY: run test coverage check test-slow test-gpu bench wheel clean
 
 # One environment, built from pyproject.toml under constraints.txt; rebuilt when either changes.
 $(STAMP): pyproject.toml constraints.txt
@@ -17,7 +17,11 @@ run: $(STAMP)
 	$(BIN)/hydra-pipe run --shards 8
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile $(COUNTED)
+
+# The same tests, with the lines of the rooms that they run counted: a third more of processor time.
+coverage: COUNTED := --cov --cov-fail-under=92
+coverage: test
 
 check: $(STAMP)
 	$(BIN)/ruff check .

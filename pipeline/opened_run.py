@@ -28,6 +28,20 @@ class Run(Reader):
 
         return find_top(self, k=k, test=test, label=label, harmful=harmful, method=method)
 
+    def targets(self, method: str | None = None) -> pa.Table:
+        """Return what the columns of a method's contributions are: one row a target.
+
+        Columns: ``test_index`` (-1: no single test sample), ``test_label`` (-1: none) and
+        ``test_samples``: over how many test samples it is the mean. Sorted as the contributions are.
+        """
+        import pyarrow as pa
+
+        from .reading.panels import targets
+
+        found = targets(self, self.method(method))
+        columns = (found.test_index.astype("int32"), found.label.astype("int16"), found.count.astype("int32"))
+        return pa.table(dict(zip(("test_index", "test_label", "test_samples"), columns, strict=True)))
+
     def summary(self, method: str | None = None) -> dict[str, Any]:
         """Return the closing summary as JSON-able values; see `analysis.summary.summary`."""
         from .analysis.summary import summary as summarize

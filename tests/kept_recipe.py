@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hydra_pipe import Recipe
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+
+from hydra_pipe import Recipe
 
 
 class Kept(Recipe):

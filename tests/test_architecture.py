@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,6 +25,7 @@ FORBIDDEN = {
     "pipeline": {"ray", "click", "rich"},
     "cli": {"ray", "torch", "zarr", "pyarrow"},
 }
+DRAWS = ROOT / "docs" / "images" / "make_architecture.py"
 MAY_IMPORT_RAY = {"workers/actor.py", "pipeline/executors/ray.py"}
 
 
@@ -78,6 +81,163 @@ def test_only_the_cli_prints(room):
         for node in ast.walk(ast.parse(path.read_text())):
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
             assert called != "print", f"{path}:{node.lineno} prints"
+
+
+MAY_IMPORT = {
+    "pipeline": {
+        "run": "drive executors opened_run plan spec vocabulary",
+        "evaluate": "compare drive executors plan reading spec units vocabulary",
+        "compare": "drive executors plan reading spec units vocabulary",
+        "drive": "analysis executors opened_run plan reading spec units vocabulary",
+        "verify": "executors plan reading spec vocabulary",
+        "units": "executors plan reading spec vocabulary",
+        "plan": "executors reading spec vocabulary",
+        "opened_run": "analysis reading",
+        "analysis": "reading spec vocabulary",
+        "reading": "spec vocabulary",
+        "executors": "spec",
+        "spec": "vocabulary",
+        "vocabulary": "",
+    },
+    "workers": {
+        "estimators": "data determinism hessian model persample recipe recursion replay training",
+        "replay": "ekfac hessian model persample recipe recursion training",
+        "reference": "data determinism recipe training",
+        "hessian": "data determinism model persample recipe training",
+        "ekfac": "data determinism model persample recipe training",
+        "training": "data determinism model persample recipe recursion",
+        "actor": "recipes",
+        "persample": "data determinism model recipe",
+        "recipes": "recipe",
+        "recipe": "data",
+        "recursion": "",
+        "model": "data",
+        "data": "determinism",
+        "determinism": "",
+        "memory": "",
+    },
+}
+"""What each sub-room or file at the top of a room imports of its room, lazily and for type checkers too; from
+the top: nothing imports what stands above it."""
+
+LIMITS = {"pipeline": (16, 9), "workers": (16, 8)}
+"""Entries at the top of a room, and floors."""
+
+UNTYPED_AT_MOST = 127
+"""``dict[str, Any]`` and ``Mapping[str, Any]`` in pipeline/; to be lowered, never to grow."""
+
+
+@pytest.fixture(scope="module")
+def house() -> ModuleType:
+    """The script that draws the house, which reads the imports."""
+    spec = importlib.util.spec_from_file_location("make_architecture", DRAWS)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_sub_rooms_import_what_their_table_says(room, house):
+    inside = {name: {f"{room}/{other}" for other in found} for name, found in split(room).items()}
+    graph = house.top_graph(room)
+    assert {name.removeprefix(f"{room}/"): found for name, found in graph.items()} == inside
+
+
+def split(room: str) -> dict[str, set[str]]:
+    return {name: set(others.split()) for name, others in MAY_IMPORT[room].items()}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_the_table_goes_downwards_only(room):
+    names = list(MAY_IMPORT[room])
+    for at, (name, others) in enumerate(split(room).items()):
+        assert others <= set(names[at + 1 :]), f"{name} imports what stands above it"
+
+
+def test_no_files_import_each_other(house):
+    """Lazily neither; what only type checkers import may go both ways inside a sub-room."""
+    assert house.circles(house.files_graph(typing_too=False)) == []
+
+
+@pytest.mark.parametrize("room", LIMITS)
+def test_a_room_is_taken_in_at_a_glance(room, house):
+    entries = [path for path in (ROOT / room).iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= LIMITS[room][0]
+    assert max(house.floors(house.top_graph(room)).values()) <= LIMITS[room][1]
+
+
+def test_imports_are_read_as_python_does(house, tmp_path, monkeypatch):
+    """Lazy ones, names that are modules, packages, and blocks for type checkers."""
+    texts = {
+        "cli/__init__.py": "from ..pipeline import a\n",
+        "pipeline/__init__.py": "",
+        "pipeline/a.py": "import torch\nfrom . import b\n",
+        "pipeline/b/__init__.py": "def f():\n    from ..c import g\n    from .d import h\n",
+        "pipeline/b/d.py": "if TYPE_CHECKING:\n    from ..a import i\nelse:\n    from ..c import j\n",
+        "pipeline/c.py": "from ..workers.e import k\n",
+        "workers/e.py": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    house.files_graph.cache_clear()
+    files, run = house.files_graph(), house.files_graph(typing_too=False)
+    assert files == {
+        "cli": {"pipeline/a"},
+        "pipeline": set(),
+        "pipeline/a": {"pipeline/b"},
+        "pipeline/b": {"pipeline/c", "pipeline/b/d"},
+        "pipeline/b/d": {"pipeline/a", "pipeline/c"},
+        "pipeline/c": {"workers/e"},
+        "workers/e": set(),
+    }
+    assert run == {**files, "pipeline/b/d": {"pipeline/c"}}
+    assert house.circles(files) == [["pipeline/a", "pipeline/b", "pipeline/b/d"]]
+    assert house.circles(run) == []
+    graph = house.top_graph("pipeline")
+    assert house.circles(graph) == [["pipeline/a", "pipeline/b"]]
+    with pytest.raises(ValueError, match="import each other"):
+        house.floors(graph)
+    assert house.reduced({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": {"b"}, "b": {"c"}, "c": set()}
+    house.files_graph.cache_clear()
+
+
+def test_the_picture_of_the_house_is_current(house):
+    drawn = house.picture()
+    assert house.PICTURE.read_text(encoding="utf-8") == drawn, "run python docs/images/make_architecture.py"
+
+
+def test_the_map_names_what_is_there():
+    """Every path on the page exists, and every sub-room and file at the top of a room is on it."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(rf"`((?:{'|'.join(ROOMS)}|tests|docs)/[^`]*)`", text))
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+    for room, names in MAY_IMPORT.items():
+        wanted = {f"{room}/{name}{'/' if (ROOT / room / name).is_dir() else '.py'}" for name in names}
+        assert wanted <= named
+
+
+def test_every_sub_room_says_what_it_holds():
+    for room, names in MAY_IMPORT.items():
+        for name in names:
+            if (ROOT / room / name).is_dir():
+                said = ast.get_docstring(ast.parse((ROOT / room / name / "__init__.py").read_text()))
+                assert said is not None, f"{room}/{name}"
+                assert len(said) > 40, f"{room}/{name}"
+
+
+def test_what_crosses_rooms_has_a_type():
+    untyped = {"dict[str, Any]", "Mapping[str, Any]"}
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources("pipeline")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Subscript) and ast.unparse(node) in untyped
+    ]
+    assert len(found) <= UNTYPED_AT_MOST, "\n".join(["give these a type:", *found])
 
 
 PATHS = re.compile(r"\.zarr|\.parquet|\b(method|targets|seed)=")

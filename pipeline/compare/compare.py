@@ -4,7 +4,7 @@ The reference is ``hydra-exact`` where the run has it: the derivative itself. Th
 of Koh et al. (2019) that the HyDRA paper uses (sign errors and Spearman's rank correlation), the
 relative error, and the overlap of the most helpful and most harmful samples. Methods whose targets
 differ (test samples, classes, the mean) are compared over the coarsest of them, to which the others
-are averaged. Letters: n tracked training samples, K targets.
+are averaged. Letters: n tracked training samples, Q targets.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def compare(
         methods: Which others; None: all that are complete and have the reference's targets.
         k: Samples in the overlaps.
         panel: Targets read at a time; None: as many as fit a fixed budget.
-        progress: Called with (targets done, K).
+        progress: Called with (targets done, Q).
 
     Returns:
         ``run``, ``reference``, ``n_tracked``, ``n_test``, ``targets`` (their kind), ``n_targets``,

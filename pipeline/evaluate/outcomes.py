@@ -1,6 +1,6 @@
 """What an evaluation has in hand: samples and labels of the run, and what retrainings gave.
 
-Letters: U retrainings, n tracked training samples, M test samples, K targets: those test samples, or
+Letters: U retrainings, n tracked training samples, M test samples, Q targets: those test samples, or
 their classes or their mean where a method has no finer ones.
 """
 
@@ -111,17 +111,17 @@ class Evidence:
         return sorted({t.labels[label] for t in self.trials if t.kind == kind})
 
     def change(self, rows: Sequence[int]) -> Floats:
-        """Return how the targets' losses really changed in the given trials, (rows, K)."""
+        """Return how the targets' losses really changed in the given trials, (rows, Q)."""
         change = self.loss[list(rows)] - self.base_loss
         return change if self._of_tests is None else change @ self._of_tests
 
     def predicted(self, method: str, rows: Sequence[int]) -> Floats:
-        """Return how a method says they changed, (rows, K)."""
+        """Return how a method says they changed, (rows, Q)."""
         return self._predicted(method)[list(rows)]
 
-    def mean(self, change_RK: Floats) -> Floats:
+    def mean(self, change_RQ: Floats) -> Floats:
         """Return the mean over the test samples of changes of the targets' losses, (R,)."""
-        return change_RK.mean(1) if self._of_tests is None else change_RK @ self.targets.weight
+        return change_RQ.mean(1) if self._of_tests is None else change_RQ @ self.targets.weight
 
     def _predict(self, method: str) -> Floats:
         found = predict(self.run, method, self._taken())

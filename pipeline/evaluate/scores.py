@@ -53,7 +53,7 @@ class Lds:
 
 
 def predict(run: Reader, method: str, taken_Un: Floats) -> Floats:
-    """Return the predicted changes of the losses of the method's targets, (U, K).
+    """Return the predicted changes of the losses of the method's targets, (U, Q).
 
     Args:
         run: The run.

@@ -168,10 +168,10 @@ class Sharding:
     Args:
         spec: What to run.
         surveyed: The recipe's numbers.
-        targets: K.
+        targets: Q.
 
     Attributes:
-        items: What is cut: n tracked samples, or K targets in adjoint mode.
+        items: What is cut: n tracked samples, or Q targets in adjoint mode.
         load: What a worker holds.
     """
 

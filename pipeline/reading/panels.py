@@ -3,7 +3,7 @@
 Targets are test samples, or classes, or the mean over the test samples (see ``pipeline.spec.targets``).
 Parquet files are sorted by (test_index, test_label, train_index), so a panel reads few row groups,
 and memory stays bounded whatever the number of targets. Letters: n tracked training samples, M test
-samples, K targets, p of them in a panel.
+samples, Q targets, p of them in a panel.
 """
 
 from __future__ import annotations

@@ -151,20 +151,6 @@ class Reader:
         self._require(TEST_GRADIENTS)
         return RowStore.open(self.directory.path(layout.TEST_GRADIENTS), "gradient")
 
-    def targets(self, method: str | None = None) -> pa.Table:
-        """Return what the columns of a method's contributions are: one row a target.
-
-        Columns: ``test_index`` (-1: no single test sample), ``test_label`` (-1: none) and
-        ``test_samples``: over how many test samples it is the mean. Sorted as the contributions are.
-        """
-        import pyarrow as pa
-
-        from .panels import targets
-
-        found = targets(self, self.method(method))
-        columns = (found.test_index.astype("int32"), found.label.astype("int16"), found.count.astype("int32"))
-        return pa.table(dict(zip(("test_index", "test_label", "test_samples"), columns, strict=True)))
-
     def trajectory(self) -> Trajectory:
         """Return the recorded training run."""
         from ...storage.trajectory import open_trajectory

@@ -1,7 +1,7 @@
 """Targets: what adjoint mode carries backwards. A test sample, a class, or the mean over the test samples.
 
 The loss of a class is the mean over its test samples, so its gradient, and everything that is linear
-in it, is the mean of theirs. Letters: M test samples, K targets.
+in it, is the mean of theirs. Letters: M test samples, Q targets.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class TargetSet:
 
     Attributes:
         kind: One of ``KINDS``.
-        test_index: Test position of each, (K,); -1 where it is not one test sample.
-        label: Its label, (K,); -1: none, or the mean over all.
-        count: Over how many test samples it is the mean, (K,).
+        test_index: Test position of each, (Q,); -1 where it is not one test sample.
+        label: Its label, (Q,); -1: none, or the mean over all.
+        count: Over how many test samples it is the mean, (Q,).
     """
 
     kind: str
@@ -41,7 +41,7 @@ class TargetSet:
 
     @property
     def weight(self) -> Floats:
-        """Share of the test samples that each target stands for, (K,), summing to 1."""
+        """Share of the test samples that each target stands for, (Q,), summing to 1."""
         found: Floats = self.count / self.count.sum()
         return found
 
@@ -86,7 +86,7 @@ def target_set(kind: str, test_index: npt.ArrayLike, label: npt.ArrayLike) -> Ta
 
 
 def coarsened(fine: TargetSet, kind: str) -> tuple[TargetSet, Floats | None]:
-    """Return the coarser targets, and the weights (K fine, K coarse) that make them from ``fine``.
+    """Return the coarser targets, and the weights (Q fine, Q coarse) that make them from ``fine``.
 
     Contributions to the coarse targets are those to the fine ones times these weights; None: they
     are the same targets.
@@ -110,16 +110,16 @@ def store_of(kind: str) -> str:
     return layout.TEST_GRADIENTS if kind == SAMPLES else layout.target_gradients(kind)
 
 
-def target_of_each(target_K: npt.ArrayLike, label_M: npt.ArrayLike, start: int, stop: int) -> Integers:
+def target_of_each(target_Q: npt.ArrayLike, label_M: npt.ArrayLike, start: int, stop: int) -> Integers:
     """Return which of the targets ``start`` to ``stop`` each test sample belongs to, (M,); -1: none.
 
     Args:
-        target_K: Labels of all targets, ascending; -1: the only one, the mean over all.
+        target_Q: Labels of all targets, ascending; -1: the only one, the mean over all.
         label_M: Labels of the test samples.
         start: First target.
         stop: One past the last.
     """
-    known, labels = (np.asarray(values, dtype=np.int64) for values in (target_K, label_M))
+    known, labels = (np.asarray(values, dtype=np.int64) for values in (target_Q, label_M))
     if known[0] < 0:
         return np.zeros(len(labels), dtype=np.int64)
     place = np.searchsorted(known, labels) - start

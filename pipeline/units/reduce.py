@@ -267,7 +267,7 @@ def class_sums(
     """Return [train class, test class, sum of contributions, pairs] for each pair of classes.
 
     Args:
-        block: Contributions, (rows, K).
+        block: Contributions, (rows, Q).
         train_label: Label a row.
         test_label: Label a column.
         count: Test samples that a column is the mean of; None: 1.

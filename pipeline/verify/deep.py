@@ -1,7 +1,7 @@
 """verify --deep: numbers of a run made again, slowly and another way, and held against what is stored.
 
 The way is ``workers.reference.dense``; what is compared with what, and how, is here. Letters: n sampled
-training samples, K sampled test samples, N training samples.
+training samples, Q sampled test samples, N training samples.
 """
 
 from __future__ import annotations
@@ -264,12 +264,12 @@ class _Deep:
         return found.T.astype(np.float64)
 
     def _products(self, tangents: Floats) -> Floats:
-        """Return C(i, j) from hypergradients, (n, K)."""
+        """Return C(i, j) from hypergradients, (n, Q)."""
         products: Floats = -(tangents @ self.gradients.T) / self.n_train
         return products
 
     def _table(self, method: str) -> Floats:
-        """Return the sampled contributions from the Parquet files, (n, K), NaN where there is none."""
+        """Return the sampled contributions from the Parquet files, (n, Q), NaN where there is none."""
         of_samples = pa_dataset.field("train_index").isin(self.samples.tolist())
         chosen = of_samples & pa_dataset.field("test_index").isin(self.tests.tolist())
         names = ["train_index", "test_index", "contribution"]

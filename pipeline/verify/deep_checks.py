@@ -1,6 +1,6 @@
 """What ``verify --deep`` draws, reads and compares: samples, deviations, limits.
 
-Letters: n sampled training samples, K sampled test samples.
+Letters: n sampled training samples, Q sampled test samples.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class DeepVerification:
     Attributes:
         run: Where the run is.
         train_index: The sampled training samples, (n,).
-        test_index: The sampled test samples, (K,).
+        test_index: The sampled test samples, (Q,).
         steps: Steps that were replayed.
         products: Hessian products taken.
         checks: One a comparison.
@@ -92,7 +92,7 @@ class Findings:
     Args:
         dtype: Of the run: which limit holds.
         samples: Train indices, (n,).
-        tests: Test indices, (K,).
+        tests: Test indices, (Q,).
     """
 
     def __init__(self, dtype: str, samples: Integers, tests: Integers) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,67 +21,8 @@ import pyarrow.parquet as pq
 
 from . import files, layout
 from .errors import IncompleteStage, StoreError
+from .schemas import CONTRIBUTIONS, SCHEMAS, Kind
 from .uri import check_uri, is_local, join, parent
-
-Kind = Literal["contributions", "samples", "interclass", "contributions_spread", "samples_spread"]
-
-CONTRIBUTIONS = pa.schema(
-    [
-        pa.field("train_index", pa.int32(), nullable=False),
-        pa.field("test_index", pa.int32(), nullable=False),
-        pa.field("train_label", pa.int16(), nullable=False),
-        pa.field("test_label", pa.int16(), nullable=False),
-        pa.field("contribution", pa.float32(), nullable=False),
-    ]
-)
-"""One row a (training sample, test sample); labels -1 where there is none; positive = helpful."""
-
-SAMPLES = pa.schema(
-    [
-        pa.field("train_index", pa.int32(), nullable=False),
-        pa.field("label", pa.int16(), nullable=False),
-        pa.field("visits", pa.int32(), nullable=False),
-        pa.field("contribution", pa.float64(), nullable=False),
-        pa.field("contribution_std", pa.float64(), nullable=False),
-        pa.field("shard", pa.int32(), nullable=False),
-    ]
-)
-"""One row a training sample; ``contribution`` is the mean over the test samples (Eq. 7)."""
-
-INTERCLASS = pa.schema(
-    [
-        pa.field("train_class", pa.int16(), nullable=False),
-        pa.field("test_class", pa.int16(), nullable=False),
-        pa.field("pairs", pa.int64(), nullable=False),
-        pa.field("contribution", pa.float64(), nullable=False),
-        pa.field("normalized", pa.float64(), nullable=False),
-    ]
-)
-"""One row a pair of classes. ``contribution`` is the mean over its ``pairs`` (Eq. 23); ``normalized``
-is that entry / sqrt(sum of its column * sum of its row), NaN where the product is not positive."""
-
-CONTRIBUTIONS_SPREAD = pa.schema(
-    [*list(CONTRIBUTIONS)[:-1], pa.field("contribution_spread", pa.float32(), nullable=False)]
-)
-"""Beside an average over seeds: the sample standard deviation of C(i, j) over them (divisor K - 1)."""
-
-SAMPLES_SPREAD = pa.schema(
-    [
-        pa.field("train_index", pa.int32(), nullable=False),
-        pa.field("label", pa.int16(), nullable=False),
-        pa.field("contribution", pa.float64(), nullable=False),
-        pa.field("contribution_spread", pa.float64(), nullable=False),
-    ]
-)
-"""Likewise of C(i), beside its mean over the seeds."""
-
-SCHEMAS: dict[Kind, pa.Schema] = {
-    "contributions": CONTRIBUTIONS,
-    "samples": SAMPLES,
-    "interclass": INTERCLASS,
-    "contributions_spread": CONTRIBUTIONS_SPREAD,
-    "samples_spread": SAMPLES_SPREAD,
-}
 
 GROUP_ROWS = 1 << 17
 """Rows a row group: what a reader must read for one test sample."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from hydra_pipe.storage import contributions as parquet
+from hydra_pipe.storage import schemas
 from hydra_pipe.storage.files import list_files
 from hydra_pipe.storage.rows import RowStore
 from hydra_pipe.storage.rundir import RunDirectory
@@ -245,7 +246,7 @@ class Built:
                 }
             )
             parquet.write_table(
-                self.directory.path(*samples.split("/")), table.cast(parquet.SAMPLES), parquet.SAMPLES
+                self.directory.path(*samples.split("/")), table.cast(schemas.SAMPLES), schemas.SAMPLES
             )
             self.directory.commit(stage, f"rows-{k:05d}", [tile, samples], {"rows": stop - start})
         self._interclass(stage)
@@ -267,7 +268,7 @@ class Built:
         )
         file = f"interclass/method={self.method}/part-00000.parquet"
         parquet.write_table(
-            self.directory.path(*file.split("/")), table.cast(parquet.INTERCLASS), parquet.INTERCLASS
+            self.directory.path(*file.split("/")), table.cast(schemas.INTERCLASS), schemas.INTERCLASS
         )
         self.directory.commit(stage, "interclass", [file], {})
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ...storage import contributions as parquet
-from ...storage import layout
+from ...storage import layout, schemas
 from ...storage.trajectory import open_trajectory
 from ..analysis.zeros import zero_warning
 from ..executors.base import Handler
@@ -35,7 +35,7 @@ def reduce_method(session: Session, cut: ReduceCut, method: str, handler: Callab
     manifests = [directory.manifest(stage, unit.name) for unit in units]
     table = interclass_table([values_of(ReduceValues, m).interclass for m in manifests if m is not None])
     relative = layout.table_part("interclass", method, "00000")
-    parquet.write_table(directory.path(relative), table, parquet.INTERCLASS)
+    parquet.write_table(directory.path(relative), table, schemas.INTERCLASS)
     directory.commit(stage, INTERCLASS, [relative], {})
     zero = zero_warning(directory, method)
     if zero:

@@ -8,40 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ...storage.schemas import LDS, TRIALS
 from ..compare.compare import seconds
 from ..compare.ranking import sign_errors, spearman
 from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import EXACT, MEAN, RETRAIN, SAMPLES
 from .outcomes import Evidence
 from .scores import Lds, agreement, detection, harm, lds, recommendation
-
-LDS = pa.schema(
-    [
-        pa.field("fraction", pa.float64(), nullable=False),
-        pa.field("method", pa.string(), nullable=False),
-        pa.field("test_index", pa.int32(), nullable=False),
-        pa.field("test_label", pa.int16(), nullable=False),
-        pa.field("lds", pa.float64(), nullable=False),
-    ]
-)
-"""One row a (share kept, method, target); test_index -1 where that is no single test sample."""
-
-TRIALS = pa.schema(
-    [
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("unit", pa.string(), nullable=False),
-        pa.field("fraction", pa.float64()),
-        pa.field("size", pa.float64()),
-        pa.field("ranking", pa.string()),
-        pa.field("direction", pa.string()),
-        pa.field("train_index", pa.int32()),
-        pa.field("index", pa.int32()),
-        pa.field("changed", pa.int32(), nullable=False),
-        pa.field("loss", pa.float64(), nullable=False),
-        pa.field("accuracy", pa.float64()),
-    ]
-)
-"""One row a question asked of a retraining; two questions may share a ``unit``."""
 
 TRUSTED = 0.5
 """Share of a change that has to be foretold for a prediction to be called one."""

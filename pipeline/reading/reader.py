@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import pyarrow.dataset as pa_dataset
     import zarr
 
-    from ...storage.contributions import Kind
     from ...storage.rows import RowStore
+    from ...storage.schemas import Kind
     from ...storage.trajectory import Trajectory
 
 AnyReader = TypeVar("AnyReader", bound="Reader")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ...storage import contributions as parquet
-from ...storage import layout
+from ...storage import layout, schemas
 from ...storage.rundir import RunDirectory
 from ..executors.base import Report, Unit
 from ..reading.panels import panel_width, read_block, targets
@@ -121,6 +121,6 @@ def _write_samples_spread(
         }
     )
     relative = layout.table_part("samples_spread", job.method, number_of(name))
-    schema = parquet.SAMPLES_SPREAD
+    schema = schemas.SAMPLES_SPREAD
     parquet.write_table(run.path(relative), table.cast(schema), schema)
     return relative

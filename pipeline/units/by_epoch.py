@@ -18,6 +18,7 @@ from ...storage.contributions import write_table
 from ...storage.curvature import read_curvature
 from ...storage.errors import NonFiniteLoss
 from ...storage.rundir import RunDirectory
+from ...storage.schemas import BY_EPOCH_CONTRIBUTIONS, BY_EPOCH_ERRORS, BY_EPOCH_SAMPLES
 from ...workers.estimators import make
 from ...workers.estimators.influence_after import influence_after
 from ...workers.replay.by_epoch import ByEpoch, State
@@ -27,40 +28,6 @@ from ..vocabulary import EKFAC
 from .work import Result, TrainingWork, recorded, rows_of
 
 Integers = npt.NDArray[np.int64]
-
-SAMPLES = pa.schema(
-    [
-        pa.field("epoch", pa.int32(), nullable=False),
-        pa.field("method", pa.string(), nullable=False),
-        pa.field("train_index", pa.int32(), nullable=False),
-        pa.field("contribution", pa.float64(), nullable=False),
-        pa.field("norm", pa.float64(), nullable=False),
-    ]
-)
-"""One row a (epoch, form, tracked sample): C(i), and the norm of the hypergradient (NaN: has none)."""
-
-ERRORS = pa.schema(
-    [
-        pa.field("epoch", pa.int32(), nullable=False),
-        pa.field("reference", pa.string(), nullable=False),
-        pa.field("method", pa.string(), nullable=False),
-        pa.field("train_index", pa.int32(), nullable=False),
-        pa.field("error", pa.float64(), nullable=False),
-    ]
-)
-"""The norm of the difference of two forms' hypergradients."""
-
-CONTRIBUTIONS = pa.schema(
-    [
-        pa.field("epoch", pa.int32(), nullable=False),
-        pa.field("method", pa.string(), nullable=False),
-        pa.field("train_index", pa.int32(), nullable=False),
-        pa.field("test_index", pa.int32(), nullable=False),
-        pa.field("contribution", pa.float32(), nullable=False),
-    ]
-)
-"""C(i, j), sorted by (test_index, train_index) for each (epoch, form)."""
-
 
 Followed = tuple[list[str], ByEpochValues]
 """Files and values of a unit."""
@@ -127,11 +94,11 @@ class ByEpochWork(TrainingWork):
             name = f"{unit.name}-epoch-{epoch:05d}"
             _check_finite(epoch, states, tracked)
             samples = [
-                _table(SAMPLES, epoch, method, tracked, contribution=state.mean, norm=state.norm)
+                _table(BY_EPOCH_SAMPLES, epoch, method, tracked, contribution=state.mean, norm=state.norm)
                 for method, state in states.items()
             ]
             errors = [
-                _table(ERRORS, epoch, method, tracked, reference=reference, error=error)
+                _table(BY_EPOCH_ERRORS, epoch, method, tracked, reference=reference, error=error)
                 for method, state in states.items()
                 for reference, error in state.error.items()
             ]
@@ -139,9 +106,9 @@ class ByEpochWork(TrainingWork):
                 self._pairs(epoch, method, tracked, state.contribution) for method, state in states.items()
             ]
             for table, schema, parts in (
-                ("samples", SAMPLES, samples),
-                ("errors", ERRORS, errors),
-                ("contributions", CONTRIBUTIONS, pairs),
+                ("samples", BY_EPOCH_SAMPLES, samples),
+                ("errors", BY_EPOCH_ERRORS, errors),
+                ("contributions", BY_EPOCH_CONTRIBUTIONS, pairs),
             ):
                 files.append(_write(run, layout.by_epoch(kind, table, name), schema, parts))
         following.close()
@@ -162,12 +129,12 @@ class ByEpochWork(TrainingWork):
             report=report,
         )
         none = np.full(len(self.tracked), np.nan)
-        table = _table(SAMPLES, epoch, kind, self.tracked, contribution=found.mean, norm=none)
-        files = [_write(run, layout.by_epoch(kind, "samples", unit.name), SAMPLES, [table])]
+        table = _table(BY_EPOCH_SAMPLES, epoch, kind, self.tracked, contribution=found.mean, norm=none)
+        files = [_write(run, layout.by_epoch(kind, "samples", unit.name), BY_EPOCH_SAMPLES, [table])]
         if found.contribution is not None:
             table = self._pairs(epoch, kind, self.tracked, found.contribution)
             name = layout.by_epoch(kind, "contributions", unit.name)
-            files.append(_write(run, name, CONTRIBUTIONS, [table]))
+            files.append(_write(run, name, BY_EPOCH_CONTRIBUTIONS, [table]))
         return files, ByEpochValues(epoch=epoch)
 
     def _pairs(
@@ -175,7 +142,7 @@ class ByEpochWork(TrainingWork):
     ) -> pa.Table:
         train, test = np.tile(tracked, len(self.tested)), np.repeat(self.tested, len(tracked))
         flat = np.ascontiguousarray(values.T).reshape(-1)
-        return _table(CONTRIBUTIONS, epoch, method, train, test_index=test, contribution=flat)
+        return _table(BY_EPOCH_CONTRIBUTIONS, epoch, method, train, test_index=test, contribution=flat)
 
 
 def _table(schema: pa.Schema, epoch: int, method: str, tracked: Integers, **columns: Any) -> pa.Table:

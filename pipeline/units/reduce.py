@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from ...storage import contributions as parquet
-from ...storage import layout
+from ...storage import layout, schemas
 from ...storage.errors import CorruptStore, NonFiniteTangents
 from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
@@ -197,7 +197,7 @@ def write_tiles(
     labels: Integers,
     test_index: Integers,
     test_label: Integers,
-    kind: parquet.Kind = "contributions",
+    kind: schemas.Kind = "contributions",
 ) -> list[str]:
     """Write (rows, M) numbers of tracked samples ``index`` file by file; return the files' names."""
     files = []
@@ -210,7 +210,7 @@ def write_tiles(
             train_label=labels,
             test_label=test_label[first:last],
             contribution=block[:, first:last].astype(np.float32, copy=False),
-            schema=parquet.SCHEMAS[kind],
+            schema=schemas.SCHEMAS[kind],
         )
         files.append(relative)
     return files
@@ -239,7 +239,7 @@ def _write_samples(
             "shard": job.shard_of[start:stop],
         }
     )
-    parquet.write_table(run.path(relative), table.cast(parquet.SAMPLES), parquet.SAMPLES)
+    parquet.write_table(run.path(relative), table.cast(schemas.SAMPLES), schemas.SAMPLES)
     return relative
 
 
@@ -319,4 +319,4 @@ def interclass_table(parts: Iterable[Iterable[Sequence[float]]]) -> pa.Table:
             "contribution": [means[key] for key in keys],
             "normalized": normalized,
         }
-    ).cast(parquet.INTERCLASS)
+    ).cast(schemas.INTERCLASS)

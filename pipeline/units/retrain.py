@@ -21,6 +21,7 @@ from ...storage import layout
 from ...storage.contributions import write_table
 from ...storage.files import read_bytes
 from ...storage.rundir import RunDirectory
+from ...storage.schemas import RETRAIN_LOSSES, RETRAIN_WEIGHTS, TRAINING_LOSS
 from ...workers.training.retrain import (
     SampleLosses,
     WeightedTraining,
@@ -37,34 +38,6 @@ from .work import Result, TrainingWork, recorded
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-LOSSES = pa.schema(
-    [
-        pa.field("unit", pa.string(), nullable=False),
-        pa.field("test_index", pa.int32(), nullable=False),
-        pa.field("loss", pa.float64(), nullable=False),
-        pa.field("correct", pa.int8(), nullable=False),
-    ]
-)
-"""One row a (retraining, test sample); ``correct`` is 1, 0, or -1 where unknown."""
-
-WEIGHTS = pa.schema(
-    [
-        pa.field("unit", pa.string(), nullable=False),
-        pa.field("train_index", pa.int32(), nullable=False),
-        pa.field("weight", pa.float64(), nullable=False),
-    ]
-)
-"""The training samples whose weight a retraining changed, before any scaling; 0: removed."""
-
-TRAINING_LOSS = pa.schema(
-    [
-        pa.field("unit", pa.string(), nullable=False),
-        pa.field("train_index", pa.int32(), nullable=False),
-        pa.field("final_loss", pa.float64(), nullable=False),
-        pa.field("mean_loss", pa.float64(), nullable=False),
-    ]
-)
-"""Of each tracked sample: its loss at w_T in eval mode, and the mean over its visits in training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -135,10 +108,10 @@ class RetrainWork(TrainingWork):
         assert isinstance(change, Change)
         training = self._train(run, change, report)
         found = test_losses(training, self.tested)
-        files = [self._write(run, unit.name, layout.LOSSES, LOSSES, self._losses(found))]
+        files = [self._write(run, unit.name, layout.LOSSES, RETRAIN_LOSSES, self._losses(found))]
         if len(change.index):
             table = {"train_index": change.index, "weight": change.weight}
-            files.append(self._write(run, unit.name, layout.WEIGHTS, WEIGHTS, table))
+            files.append(self._write(run, unit.name, layout.WEIGHTS, RETRAIN_WEIGHTS, table))
         if isinstance(training, WeightedTraining) and not len(change.index):
             files.append(
                 self._write(run, unit.name, layout.TRAINING_LOSS, TRAINING_LOSS, self._own(training))

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow as pa
 
 from ...storage import layout
-from ...storage.contributions import SCHEMAS
 from ...storage.errors import CorruptStore, HydraError, RunNotFound
 from ...storage.files import PARTIAL, list_files
+from ...storage.schemas import SCHEMAS
 from ..reading.stage_states import stage_states
 from ..spec.targets import store_of
 from ..vocabulary import (

@@ -15,17 +15,10 @@ import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pq
 import pytest
 from hydra_pipe.storage import contributions, files
-from hydra_pipe.storage.contributions import (
-    CONTRIBUTIONS,
-    GROUP_ROWS,
-    INTERCLASS,
-    SAMPLES,
-    dataset,
-    write_table,
-    write_tile,
-)
+from hydra_pipe.storage.contributions import GROUP_ROWS, dataset, write_table, write_tile
 from hydra_pipe.storage.errors import IncompleteStage, StorageFull, StoreError
 from hydra_pipe.storage.rundir import RunDirectory
+from hydra_pipe.storage.schemas import CONTRIBUTIONS, INTERCLASS, SAMPLES
 from hydra_pipe.storage.uri import is_local, join
 
 

@@ -25,7 +25,7 @@ from hydra_pipe.pipeline.plan.plan import make_plan
 from hydra_pipe.pipeline.units.average import AverageWork
 from hydra_pipe.pipeline.units.work import Work
 from hydra_pipe.pipeline.verify.verify import verify
-from hydra_pipe.storage.contributions import SAMPLES, SAMPLES_SPREAD, write_table
+from hydra_pipe.storage.contributions import write_table
 from hydra_pipe.storage.errors import (
     IncompleteStage,
     InputError,
@@ -34,6 +34,7 @@ from hydra_pipe.storage.errors import (
     SpecError,
     SpecMismatch,
 )
+from hydra_pipe.storage.schemas import SAMPLES, SAMPLES_SPREAD
 from hydra_pipe.workers.training.same_data import check_same_data, data_digests
 from torch.utils.data import TensorDataset
 

@@ -285,13 +285,13 @@ class Tasks:
         coupled = replace(self.compute, batch_norm="coupled")
         straight = Training(self.recipe, coupled)
         exact = make_replay(EXACT, ADJOINT, straight, trajectory, self.tracked, targets=directions)
-        difference = exact.run(report).contributions()
-        exact.close()
+        found = exact.run(report).contributions()
+        del exact, straight  # what one replay holds is gone before the other begins
         training, basis = Training(self.recipe, self.compute), self._basis(run)
         bent = make_replay(
             EKFAC, ADJOINT, training, trajectory, self.tracked, curvature=basis, targets=directions
         )
-        difference = difference - bent.run().contributions()
+        difference = found - bent.run().contributions()
         bent.close()
         self._finite(difference, "contributions", trajectory, exact=True)
         base = layout.corrections(self.final, layout.CORRECTED)

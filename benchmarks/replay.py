@@ -20,8 +20,8 @@ from hydra_pipe.storage.trajectory import Trajectory
 from hydra_pipe.workers.recipe import Batch
 from hydra_pipe.workers.replay import fast as replaying
 from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.buffers import HypergradientBuffers
 from hydra_pipe.workers.replay.fast import FastRows
-from hydra_pipe.workers.replay.sink.buffers import HypergradientBuffers
 from hydra_pipe.workers.training.training import Compute
 
 from .cases import Clothes, Prefetched, record

@@ -1,6 +1,6 @@
 """``curvature/method=….zarr``: an eigenbasis per layer and the eigenvalues of the curvature in it.
 
-A block is a matrix of parameters (O, K), usually a layer's weight with its bias as last column; its
+A block is a matrix of parameters (O, I), usually a layer's weight with its bias as last column; its
 coordinates in the eigenbasis are ``left^T block right``. Some leading coordinates, the core, are then
 turned once more, together. K checkpoints, D coordinates in all, C of them in the core.
 """
@@ -30,9 +30,9 @@ class BlockBasis:
     Attributes:
         entries: Parameters (positions in flattening order) that make it up: the weight, then the bias.
         rows: O.
-        columns: K, the bias column included.
+        columns: I, the bias column included.
         left: (O, O) orthogonal, None for the identity.
-        right: (K, K) orthogonal, None for the identity.
+        right: (I, I) orthogonal, None for the identity.
     """
 
     entries: tuple[int, ...]

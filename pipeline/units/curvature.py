@@ -130,8 +130,8 @@ class CorrectionWork(CarryingWork):
         stored = RowStore.open(run.path(layout.corrections(self.corrected, layout.DIRECTIONS)), "direction")
         directions = stored.read(start, stop).astype(self.compute.dtype)
         exact = make_replay(EXACT, ADJOINT, self.coupled(), trajectory, self.tracked, targets=directions)
-        difference = exact.run(report).contributions()
-        exact.close()
+        found = exact.run(report).contributions()
+        del exact  # what one replay holds is gone before the other begins
         bent = make_replay(
             EKFAC,
             ADJOINT,
@@ -141,7 +141,7 @@ class CorrectionWork(CarryingWork):
             curvature=self.basis(run),
             targets=directions,
         )
-        difference = difference - bent.run().contributions()
+        difference = found - bent.run().contributions()
         bent.close()
         self.finite(difference, "contributions", trajectory, exact=True)
         base = layout.corrections(self.corrected, layout.CORRECTED)

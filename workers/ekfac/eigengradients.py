@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..model.layout import Layout
 from ..persample.capture import Call
-from ..persample.engine import FactorSink, PerSampleGradients, Sink
+from ..persample.engine import PerSampleGradients, TakeFactors, TakeRows
 from ..persample.ways import Ways
 from ..recipe import Recipe
 from .eigenbasis import Eigenbasis
@@ -48,7 +48,9 @@ class EigenGradients(PerSampleGradients):
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}
         self._whole: dict[int, Tensor] = {}
 
-    def hand_over(self, positions: Tensor, size: int, sink: Sink, factors: FactorSink | None = None) -> None:
+    def hand_over(
+        self, positions: Tensor, size: int, sink: TakeRows, factors: TakeFactors | None = None
+    ) -> None:
         """Hand over rotated rows; see ``PerSampleGradients.hand_over``."""
         self._factors, self._whole = {}, {}
 

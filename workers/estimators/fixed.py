@@ -6,7 +6,6 @@ are multiplied with the targets at once: (N, D) is never held. Shape letters as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from ...storage.trajectory import Trajectory
 from ..data.batches import fetch, to_device
 from ..determinism import derived_seed, preserved_generators, seed_everything
 from ..model.layout import load_flat
-from ..persample.engine import PerSampleGradients
+from ..persample.engine import PerSampleGradients, TakeRows
 from ..persample.trials import choose_ways
 from ..recipe import Batch
 from ..recursion.columns import Columns
@@ -30,9 +29,6 @@ from .base import TARGETS, Integers
 
 SAMPLES = 64
 """Samples a forward pass."""
-
-Rows = Callable[[int, Tensor], None]
-"""Takes (first row, (R, D) block), the block valid during the call only."""
 
 
 class FixedWeights:
@@ -91,7 +87,7 @@ class FixedWeights:
         batch = fetch(self.training.recipe, dataset, chosen)
         return to_device(batch, self.training.device, self.training.dtype)
 
-    def gradients(self, dataset: Dataset[Any], indices: Integers, sink: Rows) -> None:
+    def gradients(self, dataset: Dataset[Any], indices: Integers, sink: TakeRows) -> None:
         """Hand over d loss / d w of each sample, a few rows at a time.
 
         Raises:

@@ -20,7 +20,7 @@ and dropout draws the masks of the training step. Two ways, the same numbers to 
   for all Q of them at once.
 - ``FieldSecondOrder`` and ``FieldTangentTile``: the same where something is detached; J^T v and J v.
 
-``hessian_tiles`` chooses between them.
+``tiles`` chooses between them.
 """
 
 from __future__ import annotations

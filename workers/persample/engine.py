@@ -32,10 +32,10 @@ from .ways import Before, Ways, form_of
 
 logger = logging.getLogger(__name__)
 
-Sink = Callable[[int, Tensor], None]
+TakeRows = Callable[[int, Tensor], None]
 """Takes (first row, block): per-sample gradients of rows first, first + 1, … of those asked for."""
 
-FactorSink = Callable[[int, Tensor, Tensor | None], None]
+TakeFactors = Callable[[int, Tensor, Tensor | None], None]
 """Takes (entry, d_R, x_R): the gradient of row r is the outer product of d_R[r] and x_R[r]; where x_R is
 None, d_R holds the gradients themselves, (R, *parameter shape)."""
 
@@ -101,7 +101,7 @@ class PerSampleGradients:
         self.repaired: set[str] = set()
         self._forms: dict[int, frozenset[int]] = dict.fromkeys(ways.graphs, frozenset())
 
-    def watch(self, positions: Tensor, sink: Sink, factors: FactorSink | None = None) -> Watch:
+    def watch(self, positions: Tensor, sink: TakeRows, factors: TakeFactors | None = None) -> Watch:
         """Return what a training step needs to hand the rows at ``positions`` (R,) to the sinks."""
         return Watch(engine=self, positions=positions, sink=sink, factors=factors)
 
@@ -264,7 +264,9 @@ class PerSampleGradients:
         for i, values in zip(chosen, rows, strict=True):
             self._ready[i][slots] = values[positions[slots] - span[0]].to(self._block.dtype)
 
-    def hand_over(self, positions: Tensor, size: int, sink: Sink, factors: FactorSink | None = None) -> None:
+    def hand_over(
+        self, positions: Tensor, size: int, sink: TakeRows, factors: TakeFactors | None = None
+    ) -> None:
         """Hand over the rows of the batch that was traced last, a tile at a time.
 
         Args:
@@ -319,7 +321,7 @@ class PerSampleGradients:
         _rule, prepare = self.capture.rules[call.module]
         return call.x_B if prepare is None else prepare(call.module, call.x_B)
 
-    def _hand_factors(self, call: Call, positions: Tensor, factors: FactorSink) -> None:
+    def _hand_factors(self, call: Call, positions: Tensor, factors: TakeFactors) -> None:
         for _name, i in self.owned(call):
             if i not in self.factored:
                 continue
@@ -378,8 +380,8 @@ class Watch:
 
     engine: PerSampleGradients
     positions: Tensor
-    sink: Sink
-    factors: FactorSink | None = None
+    sink: TakeRows
+    factors: TakeFactors | None = None
 
 
 def _columns(layout: Layout, factored: frozenset[int]) -> tuple[list[int | None], int]:

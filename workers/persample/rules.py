@@ -3,7 +3,7 @@
 A rule gets R rows of the layer's input ``x_R`` and of the loss gradient at its output ``d_R`` and
 writes the gradient of each row's loss with respect to one parameter, shape (R, *parameter shape).
 Rules never touch the module's state. Whether a rule applies to a model is not believed but tried
-(see ``probe``), so subclasses of a layer may use its rule.
+(see ``trials``), so subclasses of a layer may use its rule.
 """
 
 from __future__ import annotations

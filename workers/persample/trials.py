@@ -22,10 +22,7 @@ from ..data.batches import batch_length, rows_of, to_device
 from ..data.cast import cast_model
 from ..determinism import preserved_generators
 from ..model.layout import Layout
-from ..model.state import (
-    buffers_from,
-    copied,
-)
+from ..model.state import buffers_from, copied
 from ..recipe import Batch, Recipe
 from .one_batch import LOOSE, TOLERANCE, OneBatch, Trial
 from .ways import Before, Strategy, Ways

@@ -45,7 +45,7 @@ class Sink(Protocol):
         """Take gradients (R, width) of some members ``rows`` (R,); the block may be overwritten."""
 
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None) -> None:
-        """Take those of a factored entry, for all members; see ``FactorSink``."""
+        """Take those of a factored entry, for all members; see ``TakeFactors``."""
         raise AssertionError(entry)
 
     def end_epoch(self) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..persample.engine import PerSampleGradients, Sink
+from ..persample.engine import PerSampleGradients, TakeRows
 from ..persample.reference import constant_statistics
 from ..recipe import Batch
 from .training import Training
@@ -32,7 +32,7 @@ class FixedPass:
     losses_B: Tensor
     whole: list[Tensor | None]
 
-    def rows(self, sink: Sink) -> None:
+    def rows(self, sink: TakeRows) -> None:
         """Hand over the gradients of all samples, a tile at a time; once."""
         self.engine.hand_over(self.positions, len(self.positions), sink)
 

@@ -11,7 +11,7 @@ stops for the inner derivative and passes for the outer one:
   one must run outside of ``outer_derivative()``, the second inside.
 
 Operations without gradient run with one, each result stopped, so that ``no_grad`` passes too. What a
-custom ``autograd.Function`` hides stays hidden: differences of the field judge every way (``hessian_probe``).
+custom ``autograd.Function`` hides stays hidden: differences of the field judge every way (``hessian.differences``).
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def test_the_law_finds_a_wrong_row_and_names_the_parameter(tmp_path):
 
 
 def test_a_trial_that_does_not_fit_takes_half_of_the_samples(monkeypatch):
-    right, tried = trials._OneBatch.trial, []
+    right, tried = trials.OneBatch.trial, []
 
     def trial(self, constant):
         tried.append((self.size, self.parameters[0].dtype))
@@ -257,13 +257,13 @@ def test_a_trial_that_does_not_fit_takes_half_of_the_samples(monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return right(self, constant)
 
-    monkeypatch.setattr(trials._OneBatch, "trial", trial)
+    monkeypatch.setattr(trials.OneBatch, "trial", trial)
     single = Compute(device="cpu")
     assert set(tried_ways(Training(Small(), single)).strategies) <= {"outer", "rule"}
     double, float32 = torch.float64, torch.float32
     assert tried[:5] == [(8, double), (8, float32), (4, double), (4, float32), (2, double)]
     monkeypatch.setattr(
-        trials._OneBatch, "trial", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+        trials.OneBatch, "trial", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
     )
     with pytest.raises(DoesNotFit, match="the gradients of single samples do not fit"):
         tried_ways(Training(Small(), single))

@@ -17,7 +17,7 @@ run: $(STAMP)
 	$(BIN)/hydra-pipe run --shards 8
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share, and where tests run."""
+"""Fixtures that several rooms share."""
 
 from __future__ import annotations
 
@@ -17,16 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deal tests to the workers of ``--dist loadgroup``: those with Ray to one, the others by file.
-
-    Ray is then started once, and what a file makes for all its tests is made once.
-    """
-    for item in items:
-        name = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session", autouse=True)

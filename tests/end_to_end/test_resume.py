@@ -86,6 +86,7 @@ import hydra_pipe.pipeline.drive.drive, hydra_pipe.workers.training.record, hydr
 import hydra_pipe.storage.contributions, zarr, tests.end_to_end.slow_recipes
 import sympy, rich.console, rich.table  # what a run imports late, so that a child need not
 from hydra_pipe.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell started with &
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
@@ -150,7 +151,7 @@ for line in sys.stdin:
         Returns:
             The run, and its exit code. Tried anew while runs are through before the signal comes.
         """
-        for attempt in range(20):
+        for attempt in range(5):
             out = place / f"run-{attempt}"
             words = ["run", *PAUSED, *OPTIONS, "--out", str(out)]
             code = self.drive(words, seen=out / sight, after=after, number=number)

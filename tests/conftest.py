@@ -9,9 +9,25 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before anything imports torch or numpy: tests run side by side, and threads that wait must not spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Do not wait for the disk: half of the time of a small run, and no test pulls the plug.
+
+    Processes that a test starts do wait; ``storage/test_rundir.py`` holds what is synced and when.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

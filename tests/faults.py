@@ -121,12 +121,15 @@ def die() -> None:
 class Count:
     """A harmless handler: ``steps`` steps of ``pause`` seconds, then a small result on disk.
 
+    With ``until`` it ends sooner, once that file is there.
+
     Returns the sum of the steps' numbers plus ``unit.arguments["add"]``, and who did it.
     """
 
     directory: str
     steps: int = 4
     pause: float = 0.005
+    until: str = ""
 
     def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
         Path(self.directory, f"{os.getpid()}.pid").touch()
@@ -135,6 +138,8 @@ class Count:
             time.sleep(self.pause)
             total += step
             report(step, self.steps)
+            if self.until and Path(self.until).exists():
+                break
         Path(self.directory, f"{unit.name}.done").write_text(str(total))
         return {
             "total": total,

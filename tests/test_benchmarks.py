@@ -7,14 +7,18 @@ import json
 
 import numpy as np
 import pytest
+from hydra_pipe.storage.errors import RecipeError
+from hydra_pipe.workers.recipes.cifar10 import Cifar10
+from hydra_pipe.workers.recipes.densenet import DenseNet40
+from hydra_pipe.workers.recipes.mnist import FashionMnist
 from hydra_pipe.workers.replay.base import Replay
 from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.training import Compute
 from rich.console import Console
 
-from benchmarks import approximation, hessian, memory, reduce, replay, speedup, startup, storage
+from benchmarks import approximation, cases, hessian, memory, reduce, replay, speedup, startup, storage
 from benchmarks.__main__ import main, parse
-from benchmarks.cases import Clothes, Prefetched, record
+from benchmarks.cases import Clothes, Photographs, Prefetched, record
 from benchmarks.dense import DenseAlgorithm
 from benchmarks.report import Result
 from benchmarks.timing import ratio, take_turns
@@ -52,6 +56,18 @@ def test_a_goal_is_judged_by_the_median():
     assert result.lines[-1].note == "too noisy to judge"
 
 
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """Random images, as where the files are missing: unpacking 60,000 real ones takes seconds each time."""
+
+    def missing(recipe, part):
+        raise RecipeError("not here")
+
+    for kind in (FashionMnist, Cifar10):
+        monkeypatch.setattr(kind, "_part", missing)
+    monkeypatch.setattr(cases, "MADE_UP", 2000)
+
+
 TINY = {
     "replay": (
         replay,
@@ -62,12 +78,12 @@ TINY = {
             "growth": (192,),
             "dense_steps": 1,
             "epochs": 2,
-            "epochs_samples": 96,
+            "epochs_samples": 64,
             "shards": 2,
             "forms": 1,
         },
     ),
-    "hessian": (hessian, {**hessian.QUICK, "samples": 16, "batch": 8}),
+    "hessian": (hessian, {**hessian.QUICK, "samples": 8, "batch": 4}),
     "speedup": (
         speedup,
         {**speedup.QUICK, "samples": 8, "batch": 4, "tracked": (2,), "targets": (1,)},
@@ -79,8 +95,9 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_it_runs(name, tmp_path):
+def test_it_runs(name, tmp_path, monkeypatch):
     module, sizes = TINY[name]
+    monkeypatch.setattr(Photographs, "model", lambda recipe: DenseNet40(layers_per_block=1))  # 10 layers
     result = module.run(sizes, tmp_path)
     assert result.name == name
     assert result.lines
@@ -128,7 +145,8 @@ def test_memory_asks_three_processes(tmp_path, monkeypatch):
 
 def test_the_figures_of_the_paper(tmp_path):
     pytest.importorskip("matplotlib")
-    sizes = {**approximation.QUICK, "ekfac": False, "tests": 4, "figures": str(tmp_path / "pictures")}
+    small = {"ekfac": False, "samples": 64, "track": 3, "tests": 2, "depth": 3}
+    sizes = {**approximation.QUICK, **small, "figures": str(tmp_path / "pictures")}
     result = approximation.run(sizes, tmp_path)
     measured = {line.what: line.value for line in result.lines}
     assert measured["hydra against hydra-exact: error of the hypergradients"] > 0

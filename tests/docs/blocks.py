@@ -23,6 +23,8 @@ COMPUTING = ("run", "record", "replay", "reduce", "plan")
 GOING_ON = ("replay", "reduce")
 """Commands that read what makes a run small from the run."""
 
+FEW_TERMS = ("--option", "influence-lissa.depth=5")
+
 SMALL = ("--epochs", "1", "--executor", "serial")
 SMALL_DIGITS = (*SMALL, "--set", "train_size=160", "--set", "test_size=24")
 
@@ -88,6 +90,8 @@ def arguments(words: list[str], where: str) -> list[str]:
 
 def made_small(given: list[str]) -> list[str]:
     """Append what makes a command quick; the last value of an option wins."""
+    if "--help" not in given and any("influence-lissa" in word for word in given):
+        return [*given, *FEW_TERMS]
     if not given or given[0] not in COMPUTING or given[0] in GOING_ON or "--help" in given:
         return given
     own = any(".py:" in word for word in given[1:2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -32,10 +31,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "digits"
 
 
+@pytest.mark.timeout(3600)  # one page is dozens of runs
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_blocks_of_a_page_run_in_order(page, prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # half of the time, and not what is tested
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if page.name not in MAKES_ITS_OWN:

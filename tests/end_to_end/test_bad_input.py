@@ -447,7 +447,6 @@ def test_the_installed_command_prints_one_line_too(tmp_path, elsewhere):
         text=True,
         cwd=elsewhere,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=120,
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")

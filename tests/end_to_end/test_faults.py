@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +104,9 @@ def test_a_loss_that_is_not_a_number_through_the_command_line(tmp_path):
 @pytest.mark.ray
 @pytest.mark.skipif(GPU, reason="there is a GPU")
 def test_gpus_that_no_node_has(ray_cluster, tmp_path):
-    begun = time.monotonic()
-    with pytest.raises(ClusterTooSmall, match=r"1 CPU and 1 GPU .*lower --gpus-per-actor"):
+    with pytest.raises(ClusterTooSmall, match=r"1 CPU and 1 GPU .*lower --gpus-per-actor") as caught:
         ray_run(ray_cluster, tmp_path / "run", Small(), gpus_per_actor=1)
-    assert time.monotonic() - begun < 20
+    assert "came up in" not in str(caught.value)  # at once: no worker was waited for
     assert manifests(tmp_path / "run") == {}
     # Placement is no part of the spec: the same run on CPUs goes on.
     assert ray_run(ray_cluster, tmp_path / "run", Small()).methods() == ["hydra"]

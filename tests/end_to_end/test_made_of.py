@@ -234,27 +234,33 @@ def test_a_run_that_came_to_nothing_is_begun_anew(tmp_path):
     refused(ask(tmp_path), "learning rate of the first steps (stored 0.1, now 0.2 at step 0)")
 
 
-def test_code_beside_the_recipe_counts_where_it_is_used(tmp_path):
+def test_code_beside_the_recipe_counts_where_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(
         "from torch import nn\n\nSIZE = 4\n\ndef head():\n    return nn.Linear(SIZE, 3)\n"
     )
     text = RECIPE.replace("import torch\n", "import torch\nfrom net import head\n", 1)
     text = text.replace("nn.Linear(6, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 3)", "nn.Linear(6, 4), head()")
     (tmp_path / "mine.py").write_text(text)
-    command = [sys.executable, "-m", "hydra_pipe.cli", "run", "mine.py:Mine", "--out", "run", *OPTIONS[:-1]]
 
     def again() -> Any:
-        return subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        """As in a new process: ``net`` is imported anew."""
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "path", list(sys.path))
+            patch.delitem(sys.modules, "net", raising=False)
+            done = cli("run", "mine.py:Mine", "--out", "run", *OPTIONS[:-1])
+            sys.modules.pop("net", None)
+        return done
 
-    assert again().returncode == 0
+    assert again().exit_code == 0
     beside = tmp_path / "net.py"
     beside.write_text(beside.read_text() + "\n# Later.\nOTHER = 1\n")
     found = again()
-    assert found.returncode == 0
+    assert found.exit_code == 0
     assert "was edited (mine.py, net.py)" in found.stderr
     beside.write_text(beside.read_text().replace("nn.Linear(SIZE, 3)", "nn.Linear(SIZE, 3, bias=True)"))
     found = again()
-    assert found.returncode == 1
+    assert found.exit_code == 1
     assert "the recipe's source (class Mine in mine.py, with net.py)" in found.stderr
 
 
@@ -302,7 +308,7 @@ def test_serial_runs_where_there_is_no_ray(tmp_path):
         """
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], check=False, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     versions = json.loads((tmp_path / "run" / "run.json").read_text())["versions"]

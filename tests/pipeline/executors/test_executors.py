@@ -46,8 +46,8 @@ def executor(ray_cluster: str) -> Iterator[RayExecutor]:
     made.close()
 
 
-def gone(pids: set[int], seconds: float = 10.0) -> bool:
-    """Tell whether all processes have ended, waiting for it."""
+def gone(pids: set[int], seconds: float = 300.0) -> bool:
+    """Tell whether all processes have ended, waiting for it however busy the machine is."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if not any(Path(f"/proc/{pid}").exists() for pid in pids):
@@ -88,10 +88,20 @@ def test_capacity(executor: RayExecutor) -> None:
 def test_progress_arrives_while_a_unit_works(
     executor: RayExecutor, tmp_path: Path, recorder: Recorder
 ) -> None:
-    executor.run("test", units(1), Count(directory=str(tmp_path), steps=20, pause=0.1), recorder)
+    """The unit ends once two reports of it have come, and so never unless they come while it works."""
+    enough = tmp_path / "enough"
+
+    def heard(event: events.Event) -> None:
+        recorder(event)
+        if len(recorder.of(events.UnitProgress)) == 2:
+            enough.touch()
+
+    endless = Count(directory=str(tmp_path), steps=10_000, pause=0.05, until=str(enough))
+    executor.run("test", units(1), endless, heard)
     seen = [event.done for event in recorder.of(events.UnitProgress)]
     assert len(seen) >= 2
     assert seen == sorted(seen)
+    assert seen[-1] < 10_000
 
 
 @pytest.mark.ray
@@ -158,13 +168,11 @@ def test_a_handler_that_cannot_travel_is_the_recipes_fault(executor: RayExecutor
 
 @pytest.mark.ray
 def test_infeasible_demands_are_refused_at_once(executor: RayExecutor, count: Count) -> None:
-    executor.capacity()
-    began = time.monotonic()
-    with pytest.raises(ClusterTooSmall, match="--gpus-per-actor"):
+    with pytest.raises(ClusterTooSmall, match="--gpus-per-actor") as gpus:
         executor.run("test", units(1), count, events.null, gpus=1)
-    with pytest.raises(ClusterTooSmall, match="--cpus-per-actor"):
+    with pytest.raises(ClusterTooSmall, match="--cpus-per-actor") as cpus:
         executor.run("test", units(1), count, events.null, cpus=5)
-    assert time.monotonic() - began < 2
+    assert not any("came up in" in str(caught.value) for caught in (gpus, cpus))  # nothing was waited for
     assert not count.pids()
 
 
@@ -193,14 +201,20 @@ def test_more_workers_than_fit_queue_with_a_note(ray_cluster: str, count: Count,
 
 @pytest.mark.ray
 def test_an_interrupt_leaves_no_worker(executor: RayExecutor, tmp_path: Path) -> None:
-    handler = Count(directory=str(tmp_path), steps=1000, pause=0.05)
+    handler = Count(directory=str(tmp_path), steps=100_000, pause=0.05)  # hours, unless it is ended
+    sent: list[int] = []
 
     def interrupt(event: events.Event) -> None:
-        if isinstance(event, events.UnitProgress):
+        if isinstance(event, events.UnitProgress) and not sent:
+            sent.append(signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        executor.run("test", units(3), handler, interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell used &
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            executor.run("test", units(3), handler, interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert handler.pids()
     assert gone(handler.pids())
 

@@ -81,6 +81,13 @@ def small(tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """``Many`` to classes in three shards, as the runs below that are killed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    return go(Many(), out, hessian="exact", targets="classes", shards=3)
+
+
 # ---------------------------------------------------------------------- the numbers
 
 
@@ -245,8 +252,8 @@ go(Many(), sys.argv[1], hessian="exact", targets="classes", shards=3)
 
 
 @pytest.mark.parametrize(("unit", "action"), [("targets-00001", "kill@3"), ("block-00000", "kill-after")])
-def test_a_killed_run_goes_on_with_the_same_bits(unit, action, tmp_path):
-    right = go(Many(), tmp_path / "right", hessian="exact", targets="classes", shards=3)
+def test_a_killed_run_goes_on_with_the_same_bits(unit, action, undisturbed, tmp_path):
+    right = undisturbed
     (tmp_path / "faults").mkdir()
     words = [sys.executable, "-c", KILLED, str(tmp_path / "run"), str(tmp_path / "faults"), unit, action]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -265,8 +272,8 @@ def test_a_killed_run_goes_on_with_the_same_bits(unit, action, tmp_path):
 
 
 @pytest.mark.ray
-def test_a_killed_worker_on_ray_changes_no_bit(ray_cluster, tmp_path, monkeypatch):
-    right = go(Many(), tmp_path / "right", hessian="exact", targets="classes", shards=3)
+def test_a_killed_worker_on_ray_changes_no_bit(ray_cluster, undisturbed, tmp_path, monkeypatch):
+    right = undisturbed
     (tmp_path / "faults").mkdir()
     plan = FaultPlan(directory=str(tmp_path / "faults"), script={"targets-00001": ["kill@3"]})
     monkeypatch.setattr(RayExecutor, "run", spoiled(RayExecutor.run, plan))

@@ -39,13 +39,17 @@ def replayed(recipe, trajectory, tracked, compute=DOUBLE):
     return rows, replay
 
 
-@pytest.mark.parametrize("kind", SIMPLE, ids=lambda k: k.__name__)
-def test_rows_are_those_of_each_sample_in_its_batch(kind, tmp_path):
-    recipe = kind()
-    trajectory = recorded(recipe, tmp_path)
-    everyone = list(range(recipe.count))
-    right = oracle.dense(recipe, trajectory, everyone)
-    rows, _ = replayed(recipe, trajectory, everyone)
+@pytest.fixture(scope="module", params=SIMPLE, ids=lambda k: k.__name__)
+def followed(request, tmp_path_factory):
+    """A recipe, its record, and the rows of all its samples."""
+    recipe = request.param()
+    trajectory = recorded(recipe, tmp_path_factory.mktemp("followed"))
+    return recipe, trajectory, replayed(recipe, trajectory, list(range(recipe.count)))[0]
+
+
+def test_rows_are_those_of_each_sample_in_its_batch(followed):
+    recipe, trajectory, rows = followed
+    right = oracle.dense(recipe, trajectory, list(range(recipe.count)))
     assert oracle.relative_error(rows, right.hypergradient) < oracle.DENSE_FLOAT64
     for entry in trajectory.parameters:  # none is right on average alone
         span = slice(entry.start, entry.start + int(np.prod(entry.shape)))
@@ -54,11 +58,8 @@ def test_rows_are_those_of_each_sample_in_its_batch(kind, tmp_path):
         assert np.abs(rows[:, span] - part).max() <= 1e-11 * np.abs(part).max(), entry.name
 
 
-@pytest.mark.parametrize("kind", SIMPLE, ids=lambda k: k.__name__)
-def test_a_subset_has_the_same_bits(kind, tmp_path):
-    recipe = kind()
-    trajectory = recorded(recipe, tmp_path)
-    rows, _ = replayed(recipe, trajectory, list(range(recipe.count)))
+def test_a_subset_has_the_same_bits(followed):
+    recipe, trajectory, rows = followed
     some = [1, 7, 22]
     few, _ = replayed(recipe, trajectory, some)
     assert few.tobytes() == rows[some].tobytes()

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate
+from hydra_pipe.workers.recursion.forms import EKFAC, FORWARD
 from hydra_pipe.workers.replay.adjoint import Adjoint
 from hydra_pipe.workers.replay.base import Replay
 from hydra_pipe.workers.replay.exact import ExactRows
 from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.replay.make import make_replay
 from hydra_pipe.workers.training.training import Compute
-from hydra_pipe.workers.words import EKFAC, FORWARD
 
 from .cases import Clothes, Prefetched, record
 from .report import Result

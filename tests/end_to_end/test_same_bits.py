@@ -34,11 +34,12 @@ def test_any_number_of_shards(shards, right, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_shards_change_no_bit_of_other_models(kind, dtype, tmp_path):
     found = []
-    for shards in (1, 8):
+    for shards in (1, 3, 8):
         out = tmp_path / str(shards)
         serial(out, kind(), shards=shards, dtype=dtype)
         found.append(numbers(out, shard=False))
     assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
 
 
 def test_a_run_repeated_has_the_same_bits(right, tmp_path):

@@ -1,6 +1,6 @@
 """Dataclasses to JSON and back, checked: a wrong type in a stored document is named by field.
 
-Absent and null are the same, and stand for a field's default; a field that is None is not written.
+Absent and null are the same, and stand for a field's default; a field that is None is not written, unless it is a `null_field`.
 Keys that a class does not know are of a later version: they are left alone, and kept where the class
 has a field for them (`rest_field`).
 """
@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 from .errors import CorruptStore
 
 _REST = "rest"
+_NULL = "null"
 
 T = TypeVar("T")
 
@@ -24,6 +25,11 @@ T = TypeVar("T")
 def rest_field() -> Any:
     """Return a field (of type ``Mapping[str, Any]``) for all keys that the class has no field for."""
     return dataclasses.field(default_factory=dict, metadata={_REST: True})
+
+
+def null_field() -> Any:
+    """Return a field that is None by default and is then written as null, for readers that look it up."""
+    return dataclasses.field(default=None, metadata={_NULL: True})
 
 
 def to_json(value: Any) -> Any:
@@ -39,7 +45,7 @@ def to_json(value: Any) -> Any:
         item = getattr(value, field.name)
         if field.metadata.get(_REST):
             found = {**item, **found}
-        elif item is not None:
+        elif item is not None or field.metadata.get(_NULL):
             found[field.name] = to_json(item)
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...storage.errors import CorruptStore
 from ...storage.rundir import RunDirectory
-from ...storage.typed import from_json, rest_field, to_json
+from ...storage.typed import from_json, null_field, rest_field, to_json
 from ..vocabulary import FAST, KINDS, PARTIAL, SAMPLES, SEEDS, State
 
 
@@ -138,11 +138,11 @@ class Trust:
     """
 
     law: Law
-    update: Any = None
-    ways: Mapping[str, Any] | None = None
-    test_ways: Mapping[str, Any] | None = None
+    update: int | None = null_field()
+    ways: Mapping[str, Any] | None = null_field()
+    test_ways: Mapping[str, Any] | None = null_field()
     products: Any = None
-    field: Any = None
+    field: Any = null_field()  # noqa: RUF009 (the name of the attribute misleads the rule)
     differences: Any = None
     running_statistics: bool | None = None
     rest: Mapping[str, Any] = rest_field()

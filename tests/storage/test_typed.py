@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 from hydra_pipe.storage.documents import dump, load
 from hydra_pipe.storage.errors import CorruptStore
-from hydra_pipe.storage.typed import from_json, rest_field, to_json
+from hydra_pipe.storage.typed import from_json, null_field, rest_field, to_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +27,7 @@ class Outer:
     numbers: tuple[int, ...] = ()
     asked: int | str | None = None
     free: Mapping[str, Any] = field(default_factory=dict)
+    shown: int | None = null_field()
     rest: Mapping[str, Any] = rest_field()
 
 
@@ -45,6 +46,14 @@ WHOLE = Outer(
 def test_a_round_trip_through_json_gives_the_same():
     assert from_json(Outer, load(dump(to_json(WHOLE)), "there"), "there") == WHOLE
     assert to_json(Inner(count=1)) == {"count": 1}
+    assert to_json(Outer(name="a")) == {
+        "name": "a",
+        "state": "open",
+        "parts": {},
+        "numbers": [],
+        "free": {},
+        "shown": None,
+    }
 
 
 def test_absent_and_null_are_the_default():

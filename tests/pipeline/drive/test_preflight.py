@@ -156,26 +156,26 @@ def changed(trajectory, **arrays):
 
 def test_ordinary_settings_are_no_cause_for_warnings(trajectory):
     found = settings_preflight(trajectory, "float32")
-    assert found["warnings"] == []
+    assert found.warnings == ()
     share = 45 / (trajectory.batches >= 0).sum(1)
     right = (np.abs(trajectory.coefficient) * share[:, None]).max()
-    assert found["largest_coefficient"] == pytest.approx(right)
+    assert found.rest["largest_coefficient"] == pytest.approx(right)
 
 
 def test_a_cosine_schedule_to_zero_is_no_cause_either(trajectory):
     steps = len(trajectory.loss)
     rate = np.tile(0.05 * (1 + np.cos(np.pi * np.arange(steps) / steps))[:, None], 2)
-    assert settings_preflight(changed(trajectory, learning_rate=rate), "float32")["warnings"] == []
+    assert settings_preflight(changed(trajectory, learning_rate=rate), "float32").warnings == ()
 
 
 def test_coefficients_that_forget_whole_epochs_are_warned_of(trajectory):
     """A decay of 5 at rate 0.1 halves what is remembered at every step, six a epoch."""
     decay, inertia = np.full((18, 2), 9.0), np.zeros((18, 2))
     found = changed(trajectory, weight_decay=decay, momentum=inertia, learning_rate=np.full((18, 2), 0.1))
-    (warning,) = settings_preflight(found, "float32")["warnings"]
+    (warning,) = settings_preflight(found, "float32").warnings
     assert "coefficients of 1 of 3 epochs are below 1.2e-07 of the largest" in warning
     assert "--dtype float64, a smaller weight decay or learning rate" in warning
-    assert settings_preflight(found, "float64")["warnings"] == []
+    assert settings_preflight(found, "float64").warnings == ()
 
 
 def test_coefficients_beyond_the_dtype_stop_the_run(trajectory):
@@ -183,7 +183,7 @@ def test_coefficients_beyond_the_dtype_stop_the_run(trajectory):
     found = changed(trajectory, weight_decay=400 * steps, learning_rate=steps, momentum=0 * steps)
     with pytest.raises(NonFiniteTangents, match=r"the coefficient of step \d+ of 18 is beyond float32"):
         settings_preflight(found, "float32")
-    assert settings_preflight(found, "float64")["largest_coefficient"] > 1e38
+    assert settings_preflight(found, "float64").rest["largest_coefficient"] > 1e38
     found = changed(trajectory, weight_decay=1e30 * steps, learning_rate=steps, momentum=0 * steps)
     with pytest.raises(NonFiniteTangents, match="is beyond float64"):
         settings_preflight(found, "float64")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hydra_pipe.pipeline.plan.compatibility import method_differences
+from hydra_pipe.pipeline.reading.run_info import RunInfo
 from hydra_pipe.pipeline.spec.groups import CurvatureSpec
 from hydra_pipe.pipeline.spec.method_options import CURVATURE_FIELDS, CurvatureOptions
 from hydra_pipe.pipeline.spec.spec import RunSpec
@@ -63,15 +64,19 @@ def test_options_are_a_mapping() -> None:
         CurvatureOptions.from_json([3], method="m")
 
 
+def info(methods: dict[str, Any]) -> RunInfo:
+    return RunInfo.from_json({"methods": methods}, "run.json")
+
+
 def test_methods_of_one_form_share_their_options() -> None:
     spec = RunSpec(hessian="ekfac", mode="adjoint", targets="mean", curvature_at=(0, 5))
     stored = {"at": [0, 5], "checkpoints": 5, "samples": 4096, "core": 4}
     methods = {"hydra-ekfac": {"state": "complete", "mode": "forward", "options": stored}}
     asked = {**stored, "core": 256}
-    assert method_differences(spec, methods) == [
+    assert method_differences(spec, info(methods)) == [
         f"options: stored {stored}, asked {asked} (method hydra-ekfac-mean)"
     ]
-    assert method_differences(replace(spec, curvature_core=4), methods) == []
-    assert method_differences(replace(spec, hessian="exact"), methods) == []
+    assert method_differences(replace(spec, curvature_core=4), info(methods)) == []
+    assert method_differences(replace(spec, hessian="exact"), info(methods)) == []
     methods["hydra-ekfac"]["state"] = "asked"  # binds nobody
-    assert method_differences(spec, methods) == []
+    assert method_differences(spec, info(methods)) == []

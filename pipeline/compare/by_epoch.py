@@ -139,12 +139,7 @@ def by_epoch(
 
 
 def _check_same(run: Reader, surveyed: Survey) -> None:
-    before = run.noted.chosen
-    differing = [
-        f"{name}: stored {before[name]}, now {value}"
-        for name, value in chosen(surveyed).items()
-        if name in before and before[name] != value
-    ]
+    differing = run.noted.chosen.differences(chosen(surveyed))
     if differing:
         raise SpecMismatch(
             f"{run.uri} was made from other data ({'; '.join(differing)}); bring them back, or record anew"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from ...storage.errors import SpecError, SpecMismatch
 from ...storage.place import check_place
 from ...storage.rundir import RunDirectory
 from ...workers.determinism import resolve_device
 from ..executors.raysetup import inside_ray_job
-from ..reading.run_info import MethodEntry, RunInfo, read_info
+from ..reading.run_info import Chosen, MethodEntry, RunInfo, read_info
 from ..spec.groups import PlacementSpec
 from ..spec.method_options import CurvatureOptions
 from ..spec.spec import RunSpec
@@ -84,16 +83,16 @@ def stored_options(spec: RunSpec, info: RunInfo) -> CurvatureOptions | None:
     return None
 
 
-def chosen(surveyed: Survey) -> dict[str, Any]:
-    """Return what the recipe and the selections came to: a changed index file or dataset shows here."""
-    return {
-        "n_train": surveyed.n_train,
-        "n_test": surveyed.n_test,
-        "dimension": surveyed.dimension,
-        "steps": surveyed.steps,
-        "tracked": hashlib.sha256(surveyed.tracked.tobytes()).hexdigest()[:16],
-        "tested": hashlib.sha256(surveyed.tested.tobytes()).hexdigest()[:16],
-    }
+def chosen(surveyed: Survey) -> Chosen:
+    """Return what the recipe and the selections came to."""
+    return Chosen(
+        n_train=surveyed.n_train,
+        n_test=surveyed.n_test,
+        dimension=surveyed.dimension,
+        steps=surveyed.steps,
+        tracked=hashlib.sha256(surveyed.tracked.tobytes()).hexdigest()[:16],
+        tested=hashlib.sha256(surveyed.tested.tobytes()).hexdigest()[:16],
+    )
 
 
 def stored_run(directory: RunDirectory, spec: RunSpec, surveyed: Survey) -> RunInfo | None:
@@ -103,12 +102,7 @@ def stored_run(directory: RunDirectory, spec: RunSpec, surveyed: Survey) -> RunI
         return None
     stored = adopted(directory, read_info(directory), surveyed.made_of)
     differing = spec.differences(stored.identity)
-    before = stored.chosen
-    differing += [
-        f"{name}: stored {before[name]}, now {value}"
-        for name, value in chosen(surveyed).items()
-        if name in before and before[name] != value
-    ]
+    differing += stored.chosen.differences(chosen(surveyed))
     differing += method_differences(spec, stored)
     differing += recipe_differences(stored, surveyed.made_of)
     if not differing:

@@ -6,7 +6,7 @@ Everything is optional: older and half-finished runs are read as far as they go.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ...storage.errors import CorruptStore
@@ -86,6 +86,36 @@ class LayoutEntry:
     chunk_rows: int | None = None
     test_chunk_rows: int | None = None
     rest: Mapping[str, Any] = rest_field()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """What recipe and selections came to: a changed index file or dataset shows here.
+
+    Attributes:
+        n_train: N.
+        n_test: Size of the test set.
+        dimension: D.
+        steps: T.
+        tracked: Digest of the train indices that are tracked.
+        tested: Digest of the test indices.
+    """
+
+    n_train: int | None = None
+    n_test: int | None = None
+    dimension: int | None = None
+    steps: int | None = None
+    tracked: str | None = None
+    tested: str | None = None
+
+    def differences(self, now: Chosen) -> list[str]:
+        """Return one line a value that is known here and another one ``now``."""
+        pairs = ((item.name, getattr(self, item.name), getattr(now, item.name)) for item in fields(self))
+        return [
+            f"{name}: stored {stored}, now {value}"
+            for name, stored, value in pairs
+            if stored is not None and stored != value
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +236,7 @@ class RunInfo:
     conservation: bool | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     spec: Mapping[str, Any] = field(default_factory=dict)
-    chosen: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Chosen = field(default_factory=Chosen)
     made_of: Mapping[str, Any] | None = None
     layout: LayoutEntry = field(default_factory=LayoutEntry)
     methods: Mapping[str, MethodEntry] = field(default_factory=dict)

@@ -43,6 +43,10 @@ class Place:
     key: str | None
 
 
+RUN_INFO = "run.json"
+MANIFESTS = "manifests"
+"""Where each finished unit leaves what vouches for its results: ``<stage>/<unit>.json``."""
+
 TRAJECTORY = "trajectory.zarr"
 TEST_GRADIENTS = "test_gradients.zarr"
 SEEDS = "seeds"

@@ -37,7 +37,8 @@ def _run(
     with watching(ctx.params["quiet"]) as observer:
         finished = drive(spec, observer=observer, stages=stages)
         if methods:
-            from ..pipeline.drive.attribute import PLACEMENT, attribute
+            from ..pipeline.drive.attribute import attribute
+            from ..pipeline.plan.stored_spec import PLACEMENT
 
             placement = {name: getattr(spec, name) for name in PLACEMENT}
             finished = attribute(

@@ -37,13 +37,15 @@ class Place:
     Attributes:
         kind: One of `KINDS`.
         key: The method, targets, seed or folder that it is of; None where its name says none.
-        inside: Its path below that.
     """
 
     kind: Kind
     key: str | None
-    inside: str
 
+
+RUN_INFO = "run.json"
+MANIFESTS = "manifests"
+"""Where each finished unit leaves what vouches for its results: ``<stage>/<unit>.json``."""
 
 TRAJECTORY = "trajectory.zarr"
 TEST_GRADIENTS = "test_gradients.zarr"
@@ -158,10 +160,10 @@ def locate(path: str) -> Place | None:
         return None
     key, _, inside = rest.partition("/")
     if kind.by == "part" and inside:
-        return Place(kind=kind, key=key, inside=inside)
+        return Place(kind=kind, key=key)
     if kind.by in ("method", "targets", "seed") and inside and key.startswith(f"{kind.by}="):
-        return Place(kind=kind, key=key.removeprefix(f"{kind.by}=").removesuffix(".zarr"), inside=inside)
-    return Place(kind=kind, key=None, inside=rest)
+        return Place(kind=kind, key=key.removeprefix(f"{kind.by}=").removesuffix(".zarr"))
+    return Place(kind=kind, key=None)
 
 
 def part_of(path: str) -> str:

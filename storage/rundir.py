@@ -76,7 +76,7 @@ class RunDirectory:
 
     def exists(self) -> bool:
         """Return whether there is a run here, that is, a ``run.json``."""
-        return disk.exists(self.path("run.json"))
+        return disk.exists(self.path(layout.RUN_INFO))
 
     def read(self) -> dict[str, Any]:
         """Return the contents of ``run.json``.
@@ -100,7 +100,7 @@ class RunDirectory:
         Args:
             info: JSON-able; numpy scalars are converted, non-finite numbers become null.
         """
-        disk.write_bytes(self.path("run.json"), dump({MARK: FORMAT, **info}))
+        disk.write_bytes(self.path(layout.RUN_INFO), dump({MARK: FORMAT, **info}))
 
     def commit(self, stage: str, unit: str, files: Sequence[str], values: Mapping[str, Any]) -> Manifest:
         """Flush and hash the files of a finished unit, then write its manifest.
@@ -151,7 +151,7 @@ class RunDirectory:
 
     def stages(self) -> list[str]:
         """Return the stages that have at least one finished unit, sorted."""
-        names = disk.list_files(self.path("manifests"))
+        names = disk.list_files(self.path(layout.MANIFESTS))
         return sorted({name.rsplit("/", 1)[0] for name in names if name.endswith(".json") and "/" in name})
 
     def check(self, manifest: Manifest, *, digests: bool) -> list[str]:
@@ -233,7 +233,7 @@ class RunDirectory:
                 "choose another --out or empty the directory yourself"
             )
         listed = {entry.path for stage in self.stages() for m in self.manifests(stage) for entry in m.files}
-        disk.remove(self.path("manifests"), recursive=True)
+        disk.remove(self.path(layout.MANIFESTS), recursive=True)
         if is_local(self.uri):
             disk.flush(self.uri)
         for kind in layout.KINDS:
@@ -241,7 +241,7 @@ class RunDirectory:
         for name in sorted(listed):
             disk.remove(self.path(name))
         self.clear_litter()
-        disk.remove(self.path("run.json"))
+        disk.remove(self.path(layout.RUN_INFO))
 
     def _directories(self) -> list[str]:
         # A killed writer may leave an empty directory, which no list of files shows.
@@ -253,7 +253,7 @@ class RunDirectory:
         ]
 
     def _read_marked(self) -> dict[str, Any]:
-        target = self.path("run.json")
+        target = self.path(layout.RUN_INFO)
         try:
             return load(disk.read_bytes(target), target)
         except FileNotFoundError as error:
@@ -275,7 +275,7 @@ class RunDirectory:
         return join(self._stage_path(stage), f"{check_name(unit, 'unit')}.json")
 
     def _stage_path(self, stage: str) -> str:
-        return self.path("manifests", *(check_name(part, "stage") for part in stage.split("/")))
+        return self.path(layout.MANIFESTS, *(check_name(part, "stage") for part in stage.split("/")))
 
     def units(self, stage: str) -> list[str]:
         """Return the names of the finished units of a stage, sorted; manifests are not read."""

@@ -25,7 +25,7 @@ from ..plan.compatibility import place, refuse_unsupported, stored_run
 from ..plan.plan import cut_reduce
 from ..plan.provenance import check_recipe
 from ..plan.sharding import EXACT_TARGETS, USUAL_MEMORY, Cut, cut_targets, itemsize_of, spans
-from ..plan.stored_spec import PLACEMENT, stored_spec
+from ..plan.stored_spec import stored_spec
 from ..plan.survey import compute_of, survey
 from ..reading.run_info import RunInfo
 from ..spec.spec import averaged
@@ -58,8 +58,6 @@ VECTOR_SHARE = 0.25
 PREPARE_ROWS = 512
 """Tracked samples prepared in a unit, at most."""
 
-__all__ = ["PLACEMENT", "attribute"]
-
 assert EXACT_TARGETS % TARGETS == 0, "blocks must be whole tiles of test samples"
 
 
@@ -84,7 +82,7 @@ def attribute(
         overwrite: Do a method again whose options differ from what the run holds.
         seeds: Do so for as many seeds and average: the ensemble ``NAME-seedsK``. Records that are
             missing are made.
-        placement: Fields of ``RunSpec`` named in ``PLACEMENT``; the rest is the run's.
+        placement: Fields of ``RunSpec`` named in ``plan.stored_spec.PLACEMENT``; the rest is the run's.
 
     Returns:
         The run, opened for reading.

@@ -123,7 +123,8 @@ def average(session: Session, source: str) -> None:
     """
     spec, surveyed, directory = session.spec, session.surveyed, session.directory
     seeds = seeds_of(spec, surveyed)
-    name, stage = averaged(source, len(seeds)), f"{averaged(source, len(seeds))}/{REDUCE}"
+    name = averaged(source, len(seeds))
+    stage = f"{name}/{REDUCE}"
     members = [directory, *(directory.of_seed(seed) for seed in seeds[1:])]
     for seed, member in zip(seeds, members, strict=True):
         with naming(seed):
@@ -161,7 +162,6 @@ def average(session: Session, source: str) -> None:
 def announce(session: Session, source: str) -> None:
     """Note in ``run.json`` that a method is to be averaged, so that ``status`` knows what is missing."""
     seeds = seeds_of(session.spec, session.surveyed)
-
     name = averaged(source, len(seeds))
     session.update(lambda info: info.with_method(name, **average_notes(source, seeds)))
 

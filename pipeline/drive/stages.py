@@ -114,7 +114,7 @@ class Stage:
         units: Each commits itself.
         handler: Makes what does them; called where there is something to do, after ``needs``.
         total: Steps of progress, over all units; 0: unknown.
-        label: What these are called.
+        label: What such a step is called.
         needs: What must be there.
         store: What the units fill, made and committed before the first of them; None: none, or who
             yields the stage commits it afterwards.

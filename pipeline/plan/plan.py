@@ -1,7 +1,7 @@
 """The plan: spec and machine in, shards, tiles, memory, disk and time out. Nothing is started.
 
 Pure arithmetic over a ``Survey`` and the executor's capacity, so that the same inputs always cut
-the work the same way. Letters: N training samples, n tracked, M test samples, D parameters.
+the work the same way. Letters: N training samples, n tracked, M test samples, Q targets, D parameters.
 """
 
 from __future__ import annotations
@@ -182,15 +182,15 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
     """
     n, m, dimension = len(surveyed.tracked), len(surveyed.tested), surveyed.dimension
     targets = target_set(spec.targets, surveyed.tested, surveyed.test_labels[surveyed.tested])
-    k, itemsize, row = len(targets), itemsize_of(spec.dtype), dimension * itemsize_of(spec.dtype)
-    sharding = Sharding(spec, surveyed, k)
+    q, itemsize, row = len(targets), itemsize_of(spec.dtype), dimension * itemsize_of(spec.dtype)
+    sharding = Sharding(spec, surveyed, q)
     replay = sharding.cut(shards or sharding.count(capacity))
     slots = capacity.slots or 1
     test_chunk_rows = chunk_rows_for(dimension, itemsize, m)
     per_block = max(1, TEST_BLOCK_BYTES // (row * test_chunk_rows)) * test_chunk_rows
-    reduce = cut_reduce(n, k, row, spec.reduce_memory)
+    reduce = cut_reduce(n, q, row, spec.reduce_memory)
     # A mean is added up in float64, and every unit reads all test gradients: as few units as fit.
-    target_chunk_rows = chunk_rows_for(dimension, itemsize, k)
+    target_chunk_rows = chunk_rows_for(dimension, itemsize, q)
     per_unit = max(1, spec.reduce_memory // 2 // (8 * dimension * target_chunk_rows)) * target_chunk_rows
     kept = checkpoint_steps(surveyed.steps, dimension, itemsize, spec.checkpoint_every)
     process = surveyed.process_bytes
@@ -202,19 +202,20 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
     if spec.exact_rank:
         workers[CORRECTION] = correction_bytes(surveyed, itemsize, spec.exact_rank)
     disk = {
-        "trajectory": len(kept) * dimension * 2 * itemsize + surveyed.steps * (spec_batch(surveyed) * 4 + 60),
-        **({layout.HYPERGRADIENTS: n * row} if spec.mode == FORWARD else {layout.BY_TEST: n * k * itemsize}),
+        "trajectory": len(kept) * dimension * 2 * itemsize
+        + surveyed.steps * (int(surveyed.recipe.batch_size) * 4 + 60),
+        **({layout.HYPERGRADIENTS: n * row} if spec.mode == FORWARD else {layout.BY_TEST: n * q * itemsize}),
         "test_gradients": m * row,
-        "contributions": int(n * k * BYTES_PER_VALUE),
+        "contributions": int(n * q * BYTES_PER_VALUE),
     }
     if targets.kind != SAMPLES:
-        held = min(k, per_unit) * 8 * dimension
+        held = min(q, per_unit) * 8 * dimension
         workers["target-gradients"] = process + held + 2 * TARGET_PANEL_BYTES
-        disk["target_gradients"] = k * row
-    times = seconds_of(surveyed, replay.shards, slots, k, spec)
+        disk["target_gradients"] = q * row
+    times = seconds_of(surveyed, replay.shards, slots, q, spec)
     if spec.seeds > 1:
         # A unit's means (float64), spreads and a file on its way out; panels of the members' tables.
-        held = 16 * reduce.tiles.unit_rows * k + 2 * PANEL_BYTES
+        held = 16 * reduce.tiles.unit_rows * q + 2 * PANEL_BYTES
         workers["average"] = process + held + WRITER_BYTES
         # As many runs again, one after the other, and what their average adds: mean and spread.
         disk["other seeds"] = (spec.seeds - 1) * sum(disk.values())
@@ -237,7 +238,7 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
         test_blocks=spans(m, per_block, "block"),
         targets=targets,
         target_chunk_rows=target_chunk_rows,
-        target_blocks=spans(k, per_unit, "block"),
+        target_blocks=spans(q, per_unit, "block"),
         reduce=reduce,
         checkpoints=len(kept),
         memory=Memory(process=process, buffers=replay.widest * sharding.load.item, workers=workers),
@@ -248,15 +249,10 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
     )
 
 
-def cut_reduce(n: int, k: int, row_bytes: int, budget: int) -> ReduceCut:
-    """Cut the reduce stage of n tracked samples and K targets; arguments as of `reduce_tiles`."""
-    tiles = reduce_tiles(n, k, row_bytes, budget)
+def cut_reduce(n: int, q: int, row_bytes: int, budget: int) -> ReduceCut:
+    """Cut the reduce stage of n tracked samples and Q targets; arguments as of `reduce_tiles`."""
+    tiles = reduce_tiles(n, q, row_bytes, budget)
     return ReduceCut(tiles=tiles, blocks=spans(n, tiles.unit_rows, "rows"))
-
-
-def spec_batch(surveyed: Survey) -> int:
-    """Return the batch size of the surveyed recipe."""
-    return int(surveyed.recipe.batch_size)
 
 
 def reduce_tiles(n: int, m: int, row_bytes: int, budget: int) -> ReduceTiles:

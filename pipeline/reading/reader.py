@@ -46,7 +46,7 @@ class Reader:
         self.directory = directory
         self.uri: str = directory.uri
         self.info: dict[str, Any] = dict(info)
-        self.noted = RunInfo.from_json(info, directory.path("run.json"))
+        self.noted = RunInfo.from_json(info, directory.path(layout.RUN_INFO))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r}, recipe={self.recipe!r}, methods={self.methods()})"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from ...storage import layout
 from ...storage.errors import CorruptStore
 from ...storage.rundir import RunDirectory
 from ...storage.typed import from_json, null_field, rest_field, to_json
@@ -333,4 +334,4 @@ def read_info(directory: RunDirectory) -> RunInfo:
         RunNotFound: There is none.
         CorruptStore: It cannot be read, or a value has not the type of its field.
     """
-    return RunInfo.from_json(directory.read(), directory.path("run.json"))
+    return RunInfo.from_json(directory.read(), directory.path(layout.RUN_INFO))

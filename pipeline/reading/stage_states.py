@@ -1,9 +1,7 @@
 """How far the stages of a run have come, read from ``run.json`` and the manifests alone.
 
-Keys this module understands (all optional, older or partial runs are read as far as they go):
-``run.json["stages"][stage]`` may hold ``units`` (how many there will be, the closing one included)
-and ``seconds`` (wall time of the stage), ``layout.shards`` the number of shards; a manifest's
-values may hold ``rows`` and ``seconds``.
+Older or partial runs are read as far as they go: see `StageEntry` (``units``, ``seconds``), `LayoutEntry`
+(``shards``) and `UnitValues` (``rows``, ``seconds``) for what is looked at.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ class StageState:
     """One stage of a run.
 
     Attributes:
-        stage: ``record``, ``test-gradients``, ``<method>/replay`` or ``<method>/reduce``.
+        stage: Such as ``record`` or ``<method>/replay``.
         state: ``complete``, ``partial`` or ``missing``.
         done: Units committed: shards, blocks of test samples, blocks of tracked samples.
         units: Units the stage has in all; None where the run does not say.
@@ -75,7 +73,7 @@ def stage_state(directory: RunDirectory, info: RunInfo, stage: str) -> StageStat
     Args:
         directory: The run.
         info: Its ``run.json``, read.
-        stage: ``record``, ``test-gradients``, ``<method>/replay`` or ``<method>/reduce``.
+        stage: Such as ``record`` or ``<method>/replay``.
     """
     manifests = directory.manifests(stage)
     noted = info.stages.get(stage, StageEntry())

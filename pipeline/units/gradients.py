@@ -77,12 +77,10 @@ class TargetGradientWork(Work):
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write the means of the test gradients of each target of a block."""
         start, stop = rows_of(unit)
-        gradients, store = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient"), self._store(run)
+        gradients = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient")
+        store = RowStore.open(run.path(store_of(self.targets)), "gradient")
         group = target_of_each(store.column("label"), gradients.column("label"), start, stop)
         mean = mean_gradients(gradients.read, group, gradients.columns, stop - start, report)
         store.write(start, mean.astype(store.dtype))
         files = [f"{store_of(self.targets)}/{name}" for name in store.files(start, stop)]
         return files, UnitValues(rows=stop - start, start=start)
-
-    def _store(self, run: RunDirectory) -> RowStore:
-        return RowStore.open(run.path(store_of(self.targets)), "gradient")

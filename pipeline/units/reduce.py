@@ -107,11 +107,10 @@ def reduce_rows(
         CorruptStore: A contribution is not finite.
         NonFiniteTangents: A contribution is beyond float32.
     """
-    gradients = RowStore.open(run.path(store_of(job.targets)), "gradient")
     if job.mode == ADJOINT:
         block = _turned(run, job, start, stop, report)
     else:
-        block = _joined(run, job, gradients, start, stop, device, report)
+        block = _joined(run, job, start, stop, device, report)
     if job.base != job.method:
         _correct(run, job, block, start, stop)
     return write_rows(run, job, name, block, start, stop)
@@ -148,13 +147,13 @@ def write_rows(
 def _joined(
     run: RunDirectory,
     job: ReduceJob,
-    gradients: RowStore,
     start: int,
     stop: int,
     device: torch.device,
     report: Callable[[int, int], None],
 ) -> Floats:
     """Multiply strips of hypergradients with panels of test gradients: (rows, M)."""
+    gradients = RowStore.open(run.path(store_of(job.targets)), "gradient")
     hypergradients = RowStore.open(run.path(layout.hypergradients(job.base)), "hypergradient")
     tests = bounds(gradients.rows, job.tiles.panel_rows)
     panels = Panels(gradients.read, tests, gradients.columns, gradients.dtype, device)

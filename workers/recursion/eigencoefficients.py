@@ -49,7 +49,7 @@ class EigenCoefficients:
         self._form = linear_form(settings)
         limit = columns.whole(np.maximum(0.0, stability_limit(settings)))
         values = torch.from_numpy(eigenvalues).to(device).clamp_min(0)
-        self.clipped = int((values > limit).any(0).sum())  # the driver says so, see pipeline.preflight
+        self.clipped = int((values > limit).any(0).sum())  # the driver says so, see pipeline.drive.preflight
         self.eigenvalues = torch.minimum(values, limit)
         count = settings.learning_rate.shape[0]
         self._nearest = np.abs(np.arange(count)[:, None] - steps[None, :]).argmin(1)

@@ -1,4 +1,4 @@
-"""The EKFAC part of ``reference_dense``: stored blocks applied as matrices, and the cut of their eigenvalues."""
+"""The EKFAC part of ``dense``: stored blocks applied as matrices, and the cut of their eigenvalues."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How exact tangents grow along a record, and what float32 makes of them: measured before the work.
 
-Two vectors are carried through the exact recursion, as ``reference_dense`` does it: a random change
+Two vectors are carried through the exact recursion, as ``dense`` does it: a random change
 of the first weights of norm 1, whose norm says how fast tangents grow, and the tangent of one tracked
 sample, in the run's dtype and in float64 along the same weights, whose difference is what rounding
 does to a hypergradient here.

@@ -83,7 +83,7 @@ class HypergradientBuffers:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.rows, self.layout, self.columns, self.epochs = rows, layout, columns, epochs
+        self.rows, self.layout, self.columns = rows, layout, columns
         self.home, pinned = _home(rows * row_numbers(layout, factored, epochs) * dtype.itemsize, device)
 
         def zeros(*shape: int) -> Tensor:

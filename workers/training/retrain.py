@@ -71,7 +71,7 @@ class WeightedTraining(Training):
         weights_N: One weight a training sample, 1 + N eps_i.
     """
 
-    def __init__(self, recipe: Recipe, compute: Compute, weights_N: Floats, *, rescale: bool = False) -> None:
+    def __init__(self, recipe: Recipe, compute: Compute, weights_N: Floats) -> None:
         super().__init__(recipe, compute)
         if weights_N.shape != (self.n_train,):
             raise InputError(

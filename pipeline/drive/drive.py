@@ -38,9 +38,9 @@ from ..vocabulary import (
     stage_of,
 )
 from .gradients import RECORDED, TESTED, record, test_gradients
+from .notes import closing_notes, run_notes
 from .reduce import reduce_job, reduce_method
 from .replay import collect_stage, replay
-from .run_info import closing_notes, run_notes
 from .stages import Needed, Session, Stages, run_stages
 
 

@@ -35,8 +35,8 @@ from ..units.record import RecordWork
 from ..vocabulary import ADJOINT, COMPLETE, INDEX, RECORD, REDUCE, TEST_GRADIENTS, TRAJECTORY
 from .drive import Begun, begin, drive
 from .gradients import record_work
+from .notes import average_notes, target_notes
 from .reduce import reduce_job, reduce_method
-from .run_info import average_notes, target_notes
 from .stages import Session, run_stages
 
 

@@ -16,6 +16,7 @@ from . import files as disk
 from . import layout
 from .documents import dump, load
 from .errors import CorruptStore, IncompleteStage, RunNotFound, SpecError, StoreError
+from .typed import from_json
 from .uri import check_name, check_uri, is_local, join
 
 FORMAT = 1
@@ -285,15 +286,10 @@ class RunDirectory:
     def _parse(self, target: str, data: bytes) -> Manifest:
         body = load(data, target)
         try:
-            manifest = Manifest(
-                stage=body["stage"],
-                unit=body["unit"],
-                files=tuple(FileEntry(**entry) for entry in body["files"]),
-                values=body["values"],
-            )
+            manifest = from_json(Manifest, body, target)
             for entry in manifest.files:
                 self.path(entry.path)  # a path that leaves the run is refused here
-        except (KeyError, TypeError, AttributeError, SpecError) as error:
+        except SpecError as error:
             raise CorruptStore(
                 f"{target} is no manifest ({error}); remove it and run the stage again"
             ) from error

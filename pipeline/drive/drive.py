@@ -17,7 +17,7 @@ from ..executors.base import Executor
 from ..executors.events import Observer, RunStarted
 from ..plan.compatibility import place, stored_run
 from ..plan.plan import Plan, cut
-from ..plan.provenance import say_cosmetic
+from ..plan.provenance import adopted, say_cosmetic
 from ..plan.survey import Survey, compute_of
 from ..reading.run_info import RunInfo
 from ..spec.spec import RunSpec
@@ -51,12 +51,17 @@ class Begun:
     Attributes:
         session: What it is driven with.
         plan: How it is cut.
-        info: ``run.json`` to begin with.
     """
 
     session: Session
     plan: Plan
-    info: RunInfo
+
+    def info(self) -> RunInfo:
+        """Return ``run.json`` to begin with, made from what it holds now: another command may have noted something."""
+        session, surveyed = self.session, self.session.surveyed
+        there = session.directory.exists()
+        stored = adopted(session.directory, session.info(), surveyed.made_of) if there else None
+        return run_notes(session.spec, surveyed, self.plan, stored)
 
 
 def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observer) -> Begun:
@@ -78,7 +83,7 @@ def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observe
         session.note(f"replaced the run at {directory.uri}")
     observer(RunStarted(uri=directory.uri, recipe=surveyed.recipe.name, resumed=stored is not None))
     say_cosmetic(stored or RunInfo(), surveyed.made_of, observer)
-    return Begun(session=session, plan=plan, info=run_notes(spec, surveyed, plan, stored))
+    return Begun(session=session, plan=plan)
 
 
 def drive(begun: Begun, stages: Sequence[str]) -> None:
@@ -91,8 +96,9 @@ def drive(begun: Begun, stages: Sequence[str]) -> None:
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise SpecError(f"stage {unknown[0]!r} is not one of {', '.join(STAGES)}")
-    session, plan, info = begun.session, begun.plan, begun.info
+    session, plan = begun.session, begun.plan
     session.directory.clear_litter()
+    info = begun.info()
     if set(stages) != {RECORD}:
         for name, entry in info.methods.items():
             if entry.state == ASKED:
@@ -107,7 +113,7 @@ def drive(begun: Begun, stages: Sequence[str]) -> None:
     for stage in STAGES:
         if stage in stages:
             run_stages(session, makers[stage](session, plan))
-    session.update(lambda info: _close(session, plan, info))
+    _close(session, plan)
 
 
 def reduce(session: Session, plan: Plan) -> Stages:
@@ -137,9 +143,19 @@ def _reduce_work(session: Session, plan: Plan, method: str) -> ReduceWork:
     return ReduceWork(uri=session.directory.uri, compute=compute_of(spec), job=job)
 
 
-def _close(session: Session, plan: Plan, info: RunInfo) -> RunInfo:
+def _close(session: Session, plan: Plan) -> None:
     """Note states and how close the plan was."""
-    for method in (session.spec.base_method, session.spec.method):
-        if session.directory.manifest(f"{method}/{REDUCE}", INTERCLASS) is not None:
+    spec, directory = session.spec, session.directory
+    done = [
+        method
+        for method in dict.fromkeys((spec.base_method, spec.method))
+        if directory.manifest(f"{method}/{REDUCE}", INTERCLASS) is not None
+    ]
+    closing = closing_notes(directory, plan)  # reads all manifests: before the change, which must be short
+
+    def note(info: RunInfo) -> RunInfo:
+        for method in done:
             info = info.with_method(method, state=COMPLETE)
-    return closing_notes(session.directory, plan, info)
+        return closing(info)
+
+    session.update(note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from importlib import metadata
 from typing import Any
@@ -93,8 +93,8 @@ def average_notes(source: str, seeds: Sequence[int]) -> dict[str, Any]:
     return {"mode": SEEDS, "source": source, "seeds": tuple(seeds)}
 
 
-def closing_notes(directory: RunDirectory, plan: Plan, info: RunInfo) -> RunInfo:
-    """Return ``info`` with what the stages came to: losses, sizes, seconds, memory beside the plan's."""
+def closing_notes(directory: RunDirectory, plan: Plan) -> Callable[[RunInfo], RunInfo]:
+    """Return what adds to ``run.json`` what the stages came to: losses, sizes, seconds, memory beside the plan's."""
     manifests = [m for stage in directory.stages() for m in directory.manifests(stage)]
     record = directory.manifest(RECORD, TRAJECTORY)
     closing = values_of(RecordValues, record).closing if record else {}
@@ -103,15 +103,17 @@ def closing_notes(directory: RunDirectory, plan: Plan, info: RunInfo) -> RunInfo
         predicted_bytes=plan.memory.largest,
         disk_bytes=sum(entry.bytes for m in manifests for entry in m.files),
         predicted_disk_bytes=plan.disk["total"],
-        seconds=sum(entry.seconds or 0.0 for entry in info.stages.values()),
         predicted_seconds=plan.seconds.get("total"),
         closing={k: v for k, v in closing.items() if k.endswith(("_accuracy", "_loss"))},
     )
-    info = replace(info, summary=summary)
-    if record is None:
-        return info
-    trajectory = open_trajectory(directory.path(layout.TRAJECTORY))
-    return replace(info, rest={**info.rest, "environment": trajectory.attrs.get("environment", {})})
+    attrs = open_trajectory(directory.path(layout.TRAJECTORY)).attrs if record else None
+
+    def note(info: RunInfo) -> RunInfo:
+        seconds = sum(entry.seconds or 0.0 for entry in info.stages.values())
+        rest = info.rest if attrs is None else {**info.rest, "environment": attrs.get("environment", {})}
+        return replace(info, summary=replace(summary, seconds=seconds), rest=rest)
+
+    return note
 
 
 def _spec_dict(spec: RunSpec) -> dict[str, Any]:

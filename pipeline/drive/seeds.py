@@ -251,7 +251,7 @@ def _record_ahead(session: Session, begun: Mapping[int, Begun]) -> None:
     started, works = time.monotonic(), {}
     for seed, one in fresh.items():
         one.session.directory.clear_litter()
-        one.session.directory.write(one.info.to_json())
+        one.session.directory.write(one.info().to_json())
         works[f"seed-{seed}"] = (seed, record_work(one.session))
     units = [Unit(stage=RECORD, name=name) for name in works]
     steps = sum(one.plan.steps for one in fresh.values())

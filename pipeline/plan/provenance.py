@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ...storage.errors import SpecMismatch
+from ...storage.errors import CorruptStore, SpecMismatch
 from ...storage.rundir import RunDirectory
 from ...workers.training.made_of import cosmetic, differences
 from ..executors.events import Note, Observer
@@ -20,7 +21,8 @@ REMEDY = "bring that back, or make a run of its own: another --out, or hydra-pip
 def recipe_differences(stored: RunInfo, made_of: Mapping[str, Any]) -> list[str]:
     """Return in words what a recipe has that a run's has not; nothing where the run does not know."""
     known = stored.made_of
-    return differences(known, made_of) if known else []
+    with _read(known):
+        return differences(known, made_of) if known else []
 
 
 def check_recipe(uri: str, stored: RunInfo, made_of: Mapping[str, Any], observer: Observer) -> None:
@@ -43,7 +45,8 @@ def check_recipe(uri: str, stored: RunInfo, made_of: Mapping[str, Any], observer
 
 def say_cosmetic(stored: RunInfo, made_of: Mapping[str, Any], observer: Observer) -> None:
     """Tell of a change of the recipe's text that is none of the recipe."""
-    note = cosmetic(stored.made_of or {}, made_of)
+    with _read(stored.made_of):
+        note = cosmetic(stored.made_of or {}, made_of)
     if note is not None:
         observer(Note(message=note))
 
@@ -75,10 +78,23 @@ def made_of_notes(stored: RunInfo | None, made_of: Mapping[str, Any]) -> Mapping
     known = stored.made_of
     if not known:
         return None
-    edited = cosmetic(known, made_of) is not None
+    with _read(known):
+        edited = cosmetic(known, made_of) is not None
     return {**known, "source": made_of["source"]} if edited else known
 
 
 def adopted(directory: RunDirectory, stored: RunInfo, made_of: Mapping[str, Any]) -> RunInfo:
     """Let a run of which nothing is committed yet be made from what is here now."""
     return stored if directory.stages() else replace(stored, made_of=made_of)
+
+
+@contextmanager
+def _read(known: object) -> Iterator[None]:
+    """Name the document where what a run notes of its recipe is not what this package writes."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptStore(
+            f"made_of in run.json cannot be read ({type(error).__name__}: {error}; it is {str(known)[:60]}…); "
+            "restore the file, or use another --out"
+        ) from error

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...storage.errors import InputError, RunNotFound, SpecError, SpecMismatch
+from ...storage.errors import CorruptStore, InputError, RunNotFound, SpecError, SpecMismatch
 from ...workers.recipe import Recipe
 from ...workers.recipes import BUILT_IN
 from ..reading.reader import Reader, open_reader
@@ -117,6 +117,11 @@ def stored_spec(
     if unknown:
         raise SpecError(f"{unknown[0]} is the run's own and cannot be chosen; {', '.join(allowed)} can")
     values = {name: identity[name] for name in names(RunSpec, Decides.RUN) if name in identity}
+    if not isinstance(values.get("recipe_args", {}), Mapping):
+        raise CorruptStore(
+            f"{run.uri}/run.json: identity.recipe_args is {values['recipe_args']!r:.60} and must be a mapping; "
+            "restore the file"
+        )
     spoken = run.noted.spec
     values |= {name: spoken[name] for name in KEPT if spoken.get(name) is not None}
     chosen = {name: value for name, value in given.items() if value is not None}

@@ -224,3 +224,25 @@ def test_entries_are_frozen() -> None:
     entry = FileEntry(path="a", bytes=1, sha256="0")
     with pytest.raises(AttributeError):
         entry.path = "b"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stage", 5),
+        ("values", [1]),
+        ("files", {"a": 1}),
+        ("files", [{"path": "a", "bytes": "x", "sha256": "b"}]),
+        ("files", [{"path": 5, "bytes": 1, "sha256": "b"}]),
+        ("files", [{"path": "a", "bytes": 1, "sha256": None}]),
+    ],
+)
+def test_a_manifest_of_other_types_is_named(tmp_path, field, value):
+    run = RunDirectory(str(tmp_path))
+    run.commit("record", "trajectory", [], {})
+    file = tmp_path / "manifests" / "record" / "trajectory.json"
+    body = {**json.loads(file.read_text()), field: value}
+    del body["document_sha256"]
+    file.write_text(json.dumps(body))
+    with pytest.raises(CorruptStore, match=rf"trajectory\.json: {field}.* must be"):
+        run.manifest("record", "trajectory")

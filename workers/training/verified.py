@@ -63,7 +63,12 @@ class VerifiedReplay:
         training = self.training
         for step, batch in enumerate(training.loader(self.done, stop), start=self.done):
             training.apply_settings(self._settings, step)
-            loss = self.step(step, batch, self.rows(step))
+            try:
+                loss = self.step(step, batch, self.rows(step))
+            except Exception:
+                if self._losses:  # one that is no number is the reason, and not what came of it
+                    self._check_losses()
+                raise
             self._losses.append((step, loss, training.own_losses))
             self.done = step + 1
             ends = self.done % training.steps_per_epoch == 0

@@ -95,6 +95,27 @@ def test_a_loss_that_is_no_number_is_named_with_its_step_and_sample(at_once, tmp
     assert replay.done == (3 if at_once else min(later[0], -(-3 // per_epoch) * per_epoch))
 
 
+class Breaks(Spoilt):
+    """The step after that loss cannot be taken at all."""
+
+    bad = 0
+
+    def step(self, step, batch, rows):
+        if step == self.bad + 1:
+            raise RuntimeError("what came of it")
+        return super().step(step, batch, rows)
+
+
+def test_a_loss_that_waits_to_be_looked_at_is_named_before_what_came_of_it(tmp_path):
+    recipe = Small()
+    trajectory = recorded(recipe, tmp_path)
+    replay = Breaks(Training(recipe, DOUBLE), trajectory, TRACKED, FastRows)
+    replay.at_once = False
+    with pytest.raises(NonFiniteLoss, match="nan at step 0"):
+        replay.run()
+    assert replay.done == 1
+
+
 def test_losses_are_not_looked_at_between_digests_on_an_accelerator(tmp_path, monkeypatch):
     recipe = Small()
     trajectory = recorded(recipe, tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hydra_pipe.pipeline.drive import drive as driving
-from hydra_pipe.pipeline.drive import run_info
+from hydra_pipe.pipeline.drive import notes
 from hydra_pipe.pipeline.executors.events import null
 from hydra_pipe.pipeline.executors.serial import SerialExecutor
 from hydra_pipe.pipeline.plan.survey import survey
@@ -41,13 +41,13 @@ def test_what_was_noted_before_the_first_stage_stays(asked):
 def test_what_was_noted_while_the_manifests_are_read_at_the_end_stays(asked, monkeypatch):
     begun = driving.begin(asked, survey(asked), SerialExecutor(), null)
     directory = begun.session.directory
-    read = run_info.open_trajectory
+    read = notes.open_trajectory
 
     def meanwhile(uri):
         other_command(directory)
         return read(uri)
 
-    monkeypatch.setattr(run_info, "open_trajectory", meanwhile)
+    monkeypatch.setattr(notes, "open_trajectory", meanwhile)
     driving.drive(begun, STAGES)
     info = read_info(directory)
     assert info.entry("tracin").mode == "attribute"

@@ -45,7 +45,7 @@ BYTES_PER_VALUE = 4.0
 class ReduceTiles:
     """How the join is cut: rows a unit, rows a strip, test samples a panel and a file.
 
-    All follow from n, M, D and the memory budget alone, never from shards or workers, so that the
+    All follow from n, Q, D and the memory budget alone, never from shards or workers, so that the
     bits of a contribution do not depend on where it was computed.
     """
 
@@ -255,29 +255,29 @@ def cut_reduce(n: int, q: int, row_bytes: int, budget: int) -> ReduceCut:
     return ReduceCut(tiles=tiles, blocks=spans(n, tiles.unit_rows, "rows"))
 
 
-def reduce_tiles(n: int, m: int, row_bytes: int, budget: int) -> ReduceTiles:
+def reduce_tiles(n: int, q: int, row_bytes: int, budget: int) -> ReduceTiles:
     """Cut the join so that the arrays of one task stay within ``budget`` bytes.
 
     Strips of hypergradients (20% each) meet panels of test gradients (15% each), both read one ahead;
-    the contributions of a unit's rows to all M tests (20%, and a third of that in passing) are then
+    the contributions of a unit's rows to all Q targets (20%, and a third of that in passing) are then
     written file by file. Writing itself takes ``WRITER_BYTES`` beside the budget.
 
     Raises:
         DoesNotFit: The budget does not hold one row of each.
     """
-    least = max(8 * row_bytes, 40 * m)
+    least = max(8 * row_bytes, 40 * q)
     if budget < least:
         raise DoesNotFit(
             f"--reduce-memory {budget:,} bytes does not hold rows of {row_bytes:,} bytes and their "
-            f"contributions to {m:,} test samples; use at least {least:,}"
+            f"contributions to {q:,} targets; use at least {least:,}"
         )
     share = int(0.2 * budget)
-    strip = _tiled(min(n, share // row_bytes, share // (8 * m), 4096), n)
-    panel = _tiled(min(m, int(0.15 * budget) // row_bytes, 4096), m)
-    unit = min(n, strip * max(1, share // (m * 8 * strip)))
-    file_tests = max(1, min(m, TILE_VALUES // unit))
-    used = (1 + (unit > strip)) * strip * row_bytes + (1 + (m > panel)) * panel * row_bytes
-    used += int(1.3 * unit * m * 8)
+    strip = _tiled(min(n, share // row_bytes, share // (8 * q), 4096), n)
+    panel = _tiled(min(q, int(0.15 * budget) // row_bytes, 4096), q)
+    unit = min(n, strip * max(1, share // (q * 8 * strip)))
+    file_tests = max(1, min(q, TILE_VALUES // unit))
+    used = (1 + (unit > strip)) * strip * row_bytes + (1 + (q > panel)) * panel * row_bytes
+    used += int(1.3 * unit * q * 8)
     return ReduceTiles(unit_rows=unit, strip_rows=strip, panel_rows=panel, file_tests=file_tests, bytes=used)
 
 

@@ -15,7 +15,7 @@ from ...workers.replay.adjoint import SEGMENT_BYTES
 from ...workers.replay.projection import TARGET_TILE
 from ..executors.base import Capacity
 from ..spec.spec import RunSpec
-from ..vocabulary import ADJOINT, Hessian
+from ..vocabulary import ADJOINT, EKFAC, EXACT, FAST, Form
 from .survey import Survey
 
 WRITE_CHUNKS = 4
@@ -126,25 +126,25 @@ class Load:
         return self.process + cut.widest * self.item + spare + self.passing
 
 
-def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, hessian: Hessian) -> Load:
+def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form) -> Load:
     """Return what a worker of a replay holds.
 
     Args:
         surveyed: The recipe's numbers.
         itemsize: Bytes of a number.
         adjoint: Whether it carries targets backwards.
-        hessian: In which form.
+        form: Of the Hessian.
     """
-    row, exact = surveyed.dimension * itemsize, hessian == "exact"
+    row, exact = surveyed.dimension * itemsize, form == EXACT
     if adjoint:
         item = 2 * row + 2 * len(surveyed.tracked) * itemsize
     else:
         numbers = {
-            "none": surveyed.row_numbers,
-            "ekfac": surveyed.dimension,
-            "exact": 2 * surveyed.dimension,
+            FAST: surveyed.row_numbers,
+            EKFAC: surveyed.dimension,
+            EXACT: 2 * surveyed.dimension,
         }
-        item = numbers[hessian] * itemsize
+        item = numbers[form] * itemsize
     tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * TILE * row
     return Load(
         process=surveyed.process_bytes,
@@ -158,7 +158,7 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, hessian: Hessian)
 
 def correction_bytes(surveyed: Survey, itemsize: int, rank: int) -> int:
     """Return the bytes that a worker uses for a chunk of ``rank`` directions carried back exactly."""
-    load = load_of(surveyed, itemsize, adjoint=True, hessian="exact")
+    load = load_of(surveyed, itemsize, adjoint=True, form=EXACT)
     return load.bytes(cut_targets(min(rank, EXACT_TARGETS), EXACT_TARGETS, 1))
 
 
@@ -179,10 +179,10 @@ class Sharding:
         self.itemsize = itemsize_of(spec.dtype)
         self._asked, self._memory = spec.shards, spec.memory
         self._dimension = surveyed.dimension
-        self._tile = EXACT_TARGETS if spec.hessian == "exact" else TARGET_TILE
+        self._tile = EXACT_TARGETS if spec.form == EXACT else TARGET_TILE
         adjoint = spec.mode == ADJOINT
         self.items = targets if adjoint else len(surveyed.tracked)
-        self.load = load_of(surveyed, self.itemsize, adjoint=adjoint, hessian=spec.hessian)
+        self.load = load_of(surveyed, self.itemsize, adjoint=adjoint, form=spec.form)
 
     def cut(self, count: int) -> Cut:
         """Return the cut into ``count`` shards."""

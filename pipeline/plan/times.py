@@ -11,7 +11,18 @@ from collections.abc import Sequence
 from ...workers.ekfac.curvature import passes
 from ..spec.groups import CurvatureSpec
 from ..spec.spec import RunSpec
-from ..vocabulary import ADJOINT, CORRECTION, CURVATURE, PREFLIGHT, RECORD, REDUCE, REPLAY, TEST_GRADIENTS
+from ..vocabulary import (
+    ADJOINT,
+    CORRECTION,
+    CURVATURE,
+    EKFAC,
+    EXACT,
+    PREFLIGHT,
+    RECORD,
+    REDUCE,
+    REPLAY,
+    TEST_GRADIENTS,
+)
 from .sharding import Shard
 from .survey import Survey
 
@@ -57,15 +68,15 @@ def seconds_of(
     )
     widest = max(shard.stop - shard.start for shard in shards)
     times = {RECORD: steps * plain, TEST_GRADIENTS: tracked * m / batch / slots}
-    if spec.hessian == "ekfac":
+    if spec.form == EKFAC:
         sampled = math.ceil(min(spec.curvature_samples, surveyed.n_train) / batch)
         times[CURVATURE] = curvature_passes(spec) * sampled * tracked
-    exact = shards[-1].stop if spec.hessian == "exact" else spec.exact_rank
+    exact = shards[-1].stop if spec.form == EXACT else spec.exact_rank
     if exact >= ENOUGH:
         times[PREFLIGHT] = PREFLIGHT_TRAININGS * steps * plain
-    if spec.hessian == "exact":
+    if spec.form == EXACT:
         one = steps * plain * (2 + PRODUCT * widest)
-    elif spec.mode == ADJOINT or spec.hessian == "ekfac":
+    elif spec.mode == ADJOINT or spec.form == EKFAC:
         one = steps * tracked
     else:
         one = steps * (plain + (tracked - plain) * min(1.0, widest / surveyed.n_train))

@@ -1,6 +1,6 @@
 """One unit of an average over seeds: a block of tracked samples, read from every member's tables.
 
-Letters: K members (runs with different seeds), n tracked training samples, M targets (test samples,
+Letters: K members (runs with different seeds), n tracked training samples, Q targets (test samples,
 unless the members' method has others). What is
 averaged are the numbers that the members' tables hold, in float64, in the order of the seeds: bits
 depend on neither shards nor executor.
@@ -73,7 +73,7 @@ def average_rows(
 ) -> tuple[list[str], ReduceValues]:
     """Average tracked rows ``start`` to ``stop`` over the members and write mean and spread.
 
-    Held at a time: the rows' means (float64) and spreads (float32) of all M targets, and a panel
+    Held at a time: the rows' means (float64) and spreads (float32) of all Q targets, and a panel
     of them of every member.
 
     Returns:

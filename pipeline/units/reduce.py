@@ -119,7 +119,7 @@ def reduce_rows(
 def write_rows(
     run: RunDirectory, job: ReduceJob, name: str, block: Floats, start: int, stop: int
 ) -> tuple[list[str], ReduceValues]:
-    """Write the contributions (rows, M) of tracked rows ``start`` to ``stop``; see `reduce_rows`."""
+    """Write the contributions (rows, Q) of tracked rows ``start`` to ``stop``; see `reduce_rows`."""
     gradients = RowStore.open(run.path(store_of(job.targets)), "gradient")
     if not np.isfinite(block).all():
         row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))
@@ -152,7 +152,7 @@ def _joined(
     device: torch.device,
     report: Callable[[int, int], None],
 ) -> Floats:
-    """Multiply strips of hypergradients with panels of test gradients: (rows, M)."""
+    """Multiply strips of hypergradients with panels of test gradients: (rows, Q)."""
     gradients = RowStore.open(run.path(store_of(job.targets)), "gradient")
     hypergradients = RowStore.open(run.path(layout.hypergradients(job.base)), "hypergradient")
     tests = bounds(gradients.rows, job.tiles.panel_rows)
@@ -169,7 +169,7 @@ def _joined(
 def _turned(
     run: RunDirectory, job: ReduceJob, start: int, stop: int, report: Callable[[int, int], None]
 ) -> Floats:
-    """Read the adjoint's rows (a test sample each) and turn them: (rows, M)."""
+    """Read the adjoint's rows (a target each) and turn them: (rows, Q)."""
     store = RowStore.open(run.path(layout.by_test(job.base)), "contribution")
     block = np.empty((stop - start, store.rows), dtype=store.dtype)
     for first, last in bounds(store.rows, store.chunk_rows):
@@ -198,7 +198,7 @@ def write_tiles(
     test_label: Integers,
     kind: schemas.Kind = "contributions",
 ) -> list[str]:
-    """Write (rows, M) numbers of tracked samples ``index`` file by file; return the files' names."""
+    """Write (rows, Q) numbers of tracked samples ``index`` file by file; return the files' names."""
     files = []
     for k, (first, last) in enumerate(bounds(block.shape[1], job.tiles.file_tests)):
         relative = layout.table_part(kind, job.method, f"{number_of(name)}-{k:05d}")

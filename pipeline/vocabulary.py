@@ -35,6 +35,13 @@ EVALUATE_SCORES = f"{EVALUATE}/scores"
 BY_EPOCH = "over-training"
 """Beginning of the stages of a comparison over training; see `by_epoch_stage`."""
 BY_EPOCH_SCORES = f"{BY_EPOCH}/scores"
+TRAINING_OUTPUTS = "training-outputs"
+"""The trained model's outputs on the tracked samples, for detectors that look at them."""
+DETECT = "detect"
+"""Stage of detections; a unit is one detection, by its name."""
+CLEAN = "clean"
+"""Stage of decisions; a unit is one decision, by its name."""
+CLEAN_RETRAIN = f"{CLEAN}/retrain"
 SINGLE = (f"/{CURVATURE}", f"/{DIRECTIONS}", f"/{PREFLIGHT}", EVALUATE_SCORES, BY_EPOCH_SCORES)
 """Ends of the names of stages of one unit."""
 
@@ -102,6 +109,7 @@ def by_epoch_stage(part: str) -> str:
 _WRITTEN_BY = {
     layout.TRAJECTORY: (RECORD,),
     layout.TEST_GRADIENTS: (TEST_GRADIENTS,),
+    layout.TRAINING_OUTPUTS: (TRAINING_OUTPUTS,),
     layout.HYPERGRADIENTS: (REPLAY,),
     layout.BY_TEST: (ADJOINT, ATTRIBUTE),
     layout.PREPARED: (PREPARE,),
@@ -120,6 +128,10 @@ def stages_of(place: layout.Place) -> tuple[str, ...]:
         return (EVALUATE_SCORES,) if key is None else (RETRAIN,)
     if kind.folder == layout.BY_EPOCH:
         return (BY_EPOCH_SCORES,) if key is None else (by_epoch_stage(key),)
+    if kind.folder == layout.DETECTIONS:
+        return (DETECT,)
+    if kind.folder == layout.DECISIONS:
+        return (CLEAN, CLEAN_RETRAIN)
     if key is None or kind.form == "run":
         return ()
     if kind.by == "targets":

@@ -22,12 +22,12 @@ class Kind:
     Attributes:
         folder: Top-level name in the run that holds them and nothing else.
         by: What tells them apart.
-        form: ``zarr`` stores, ``parquet`` tables, or whole ``run`` directories.
+        form: ``zarr`` stores, ``parquet`` tables, whole ``run`` directories, or ``files`` of several kinds.
     """
 
     folder: str
     by: By
-    form: Literal["zarr", "parquet", "run"]
+    form: Literal["zarr", "parquet", "run", "files"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,12 +49,16 @@ MANIFESTS = "manifests"
 
 TRAJECTORY = "trajectory.zarr"
 TEST_GRADIENTS = "test_gradients.zarr"
+TRAINING_OUTPUTS = "training_outputs.zarr"
+"""What the trained model makes of each tracked sample: its last layer's inputs and its outputs."""
 SEEDS = "seeds"
 """Where the runs with other seeds lie, each a run directory of its own."""
 
 HYPERGRADIENTS, BY_TEST, PREPARED = "hypergradients", "by_test", "prepared"
 CURVATURE, CORRECTIONS, TARGET_GRADIENTS = "curvature", "corrections", "target_gradients"
 EVALUATION, BY_EPOCH = "evaluate", "over_training"  # spelled so in every run there is
+DETECTIONS, DECISIONS = "detections", "decisions"
+"""Where ranked suspicions and what was decided upon them lie, a folder each."""
 
 TABLES = ("contributions", "samples", "interclass", "contributions_spread", "samples_spread")
 """Tables that every method has (the last two: averages over seeds), one folder each."""
@@ -68,9 +72,12 @@ KINDS = (
     Kind(folder=CORRECTIONS, by="method", form="zarr"),
     Kind(folder=TEST_GRADIENTS, by="", form="zarr"),
     Kind(folder=TARGET_GRADIENTS, by="targets", form="zarr"),
+    Kind(folder=TRAINING_OUTPUTS, by="", form="zarr"),
     *(Kind(folder=name, by="method", form="parquet") for name in TABLES),
     Kind(folder=EVALUATION, by="part", form="parquet"),
     Kind(folder=BY_EPOCH, by="part", form="parquet"),
+    Kind(folder=DETECTIONS, by="part", form="parquet"),
+    Kind(folder=DECISIONS, by="part", form="files"),
     Kind(folder=SEEDS, by="seed", form="run"),
 )
 """Every kind of results that a run can hold, in the order in which people are shown them."""
@@ -147,6 +154,16 @@ def by_epoch(part: str, name: str, unit: str) -> str:
     return f"{BY_EPOCH}/{part}/{name}/part-{unit}.parquet"
 
 
+def detection(name: str) -> str:
+    """Return where the table of a detection lies."""
+    return f"{DETECTIONS}/{check_name(name, 'detection')}/part-all.parquet"
+
+
+def decision(name: str, file: str) -> str:
+    """Return where a file of a decision lies, such as ``keep.txt``."""
+    return f"{DECISIONS}/{check_name(name, 'decision')}/{file}"
+
+
 def of_seed(seed: int) -> str:
     """Return where the same run with another seed lies."""
     return f"{SEEDS}/seed={seed}"
@@ -169,7 +186,7 @@ def locate(path: str) -> Place | None:
 def part_of(path: str) -> str:
     """Return the store or table that a file belongs to, as a user would name it."""
     parts = path.split("/")
-    return "/".join(parts[:1] if parts[0] in (TRAJECTORY, TEST_GRADIENTS) else parts[:2])
+    return "/".join(parts[:1] if parts[0] in (TRAJECTORY, TEST_GRADIENTS, TRAINING_OUTPUTS) else parts[:2])
 
 
 def rank(path: str) -> int:

@@ -159,3 +159,40 @@ BY_EPOCH_CONTRIBUTIONS = pa.schema(
     ]
 )
 """C(i, j), sorted by (test_index, train_index) for each (epoch, form)."""
+
+DETECTION = pa.schema(
+    [
+        pa.field("by", pa.string(), nullable=False),
+        pa.field("train_index", pa.int32(), nullable=False),
+        pa.field("given_label", pa.int16(), nullable=False),
+        pa.field("suggested_label", pa.int16(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+        pa.field("suspicion", pa.float64(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("is_label_issue", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+"""One row a judged training sample, most suspicious first. ``score`` is in 0 .. 1, low = bad (cleanlab's label quality);
+``suspicion`` is the same on the scale of what judged, high = bad; ``rank`` 1 is the most suspicious; ``is_label_issue``
+says whether it was flagged. Labels are -1 where there is none."""
+
+DECISION = pa.schema(
+    [
+        pa.field("train_index", pa.int32(), nullable=False),
+        pa.field("source_index", pa.int64(), nullable=False),
+        pa.field("given_label", pa.int16(), nullable=False),
+        pa.field("suggested_label", pa.int16(), nullable=False),
+        pa.field("suspicion", pa.float64(), nullable=False),
+        pa.field("label_score", pa.float64(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("is_label_issue", pa.bool_(), nullable=False),
+        pa.field("action", pa.string(), nullable=False),
+        pa.field("weight", pa.float64(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+"""One row a training sample, ascending. ``source_index`` is its place in the user's files, -1 where the dataset does not
+say; ``action`` is keep, drop, relabel or downweight; ``weight`` has mean 1 over what is kept, 0: dropped; ``rank`` is 0
+and ``suspicion`` NaN for samples that nothing judged."""

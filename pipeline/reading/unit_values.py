@@ -178,6 +178,41 @@ class RetrainValues(UnitValues):
     accuracy: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectionValues(UnitValues):
+    """A detection.
+
+    Attributes:
+        by: The detector.
+        method: Whose contributions or hypergradients it looked at; None: none.
+        options: Of the detector, by field.
+        selecting: Test indices that it looked at, where they were split; None: all or none.
+        judging: Those that it did not look at, kept for judging what is decided; None: there was no split.
+        labels_sha256: Of the given labels; see ``decide.detection.labels_digest``.
+        flag: Rule that flagged.
+        flagged: How many samples.
+        cut: Suspicion from which on samples are flagged; None: none is.
+        separation: Of the two parts that the rule saw, in pooled standard deviations; None: the rule sees none.
+        inspect: Whether so few are flagged that each should be looked at before anything is done.
+        measures: AUROC and others, where wrong labels are known; see ``decide.measures``.
+        notes: Of the detector.
+    """
+
+    by: str
+    method: str | None = None
+    options: Mapping[str, Any] | None = None
+    selecting: tuple[int, ...] | None = None
+    judging: tuple[int, ...] | None = None
+    labels_sha256: str | None = None
+    flag: str | None = None
+    flagged: int = 0
+    cut: float | None = None
+    separation: float | None = None
+    inspect: bool = False
+    measures: Mapping[str, Any] | None = None
+    notes: Mapping[str, Any] | None = None
+
+
 V = TypeVar("V", bound=UnitValues)
 
 

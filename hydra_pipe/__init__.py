@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .pipeline.compare.by_epoch import Course, by_epoch
     from .pipeline.compare.compare import compare
+    from .pipeline.decide.explain import explain
+    from .pipeline.decide.explanation import Explanation
+    from .pipeline.decide.report import report
     from .pipeline.drive.attribute import attribute
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
@@ -28,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Course",
     "DeepVerification",
+    "Explanation",
     "HydraError",
     "Questions",
     "Recipe",
@@ -40,7 +44,9 @@ __all__ = [
     "compare",
     "evaluate",
     "events",
+    "explain",
     "open_run",
+    "report",
     "run",
     "verify",
     "verify_deep",
@@ -49,6 +55,7 @@ __all__ = [
 _HOMES = {
     "Course": ".pipeline.compare.by_epoch:Course",
     "DeepVerification": ".pipeline.verify.deep_checks:DeepVerification",
+    "Explanation": ".pipeline.decide.explanation:Explanation",
     "HydraError": ".storage.errors:HydraError",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
@@ -60,7 +67,9 @@ _HOMES = {
     "compare": ".pipeline.compare.compare:compare",
     "evaluate": ".pipeline.evaluate.evaluate:evaluate",
     "events": ".pipeline.executors.events",
+    "explain": ".pipeline.decide.explain:explain",
     "open_run": ".pipeline.opened_run:open_run",
+    "report": ".pipeline.decide.report:report",
     "run": ".pipeline.run:run",
     "verify": ".pipeline.verify.verify:verify",
     "verify_deep": ".pipeline.verify.deep:verify_deep",

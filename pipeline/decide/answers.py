@@ -296,12 +296,12 @@ class Answers:
                 text=text,
             )
         stored = self._test_columns
-        found = np.flatnonzero(stored["test_index"] == index) if stored else []
-        if not stored or not len(found):
+        places = np.flatnonzero(stored["test_index"] == index) if stored else np.zeros(0, int)
+        if not len(places):
             held = self.targets
             at = int(np.flatnonzero(held.test_index == index)[0])
             return SampleFacts(part=part, index=index, label=int(held.label[at]), text=text)
-        at, loss = int(found[0]), float(stored["loss"][int(found[0])])
+        at, loss = int(places[0]), float(stored["loss"][int(places[0])])
         label = int(stored["label"][at])
         # Right where the loss is a cross entropy; the forward pass, where there is one, has the last word.
         own = float(np.exp(-loss)) if label >= 0 and loss >= 0 else None

@@ -121,7 +121,7 @@ def asked_of(
         raise InputError(
             f"{alone} is given alone; give both train_set and test_set (--train-set, --test-set)"
         )
-    sets = None
+    sets: tuple[list[int], list[int]] | None = None
     if train_set is not None and test_set is not None:
         noted = run.noted
         sizes = (noted.training_size, noted.n_test or MOST)

@@ -87,7 +87,7 @@ def look(recipe: ShowingRecipe, item: Any, what: str) -> Picture | str | None:
     if picture is None:
         told = type(found).__name__ if array is None else f"{array.dtype} of shape {array.shape}"
         if array is not None and array.dtype.kind == "f" and array.size:
-            told += f" from {np.nanmin(array):.3g} to {np.nanmax(array):.3g}"
+            told += f" from {array.min():.3g} to {array.max():.3g}"
         raise RecipeError(
             f"{recipe.name}.show() of {what} returned {told}; return an image (H, W), (H, W, 3) or (C, H, W) of "
             "uint8 or of floats from 0 to 1, a text, or None"

@@ -48,9 +48,7 @@ def contribution(case: Case) -> Scores:
     return Scores(
         suspicion=-mean,
         suggested=np.full(case.n, -1, dtype=np.int64),
-        reason=[
-            f"{'raises' if c < 0 else 'lowers'} the mean test loss: C(i) = {c:.3g}" for c in mean.tolist()
-        ],
+        reason=[f"C(i) = {c:.3g}: {'harmful' if c < 0 else 'helpful'}" for c in mean.tolist()],
         notes={"targets": own_targets(case).kind},
     )
 
@@ -71,7 +69,7 @@ def harm(case: Case) -> Scores:
     return Scores(
         suspicion=found,
         suggested=np.full(case.n, -1, dtype=np.int64),
-        reason=[f"mean harm to single test samples {h:.3g}" for h in found.tolist()],
+        reason=[f"harms a test sample by {h:.3g}" for h in found.tolist()],
         notes={"targets": own.kind},
     )
 
@@ -94,9 +92,7 @@ def harmed_class(case: Case) -> Scores:
         suspicion=-value,
         suggested=suggested,
         reason=[
-            f"harms class {c} most: mean contribution {v:.3g}"
-            if v < 0
-            else f"harms no class; least helps {c}"
+            f"harms class {c} most: {v:.3g}" if v < 0 else f"harms no class; least helps {c}"
             for c, v in zip(label.tolist(), value.tolist(), strict=True)
         ],
         notes={"targets": own_targets(case).kind, "classes": len(found.classes)},

@@ -139,9 +139,10 @@ def detect(
     from ..pipeline.analysis.export import check_target, write_rows
     from ..pipeline.decide.case import Options
     from ..pipeline.decide.detect import detect as look
-    from ..pipeline.decide.figures import check_figures, detection_figures
 
     if figures is not None:
+        from ..pipeline.decide.figures import check_figures, detection_figures
+
         check_figures(figures)
     if to is not None:
         check_target(to, overwrite=overwrite)

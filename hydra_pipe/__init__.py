@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .pipeline.compare.by_epoch import Course, by_epoch
     from .pipeline.compare.compare import compare
+    from .pipeline.decide.case import Options as DetectOptions
+    from .pipeline.decide.detect import detect
     from .pipeline.decide.explain import explain
     from .pipeline.decide.explanation import Explanation
     from .pipeline.decide.report import report
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
     from .pipeline.opened_run import Run, open_run
+    from .pipeline.reading.detections import Detection
     from .pipeline.run import run
     from .pipeline.spec.spec import RunSpec
     from .pipeline.verify.deep import verify_deep
@@ -31,6 +34,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Course",
     "DeepVerification",
+    "DetectOptions",
+    "Detection",
     "Explanation",
     "HydraError",
     "Questions",
@@ -42,6 +47,7 @@ __all__ = [
     "attribute",
     "by_epoch",
     "compare",
+    "detect",
     "evaluate",
     "events",
     "explain",
@@ -55,6 +61,8 @@ __all__ = [
 _HOMES = {
     "Course": ".pipeline.compare.by_epoch:Course",
     "DeepVerification": ".pipeline.verify.deep_checks:DeepVerification",
+    "DetectOptions": ".pipeline.decide.case:Options",
+    "Detection": ".pipeline.reading.detections:Detection",
     "Explanation": ".pipeline.decide.explanation:Explanation",
     "HydraError": ".storage.errors:HydraError",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
@@ -65,6 +73,7 @@ _HOMES = {
     "attribute": ".pipeline.drive.attribute:attribute",
     "by_epoch": ".pipeline.compare.by_epoch:by_epoch",
     "compare": ".pipeline.compare.compare:compare",
+    "detect": ".pipeline.decide.detect:detect",
     "evaluate": ".pipeline.evaluate.evaluate:evaluate",
     "events": ".pipeline.executors.events",
     "explain": ".pipeline.decide.explain:explain",

@@ -24,6 +24,7 @@ NAMES = (
     "checks",
     "reduce",
     "detect",
+    "report_page",
     "hessian",
     "speedup",
     "memory",

@@ -27,7 +27,7 @@ _recipe_args = click.option(
     help="Keyword argument of the recipe's constructor, beside the run's; repeatable.",
 )
 _detection = click.option(
-    "--detection", metavar="NAME", help="Detection whose ranks are shown.  [default: the run's first]"
+    "--detection", metavar="NAME", help="Detection whose ranks are shown.  [default: the run's best]"
 )
 
 
@@ -136,7 +136,7 @@ def _drawn(found: Explanation, looks: Looks) -> dict[str, list[str]]:
 @click.option(
     "--detection",
     metavar="NAME",
-    help="Detection that ranks the samples.  [default: the run's first; C(i) where there is none]",
+    help="Detection that ranks the samples.  [default: the run's best; C(i) where it has none]",
 )
 @click.option(
     "--explain",

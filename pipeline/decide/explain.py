@@ -84,7 +84,7 @@ def explain(
         test_set: Test indices, likewise.
         k: How many of the largest and of the smallest contributions.
         method: The estimator; the run's default when None.
-        detection: Whose ranks are shown; the run's first when None.
+        detection: Whose ranks are shown; the run's best when None.
         pictures: Local directory into which the pictures of the samples are written, as PNG.
         given: ``recipe_args``, where they are not the run's.
 
@@ -93,14 +93,8 @@ def explain(
         IncompleteStage: The method is not complete, or there is no such detection.
         RecipeError: The recipe that was named does not work.
     """
-    if (train_set is None) != (test_set is None):
-        alone = "train_set" if test_set is None else "test_set"
-        raise InputError(
-            f"{alone} is given alone; give both train_set and test_set (--train-set, --test-set)"
-        )
-    sets = None if train_set is None or test_set is None else (train_set, test_set)
-    asked = Asked(test=test, train=train, classes=classes, sets=sets)
     opened = run if isinstance(run, Reader) else open_reader(run)
+    asked = asked_of(opened, test=test, train=train, classes=classes, train_set=train_set, test_set=test_set)
     with looking(opened, recipe, command="explain", given=given) as looks:
         found = explained(opened, looks, asked, k=k, method=method, detection=detection)
         return found if pictures is None else with_pictures(found, looks, pictures)

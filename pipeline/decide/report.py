@@ -74,7 +74,7 @@ def report(
         recipe: What it was made from, for pictures. A built-in one is found by itself; another is used only
             where it is named.
         to: The file to write, ending in ``.html``; a local path outside the run.
-        detection: What ranks the samples; the run's first when None, and C(i) where the run has none.
+        detection: What ranks the samples; the run's best when None, and C(i) where it has none.
         explain: Test samples that get a section.
         rows: Ranked samples on the page, at most; fewer where a page of 4.9 MB does not hold them.
         method: Whose contributions are shown; the run's default when None.

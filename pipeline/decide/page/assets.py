@@ -67,6 +67,8 @@ tbody th{font-weight:600}
 .sample{display:flex;gap:.6rem;align-items:flex-start;min-width:7rem}
 img{image-rendering:pixelated;background:var(--shade);border-radius:4px;object-fit:contain}
 .sample img{width:48px;height:48px}
+.sample>span:last-child{white-space:nowrap}
+tr:has(details[open]) .sample{flex-direction:column}
 tr:has(details[open]) .sample img{width:112px;height:112px}
 .text{display:block;max-width:22rem;max-height:7.5rem;overflow:auto;font:.8rem/1.4 ui-monospace,monospace;
 white-space:pre-wrap;background:var(--shade);border-radius:4px;padding:.2rem .4rem}

@@ -62,7 +62,7 @@ def bars(
         cut_name: What is written beside it.
         split: Bars below it are those that harm; None: all are alike.
     """
-    wide, high, left, bottom = 460, 210, 44, 36
+    wide, high, left, bottom = 560, 230, 44, 36
     low, top = edges[0], edges[-1]
     span, most = (top - low) or 1.0, max(counts) or 1
 
@@ -102,15 +102,15 @@ def bars(
 
 def lines(drawn: Sequence[Line], *, title: str, told: str, across: str, up: str) -> Markup:
     """Return lines over shares of 1."""
-    wide, high, left, bottom, top = 340, 260, 44, 40, 22
+    wide, high, left, bottom, top, right = 360, 260, 44, 40, 22, 24
 
     def at(point: tuple[float, float]) -> str:
-        return f"{left + (wide - left - 12) * point[0]:.1f},{high - bottom - (high - bottom - top) * point[1]:.1f}"
+        return f"{left + (wide - left - right) * point[0]:.1f},{high - bottom - (high - bottom - top) * point[1]:.1f}"
 
     parts: list[Markup] = []
     for k in range(5):
         x, y = (float(v) for v in at((k / 4, k / 4)).split(","))
-        parts += [_line(left, y, wide - 12, y, "grid"), _text(left - 6, y + 4, f"{25 * k}%", "end")]
+        parts += [_line(left, y, wide - right, y, "grid"), _text(left - 6, y + 4, f"{25 * k}%", "end")]
         parts.append(_text(x, high - bottom + 15, f"{25 * k}%", "middle"))
     for line in drawn:
         parts.append(

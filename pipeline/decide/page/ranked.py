@@ -87,7 +87,7 @@ def _row(facts: Facts, one: Ranked, album: Album, links: set[int], *, judged: bo
 def _harm(facts: Facts, one: Ranked, album: Album, links: set[int]) -> Markup:
     """Return whom a sample harms most, to be unfolded."""
     if one.worst_class >= 0:
-        head = f"harms class {one.worst_class} most ({number(one.worst_mean, 2)} in the mean)"
+        head = f"harms class {one.worst_class} most, mean C {number(one.worst_mean, 2)}"
     elif one.harmed:
         head = f"harms {len(one.harmed)} test samples most"
     else:

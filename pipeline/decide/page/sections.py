@@ -103,10 +103,11 @@ def scores_section(facts: Facts) -> Markup:
     else:
         values = found.values
         flagged = f"{values.flagged:,} of {len(facts.ranking):,} flagged"
-        flagged += f" by {values.flag}" if values.flag else ""
+        flagged += f" by the rule {values.flag}" if values.flag else ""
         if values.separation is not None:
             flagged += f", separation {number(values.separation)}"
-        said = element("p", f"Detection {found.name}, by {values.by}: {flagged}.")
+        by = "" if found.name == values.by else f", by {values.by}"
+        said = element("p", f"Detection {found.name}{by}: {flagged}.")
         if values.inspect:
             said = joined(
                 (

@@ -9,6 +9,7 @@ Trains a few hundred digits, every tenth label wrong, ranks them, writes the pag
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -32,11 +33,10 @@ SHOWS = """() => {
 
 
 def page(folder: Path) -> Path:
-    """Return the page of a small run."""
+    """Return the page of a small run, made in a folder, so that its paths say nothing of this machine."""
+    os.chdir(folder)
     arguments = {"label_noise": 0.1, "train_size": 600, "test_size": 120}
-    spec = RunSpec(
-        recipe="digits", recipe_args=arguments, epochs=10, executor="serial", out=str(folder / "digits")
-    )
+    spec = RunSpec(recipe="digits", recipe_args=arguments, epochs=10, executor="serial", out="runs/digits")
     finished = run(spec)
     detect(finished, by=["harmed-class"])
     written = report(finished, to=folder / "digits.html", explain=[3])

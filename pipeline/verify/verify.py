@@ -40,6 +40,7 @@ from . import conservation as law
 from . import contents_between as between
 from .conservation import conservation
 from .contents import Contents
+from .contents_visits import visits
 
 if TYPE_CHECKING:
     from ...storage.rundir import FileEntry
@@ -152,6 +153,7 @@ class _Verifier:
         self._stages()
         if self._readable(RECORD, layout.TRAJECTORY):
             self._guard(layout.TRAJECTORY, contents.trajectory)
+            self._guard(layout.TRAJECTORY, partial(visits, contents))
         if self._readable(TEST_GRADIENTS, layout.TEST_GRADIENTS):
             self._guard(layout.TEST_GRADIENTS, contents.test_gradients)
         for kind in KINDS[1:]:

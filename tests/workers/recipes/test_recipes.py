@@ -144,6 +144,7 @@ def test_relative_data_directory_becomes_absolute(tmp_path, monkeypatch):
         ("label_noise", True, "must be a number"),
         ("noise_kind", "permute", "did you mean permuted?"),
         ("noise_kind", 1, "one of uniform, permuted"),
+        ("noise_kind", "asymmetric", "digits says of no class what it is mistaken for; use 'uniform' or"),
         ("noise_seed", -1, "from 0 to 4294967295: set noise_seed=0"),
         ("train_size", 0, "at least 1"),
         ("train_size", 2.5, "must be a whole number"),

@@ -180,20 +180,21 @@ def forgetting(case: Case) -> Scores:
     _at_least_two(visits, "forgetting")
     right = margins > 0
     events = (right[:-1] & ~right[1:]).sum(0)
-    count = np.where(right.any(0), events, epochs).astype(np.float64)
+    learned = np.asarray(right.any(axis=0))
+    count = np.where(learned, events, epochs).astype(np.float64)
     rank = np.empty(n)
     rank[np.argsort(-margins.mean(0), kind="stable")] = np.arange(n) / max(n, 1)
     reason = [
         f"forgotten {int(c)} times in {_visits(visits)}"
         if r
         else f"never predicted right in {_visits(visits)}"
-        for c, r in zip(count, right.any(0), strict=True)
+        for c, r in zip(count.tolist(), learned.tolist(), strict=True)
     ]
     return Scores(
         suspicion=np.where(np.isnan(margins).any(0), np.nan, count + rank),
         suggested=suggested_labels(visits, case.given),
         reason=reason,
-        notes={"never_learned": int((~right.any(0)).sum()), "ties": "by mean margin"},
+        notes={"never_learned": int((~learned).sum()), "ties": "by mean margin"},
     )
 
 

@@ -33,6 +33,8 @@ from ..vocabulary import (
     REDUCE,
     REPLAY,
     TEST_GRADIENTS,
+    TRAINING_GRADIENTS,
+    TRAINING_OUTPUTS,
     stage_of,
     stages_of,
 )
@@ -54,6 +56,9 @@ Progress = Callable[[int, int, str], None]
 T = TypeVar("T")
 
 SCORES = (EVALUATE_SCORES, BY_EPOCH_SCORES)
+OF_NO_METHOD = (TRAINING_OUTPUTS,)
+"""Stages without which a method is complete all the same."""
+
 GROUP_BYTES, GROUP_FILES = 256 << 20, 64
 """How much is hashed between two moves of the progress bar."""
 
@@ -194,6 +199,15 @@ class _Verifier:
                 self._guard(stage, partial(between.judging, contents, stage, self.damaged))
             return
         owner, _, part = stage.rpartition("/")
+        if stage == TRAINING_OUTPUTS:
+            if self._readable(stage, layout.TRAINING_OUTPUTS):
+                self._guard(layout.TRAINING_OUTPUTS, partial(between.training_outputs, contents))
+            return
+        if owner == TRAINING_GRADIENTS:
+            name = layout.training_gradients(part)
+            if self._readable(stage, name):
+                self._guard(name, partial(between.training_gradients, contents, part))
+            return
         if part in (ADJOINT, ATTRIBUTE):
             check, names = between.by_test, [layout.by_test(owner)]
         elif part == PREPARE:
@@ -216,7 +230,9 @@ class _Verifier:
                 continue
             of = "" if state.units is None else f" of {state.units}"
             done = f"{state.stage}: {state.done}{of} units committed"
-            if claimed and ("/" not in state.stage or state.stage.split("/")[0] in claimed):
+            owner = state.stage.split("/")[0]
+            of_a_method = owner in claimed if "/" in state.stage else owner not in OF_NO_METHOD
+            if claimed and of_a_method:
                 self.problems.append(
                     f"{done}, though run.json calls the method complete; running it again does what is missing"
                 )
@@ -268,6 +284,9 @@ class _Verifier:
                 return stage
         if begun:
             return None
+        passes = [s for s in stages if s in OF_NO_METHOD or s.startswith(f"{TRAINING_GRADIENTS}/")]
+        if passes:  # a store is made before its stage commits anything
+            return passes[0]
         if any(stage in SCORES for stage in stages):  # one short unit after long ones, noted nowhere else
             folder = stages[0].split("/")[0]
             return stages[0] if any(name.startswith(f"{folder}/") for name in self.states) else None

@@ -118,6 +118,11 @@ def self_influence_part(method: str) -> str:
     return f"self-influence-{method}"
 
 
+def judges(stage: str) -> bool:
+    """Whether a stage judges a run or decides upon it: no part of the run, and never missing from it."""
+    return stage.split("/")[0] in (EVALUATE, BY_EPOCH, TRAINING_OUTPUTS, TRAINING_GRADIENTS, DETECT, CLEAN)
+
+
 _WRITTEN_BY = {
     layout.TRAJECTORY: (RECORD,),
     layout.TEST_GRADIENTS: (TEST_GRADIENTS,),

@@ -20,10 +20,11 @@ from hydra_pipe.pipeline.vocabulary import stages_of
 from hydra_pipe.storage import layout
 from hydra_pipe.storage.rundir import RunDirectory
 
-from hydra_pipe import RunSpec, open_run, run
+from hydra_pipe import RunSpec, detect, open_run, run
 from tests.recipes import Small
 
-FOLDERS = [kind.folder for kind in layout.KINDS]
+WRITTEN_BY_NOTHING_YET = (layout.TRAINING_OUTPUTS, layout.DECISIONS)
+FOLDERS = [kind.folder for kind in layout.KINDS if kind.folder not in WRITTEN_BY_NOTHING_YET]
 FEW = Questions(subsets=3, fractions=(0.5,), remove=(), perturb=())
 
 
@@ -45,6 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     course = Course(every=2, options={"influence-lissa": {"damping": 1.0, "depth": 5}}, by_test=True)
     by_epoch(str(place), course, Small(), executor="serial")
     add(shards=2, seeds=2)
+    detect(str(place), by="harm")
     return place
 
 

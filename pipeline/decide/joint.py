@@ -12,7 +12,7 @@ truth: contributions of a net that is not trained enough point anywhere, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -50,13 +50,28 @@ def joint(case: Case) -> Scores:
     total = sum(
         (weights[name] * standardised(scores.suspicion) for name, scores in found.items()), np.zeros(case.n)
     )
-    first = own or next(iter(found.values()))
     return Scores(
         suspicion=total,
         suggested=voted([scores.suggested for scores in found.values()]),
-        reason=first.reason,
+        reason=_reasons(case.n, found),
         notes={"weights": weights, **({"left_out": left_out} if left_out else {})},
     )
+
+
+def _reasons(n: int, found: Mapping[str, Scores]) -> list[str]:
+    """Say of each sample what the parts say, in a few words."""
+    said: list[list[str]] = []
+    for name, scores in found.items():
+        values, labels = scores.suspicion.tolist(), scores.suggested.tolist()
+        if name == "margin":
+            said.append([f"margin {-value:+.1f}" for value in values])
+        elif name == "loss":
+            said.append([f"mean loss {value:.2g}" for value in values])
+        elif name == "knn":
+            said.append([f"neighbours {100 * value:.0f}% unlike" for value in values])
+        else:
+            said.append([f"harms {label}" if label >= 0 else "" for label in labels])
+    return ["; ".join(part for part in parts if part) for parts in zip(*said, strict=True)]
 
 
 def _parts(case: Case) -> tuple[dict[str, Scores], dict[str, str]]:

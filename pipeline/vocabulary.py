@@ -42,6 +42,11 @@ DETECT = "detect"
 CLEAN = "clean"
 """Stage of decisions; a unit is one decision, by its name."""
 CLEAN_RETRAIN = f"{CLEAN}/retrain"
+"""Retrainings that say whether a decision helped; decisions share them."""
+CLEAN_OUTCOME = f"{CLEAN}/outcome"
+"""What they say of a decision; a unit is one decision, by its name."""
+DECIDING = (DETECT, CLEAN, CLEAN_OUTCOME)
+"""Stages whose units are whole one by one: each was asked for by itself."""
 SINGLE = (f"/{CURVATURE}", f"/{DIRECTIONS}", f"/{PREFLIGHT}", EVALUATE_SCORES, BY_EPOCH_SCORES)
 """Ends of the names of stages of one unit."""
 
@@ -101,6 +106,11 @@ def stage_of(targets: str) -> str:
 TARGET_GRADIENTS = tuple(stage_of(kind) for kind in KINDS if kind != SAMPLES)
 
 
+def judges(stage: str) -> bool:
+    """Whether a stage judges a run, or decides upon it, and is no part of it."""
+    return stage in DECIDING or stage.startswith((f"{EVALUATE}/", f"{BY_EPOCH}/", f"{CLEAN}/"))
+
+
 def by_epoch_stage(part: str) -> str:
     """Return a stage of a comparison over training: its replays, or an estimator after an epoch."""
     return f"{BY_EPOCH}/{part}"
@@ -131,7 +141,7 @@ def stages_of(place: layout.Place) -> tuple[str, ...]:
     if kind.folder == layout.DETECTIONS:
         return (DETECT,)
     if kind.folder == layout.DECISIONS:
-        return (CLEAN, CLEAN_RETRAIN)
+        return (CLEAN_RETRAIN,) if key == layout.RETRAINED else (CLEAN, CLEAN_OUTCOME)
     if key is None or kind.form == "run":
         return ()
     if kind.by == "targets":

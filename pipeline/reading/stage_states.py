@@ -15,10 +15,12 @@ from ..vocabulary import (
     ADJOINT,
     ATTRIBUTE,
     BY_EPOCH,
+    CLEAN_RETRAIN,
     CLOSING_UNITS,
     COMPLETE,
     CORRECTION,
     CURVATURE,
+    DECIDING,
     DIRECTIONS,
     INDEX,
     INTERCLASS,
@@ -41,6 +43,9 @@ from .run_info import RunInfo, StageEntry
 from .unit_values import UnitValues, values_of
 
 Number = TypeVar("Number", int, float)
+
+_FREE = (RETRAIN, CLEAN_RETRAIN)
+"""Stages of retrainings: no unit closes them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +83,11 @@ def stage_state(directory: RunDirectory, info: RunInfo, stage: str) -> StageStat
     manifests = directory.manifests(stage)
     noted = info.stages.get(stage, StageEntry())
     work = [m for m in manifests if m.unit not in CLOSING_UNITS]
-    units = _units(info, stage, noted.units)
+    units = len(work) or None if stage in DECIDING else _units(info, stage, noted.units)
     values = [values_of(UnitValues, manifest) for manifest in work]
     rows = _sum([one.rows for one in values])
     single = stage == RECORD or stage.endswith(SINGLE)
-    free = stage == RETRAIN or stage.startswith(f"{BY_EPOCH}/")
+    free = stage in (*_FREE, *DECIDING) or stage.startswith(f"{BY_EPOCH}/")
     needed = None if single or free else INTERCLASS if stage.endswith(f"/{REDUCE}") else INDEX
     closed = needed is None or any(m.unit == needed for m in manifests)
     expected = _expected_rows(info, stage)
@@ -144,7 +149,7 @@ def _units(info: RunInfo, stage: str, noted: int | None) -> int | None:
 
 def _expected_rows(info: RunInfo, stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
-    if stage in (RECORD, RETRAIN, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, f"/{CORRECTION}")):
+    if stage in (RECORD, *_FREE, *DECIDING, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, f"/{CORRECTION}")):
         return None
     if stage.startswith(f"{BY_EPOCH}/"):
         return None

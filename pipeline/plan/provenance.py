@@ -13,7 +13,7 @@ from ...workers.training.made_of import cosmetic, differences
 from ..executors.events import Note, Observer
 from ..reading.run_info import RunInfo
 from ..spec.spec import RunSpec
-from .survey import survey
+from .survey import Survey, survey
 
 REMEDY = "bring that back, or make a run of its own: another --out, or hydra-pipe run --overwrite"
 
@@ -60,9 +60,19 @@ def look_and_check(uri: str, stored: RunInfo, spec: RunSpec, observer: Observer)
         SpecMismatch: See `check_recipe`.
         RecipeError: The recipe cannot be trained here.
     """
-    if not stored.made_of:
-        return
-    made_of = survey(replace(spec, track="all", test="all"), trial=False).made_of
+    if stored.made_of:
+        check_surveyed(
+            uri, stored, spec, survey(replace(spec, track="all", test="all"), trial=False), observer
+        )
+
+
+def check_surveyed(uri: str, stored: RunInfo, spec: RunSpec, surveyed: Survey, observer: Observer) -> None:
+    """Do `look_and_check` with a recipe that was surveyed.
+
+    Raises:
+        SpecMismatch: See `check_recipe`.
+    """
+    made_of: Mapping[str, Any] = surveyed.made_of
     if spec.recipe_reference != stored.identity.get("recipe"):
         made_of = {**made_of, "source": {}}
     check_recipe(uri, stored, made_of, observer)

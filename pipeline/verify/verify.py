@@ -20,6 +20,9 @@ from ..vocabulary import (
     ATTRIBUTE,
     BY_EPOCH,
     BY_EPOCH_SCORES,
+    CLEAN,
+    CLEAN_OUTCOME,
+    CLEAN_RETRAIN,
     COMPLETE,
     CORRECTION,
     CURVATURE,
@@ -38,6 +41,7 @@ from ..vocabulary import (
 )
 from . import conservation as law
 from . import contents_between as between
+from . import contents_decisions as deciding
 from .conservation import conservation
 from .contents import Contents
 
@@ -191,6 +195,10 @@ class _Verifier:
             if self._state(stage) == COMPLETE:
                 self._guard(stage, partial(between.judging, contents, stage, self.damaged))
             return
+        if stage in (CLEAN, CLEAN_RETRAIN):
+            check_all = deciding.decisions if stage == CLEAN else deciding.retrainings
+            self._guard(stage, partial(check_all, contents, self.damaged))
+            return
         owner, _, part = stage.rpartition("/")
         if part in (ADJOINT, ATTRIBUTE):
             check, names = between.by_test, [layout.by_test(owner)]
@@ -260,6 +268,9 @@ class _Verifier:
     def _still_writing(self, place: layout.Place) -> str | None:
         """Return the stage that may have been interrupted before it committed a file; None: there is none."""
         stages = stages_of(place)
+        if stages == (CLEAN, CLEAN_OUTCOME):  # each decision by itself
+            directory = self.run.directory
+            return next((s for s in stages if place.key not in directory.units(s)), None)
         begun = [s for s in stages if s in self.states or s in self.info.stages]
         for stage in begun:
             if self._state(stage) != COMPLETE:

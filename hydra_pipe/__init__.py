@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .pipeline.compare.by_epoch import Course, by_epoch
     from .pipeline.compare.compare import compare
+    from .pipeline.decide.clean import Cleaned, clean
     from .pipeline.drive.attribute import attribute
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
     from .pipeline.opened_run import Run, open_run
+    from .pipeline.reading.decisions import Decision, load_decision, read_decision
     from .pipeline.run import run
     from .pipeline.spec.spec import RunSpec
     from .pipeline.verify.deep import verify_deep
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Cleaned",
     "Course",
+    "Decision",
     "DeepVerification",
     "HydraError",
     "Questions",
@@ -37,17 +41,22 @@ __all__ = [
     "__version__",
     "attribute",
     "by_epoch",
+    "clean",
     "compare",
     "evaluate",
     "events",
+    "load_decision",
     "open_run",
+    "read_decision",
     "run",
     "verify",
     "verify_deep",
 ]
 
 _HOMES = {
+    "Cleaned": ".pipeline.decide.clean:Cleaned",
     "Course": ".pipeline.compare.by_epoch:Course",
+    "Decision": ".pipeline.reading.decisions:Decision",
     "DeepVerification": ".pipeline.verify.deep_checks:DeepVerification",
     "HydraError": ".storage.errors:HydraError",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
@@ -57,10 +66,13 @@ _HOMES = {
     "Verification": ".pipeline.verify.verify:Verification",
     "attribute": ".pipeline.drive.attribute:attribute",
     "by_epoch": ".pipeline.compare.by_epoch:by_epoch",
+    "clean": ".pipeline.decide.clean:clean",
     "compare": ".pipeline.compare.compare:compare",
     "evaluate": ".pipeline.evaluate.evaluate:evaluate",
     "events": ".pipeline.executors.events",
+    "load_decision": ".pipeline.reading.decisions:load_decision",
     "open_run": ".pipeline.opened_run:open_run",
+    "read_decision": ".pipeline.reading.decisions:read_decision",
     "run": ".pipeline.run:run",
     "verify": ".pipeline.verify.verify:verify",
     "verify_deep": ".pipeline.verify.deep:verify_deep",

@@ -86,7 +86,7 @@ def test_only_the_cli_prints(room):
 MAY_IMPORT = {
     "pipeline": {
         "run": "drive executors opened_run plan spec vocabulary",
-        "decide": "executors reading vocabulary",
+        "decide": "drive executors plan reading spec units vocabulary",
         "evaluate": "compare drive executors plan reading spec units vocabulary",
         "compare": "drive executors plan reading spec units vocabulary",
         "drive": "analysis executors opened_run plan reading spec units vocabulary",
@@ -346,7 +346,9 @@ def test_the_public_face():
     import hydra_pipe
 
     classes = [
+        "Cleaned",
         "Course",
+        "Decision",
         "DeepVerification",
         "HydraError",
         "Questions",
@@ -355,7 +357,18 @@ def test_the_public_face():
         "RunSpec",
         "Verification",
     ]
-    functions = ["attribute", "by_epoch", "compare", "evaluate", "open_run", "run", "verify", "verify_deep"]
+    functions = [
+        "attribute",
+        "by_epoch",
+        "clean",
+        "compare",
+        "evaluate",
+        "open_run",
+        "run",
+        "verify",
+        "verify_deep",
+    ]
+    functions += ["load_decision", "read_decision"]
     assert sorted(hydra_pipe.__all__) == sorted([*classes, *functions, "__version__", "events"])
     assert all(isinstance(getattr(hydra_pipe, name), type) for name in classes)
     assert all(inspect.isfunction(getattr(hydra_pipe, name)) for name in functions)

@@ -65,6 +65,7 @@ KEEP_LIST, DROP_LIST, NEW_LABELS, SAMPLE_WEIGHTS = "keep.txt", "drop.txt", "rela
 DECISION_TABLE, DECISION_CSV, DECISION_MANIFEST = "decision.parquet", "decision.csv", "manifest.json"
 """What was decided of each sample, and what the decision was made from and for."""
 OUTCOME_TABLE, OUTCOME_SUMMARY = "retrained.parquet", "retrained.json"
+OUTCOME_FILES = (OUTCOME_TABLE, OUTCOME_SUMMARY)
 """Whether a decision helped: each retraining, and what they say together."""
 RETRAINED = "retrain"
 """Folder among the decisions of the retrainings, which decisions share; no decision has this name."""

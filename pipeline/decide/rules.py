@@ -163,7 +163,7 @@ def choose(rule: Rule, suspects: Suspects) -> tuple[str, Integers]:
             )
         size = max(1, math.floor(share * len(order) + 0.5))
         return f"{100 * share:g}%", np.sort(order[:size])
-    if number != int(number) or not 1 <= number <= len(order):
+    if not 1 <= number <= len(order) or number != int(number):
         raise SpecError(f"{what} {text}: {_CUTS.format(len(order))}")
     return str(int(number)), np.sort(order[: int(number)])
 

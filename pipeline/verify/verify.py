@@ -26,6 +26,7 @@ from ..vocabulary import (
     COMPLETE,
     CORRECTION,
     CURVATURE,
+    DETECT,
     DIRECTIONS,
     EVALUATE,
     EVALUATE_SCORES,
@@ -248,7 +249,7 @@ class _Verifier:
             place = layout.locate(path)
             if path in self.sizes or place is None or PARTIAL in path or self._of_a_seed(place):
                 continue
-            stage = self._still_writing(place)
+            stage = self._still_writing(place, path)
             if stage is None:
                 self.problems.append(f"{path}: no manifest lists this file; remove it")
             else:
@@ -265,12 +266,12 @@ class _Verifier:
         others = self.info.other_seeds
         return place.kind.form == "run" and place.key in {str(seed) for seed in others}
 
-    def _still_writing(self, place: layout.Place) -> str | None:
+    def _still_writing(self, place: layout.Place, path: str) -> str | None:
         """Return the stage that may have been interrupted before it committed a file; None: there is none."""
         stages = stages_of(place)
-        if stages == (CLEAN, CLEAN_OUTCOME):  # each decision by itself
-            directory = self.run.directory
-            return next((s for s in stages if place.key not in directory.units(s)), None)
+        if stages in ((DETECT,), (CLEAN, CLEAN_OUTCOME)):  # each detection and decision by itself
+            writing = CLEAN_OUTCOME if path.rsplit("/", 1)[-1] in layout.OUTCOME_FILES else stages[0]
+            return None if place.key in self.run.directory.units(writing) else writing
         begun = [s for s in stages if s in self.states or s in self.info.stages]
         for stage in begun:
             if self._state(stage) != COMPLETE:

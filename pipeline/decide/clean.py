@@ -201,20 +201,26 @@ def _decide(
     table = _table(data, suspects, rule, ruling)
     files = _files(table, ruling, rule)
     values = _values(run, data, suspects, rule, ruling)
-    if name in decision_names(run) and not overwrite:
-        there = read_decision(run, name)
-        digests = {file: _sha(content) for file, content in files.items()}
-        if (
-            digests.items() <= there.values.sha256.items()
-            and values.labels_sha256 == there.values.labels_sha256
-        ):
+    there = read_decision(run, name) if name in decision_names(run) and not overwrite else None
+    if there is not None:
+        if _doing(there.values) != _doing(replace(values, sha256=_digests(files))):
+            raise SpecMismatch(
+                f"{run.uri} has another decision {name!r} ({there.values.rule} {there.values.cut} of "
+                f"{there.values.detection or LIST}, {there.values.dropped} dropped); choose another --name, or --overwrite"
+            )
+        if there.values.sha256[layout.DECISION_CSV] == _sha(files[layout.DECISION_CSV]):
             return there
-        raise SpecMismatch(
-            f"{run.uri} has another decision {name!r} ({there.values.rule} {there.values.cut} of "
-            f"{there.values.detection or LIST}, {there.values.dropped} dropped); choose another --name, or --overwrite"
-        )
     _write(run, name, table, files, values)
     return read_decision(run, name)
+
+
+def _doing(values: DecisionValues) -> tuple[object, ...]:
+    """Return what makes a decision another one; source_index, say, does not."""
+    lists = (layout.KEEP_LIST, layout.DROP_LIST, layout.SAMPLE_WEIGHTS, layout.NEW_LABELS)
+    return (
+        *(values.sha256.get(name) for name in lists),
+        *(values.labels_sha256, values.rule, values.detection, values.by, values.selecting, values.judging),
+    )
 
 
 def _table(data: Data, suspects: Suspects, rule: Rule, ruling: Ruling) -> pa.Table:
@@ -328,12 +334,15 @@ def _write(run: Reader, name: str, table: pa.Table, files: dict[str, bytes], val
         write_bytes(directory.path(layout.decision(name, file)), content)
     address = directory.path(layout.decision(name, layout.DECISION_TABLE))
     write_table(address, table, DECISION)
-    digests = {file: _sha(content) for file, content in files.items()}
-    values = replace(values, sha256={**digests, layout.DECISION_TABLE: _sha(read_bytes(address))})
+    values = replace(values, sha256={**_digests(files), layout.DECISION_TABLE: _sha(read_bytes(address))})
     document = to_json(values)
     write_bytes(directory.path(layout.decision(name, layout.DECISION_MANIFEST)), dump(document, seal=True))
     written = [*files, layout.DECISION_TABLE, layout.DECISION_MANIFEST]
     directory.commit(CLEAN, name, [layout.decision(name, file) for file in written], document)
+
+
+def _digests(files: dict[str, bytes]) -> dict[str, str]:
+    return {file: _sha(content) for file, content in files.items()}
 
 
 def _sha(content: bytes) -> str:

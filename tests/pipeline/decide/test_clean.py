@@ -131,6 +131,39 @@ def test_the_same_again_writes_nothing_and_another_of_the_name_is_refused(there)
         clean(there, drop=6, name="../up")
 
 
+def test_what_the_recipe_adds_makes_no_other_decision(there):
+    """Only with the recipe are the places in the user's files known; a split makes another decision."""
+
+    class Placed(Small):
+        def train_dataset(self):
+            dataset = super().train_dataset()
+            dataset.source_index = np.arange(45) + 100
+            return dataset
+
+    there.directory.write({**there.info, "made_of": {}})  # what a run of before there were digests has
+    again = open_run(there.uri)
+    bare = clean(again, drop=5).decision
+    assert bare.values.notes == ("labels are those of the run; source_index is not known without the recipe",)
+    placed = clean(again, Placed(), drop=5).decision
+    assert placed.table["source_index"].to_pylist() == list(range(100, 145))
+    assert placed.keep.tolist() == bare.keep.tolist()
+    split = {"selecting": (0, 1), "judging": tuple(range(2, 12)), "method": "hydra-mean"}
+    suspicion = np.random.default_rng(0).normal(size=45)
+    put_detection(again, labels(again), suspicion, flagged=6, **split)
+    with pytest.raises(SpecMismatch, match="has another decision 'harm-drop-5'"):
+        clean(again, Placed(), drop=5)
+
+
+def test_a_run_may_lie_elsewhere():
+    spec = RunSpec(recipe=Small(), out="memory://clean/run", mode="adjoint", targets="mean", **SERIAL)
+    done = run(spec)
+    for name in ("one", "two"):
+        put_detection(done, labels(done), np.arange(45), name=name)
+    assert clean(done, Small(), drop=2, retrain=1, **SERIAL).outcome.arms[1].samples == 43
+    assert load_decision("memory://clean/run/decisions/two-drop-2").drop.tolist() == [43, 44]
+    assert verify(done).ok
+
+
 def test_a_decision_stands_alone_and_belongs_to_its_labels(there, tmp_path):
     clean(there, drop=5, name="mine")
     shutil.copytree(there.directory.path("decisions", "mine"), tmp_path / "copy")

@@ -23,6 +23,7 @@ NAMES = (
     "replay",
     "checks",
     "reduce",
+    "detect",
     "hessian",
     "speedup",
     "memory",

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .pipeline.compare.by_epoch import Course, by_epoch
     from .pipeline.compare.compare import compare
+    from .pipeline.decide.case import Options as DetectOptions
     from .pipeline.decide.clean import Cleaned, clean
+    from .pipeline.decide.detect import detect
     from .pipeline.drive.attribute import attribute
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
     from .pipeline.opened_run import Run, open_run
     from .pipeline.reading.decisions import Decision, load_decision, read_decision
+    from .pipeline.reading.detections import Detection
     from .pipeline.run import run
     from .pipeline.spec.spec import RunSpec
     from .pipeline.verify.deep import verify_deep
@@ -32,6 +35,8 @@ __all__ = [
     "Course",
     "Decision",
     "DeepVerification",
+    "DetectOptions",
+    "Detection",
     "HydraError",
     "Questions",
     "Recipe",
@@ -43,6 +48,7 @@ __all__ = [
     "by_epoch",
     "clean",
     "compare",
+    "detect",
     "evaluate",
     "events",
     "load_decision",
@@ -58,6 +64,8 @@ _HOMES = {
     "Course": ".pipeline.compare.by_epoch:Course",
     "Decision": ".pipeline.reading.decisions:Decision",
     "DeepVerification": ".pipeline.verify.deep_checks:DeepVerification",
+    "DetectOptions": ".pipeline.decide.case:Options",
+    "Detection": ".pipeline.reading.detections:Detection",
     "HydraError": ".storage.errors:HydraError",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
@@ -68,6 +76,7 @@ _HOMES = {
     "by_epoch": ".pipeline.compare.by_epoch:by_epoch",
     "clean": ".pipeline.decide.clean:clean",
     "compare": ".pipeline.compare.compare:compare",
+    "detect": ".pipeline.decide.detect:detect",
     "evaluate": ".pipeline.evaluate.evaluate:evaluate",
     "events": ".pipeline.executors.events",
     "load_decision": ".pipeline.reading.decisions:load_decision",

@@ -51,6 +51,8 @@ TRAJECTORY = "trajectory.zarr"
 TEST_GRADIENTS = "test_gradients.zarr"
 TRAINING_OUTPUTS = "training_outputs.zarr"
 """What the trained model makes of each tracked sample: its last layer's inputs and its outputs."""
+TRAINING_GRADIENTS = "training_gradients"
+"""Where what passes found of each tracked sample's own gradient lies, a store a pass."""
 SEEDS = "seeds"
 """Where the runs with other seeds lie, each a run directory of its own."""
 
@@ -83,6 +85,7 @@ KINDS = (
     Kind(folder=TEST_GRADIENTS, by="", form="zarr"),
     Kind(folder=TARGET_GRADIENTS, by="targets", form="zarr"),
     Kind(folder=TRAINING_OUTPUTS, by="", form="zarr"),
+    Kind(folder=TRAINING_GRADIENTS, by="part", form="zarr"),
     *(Kind(folder=name, by="method", form="parquet") for name in TABLES),
     Kind(folder=EVALUATION, by="part", form="parquet"),
     Kind(folder=BY_EPOCH, by="part", form="parquet"),
@@ -131,6 +134,11 @@ def corrections(method: str, name: str) -> str:
 def target_gradients(targets: str) -> str:
     """Return where the gradients of targets that are no test samples lie."""
     return f"{TARGET_GRADIENTS}/targets={targets}.zarr"
+
+
+def training_gradients(part: str) -> str:
+    """Return where what a pass over the training gradients found lies."""
+    return f"{TRAINING_GRADIENTS}/{check_name(part, 'pass')}.zarr"
 
 
 def table(kind: str, method: str) -> str:
@@ -184,11 +192,6 @@ def retrained(unit: str) -> str:
     return f"{DECISIONS}/{RETRAINED}/part-{unit}.parquet"
 
 
-def visits(name: str) -> str:
-    """Return where, inside `TRAJECTORY`, the record keeps ``loss`` or ``margin`` of every visit."""
-    return f"visits/{name}"
-
-
 def of_seed(seed: int) -> str:
     """Return where the same run with another seed lies."""
     return f"{SEEDS}/seed={seed}"
@@ -202,7 +205,7 @@ def locate(path: str) -> Place | None:
         return None
     key, _, inside = rest.partition("/")
     if kind.by == "part" and inside:
-        return Place(kind=kind, key=key)
+        return Place(kind=kind, key=key.removesuffix(".zarr"))
     if kind.by in ("method", "targets", "seed") and inside and key.startswith(f"{kind.by}="):
         return Place(kind=kind, key=key.removeprefix(f"{kind.by}=").removesuffix(".zarr"))
     return Place(kind=kind, key=None)

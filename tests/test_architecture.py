@@ -86,7 +86,7 @@ def test_only_the_cli_prints(room):
 MAY_IMPORT = {
     "pipeline": {
         "run": "drive executors opened_run plan spec vocabulary",
-        "decide": "drive executors plan reading spec units vocabulary",
+        "decide": "compare drive executors plan reading spec units vocabulary",
         "evaluate": "compare drive executors plan reading spec units vocabulary",
         "compare": "drive executors plan reading spec units vocabulary",
         "drive": "analysis executors opened_run plan reading spec units vocabulary",
@@ -350,6 +350,8 @@ def test_the_public_face():
         "Course",
         "Decision",
         "DeepVerification",
+        "DetectOptions",
+        "Detection",
         "HydraError",
         "Questions",
         "Recipe",
@@ -362,6 +364,7 @@ def test_the_public_face():
         "by_epoch",
         "clean",
         "compare",
+        "detect",
         "evaluate",
         "open_run",
         "run",

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...storage import layout
-from ...storage.arrays import StoredArray
-from ...storage.errors import IncompleteStage, SpecError
+from ...storage.errors import SpecError
 from ..reading.decisions import DROP
 from ..reading.reader import Reader
 from ..units.retrain_cleaned import Treatment
@@ -29,6 +27,7 @@ Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 BEFORE, CLEANED, RANDOM, EXACT_NOISE = "before", "cleaned", "random", "exact"
+LOSS, MARGIN = "loss", "margin"
 TRUE_LABELS, RANDOM_TRUE_LABELS = "true-labels", "random-true-labels"
 
 _DRAW = 12
@@ -105,7 +104,7 @@ def comparison(run: Reader, suspects: Suspects, ruling: Ruling, rule: str, paper
         fixed(CLEANED, ruling.weight, changed, ruling.label[changed]),
         Arm(name=RANDOM, weight=at_random, index=nothing, label=nothing),
     ]
-    for name, sign in (("loss", 1.0), ("margin", -1.0)):
+    for name, sign in ((LOSS, 1.0), (MARGIN, -1.0)):
         mean = mean_over_visits(run, name)
         if mean is None:
             notes.append(f"no arm {name}: the record of this run keeps no {name} of each visit")
@@ -153,9 +152,9 @@ def mean_over_visits(run: Reader, name: str) -> Floats | None:
 
     NaN for a sample that was never visited.
     """
-    try:
-        visits_EN = StoredArray.open(run.directory.path(layout.TRAJECTORY), layout.visits(name)).read()
-    except IncompleteStage:
+    visits = run.visits()
+    visits_EN = None if visits is None else visits.loss if name == LOSS else visits.margin
+    if visits_EN is None:
         return None
     known = np.isfinite(visits_EN)
     total = np.where(known, visits_EN, 0).sum(0, dtype=np.float64)

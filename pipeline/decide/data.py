@@ -14,7 +14,7 @@ from ...workers.determinism import preserved_generators, seed_everything
 from ...workers.recipe import Recipe
 from ...workers.recipes import BUILT_IN
 from ..executors.events import Observer
-from ..plan.provenance import check_surveyed
+from ..plan.provenance import check_named
 from ..plan.stored_spec import REPEATED, stored_spec
 from ..plan.survey import Survey, survey
 from ..reading.detections import Detection
@@ -84,7 +84,7 @@ def data_of_run(
             )
     spec = stored_spec(run, recipe, overrides, command="clean", free=REPEATED)
     surveyed = survey(replace(spec, track="all", test="all"), trial=False)
-    check_surveyed(run.uri, run.noted, spec, surveyed, observer)
+    check_named(run.uri, run.noted, spec, surveyed.made_of, observer)
     return Data(
         given=surveyed.train_labels,
         source=source_index(surveyed.recipe, surveyed.n_train),

@@ -13,7 +13,7 @@ from ...workers.training.made_of import cosmetic, differences
 from ..executors.events import Note, Observer
 from ..reading.run_info import RunInfo
 from ..spec.spec import RunSpec
-from .survey import Survey, survey
+from .survey import survey
 
 REMEDY = "bring that back, or make a run of its own: another --out, or hydra-pipe run --overwrite"
 
@@ -54,25 +54,25 @@ def say_cosmetic(stored: RunInfo, made_of: Mapping[str, Any], observer: Observer
 def look_and_check(uri: str, stored: RunInfo, spec: RunSpec, observer: Observer) -> None:
     """Do `check_recipe` for a command that does not survey the recipe itself.
 
-    A recipe of another name is held against the run by what it does alone.
-
     Raises:
-        SpecMismatch: See `check_recipe`.
+        SpecMismatch: See `check_named`.
         RecipeError: The recipe cannot be trained here.
     """
-    if stored.made_of:
-        check_surveyed(
-            uri, stored, spec, survey(replace(spec, track="all", test="all"), trial=False), observer
-        )
+    if not stored.made_of:
+        return
+    check_named(
+        uri, stored, spec, survey(replace(spec, track="all", test="all"), trial=False).made_of, observer
+    )
 
 
-def check_surveyed(uri: str, stored: RunInfo, spec: RunSpec, surveyed: Survey, observer: Observer) -> None:
-    """Do `look_and_check` with a recipe that was surveyed.
+def check_named(
+    uri: str, stored: RunInfo, spec: RunSpec, made_of: Mapping[str, Any], observer: Observer
+) -> None:
+    """Do `check_recipe` with a recipe that may be named otherwise: then by what it does alone.
 
     Raises:
         SpecMismatch: See `check_recipe`.
     """
-    made_of: Mapping[str, Any] = surveyed.made_of
     if spec.recipe_reference != stored.identity.get("recipe"):
         made_of = {**made_of, "source": {}}
     check_recipe(uri, stored, made_of, observer)

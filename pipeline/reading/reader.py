@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ...storage.rows import RowStore
     from ...storage.schemas import Kind
     from ...storage.trajectory import Trajectory
+    from ...storage.visits import Visits
+    from .detections import Detection
 
 AnyReader = TypeVar("AnyReader", bound="Reader")
 
@@ -158,9 +160,32 @@ class Reader:
         self._require(RECORD)
         return open_trajectory(self.directory.path(layout.TRAJECTORY))
 
+    def visits(self) -> Visits | None:
+        """Return every training sample's own loss and margin at its visits; None: recorded without."""
+        from ...storage.visits import read_visits
+
+        self._require(RECORD)
+        return read_visits(self.directory.path(layout.TRAJECTORY))
+
     def noisy(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return (train_index, original_label) of labels that are wrong on purpose, or None."""
         return self.trajectory().noisy
+
+    def detections(self) -> list[str]:
+        """Return the names of the detections that ``hydra-pipe detect`` left in the run, ascending."""
+        from .detections import detection_names
+
+        return detection_names(self)
+
+    def detection(self, name: str) -> Detection:
+        """Return a stored detection: its table (most suspicious first) and how it was made.
+
+        Raises:
+            IncompleteStage: The run has none of that name.
+        """
+        from .detections import read_detection
+
+        return read_detection(self, name)
 
     def _average(self, method: str) -> str:
         method = self.method(method)

@@ -17,6 +17,8 @@ from ...storage.errors import HydraError
 from ...storage.files import read_bytes
 from ...storage.rows import RowStore
 from ...storage.rundir import Manifest
+from ...storage.schemas import DETECTION
+from ..reading.detections import detection_names, labels_digest, read_detection
 from ..reading.panels import targets
 from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import RETRAIN, SAMPLES
@@ -57,6 +59,51 @@ def prepared(check: Contents, method: str) -> None:
     check.shape(name, store, check.info.n_tracked, 1)
     check.index(f"{name}/train_index", store.column("train_index"), check.info.n_train)
     check.stream(name, store)
+
+
+def training_outputs(check: Contents) -> None:
+    """Check what the trained model makes of the tracked samples: which they are, finite numbers, classes in range."""
+    name = layout.TRAINING_OUTPUTS
+    store = RowStore.open(check.run.directory.path(name), "feature")
+    layer = store.attrs["layer"]
+    check.shape(name, store, check.info.n_tracked, None)
+    if store.columns != layer["features"]:
+        check.problems.append(f"{name}: {store.columns} features, its own notes say {layer['features']}")
+    _tracked_rows(check, name, store)
+    check.stream(name, store)
+    output, prediction = store.column("output"), store.column("prediction")
+    check.finite(f"{name}/output", output)
+    check.finite(f"{name}/loss", store.column("loss"))
+    if output.shape[1:] != (layer["outputs"],):
+        check.problems.append(
+            f"{name}/output: shape {output.shape}, its own notes say {layer['outputs']} a row"
+        )
+    if (prediction < -1).any():
+        check.problems.append(f"{name}/prediction: {int((prediction < -1).sum()):,} values are no class")
+
+
+def training_gradients(check: Contents, part: str) -> None:
+    """Check what a pass over the tracked samples' own gradients found: which samples, finite numbers, no negative norm."""
+    name = layout.training_gradients(part)
+    store = RowStore.open(check.run.directory.path(name), "value")
+    check.shape(name, store, check.info.n_tracked, None)
+    _tracked_rows(check, name, store)
+    check.stream(name, store)
+    for column in store.column_names():
+        if column in ("absolute", "norm"):
+            values = store.column(column)
+            check.finite(f"{name}/{column}", values)
+            if (values < 0).any():
+                check.problems.append(f"{name}/{column}: {int((values < 0).sum()):,} values are below 0")
+
+
+def _tracked_rows(check: Contents, name: str, store: RowStore) -> None:
+    """Hold the samples of a store against those of the run's methods, which are the tracked ones."""
+    index = store.column("train_index")
+    check.index(f"{name}/train_index", index, check.info.n_train)
+    for method in check.run.methods()[:1]:
+        if not np.array_equal(index, check.run.samples(method)["train_index"].to_numpy()):
+            check.problems.append(f"{name}/train_index: not the tracked samples of the run")
 
 
 def curvature(check: Contents, method: str) -> None:
@@ -170,3 +217,41 @@ class _Judging:
 def _column(table: pa.Table, name: str) -> Integers:
     values: Integers = table[name].to_numpy().astype(np.int64)
     return values
+
+
+def detections(check: Contents, damaged: Collection[str]) -> None:
+    """Check each detection: a row a tracked sample, ranks 1 to n, scores in 0 .. 1, and the labels it was made for."""
+    complete = check.run.methods()
+    labels = None
+    if complete:
+        samples = check.run.samples(complete[0])
+        labels = dict(zip(samples["train_index"].to_pylist(), samples["label"].to_pylist(), strict=True))
+    for name in detection_names(check.run):
+        path = layout.detection(name)
+        if path in damaged:
+            continue
+        found = read_detection(check.run, name)
+        table, values = found.table, found.values
+        where = f"{path}: "
+        missing = [column for column in DETECTION.names if column not in table.column_names]
+        if missing:
+            check.problems.append(f"{where}no column {missing[0]}")
+            continue
+        check.rows[path] = len(table)
+        check.count(path, len(table), check.info.n_tracked)
+        rank, score = table["rank"].to_numpy(), table["score"].to_numpy()
+        if not np.array_equal(rank, np.arange(1, len(rank) + 1)):
+            check.problems.append(f"{where}ranks are not 1 to {len(rank):,} in order")
+        if not ((score >= 0) & (score <= 1)).all():
+            check.problems.append(
+                f"{where}{int((~((score >= 0) & (score <= 1))).sum()):,} scores are not in 0 to 1"
+            )
+        if int(np.count_nonzero(table["is_label_issue"].to_numpy())) != values.flagged:
+            check.problems.append(f"{where}not {values.flagged:,} samples are flagged, as its manifest says")
+        by_index = table.sort_by("train_index")
+        index, given = by_index["train_index"].to_numpy(), by_index["given_label"].to_numpy()
+        check.index(f"{where}train_index", index, check.info.n_train)
+        if values.labels_sha256 is not None and labels_digest(given) != values.labels_sha256:
+            check.problems.append(f"{where}given labels are not those whose digest its manifest holds")
+        if labels is not None and [labels.get(i) for i in index.tolist()] != given.tolist():
+            check.problems.append(f"{where}given labels are not those of the run")

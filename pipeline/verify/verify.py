@@ -37,6 +37,9 @@ from ..vocabulary import (
     REDUCE,
     REPLAY,
     TEST_GRADIENTS,
+    TRAINING_GRADIENTS,
+    TRAINING_OUTPUTS,
+    judges,
     stage_of,
     stages_of,
 )
@@ -45,6 +48,7 @@ from . import contents_between as between
 from . import contents_decisions as deciding
 from .conservation import conservation
 from .contents import Contents
+from .contents_visits import visits
 
 if TYPE_CHECKING:
     from ...storage.rundir import FileEntry
@@ -58,6 +62,9 @@ Progress = Callable[[int, int, str], None]
 T = TypeVar("T")
 
 SCORES = (EVALUATE_SCORES, BY_EPOCH_SCORES)
+OF_NO_METHOD = (TRAINING_OUTPUTS,)
+"""Stages without which a method is complete all the same."""
+
 GROUP_BYTES, GROUP_FILES = 256 << 20, 64
 """How much is hashed between two moves of the progress bar."""
 
@@ -157,6 +164,7 @@ class _Verifier:
         self._stages()
         if self._readable(RECORD, layout.TRAJECTORY):
             self._guard(layout.TRAJECTORY, contents.trajectory)
+            self._guard(layout.TRAJECTORY, partial(visits, contents))
         if self._readable(TEST_GRADIENTS, layout.TEST_GRADIENTS):
             self._guard(layout.TEST_GRADIENTS, contents.test_gradients)
         for kind in KINDS[1:]:
@@ -196,11 +204,23 @@ class _Verifier:
             if self._state(stage) == COMPLETE:
                 self._guard(stage, partial(between.judging, contents, stage, self.damaged))
             return
+        if stage == DETECT:
+            self._guard(stage, partial(between.detections, contents, self.damaged))
+            return
         if stage in (CLEAN, CLEAN_RETRAIN):
             check_all = deciding.decisions if stage == CLEAN else deciding.retrainings
             self._guard(stage, partial(check_all, contents, self.damaged))
             return
         owner, _, part = stage.rpartition("/")
+        if stage == TRAINING_OUTPUTS:
+            if self._readable(stage, layout.TRAINING_OUTPUTS):
+                self._guard(layout.TRAINING_OUTPUTS, partial(between.training_outputs, contents))
+            return
+        if owner == TRAINING_GRADIENTS:
+            name = layout.training_gradients(part)
+            if self._readable(stage, name):
+                self._guard(name, partial(between.training_gradients, contents, part))
+            return
         if part in (ADJOINT, ATTRIBUTE):
             check, names = between.by_test, [layout.by_test(owner)]
         elif part == PREPARE:
@@ -223,7 +243,9 @@ class _Verifier:
                 continue
             of = "" if state.units is None else f" of {state.units}"
             done = f"{state.stage}: {state.done}{of} units committed"
-            if claimed and ("/" not in state.stage or state.stage.split("/")[0] in claimed):
+            if judges(state.stage):
+                self.notes.append(f"{done}; contents not judged")
+            elif claimed and ("/" not in state.stage or state.stage.split("/")[0] in claimed):
                 self.problems.append(
                     f"{done}, though run.json calls the method complete; running it again does what is missing"
                 )
@@ -278,6 +300,9 @@ class _Verifier:
                 return stage
         if begun:
             return None
+        passes = [s for s in stages if s in OF_NO_METHOD or s.startswith(f"{TRAINING_GRADIENTS}/")]
+        if passes:  # a store is made before its stage commits anything
+            return passes[0]
         if any(stage in SCORES for stage in stages):  # one short unit after long ones, noted nowhere else
             folder = stages[0].split("/")[0]
             return stages[0] if any(name.startswith(f"{folder}/") for name in self.states) else None

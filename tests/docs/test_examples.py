@@ -6,14 +6,11 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from hydra_pipe.cli import main
 
-from hydra_pipe import open_run
 from tests.docs.blocks import COMPUTING, OTHERS, REFERENCE, Block, arguments, blocks, made_small, pages
-from tests.put_detection import put_detection
 
 RUNNABLE = [page for page in pages() if page != REFERENCE and page not in OTHERS and blocks(page)]
 MAKES_ITS_OWN = {"how-to-run.md", "tutorial.md"}
@@ -27,14 +24,10 @@ def call(given: list[str], where: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small finished run of digits with wrong labels, and a detection."""
+    """A small finished run of digits with wrong labels."""
     place = tmp_path_factory.mktemp("docs")
     words = ["run", "digits", "--set", "label_noise=0.1", "--out", str(place / "digits"), "--quiet"]
     call(made_small(words), "the prepared run")
-    done = open_run(place / "digits")
-    given = done.samples()["label"].to_numpy().astype(int)
-    suspicion = np.random.default_rng(0).normal(size=len(given))
-    put_detection(done, given, suspicion, name="joint", suggested=(given + 1) % 10, flagged=9)
     return place / "digits"
 
 

@@ -12,8 +12,8 @@ from hydra_pipe.pipeline.decide.retraining import spread
 from hydra_pipe.pipeline.reading.outcomes import read_outcome
 from hydra_pipe.pipeline.units.retrain_cleaned import CleanedWork
 from hydra_pipe.storage import layout
-from hydra_pipe.storage.arrays import StoredArray
 from hydra_pipe.storage.errors import InputError, RecipeError, SpecError
+from hydra_pipe.storage.visits import Visits
 from hydra_pipe.workers.training.relabelled import relabelled
 from hydra_pipe.workers.training.retrain import WeightedTraining, retrain_subset, retrain_weighted
 from hydra_pipe.workers.training.retrain import test_losses as losses_of
@@ -178,43 +178,34 @@ def test_killed_and_resumed_it_says_the_same(made, dropped, tmp_path, monkeypatc
     assert len(calls) - count == 4  # cleaned and random; before and exact are there
 
 
-def with_visits(directory, loss, margin) -> None:
-    for name, values in (("loss", loss), ("margin", margin)):
-        if values is not None:
-            array = StoredArray.create(
-                directory.path(layout.TRAJECTORY),
-                layout.visits(name),
-                shape=values.shape,
-                dtype="float32",
-                chunk=values.shape,
-                dimensions=("epoch", "train_index"),
-            )
-            array.write(0, values)
-
-
-def test_as_many_go_by_loss_and_by_margin(made, tmp_path):
-    shutil.copytree(made, tmp_path / "run")
-    done = open_run(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / layout.TRAJECTORY / "visits", ignore_errors=True)
-    generator = np.random.default_rng(5)
-    loss, margin = (generator.normal(size=(3, 45)).astype(np.float32) for _ in range(2))
-    loss[0, 7] = loss[1, 9] = np.nan
-    loss[:, 11] = np.nan  # never visited
-    with_visits(done.directory, loss, margin)
-    mean = np.nanmean(np.delete(loss.astype(np.float64), 11, axis=1), axis=0)
-    assert np.delete(mean_over_visits(done, "loss"), 11) == pytest.approx(mean)
-    assert np.isnan(mean_over_visits(done, "loss")[11])
+def test_as_many_go_by_loss_and_by_margin(made):
+    done = open_run(made)
+    visits = done.visits()
     found = clean(done, Noisy(), drop=4, retrain=1, **SERIAL).outcome
-    highest = np.argsort(-np.nan_to_num(mean_over_visits(done, "loss"), nan=-np.inf))[:4]
-    lowest = np.argsort(margin.mean(0, dtype=np.float64))[:4]
+    highest = np.argsort(-visits.loss.mean(0, dtype=np.float64), kind="stable")[:4]
+    lowest = np.argsort(visits.margin.mean(0, dtype=np.float64), kind="stable")[:4]
+    assert set(highest) != set(lowest)
     assert numbers(found, "loss") == [by_hand(3, highest)]
     assert numbers(found, "margin") == [by_hand(3, lowest)]
     assert found.notes == ()
 
 
+def test_a_visit_that_was_not_counts_for_nothing():
+    loss = np.arange(12, dtype=np.float32).reshape(3, 4)
+    loss[0, 1] = loss[:, 3] = np.nan
+
+    class Run:
+        def visits(self):
+            return Visits(loss=loss, margin=None, other=None, probability=None, loss_dtype="float32")
+
+    assert mean_over_visits(Run(), "loss")[:3].tolist() == [4, 7, 6]
+    assert np.isnan(mean_over_visits(Run(), "loss")[3])
+    assert mean_over_visits(Run(), "margin") is None
+
+
 def test_arms_that_cannot_be_are_left_out_and_said(tmp_path):
-    done = run(RunSpec(recipe=Small(), out=str(tmp_path / "r"), mode="adjoint", targets="mean", **SERIAL))
-    shutil.rmtree(tmp_path / "r" / layout.TRAJECTORY / "visits", ignore_errors=True)
+    spec = {"mode": "adjoint", "targets": "mean", "visits": "off", **SERIAL}
+    done = run(RunSpec(recipe=Small(), out=str(tmp_path / "r"), **spec))
     found = clean(done, Small(), list=[1, 2], drop="flagged", retrain=1, **SERIAL).outcome
     assert [one.arm for one in found.arms] == ["before", "cleaned", "random"]
     assert found.notes == (

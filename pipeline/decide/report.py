@@ -14,11 +14,12 @@ from ..reading.reader import Reader, open_reader
 from .chosen import chosen_detection
 from .explain import Asked, explained
 from .looks import looking
+from .page.decisions import decisions_section
+from .page.page import page
 from .report_facts import gather
 
 if TYPE_CHECKING:
     from ...workers.recipe import Recipe
-    from .page.markup import Markup
 
 ROWS = 500
 """Ranked samples on a page, unless another number is asked for."""
@@ -34,7 +35,7 @@ class Reported:
         bytes: Its size.
         method: Whose contributions it shows.
         detection: What ranked its samples; None: C(i).
-        rows: Ranked samples on it, at most.
+        rows: Ranked samples on it.
         samples: How many are ranked in all.
         explained: Test samples with a section of their own.
         notes: What should be known, a line each.
@@ -99,9 +100,8 @@ def report(
             explained(opened, looks, Asked(test=j), k=k, method=name, detection=judged) for j in wanted
         ]
         facts = gather(opened, name, judged, rows, progress)
-        from .page.page import page
-
-        text = page(facts, looks, answers, _decision(opened)).encode("utf-8")
+        document, shown = page(facts, looks, answers, decisions_section(opened))
+    text = document.encode("utf-8")
     try:
         with staged(os.path.abspath(path), sync=True) as partial:
             Path(partial).write_bytes(text)
@@ -116,7 +116,7 @@ def report(
         bytes=len(text),
         method=name,
         detection=None if judged is None else judged.name,
-        rows=len(facts.rows),
+        rows=shown,
         samples=len(facts.ranking),
         explained=wanted,
         notes=() if looks.note is None else (looks.note,),
@@ -142,8 +142,3 @@ def _target(run: Reader, to: str | os.PathLike[str], overwrite: bool) -> Path:
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; choose another name, or replace it with --overwrite")
     return path
-
-
-def _decision(run: Reader) -> Markup | None:
-    """Return what cleaning brought, as a section of the page; None: nothing was retrained after cleaning."""
-    return None

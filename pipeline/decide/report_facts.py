@@ -30,6 +30,9 @@ Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
 
+MOST_ROWS = 8_000
+"""Ranked samples that are looked at, at most: more than fit on a page in any case."""
+
 HARMED = 3
 """Test samples that are named for each ranked sample."""
 
@@ -103,6 +106,7 @@ class Facts:
         detection: What ranked the samples; None: they are ranked by C(i).
         ranking: (n,) train indices, most suspicious first.
         rows: The first R of them.
+        asked: How many rows were asked for.
         scores: (n,) what they are ranked by: suspicion, or C(i) without a detection.
         truth: What the ranking finds; None: no wrong labels are known.
         counts: By class, ascending.
@@ -118,6 +122,7 @@ class Facts:
     detection: Detection | None
     ranking: Integers
     rows: tuple[Ranked, ...]
+    asked: int
     scores: Floats
     truth: Found | None
     counts: tuple[ClassCount, ...]
@@ -139,10 +144,10 @@ def gather(
     ranking = columns["train_index"].astype(np.int64)
     noisy = run.noisy()
     wrong = {} if noisy is None else dict(zip(noisy[0].tolist(), noisy[1].tolist(), strict=True))
-    head = table.slice(0, rows).to_pylist()
+    head = table.slice(0, min(rows, MOST_ROWS)).to_pylist()
     held = targets(run, method)
     harm = _contributions(run, method, held, ranking[: len(head)], progress)
-    ranked = tuple(_row(row, wrong, held, harm[at]) for at, row in enumerate(head))
+    ranked = tuple(_row(row, wrong, held, harm[at].astype(np.float64)) for at, row in enumerate(head))
     try:
         evaluation: Mapping[str, Any] | None = read_summary(run)
     except IncompleteStage:
@@ -154,6 +159,7 @@ def gather(
         detection=detection,
         ranking=ranking,
         rows=ranked,
+        asked=min(rows, len(ranking)),
         scores=columns["score" if detection is None else "suspicion"].astype(np.float64),
         truth=found_curve(ranking, wrong) if wrong else None,
         counts=_counts(run, method, held, columns, wrong),
@@ -194,16 +200,16 @@ def _ranked(run: Reader, method: str) -> pa.Table:
 
 def _contributions(
     run: Reader, method: str, held: TargetSet, chosen: Integers, progress: Progress | None
-) -> Floats:
+) -> npt.NDArray[np.float32]:
     """Return the contributions of R training samples to all targets, (R, Q); streams the table once."""
     if run.noted.kind_of(method) == MEAN or not len(chosen):
-        return np.zeros((len(chosen), 0))
+        return np.zeros((len(chosen), 0), dtype=np.float32)
     by_sample = run.noted.kind_of(method) == SAMPLES
     key, tests = ("test_index", held.test_index) if by_sample else ("test_label", held.label)
     order = np.sort(chosen)
     place = np.full(int(order[-1]) + 1, -1, dtype=np.int32)
     place[chosen] = np.arange(len(chosen))
-    block = np.full((len(chosen), len(tests)), np.nan)
+    block = np.full((len(chosen), len(tests)), np.nan, dtype=np.float32)
     train = pa_dataset.field("train_index")
     # Row groups without any of them are not read; the rest is sorted out here, which is faster than `isin`.
     wanted = (train >= int(order[0])) & (train <= int(order[-1]))

@@ -52,6 +52,7 @@ def test_a_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
         exec(compile("".join(cell["source"]), f"{notebook.name}[{number}]", "exec"), names)  # noqa: S102
     page = (tmp_path / "decisions.html").read_text(encoding="utf-8")
     assert 'id="test-3"' in page
+    assert 'id="decision"' in page
 
 
 def test_there_is_a_notebook():

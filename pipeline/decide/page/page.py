@@ -21,8 +21,8 @@ MOST = 4_900_000
 
 def page(
     facts: Facts, looks: Looks, explanations: Sequence[Explanation], decision: Markup | None = None
-) -> str:
-    """Return the report as one HTML document.
+) -> tuple[str, int]:
+    """Return the report as one HTML document, and how many ranked samples are on it.
 
     Args:
         facts: What is told.
@@ -81,7 +81,7 @@ def page(
         ),
         element("script", Markup(SCRIPT)),
     )
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n", rows
 
 
 def _notes(facts: Facts, looks: Looks, album: Album, rows: int) -> Markup:
@@ -89,8 +89,8 @@ def _notes(facts: Facts, looks: Looks, album: Album, rows: int) -> Markup:
     rest = len(facts.ranking) - rows
     if rest:
         told.append(f"{rest:,} more are in the run's Parquet table; the query below gives all.")
-    if rows < len(facts.rows):
-        told.append(f"{len(facts.rows):,} rows were asked for; {rows:,} fit on a page of {MOST / 1e6:g} MB.")
+    if rows < facts.asked:
+        told.append(f"{facts.asked:,} rows were asked for; {rows:,} fit on a page of {MOST / 1e6:g} MB.")
     if looks.note:
         told.append(looks.note[0].upper() + looks.note[1:])
     if album.left_out:

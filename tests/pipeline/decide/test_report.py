@@ -9,6 +9,7 @@ import html.parser
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -20,7 +21,7 @@ from hydra_pipe.pipeline.decide.pictures import png, shrunk
 from hydra_pipe.pipeline.opened_run import open_run
 from hydra_pipe.storage.errors import IncompleteStage, InputError
 
-from hydra_pipe import report
+from hydra_pipe import clean, report
 from tests.builders import Built
 from tests.end_to_end.support import cli
 from tests.pipeline.decide.reported import TRAIN, Words, digits, words  # noqa: F401
@@ -199,6 +200,34 @@ def test_what_evaluate_found_is_told(digits, tmp_path, monkeypatch):
     assert "0.432" in text
     assert "0.4 to 0.5" in text
     assert "Not measured" not in text
+
+
+def test_what_cleaning_brought_is_told(digits, tmp_path):
+    place = tmp_path / "cleaned"
+    shutil.copytree(digits.uri, place)
+    found = clean(str(place), detection="margin", drop="10%", retrain=2, executor="serial", device="cpu")
+    report(str(place), to=tmp_path / "r.html", rows=3)
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    section = text[text.index('<section id="decision">') :]
+    section = section[: section.index('<section id="timings">')]
+    said = " ".join(Reader(section[: section.rindex("</section>") + len("</section>")]).text)
+    for arm in found.outcome.arms:
+        assert arm.arm in said
+        assert f"{100 * arm.accuracy.mean:.1f}%" in said
+    assert found.outcome.trust in said
+    assert "Before and after" in text[: text.index("<main>")]
+    (sql,) = [html.unescape(q) for q in re.findall(r"<code>(SELECT.*?)</code>", section)]
+    assert len(duckdb.sql(sql).fetchall()) >= 2 * len(found.outcome.arms)
+    (command,) = [html.unescape(q) for q in re.findall(r"<code>(hydra-pipe clean.*?)</code>", section)]
+    again = cli(*shlex.split(command)[1:], "--executor", "serial", "--quiet")
+    assert again.exit_code == 0, again.output
+
+
+def test_rows_are_looked_at_only_as_far_as_they_may_fit(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("hydra_pipe.pipeline.decide.report_facts.MOST_ROWS", 7)
+    found = report(digits, to=tmp_path / "r.html", rows=50)
+    assert found.rows == 7
+    assert "50 rows were asked for; 7 fit" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_pictures_stay_within_their_budget(digits, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from benchmarks import (
     memory,
     reduce,
     replay,
+    report_page,
     speedup,
     startup,
     storage,
@@ -101,6 +102,7 @@ TINY = {
     ),
     "reduce": (reduce, {**reduce.QUICK, "shapes": ((64, 20, 100),), "threads": 1, "rounds": 1}),
     "detect": (detect, {**detect.QUICK, "samples": 200, "tests": 20, "detectors": (("harm",),)}),
+    "report_page": (report_page, {**report_page.QUICK, "samples": 200, "tests": 20, "rows": (20,)}),
     "storage": (storage, {"rows": 16, "columns": 100, "tile": (20, 10), "rounds": 1}),
     "startup": (startup, {**startup.QUICK, "rounds": 1}),
 }

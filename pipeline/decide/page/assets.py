@@ -61,6 +61,8 @@ th,td{padding:.4rem .7rem;text-align:left;vertical-align:top;border-top:1px soli
 thead th{background:var(--shade);border-top:0;white-space:nowrap;font-size:.88rem}
 tbody th{font-weight:600}
 #ranked td.n{white-space:nowrap}
+#ranked tr>th:first-child{position:sticky;left:0;z-index:1}
+#ranked tbody th{background:var(--card)}
 #ranked .why{min-width:15rem}
 #ranked tr.flagged>th{box-shadow:inset 4px 0 var(--bad)}
 #ranked tr.differs .suggested{background:var(--mark)}

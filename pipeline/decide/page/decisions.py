@@ -46,7 +46,7 @@ def _outcome(run: Reader, found: Outcome) -> Markup:
     return element(
         "div",
         element("h3", hostile(found.decision)),
-        element("p", f"Judged by {found.judging:,} test samples. ", hostile(found.trust)),
+        element("p", f"Judged by {found.judging:,} test samples: ", hostile(found.trust)),
         element("div", element("div", _picture(found.arms, accurate)), element("div", table), class_="grid"),
         *(element("p", hostile(note), class_="note") for note in found.notes),
         query(_command(run, found), f"SELECT * FROM read_parquet('{place}');"),
@@ -70,12 +70,14 @@ def _picture(arms: tuple[ArmOutcome, ...], accurate: bool) -> Markup:
     singles = [arm.accuracies if accurate else arm.losses for arm in arms]
     ends = [end for one in spreads for end in (one.low, one.high, one.mean) if end is not None]
     ends += [value for values in singles for value in values]
+    if accurate:  # an interval by Student's t may leave what an accuracy can be
+        ends = [min(max(end, 0.0), 1.0) for end in ends]
     low, high = min(ends), max(ends)
     span = (high - low) or 1.0
     high_px = top + step * len(arms) + 34
 
     def x(value: float) -> str:
-        return f"{left + (wide - left - 24) * (value - low) / span:.1f}"
+        return f"{left + (wide - left - 24) * (min(max(value, low), high) - low) / span:.1f}"
 
     parts: list[Markup] = []
     for at, (arm, spread, values) in enumerate(zip(arms, spreads, singles, strict=True)):

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ...workers.training.trained import Outputs, Part, Trained
     from ..reading.reader import Reader
 
+Given = Mapping[str, Any]
+"""Fields of ``RunSpec``, by name."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Looks:
@@ -43,7 +46,7 @@ class Looks:
 
 @contextmanager
 def looking(
-    run: Reader, recipe: Recipe | str | None, *, command: str, given: Mapping[str, Any] | None = None
+    run: Reader, recipe: Recipe | str | None, *, command: str, given: Given | None = None
 ) -> Iterator[Looks]:
     """Open the recipe of a run for looking at its samples.
 
@@ -66,7 +69,7 @@ def looking(
         yield _open(run, recipe, command, given or {})
 
 
-def _open(run: Reader, recipe: Recipe | str | None, command: str, given: Mapping[str, Any]) -> Looks:
+def _open(run: Reader, recipe: Recipe | str | None, command: str, given: Given) -> Looks:
     from ...workers.recipes import BUILT_IN
 
     reference = str(dict(run.noted.identity).get("recipe", ""))
@@ -83,7 +86,7 @@ def _open(run: Reader, recipe: Recipe | str | None, command: str, given: Mapping
         return Looks(note=f"no pictures and no confidences: {error}")
 
 
-def _trained(run: Reader, recipe: Recipe | str | None, command: str, given: Mapping[str, Any]) -> Trained:
+def _trained(run: Reader, recipe: Recipe | str | None, command: str, given: Given) -> Trained:
     from ...workers.training.trained import Trained
     from ..plan.stored_spec import REPEATED, stored_spec
     from ..plan.survey import compute_of, resolve_recipe

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
+Document = Mapping[str, Any]
+"""What a run or an analysis says of itself, as JSON has it."""
 
 MOST_ROWS = 8_000
 """Ranked samples that are looked at, at most: more than fit on a page in any case."""
@@ -128,8 +130,8 @@ class Facts:
     counts: tuple[ClassCount, ...]
     interclass: Interclass | None
     moves: Mapping[tuple[int, int], int]
-    summary: Mapping[str, Any]
-    evaluation: Mapping[str, Any] | None
+    summary: Document
+    evaluation: Document | None
     epochs: int | None
 
 
@@ -149,7 +151,7 @@ def gather(
     harm = _contributions(run, method, held, ranking[: len(head)], progress)
     ranked = tuple(_row(row, wrong, held, harm[at].astype(np.float64)) for at, row in enumerate(head))
     try:
-        evaluation: Mapping[str, Any] | None = read_summary(run)
+        evaluation: Document | None = read_summary(run)
     except IncompleteStage:
         evaluation = None
     epochs = run.trajectory().attrs.get("epochs")
@@ -171,7 +173,7 @@ def gather(
     )
 
 
-def _summary(run: Reader, method: str) -> Mapping[str, Any]:
+def _summary(run: Reader, method: str) -> Document:
     from ..analysis.summary import summary
 
     return summary(run, method)
@@ -241,7 +243,7 @@ def _contributions(
     return block
 
 
-def _row(row: Mapping[str, Any], wrong: Mapping[int, int], held: TargetSet, values: Floats) -> Ranked:
+def _row(row: Document, wrong: Mapping[int, int], held: TargetSet, values: Floats) -> Ranked:
     """Return a ranked sample with whom it harms most."""
     worst: list[Harmed] = []
     label, mean = -1, 0.0

@@ -184,12 +184,12 @@ def test_killed_and_resumed_it_says_the_same(made, dropped, tmp_path, monkeypatc
 def test_as_many_go_by_loss_and_by_margin(made):
     done = open_run(made)
     visits = done.visits()
-    found = clean(done, Noisy(), drop=4, retrain=1, **SERIAL).outcome
-    highest = np.argsort(-visits.loss.mean(0, dtype=np.float64), kind="stable")[:4]
-    lowest = np.argsort(visits.margin.mean(0, dtype=np.float64), kind="stable")[:4]
-    assert set(highest) != set(lowest)
-    assert numbers(found, "loss") == [by_hand(3, highest)]
-    assert numbers(found, "margin") == [by_hand(3, lowest)]
+    highest = np.argsort(-visits.loss.mean(0, dtype=np.float64), kind="stable")
+    lowest = np.argsort(visits.margin.mean(0, dtype=np.float64), kind="stable")
+    size = next(k for k in range(2, 45) if set(highest[:k]) != set(lowest[:k]))
+    found = clean(done, Noisy(), drop=size, retrain=1, **SERIAL).outcome
+    assert numbers(found, "loss") == [by_hand(3, highest[:size])]
+    assert numbers(found, "margin") == [by_hand(3, lowest[:size])]
     assert found.notes == ()
 
 

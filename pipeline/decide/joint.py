@@ -68,10 +68,10 @@ def _reasons(n: int, found: Mapping[str, Scores]) -> list[str]:
         elif name == "loss":
             said.append([f"mean loss {value:.2g}" for value in values])
         elif name == "knn":
-            said.append([f"neighbours {100 * value:.0f}% unlike" for value in values])
+            said.append([f"knn {100 * value:.0f}%" for value in values])
         else:
             said.append([f"harms {label}" if label >= 0 else "" for label in labels])
-    return ["; ".join(part for part in parts if part) for parts in zip(*said, strict=True)]
+    return [", ".join(part for part in parts if part) for parts in zip(*said, strict=True)]
 
 
 def _parts(case: Case) -> tuple[dict[str, Scores], dict[str, str]]:

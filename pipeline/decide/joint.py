@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ...storage.errors import EstimatorError, IncompleteStage, InputError
+from ..executors.events import Note
 from .case import Case, Floats, Integers, Scores
 from .contributions import harmed_class
 from .outputs import score_neighbours
@@ -87,6 +88,8 @@ def _parts(case: Case) -> tuple[dict[str, Scores], dict[str, str]]:
             left_out[name] = str(error)
     if not found:
         raise InputError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
+    for name, why in left_out.items():
+        case.passes.observer(Note(message=f"joint: without {name}: {why}"))
     return found, left_out
 
 

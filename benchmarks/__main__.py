@@ -31,6 +31,7 @@ NAMES = (
     "storage",
     "fidelity",
     "approximation",
+    "detectors",
 )
 
 

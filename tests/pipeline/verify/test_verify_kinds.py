@@ -24,7 +24,7 @@ from hydra_pipe.storage.rundir import RunDirectory
 from hydra_pipe import RunSpec, detect, open_run, run
 from tests.recipes import Small
 
-WRITTEN_BY_NOTHING_YET = (layout.TRAINING_OUTPUTS, layout.DECISIONS)
+WRITTEN_BY_NOTHING_YET = (layout.DECISIONS,)
 FOLDERS = [kind.folder for kind in layout.KINDS if kind.folder not in WRITTEN_BY_NOTHING_YET]
 FEW = Questions(subsets=3, fractions=(0.5,), remove=(), perturb=())
 

@@ -32,6 +32,7 @@ NAMES = (
     "storage",
     "fidelity",
     "approximation",
+    "detectors",
 )
 
 

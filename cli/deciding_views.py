@@ -50,9 +50,9 @@ def _most(detection: Detection, k: int) -> Table:
         Column(key="rank", header="rank", right=True),
         Column(key="train_index", header="index", right=True, kind="text"),
         Column(key="given_label", header="given", right=True),
-        *([Column(key="suggested_label", header="suggested", right=True)] if suggests else []),
+        *([Column(key="suggested_label", header="suggest", right=True)] if suggests else []),
         Column(key="score", header="score", right=True),
-        Column(key="is_label_issue", header="flagged"),
+        Column(key="is_label_issue", header="flag"),
         Column(key="reason", header="reason"),
     ]
     rows = [
@@ -97,7 +97,7 @@ def _compared(found: Sequence[Detection]) -> list[Table | str]:
         ("name", "detector"),
         *(measured if known else ()),
         *((("suggested_right", "label"),) if known and any(_label(d) != "-" for d in found) else ()),
-        ("flagged", "flagged"),
+        ("flagged", "flag"),
         *(() if known else (("separation", "apart"),)),
     )
     columns = [Column(key=key, header=head, right=key != "name", kind="text") for key, head in keys]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ...storage.errors import EstimatorError, IncompleteStage, InputError
+from ..executors.events import Note
 from .case import Case, Floats, Integers, Scores
 from .contributions import harmed_class
 from .outputs import score_neighbours
@@ -68,10 +69,10 @@ def _reasons(n: int, found: Mapping[str, Scores]) -> list[str]:
         elif name == "loss":
             said.append([f"mean loss {value:.2g}" for value in values])
         elif name == "knn":
-            said.append([f"neighbours {100 * value:.0f}% unlike" for value in values])
+            said.append([f"knn {100 * value:.0f}%" for value in values])
         else:
             said.append([f"harms {label}" if label >= 0 else "" for label in labels])
-    return ["; ".join(part for part in parts if part) for parts in zip(*said, strict=True)]
+    return [", ".join(part for part in parts if part) for parts in zip(*said, strict=True)]
 
 
 def _parts(case: Case) -> tuple[dict[str, Scores], dict[str, str]]:
@@ -87,6 +88,8 @@ def _parts(case: Case) -> tuple[dict[str, Scores], dict[str, str]]:
             left_out[name] = str(error)
     if not found:
         raise InputError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
+    for name, why in left_out.items():
+        case.passes.observer(Note(message=f"joint: without {name}: {why}"))
     return found, left_out
 
 

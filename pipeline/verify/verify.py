@@ -293,7 +293,7 @@ class _Verifier:
         stages = stages_of(place)
         if stages in ((DETECT,), (CLEAN, CLEAN_OUTCOME)):  # each detection and decision by itself
             writing = CLEAN_OUTCOME if path.rsplit("/", 1)[-1] in layout.OUTCOME_FILES else stages[0]
-            return None if place.key in self.run.directory.units(writing) else writing
+            return None if place.key is None or place.key in self.run.directory.units(writing) else writing
         begun = [s for s in stages if s in self.states or s in self.info.stages]
         for stage in begun:
             if self._state(stage) != COMPLETE:

@@ -21,11 +21,10 @@ from hydra_pipe.pipeline.vocabulary import stages_of
 from hydra_pipe.storage import layout
 from hydra_pipe.storage.rundir import RunDirectory
 
-from hydra_pipe import RunSpec, detect, open_run, run
+from hydra_pipe import RunSpec, clean, detect, open_run, run
 from tests.recipes import Small
 
-WRITTEN_BY_NOTHING_YET = (layout.TRAINING_OUTPUTS, layout.DECISIONS)
-FOLDERS = [kind.folder for kind in layout.KINDS if kind.folder not in WRITTEN_BY_NOTHING_YET]
+FOLDERS = [kind.folder for kind in layout.KINDS]
 FEW = Questions(subsets=3, fractions=(0.5,), remove=(), perturb=())
 
 
@@ -51,6 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     passes.norms()
     add(shards=2, seeds=2)
     detect(str(place), by="harm")
+    clean(str(place), Small(), list=[1], drop="flagged", retrain=1, executor="serial", device="cpu")
     return place
 
 

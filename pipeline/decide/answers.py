@@ -23,7 +23,7 @@ from ..analysis.top import no_such_target
 from ..reading.detections import Detection
 from ..reading.panels import read_block, targets
 from ..spec.targets import TargetSet
-from ..vocabulary import MEAN, SAMPLES
+from ..vocabulary import CLASSES, MEAN, SAMPLES
 from .explanation import ClassTotals, Explanation, Histogram, Influence, Question, SampleFacts, Totals
 from .looks import Looks
 
@@ -107,7 +107,7 @@ class Answers:
     def classes(self, train_class: int, test_class: int) -> Explanation:
         """Sum what the samples of one class did to those of another."""
         if self.run.noted.kind_of(self.method) == MEAN:
-            raise no_such_target(self.run, self.method, f"class {test_class}", (SAMPLES,))
+            raise no_such_target(self.run, self.method, f"class {test_class}", (SAMPLES, CLASSES))
         for label, known, what in (
             (train_class, self.labels, "training"),
             (test_class, self.targets.label, "test"),

@@ -16,7 +16,7 @@ from hydra_pipe.storage.errors import IncompleteStage, InputError, RecipeError
 
 from hydra_pipe import Explanation, explain
 from tests.builders import NOISY, Built, M, N
-from tests.end_to_end.support import cli
+from tests.end_to_end.support import cli, serial
 from tests.pipeline.decide.reported import ATTACKS, Words, detect, digits, words  # noqa: F401
 
 
@@ -123,6 +123,25 @@ def test_a_run_without_labels_has_no_classes(tmp_path):
     found = explain(made.uri, test=3)
     assert found.subject.label_confidence is None
     assert [one.label for one in found.by_class] == [-1]
+
+
+def test_coarser_targets_answer_what_they_can(tmp_path):
+    arguments = {"train_size": 40, "test_size": 12}
+    for targets in ("classes", "mean"):
+        run = serial(
+            tmp_path / "run", "digits", recipe_args=arguments, epochs=1, mode="adjoint", targets=targets
+        )
+    found = explain(run, train=3, method="hydra-classes")
+    rows = run.contributions("hydra-classes").to_table().to_pandas().query("train_index == 3")
+    assert found.totals.sum == pytest.approx(rows.contribution.sum(), rel=1e-5)
+    assert {one.test_index for _, one in found.influences()} == {-1}
+    assert explain(run, train=3, method="hydra-mean").totals.pairs == 1
+    for asked, told in (
+        ({"test": 1}, "no single test samples"),
+        ({"classes": (1, 2)}, "no classes; use --method"),
+    ):
+        with pytest.raises(InputError, match=told):
+            explain(run, method="hydra-mean", **asked)
 
 
 def test_the_trained_model_is_asked_where_the_recipe_is_at_hand(digits, tmp_path):

@@ -63,9 +63,7 @@ def _section(title: str, command: click.Command, context: click.Context) -> str:
     if title == "hydra-pipe plan":
         run = headed(group.commands["run"], context)
         common = {row for options in run.values() for row in _rows(options, context)}
-        own = [row for rows in parts.values() for row in rows if row not in common]
-        # click gives a command its --help when it is first asked for, so whether run has one depends on the past.
-        parts = {"": [row for row in own if not row.startswith("| `--help`")]}
+        parts = {"": [row for rows in parts.values() for row in rows if row not in common]}
         lines += [
             "Takes the argument and the options of [`hydra-pipe run`](#hydra-pipe-run) but `--method`, and:",
             "",

@@ -21,7 +21,7 @@ from hydra_pipe.pipeline.decide.cluster import jaccard
 from hydra_pipe.pipeline.decide.detect import default_by, detect, name_of
 from hydra_pipe.pipeline.decide.scorers import SCORERS
 from hydra_pipe.pipeline.executors.events import Note
-from hydra_pipe.storage.errors import IncompleteStage, InputError, SpecError
+from hydra_pipe.storage.errors import CorruptStore, IncompleteStage, InputError, SpecError
 
 from hydra_pipe import Recipe, Run, RunSpec, open_run, run, verify
 from tests.builders import Built
@@ -495,6 +495,24 @@ def test_bad_words_get_their_line(digits, tmp_path):
     assert "1600 is outside" in refused(where, "--by", "harm", "--truth", str(wrong))
     with pytest.raises(SpecError, match="did you mean"):
         detect(digits, by="clusters")
+
+
+@pytest.mark.parametrize(
+    ("table", "by"), [("contributions", "harm"), ("samples", "contribution"), ("detections", None)]
+)
+def test_a_damaged_table_gets_its_line(built, table, by):
+    detect(built, by="harm")
+    for file in (Path(built.uri) / table).rglob("part-*.parquet"):
+        file.write_bytes(file.read_bytes()[:-9])
+    if by is None:
+        with pytest.raises(CorruptStore) as caught:
+            built.detection("harm")
+        line = str(caught.value)
+    else:
+        line = refused(built.uri, "--by", by)
+    assert f"a table of {built.uri} cannot be read (" in line
+    assert f"`hydra-pipe verify {built.uri}` names what is damaged" in line
+    assert "\n" not in line
 
 
 def test_the_truth_may_be_a_file(built, tmp_path):

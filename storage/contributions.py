@@ -20,7 +20,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from . import files, layout
-from .errors import IncompleteStage, StoreError
+from .errors import CorruptStore, IncompleteStage, StoreError
 from .schemas import CONTRIBUTIONS, SCHEMAS, Kind
 from .uri import check_uri, is_local, join, parent
 
@@ -159,6 +159,22 @@ def dataset(run_uri: str, kind: Kind, method: str | None = None) -> pa_dataset.D
         partitioning=pa_dataset.partitioning(pa.schema([("method", pa.string())]), flavor="hive"),
         partition_base_dir=base,
     )
+
+
+@contextlib.contextmanager
+def legible(uri: str) -> Iterator[None]:
+    """Read tables of a run within; what pyarrow cannot read is named.
+
+    Raises:
+        CorruptStore: A file is damaged or not to be had.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        why = " ".join(str(error).split())
+        raise CorruptStore(
+            f"a table of {uri} cannot be read ({why}); `hydra-pipe verify {uri}` names what is damaged"
+        ) from error
 
 
 def _groups(

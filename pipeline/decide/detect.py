@@ -37,6 +37,8 @@ ESTIMATED = "estimated_wrong"
 """What the detector `CONFIDENT` calls its count among its notes."""
 UNSERVED = (InputError, IncompleteStage, EstimatorError)
 """What a detector raises that cannot judge a run as it stands."""
+MOST_SEED = 2**32 - 1
+"""The largest that scikit-learn takes."""
 DEFAULTS = ("joint", "margin", "harmed-class")
 """What ``--by`` is where it is not given: the first of these that there is."""
 
@@ -83,6 +85,7 @@ def detect(
     """
     found = run if isinstance(run, Reader) else open_reader(run)
     options, observer = checked(options or Options()), observer or null
+    check_seed("split_seed", split_seed)
     flag = check_flag(flag, share)
     scorers, forgiving = chosen(by)
     if method is not None or found.methods():
@@ -162,9 +165,18 @@ def checked(options: Options) -> Options:
             raise SpecError(f"{name} {value!r}: {near(str(value), list(known))}")
     if options.neighbours < 1:
         raise SpecError(f"neighbours {options.neighbours}: must be at least 1")
-    if options.seed < 0:
-        raise SpecError(f"seed {options.seed}: must be at least 0")
+    check_seed("seed", options.seed)
     return options
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise where a seed is none.
+
+    Raises:
+        SpecError: It is not in 0 to `MOST_SEED`.
+    """
+    if not 0 <= seed <= MOST_SEED:
+        raise SpecError(f"{name} {seed}: must be 0 to {MOST_SEED}")
 
 
 def reads_method(scorer: Scorer, options: Options) -> bool:

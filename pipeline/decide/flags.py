@@ -80,7 +80,7 @@ def apply_flag(
     rule: Flag = flag
     if rule == "auto":
         rule = "none" if share is None else "known"
-    said = ordered[~np.isnan(ordered)]
+    said = _within_finite(ordered[~np.isnan(ordered)])
     if rule == "none":
         return Flagged(rule=rule, count=0, cut=None, separation=None, inspect=False)
     if rule == "known":
@@ -99,6 +99,12 @@ def apply_flag(
         separation=separation(said, count),
         inspect=count < INSPECT * len(ordered),
     )
+
+
+def _within_finite(ordered: Floats) -> Floats:
+    """Return values with infinite ones moved to the ends of the others: all outputs but one may be masked."""
+    finite = ordered[np.isfinite(ordered)]
+    return np.clip(ordered, finite.min(), finite.max()) if len(finite) else np.zeros_like(ordered)
 
 
 def separation(ordered: Floats, count: int) -> float | None:

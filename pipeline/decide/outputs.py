@@ -15,6 +15,9 @@ from .passes import aligned
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
+_COUNTED = 4_000_000
+"""Counters at a time: there may be as many classes as samples."""
+
 
 def score_neighbours(case: Case) -> Scores:
     """Judge by the labels of the k nearest samples in the space of the last layer's inputs.
@@ -73,29 +76,29 @@ def vote(label: Integers, near: Integers, similar: Floats) -> Scores:
     """Return what neighbours say: (n,) labels, (n, k) neighbours and their similarity."""
     n, k = near.shape
     classes, given = np.unique(label, return_inverse=True)
-    count, weight = np.zeros((n, len(classes))), np.zeros((n, len(classes)))
-    for column in range(k):
-        votes = given[near[:, column]]
-        count[np.arange(n), votes] += 1
-        weight[np.arange(n), votes] += similar[:, column]
-    rows = np.arange(n)
-    total = weight.sum(1)
-    others = np.where(total > 0, (total - weight[rows, given]) / np.where(total > 0, total, 1), 0.0)
-    different = k - count[rows, given]
-    favoured = (count + weight / (k + 1)).argmax(1)  # the nearer ones decide between as many
-    suggested = np.where(favoured != given, classes[favoured], -1)
-    reason = [
-        f"{int(c)} of {k} nearest samples have another label, {int(count[i, f])} of them {int(classes[f])}"
-        if f != given[i]
-        else f"{int(c)} of {k} nearest samples have another label"
-        for i, (c, f) in enumerate(zip(different, favoured, strict=True))
-    ]
-    return Scores(
-        suspicion=(different + others) / (k + 1),
-        suggested=suggested.astype(np.int64),
-        reason=reason,
-        notes={"neighbours": k},
-    )
+    suspicion, suggested, reason = np.empty(n), np.empty(n, dtype=np.int64), list[str]()
+    step = max(1, _COUNTED // len(classes))
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        own, votes = given[part], given[near[part]]
+        rows = np.arange(len(own))
+        count, weight = np.zeros((len(own), len(classes))), np.zeros((len(own), len(classes)))
+        for column in range(k):
+            count[rows, votes[:, column]] += 1
+            weight[rows, votes[:, column]] += similar[part, column]
+        total = weight.sum(1)
+        others = np.where(total > 0, (total - weight[rows, own]) / np.where(total > 0, total, 1), 0.0)
+        different = k - count[rows, own]
+        favoured = (count + weight / (k + 1)).argmax(1)  # the nearer ones decide between as many
+        suspicion[part] = (different + others) / (k + 1)
+        suggested[part] = np.where(favoured != own, classes[favoured], -1)
+        reason += [
+            f"{int(c)} of {k} nearest samples have another label, {int(count[i, f])} of them {int(classes[f])}"
+            if f != own[i]
+            else f"{int(c)} of {k} nearest samples have another label"
+            for i, (c, f) in enumerate(zip(different, favoured, strict=True))
+        ]
+    return Scores(suspicion=suspicion, suggested=suggested, reason=reason, notes={"neighbours": k})
 
 
 KNN = Scorer(

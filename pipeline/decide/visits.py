@@ -36,6 +36,8 @@ class Judged:
         margin: (E, n), or None.
         other: (E, n), or None.
         probability: (n, C), or None.
+        foreign: Whether labels are no classes of the outputs, such as 1 .. C of C outputs: then label y is not
+            output y for any sample, and nothing that was read off the outputs by label is given.
     """
 
     uri: str
@@ -43,6 +45,7 @@ class Judged:
     margin: Floats | None
     other: Integers | None
     probability: Floats | None
+    foreign: bool
 
     def margins(self, name: str) -> Floats:
         """Return the margins, which the detector ``name`` needs.
@@ -50,6 +53,11 @@ class Judged:
         Raises:
             InputError: There are none.
         """
+        if self.foreign:
+            raise InputError(
+                f"{self.uri}: some labels are no classes of the model's outputs, so that label y is not output y, which {name} "
+                "needs; let labels() number the outputs from 0, or use loss, final-loss, early-loss or variability"
+            )
         if self.margin is None:
             raise InputError(
                 f"{self.uri}: the record has no margins, which {name} needs: labels are unknown, or the model's outputs "
@@ -74,12 +82,19 @@ def judged_visits(case: Case) -> Judged:
             f"{case.run.uri} was recorded without visits; record it again with --visits on --overwrite"
         )
     at = case.tracked
+    # A visit has a margin wherever it has a loss, unless its label is no class of the output. One such label in the
+    # whole record is enough: where labels are 1 .. C, those below C have margins, too, of the wrong class.
+    foreign = found.margin is not None and bool((np.isnan(found.margin) & np.isfinite(found.loss)).any())
+    margin, other, probability = (
+        (None, None, None) if foreign else (found.margin, found.other, found.probability)
+    )
     return Judged(
         uri=case.run.uri,
         loss=found.loss[:, at].astype(np.float64),
-        margin=None if found.margin is None else found.margin[:, at].astype(np.float64),
-        other=None if found.other is None else found.other[:, at].astype(np.int64),
-        probability=None if found.probability is None else found.probability[at].astype(np.float64),
+        margin=None if margin is None else margin[:, at].astype(np.float64),
+        other=None if other is None else other[:, at].astype(np.int64),
+        probability=None if probability is None else probability[at].astype(np.float64),
+        foreign=foreign,
     )
 
 
@@ -244,11 +259,12 @@ def confident(case: Case) -> Scores:
     thresholds[classes] = np.bincount(labels, weights=own, minlength=rows.shape[1])[classes] / size[classes]
     reached = np.where(rows >= thresholds, rows, -np.inf)
     taken = np.where(np.isfinite(reached).any(1), reached.argmax(1), -1)
-    joint = np.zeros((rows.shape[1], rows.shape[1]))
-    np.add.at(joint, (labels[taken >= 0], taken[taken >= 0]), 1)
-    counted = joint.sum(1)
-    share_wrong = np.divide(counted - np.diag(joint), counted, out=np.zeros_like(counted), where=counted > 0)
     off = (taken >= 0) & (taken != labels)
+    # Of the joint, C x C, only the sums of its rows and what lies off its diagonal are needed.
+    counted, moved = (
+        np.bincount(labels[at], minlength=rows.shape[1]).astype(np.float64) for at in (taken >= 0, off)
+    )
+    share_wrong = np.divide(moved, counted, out=np.zeros_like(counted), where=counted > 0)
     normalised = own - _others(rows, labels).max(1)
     suspicion = np.full(case.n, np.nan)
     suspicion[known] = (1 - normalised) / 2 + off

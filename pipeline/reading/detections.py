@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...storage import layout
+from ...storage.contributions import legible
 from ...storage.errors import IncompleteStage
 from ...storage.files import read_bytes
 from ..vocabulary import DETECT
@@ -59,9 +60,6 @@ def read_detection(run: Reader, name: str) -> Detection:
             f"{run.uri} has no detection {name!r}; it has {', '.join(there) or 'none'}; make one with "
             f"`hydra-pipe detect {run.uri} --by ...`"
         )
-    data = read_bytes(run.directory.path(layout.detection(name)))
-    return Detection(
-        name=name,
-        table=pq.read_table(pa.BufferReader(data)),
-        values=values_of(DetectionValues, manifest),
-    )
+    with legible(run.uri):
+        table = pq.read_table(pa.BufferReader(read_bytes(run.directory.path(layout.detection(name)))))
+    return Detection(name=name, table=table, values=values_of(DetectionValues, manifest))

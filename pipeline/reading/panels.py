@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as pa_dataset
 
+from ...storage.contributions import legible
 from ...storage.errors import CorruptStore, HydraError
 from ..spec.targets import TargetSet, coarsened, store_of, target_set
 from ..vocabulary import SAMPLES
@@ -155,22 +156,25 @@ def read_block(
     rows = 0
     # Without gaps a position is a difference, and the filter lets nothing else through.
     whole = all(len(index) == int(index[-1]) - int(index[0]) + 1 for index in (tracked, tests))
-    for batch in dataset.to_batches(columns=names, filter=wanted, batch_readahead=2, fragment_readahead=1):
-        at, to, values = (_column(batch, name) for name in names)
-        if whole:
-            place = to.astype(np.int64)
-            place -= tests[0]
-            place *= len(tracked)
-            place += at.astype(np.int64) - tracked[0]
-            flat[place] = values
-            rows += len(values)
-            continue
-        row, col = np.searchsorted(tracked, at), np.searchsorted(tests, to)
-        inside = (row < len(tracked)) & (col < len(tests))
-        row, col, values = row[inside], col[inside], values[inside]
-        inside = (tracked[row] == at[inside]) & (tests[col] == to[inside])
-        block[row[inside], col[inside]] = values[inside]
-        rows += int(inside.sum())
+    with legible(run.uri):
+        for batch in dataset.to_batches(
+            columns=names, filter=wanted, batch_readahead=2, fragment_readahead=1
+        ):
+            at, to, values = (_column(batch, name) for name in names)
+            if whole:
+                place = to.astype(np.int64)
+                place -= tests[0]
+                place *= len(tracked)
+                place += at.astype(np.int64) - tracked[0]
+                flat[place] = values
+                rows += len(values)
+                continue
+            row, col = np.searchsorted(tracked, at), np.searchsorted(tests, to)
+            inside = (row < len(tracked)) & (col < len(tests))
+            row, col, values = row[inside], col[inside], values[inside]
+            inside = (tracked[row] == at[inside]) & (tests[col] == to[inside])
+            block[row[inside], col[inside]] = values[inside]
+            rows += int(inside.sum())
     if rows != block.size or np.isnan(block).any():
         raise CorruptStore(
             f"{run.uri}: method {method} holds {rows:,} of {block.size:,} contributions to {key} "

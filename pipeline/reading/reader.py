@@ -96,11 +96,11 @@ class Reader:
         Columns: ``train_index``, ``label``, ``visits``, ``contribution`` (Eq. 7: the mean over the
         test samples), ``contribution_std`` (over the targets), ``shard``.
         """
-        return _sorted(self._dataset("samples", method), "train_index")
+        return _sorted(self.uri, self._dataset("samples", method), "train_index")
 
     def interclass(self, method: str | None = None) -> pa.Table:
         """Return Eq. 23: one row a (train_class, test_class), sorted by both."""
-        return _sorted(self._dataset("interclass", method), "train_class", "test_class")
+        return _sorted(self.uri, self._dataset("interclass", method), "train_class", "test_class")
 
     def spread(self, method: str) -> pa_dataset.Dataset:
         """Return how far the seeds of an average (``...-seedsK``) are apart, for each C(i, j).
@@ -121,7 +121,7 @@ class Reader:
         Raises:
             InputError: The method is no average.
         """
-        return _sorted(self._dataset("samples_spread", self._average(method)), "train_index")
+        return _sorted(self.uri, self._dataset("samples_spread", self._average(method)), "train_index")
 
     def members(self) -> dict[int, Self]:
         """Return the runs with other seeds that lie inside this one, by seed; see ``--seeds``."""
@@ -243,6 +243,9 @@ def open_reader(uri: str | os.PathLike[str]) -> Reader:
     return opened(Reader, uri)
 
 
-def _sorted(dataset: pa_dataset.Dataset, *keys: str) -> pa.Table:
+def _sorted(uri: str, dataset: pa_dataset.Dataset, *keys: str) -> pa.Table:
+    from ...storage.contributions import legible
+
     columns = [name for name in dataset.schema.names if name != "method"]
-    return dataset.to_table(columns=columns).sort_by([(key, "ascending") for key in keys])
+    with legible(uri):
+        return dataset.to_table(columns=columns).sort_by([(key, "ascending") for key in keys])

@@ -21,7 +21,7 @@ from hydra_pipe.pipeline.decide.cluster import jaccard
 from hydra_pipe.pipeline.decide.detect import default_by, detect, name_of
 from hydra_pipe.pipeline.decide.scorers import SCORERS
 from hydra_pipe.pipeline.executors.events import Note
-from hydra_pipe.storage.errors import IncompleteStage, InputError, SpecError
+from hydra_pipe.storage.errors import CorruptStore, IncompleteStage, InputError, SpecError
 
 from hydra_pipe import Recipe, Run, RunSpec, open_run, run, verify
 from tests.builders import Built
@@ -401,7 +401,7 @@ def test_all_is_everything_that_the_run_can_serve(digits, monkeypatch):
         monkeypatch.delitem(SCORERS, name)
     heard = []
     made = detect(digits, by="all", observer=heard.append)
-    assert [one.name for one in made] == list(OWN)
+    assert sorted(one.name for one in made) == sorted(OWN)
     assert [e.message for e in heard if isinstance(e, Note)] == ["gold: not made: this run has no gold"]
     with pytest.raises(InputError, match="no gold"):
         detect(digits, by="gold")
@@ -484,7 +484,10 @@ def test_bad_words_get_their_line(digits, tmp_path):
     assert "no such file" in refused(where, "--by", "harm", "--truth", str(tmp_path / "none.txt"))
     assert "'kmeans'" in refused(where, "--by", "cluster", "--clusters", "kmean")
     assert "at least 1" in refused(where, "--by", "harm", "--neighbours", "0")
-    assert "at least 0" in refused(where, "--by", "harm", "--seed", "-1")
+    for option, seed in (("--seed", "-1"), ("--seed", str(2**32)), ("--split-seed", "-1")):
+        name = option.removeprefix("--").replace("-", "_")
+        line = refused(where, "--by", "harm", "--split", "--flag", "two-means", option, seed)
+        assert line == f"error: {name} {seed}: must be 0 to 4294967295"
     assert "no run at" in refused(str(tmp_path / "nowhere"))
     assert "must end in .csv" in refused(where, "--by", "harm", "--to", str(tmp_path / "x.txt"))
     wrong = tmp_path / "wrong.txt"
@@ -492,6 +495,24 @@ def test_bad_words_get_their_line(digits, tmp_path):
     assert "1600 is outside" in refused(where, "--by", "harm", "--truth", str(wrong))
     with pytest.raises(SpecError, match="did you mean"):
         detect(digits, by="clusters")
+
+
+@pytest.mark.parametrize(
+    ("table", "by"), [("contributions", "harm"), ("samples", "contribution"), ("detections", None)]
+)
+def test_a_damaged_table_gets_its_line(built, table, by):
+    detect(built, by="harm")
+    for file in (Path(built.uri) / table).rglob("part-*.parquet"):
+        file.write_bytes(file.read_bytes()[:-9])
+    if by is None:
+        with pytest.raises(CorruptStore) as caught:
+            built.detection("harm")
+        line = str(caught.value)
+    else:
+        line = refused(built.uri, "--by", by)
+    assert f"a table of {built.uri} cannot be read (" in line
+    assert f"`hydra-pipe verify {built.uri}` names what is damaged" in line
+    assert "\n" not in line
 
 
 def test_the_truth_may_be_a_file(built, tmp_path):

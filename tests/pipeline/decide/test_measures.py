@@ -102,6 +102,19 @@ def flagged(rule, ordered, **given):
     return apply_flag(rule, ordered, **{"share": None, "estimated": lambda: 7, "seed": 0, **given})
 
 
+@pytest.mark.parametrize("rule", ["two-means", "mixture", "known", "confident"])
+def test_infinite_suspicions_lie_at_the_ends_of_the_others(rule):
+    ordered = np.sort(np.concatenate([np.linspace(9, 10, 7), np.linspace(0, 1, 30)]))[::-1].copy()
+    ordered[0], ordered[-2:] = np.inf, -np.inf
+    found = flagged(rule, ordered, **({"share": 7 / 37} if rule == "known" else {}))
+    assert found.count == 7
+    assert found.cut == 9
+    assert np.isfinite(found.separation)
+    assert (
+        flagged(rule, np.full(9, -np.inf), **({"share": 0.5} if rule == "known" else {})).separation is None
+    )
+
+
 def test_each_rule_flags_by_its_own():
     draw = np.random.default_rng(0)
     ordered = -np.sort(-np.concatenate([draw.normal(9, 1, 40), draw.normal(0, 1, 160)])) * 1e-9

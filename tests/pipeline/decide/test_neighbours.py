@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hydra_pipe.pipeline.decide import outputs
 from hydra_pipe.pipeline.decide.outputs import neighbours, vote
 from hydra_pipe.storage.errors import InputError, RecipeError, SpecError
 from torch import nn
@@ -34,6 +35,18 @@ def test_the_vote_counts_neighbours_and_breaks_ties_by_nearness():
     assert found.suggested.tolist() == [-1, 1, -1, -1, 1]
     assert found.reason[4] == "2 of 2 nearest samples have another label, 2 of them 1"
     assert found.reason[0] == "1 of 2 nearest samples have another label"
+
+
+def test_votes_are_the_same_however_many_are_counted_at_a_time(monkeypatch):
+    draw = np.random.default_rng(0)
+    label, similar = draw.integers(0, 7, 40), draw.random((40, 5))
+    near = draw.integers(0, 40, (40, 5))
+    whole = vote(label, near, similar)
+    monkeypatch.setattr(outputs, "_COUNTED", 7 * 9)  # 9 samples at a time, and 4 at the end
+    parts = vote(label, near, similar)
+    assert np.array_equal(parts.suspicion, whole.suspicion)
+    assert np.array_equal(parts.suggested, whole.suggested)
+    assert parts.reason == whole.reason
 
 
 class Wrong(Small):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,9 @@ from hydra_pipe.pipeline.verify.verify import verify
 from hydra_pipe.storage.arrays import StoredArray
 from hydra_pipe.storage.errors import HydraError, IncompleteStage, InputError, SpecMismatch
 from hydra_pipe.storage.visits import Visits
+from torch.utils.data import TensorDataset
+
+from tests.recipes import Small
 
 NAMES = ("margin", "loss", "final-loss", "early-loss", "forgetting", "variability", "confident")
 KEPT_RUN = Path(__file__).parents[2] / "data" / "kept_run.tar.gz"
@@ -204,14 +208,71 @@ def test_early_loss_takes_fewer_epochs_where_there_are_fewer() -> None:
 
 def test_a_sample_without_margin_is_not_judged() -> None:
     margin = [[1.0, np.nan], [2.0, np.nan]]
-    assert np.isnan(SCORERS["margin"].score(made(np.ones((2, 2)), margin)).suspicion).tolist() == [
-        False,
-        True,
-    ]
-    assert np.isnan(SCORERS["forgetting"].score(made(np.ones((2, 2)), margin)).suspicion).tolist() == [
-        False,
-        True,
-    ]
+    never_visited = made(margin, margin)
+    for name in ("margin", "forgetting"):
+        assert np.isnan(SCORERS[name].score(never_visited).suspicion).tolist() == [False, True]
+
+
+class FromOne(Small):
+    """Labels 1 .. 3 of three outputs: label 1 is output 0, so what the record knows of output 1 is not of label 1."""
+
+    def train_dataset(self) -> TensorDataset:
+        inputs, targets = super().train_dataset().tensors
+        return TensorDataset(inputs, targets + 1)
+
+    def test_dataset(self) -> TensorDataset:
+        inputs, targets = super().test_dataset().tensors
+        return TensorDataset(inputs, targets + 1)
+
+    def losses(self, model: Any, batch: Any) -> Any:
+        return super().losses(model, (batch[0], batch[1] - 1))
+
+
+class Numbered(FromOne):
+    """The same, with labels() that number the outputs."""
+
+    def labels(self, dataset: Any) -> Any:
+        return dataset.tensors[1] - 1
+
+
+def test_labels_that_are_no_outputs_have_no_margins(tmp_path: Path) -> None:
+    given = {"executor": "serial", "device": "cpu", "mode": "adjoint", "targets": "mean", "track": "0:9"}
+    case_by_labels = {}
+    for recipe in (FromOne(), Numbered(), Small()):
+        opened = run(RunSpec(recipe=recipe, out=str(tmp_path / type(recipe).__name__), **given))
+        samples = opened.samples("hydra-mean")
+        labels = samples["label"].to_numpy().astype(np.int64)
+        case_by_labels[type(recipe)] = case_of(opened, samples["train_index"].to_numpy(), labels)
+    for name in ("margin", "forgetting", "confident"):
+        with pytest.raises(InputError, match="label y is not output y, which " + name):
+            SCORERS[name].score(case_by_labels[FromOne])
+        found, right = (SCORERS[name].score(case_by_labels[recipe]) for recipe in (Numbered, Small))
+        np.testing.assert_array_equal(found.suspicion, right.suspicion)
+    found, right = (SCORERS["loss"].score(case_by_labels[recipe]) for recipe in (FromOne, Small))
+    np.testing.assert_array_equal(found.suspicion, right.suspicion)
+    assert set(found.suggested) == {-1}  # the outputs' numbers are no labels
+    # Those samples alone all have margins.
+    case = case_by_labels[FromOne]
+    below = np.flatnonzero(case.given < 3)
+    with pytest.raises(InputError, match="label y is not output y"):
+        SCORERS["margin"].score(case_of(case.run, case.tracked[below], case.given[below]))
+    assert "margin +nan" not in str(SCORERS["joint"].score(case).reason)
+
+
+def test_confident_holds_no_table_of_all_pairs_of_classes() -> None:
+    classes = 30_000  # their square in float64 is 7 GB
+    probability = np.zeros((4, classes), dtype=np.float32)
+    for i, (own, taken) in enumerate([(0, 0), (0, 29_999), (29_999, 29_999), (29_999, 29_999)]):
+        probability[i, own], probability[i, taken] = 0.3, 0.6
+    tracemalloc.start()
+    found = SCORERS["confident"].score(
+        made(np.ones((1, 4)), np.ones((1, 4)), None, probability, np.array([0, 0, 29_999, 29_999]))
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000_000
+    assert (found.notes["off_diagonal"], found.notes["estimated_wrong"]) == (1, 1)
+    assert found.suggested[1] == 29_999
 
 
 @pytest.mark.parametrize(

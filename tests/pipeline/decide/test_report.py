@@ -342,7 +342,8 @@ def test_markup_escapes_what_it_is_given():
         element("p", "<b>", title='"<', hidden=False, data_x=0)
         == '<p title="&quot;&lt;" data-x="0">&lt;b&gt;</p>'
     )
-    assert escaped("\ud800\x07") == "?\ufffd"
+    assert escaped("\ud800\x07\ufffe\ufdd0\U0001ffff") == "\ufffd" * 5
+    assert escaped("\u202e\u2028é\U0001f600") == "\u202e\u2028é\U0001f600"
     assert number(-0.00123) == "−0.00123"
     assert number(float("nan")) == "–"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 from .explaining_views import INFLUENCES, explanation_rows, explanation_tables, strip
 from .options import debug_option, format_option, method_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables, plain, results, show_bytes
-from .progress import reading
+from .progress import reading, watching
 from .spec_options import parse_pairs
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _drawn(found: Explanation, looks: Looks) -> dict[str, list[str]]:
 @click.option(
     "--detection",
     metavar="NAME",
-    help="Detection that ranks the samples.  [default: the run's best; C(i) where it has none]",
+    help="Detection that ranks the samples.  [default: the run's best; where it has none, joint is made]",
 )
 @click.option(
     "--explain",
@@ -174,8 +175,9 @@ def report(
     """Write RUN as one HTML page that needs no network: suspicious samples, scores, classes, trust.
 
     The page holds its pictures, works without script, and stays below 5 MB: what does not fit is in the
-    run's tables, and the page says how to get it. Pictures need RECIPE, what RUN was made from; it can be left
-    out for a built-in one, and is never imported because a stored run names it.
+    run's tables, and the page says how to get it. Where RUN has no detection yet, the default one is made and
+    kept. That and pictures need RECIPE, what RUN was made from; it can be left out for a built-in one, and is
+    never imported because a stored run names it.
 
     Example: hydra-pipe report runs/digits --to digits.html --explain 17
     """
@@ -183,8 +185,14 @@ def report(
 
     if recipe_args:
         given["recipe_args"] = parse_pairs(recipe_args)
-    with reading("reading contributions", quiet, unit="rows") as move:
-        found = write(run, recipe, progress=move, **given)
+    with ExitStack() as stages, reading("reading contributions", quiet, unit="rows") as move:
+        observer = stages.enter_context(watching(quiet))
+
+        def moved(done: int, total: int) -> None:
+            stages.close()  # a terminal shows one bar at a time
+            move(done, total)
+
+        found = write(run, recipe, progress=moved, observer=observer, **given)
     for note in found.notes:
         click.echo(f"note: {plain(note)}", err=True)
     if output_format == "json":

@@ -69,11 +69,20 @@ def looking(
         yield _open(run, recipe, command, given or {})
 
 
-def _open(run: Reader, recipe: Recipe | str | None, command: str, given: Given) -> Looks:
+def at_hand(run: Reader, recipe: Recipe | str | None) -> bool:
+    """Whether the recipe of a run may be opened: it is named, or built in."""
     from ...workers.recipes import BUILT_IN
 
-    reference = str(dict(run.noted.identity).get("recipe", ""))
-    if recipe is None and reference not in BUILT_IN:
+    return recipe is not None or _reference(run) in BUILT_IN
+
+
+def _reference(run: Reader) -> str:
+    return str(dict(run.noted.identity).get("recipe", ""))
+
+
+def _open(run: Reader, recipe: Recipe | str | None, command: str, given: Given) -> Looks:
+    reference = _reference(run)
+    if not at_hand(run, recipe):
         return Looks(
             note=f"no pictures and no confidences: the recipe {reference!r} is not built in, and code that a stored "
             f"run names is not imported unasked; name it: hydra-pipe {command} {run.uri} {reference or 'RECIPE'}"

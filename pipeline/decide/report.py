@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...storage.errors import InputError, StoreError
+from ...storage.errors import HydraError, InputError, StoreError
 from ...storage.files import staged
+from ..executors.events import Observer, null
 from ..reading.reader import Reader, open_reader
 from .chosen import chosen_detection
+from .detect import default_by, detect
 from .explain import Asked, explained
-from .looks import looking
+from .looks import at_hand, looking
 from .page.decisions import decisions_section
 from .page.page import page
 from .report_facts import gather
 
 if TYPE_CHECKING:
     from ...workers.recipe import Recipe
+    from ..reading.detections import Detection
 
 ROWS = 500
 """Ranked samples on a page, unless another number is asked for."""
@@ -64,6 +67,7 @@ def report(
     k: int = 5,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
     **given: Any,
 ) -> Reported:
     """Write a run's report: one HTML file that opens anywhere and fetches nothing.
@@ -75,13 +79,15 @@ def report(
         recipe: What it was made from, for pictures. A built-in one is found by itself; another is used only
             where it is named.
         to: The file to write, ending in ``.html``; a local path outside the run.
-        detection: What ranks the samples; the run's best when None, and C(i) where it has none.
+        detection: What ranks the samples; the run's best when None. Where the run has none, the default
+            detection is made and stored in it if the recipe is at hand, and else C(i) ranks; a note says so.
         explain: Test samples that get a section.
         rows: Ranked samples on the page, at most; fewer where a page of 4.9 MB does not hold them.
         method: Whose contributions are shown; the run's default when None.
         k: Most helpful and most harmful samples of an explained test sample.
         overwrite: Replace a file that is there.
         progress: Called with contributions read so far, and all.
+        observer: Hears of the detection that is made.
         given: ``recipe_args``, where they are not the run's.
 
     Raises:
@@ -93,8 +99,11 @@ def report(
     opened = run if isinstance(run, Reader) else open_reader(run)
     path = _target(opened, to, overwrite)
     name = opened.method(method)
-    judged = chosen_detection(opened, detection)
     wanted = tuple(dict.fromkeys(explain))
+    judged, notes = chosen_detection(opened, detection), []
+    if judged is None:
+        judged, note = _detected(opened, recipe, observer or null, given)
+        notes.append(note)
     with looking(opened, recipe, command="report", given=given) as looks:
         answers = [
             explained(opened, looks, Asked(test=j), k=k, method=name, detection=judged) for j in wanted
@@ -119,8 +128,30 @@ def report(
         rows=shown,
         samples=len(facts.ranking),
         explained=wanted,
-        notes=() if looks.note is None else (looks.note,),
+        notes=(*notes, *(() if looks.note is None else (looks.note,))),
     )
+
+
+def _detected(
+    run: Reader, recipe: Recipe | str | None, observer: Observer, given: Mapping[str, Any]
+) -> tuple[Detection | None, str]:
+    """Make the default detection of a run that has none; return it, and what is to be said of that."""
+    by = default_by()
+    typed = f"hydra-pipe detect {run.uri} --by {by}"
+    if not at_hand(run, recipe):
+        return (
+            None,
+            f"the run has no detection, so C(i) ranks, a poor sign of wrong labels; better: {typed} RECIPE",
+        )
+    try:
+        # A page must not start a cluster: the work is small, a pass over the data at most.
+        found = detect(run, recipe, by=by, observer=observer, executor="serial", **given)[0]
+    except HydraError as error:
+        return (
+            None,
+            f"the run has no detection, so C(i) ranks, a poor sign of wrong labels; {typed} says: {error}",
+        )
+    return found, f"the run had no detection: {found.name} was made and is now in it ({typed})"
 
 
 def _target(run: Reader, to: str | os.PathLike[str], overwrite: bool) -> Path:

@@ -113,7 +113,7 @@ def _share(
 def _from_file(name: str, total: int, what: str) -> Indices:
     path = Path(name).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise SpecError(f"{what} {name}: neither all, N, A:B, F% nor a file that exists") from None
     except UnicodeDecodeError:

@@ -6,7 +6,7 @@ Shape letters: H x W pixels, C channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,8 +98,9 @@ def look(recipe: ShowingRecipe, item: Any, what: str) -> Picture | str | None:
 def default_look(item: Any, shape: Sequence[int] | None = None) -> Shown:
     """Return what can be seen of an item without knowing more about it.
 
-    The inputs of a pair or mapping: tensors (H, W) or of 1 or 3 channels as an image, scaled to their own
-    range where they leave 0 .. 1; integers in a row and words as text; other rows as ``x0=…, x1=…``.
+    The inputs of a pair, mapping or dataclass: tensors (H, W) or of 1 or 3 channels as an image, scaled to
+    their own range where they leave 0 .. 1; integers in a row and words as text; other rows as ``x0=…, x1=…``,
+    and mappings of nothing but words and numbers as ``name=…, name=…``.
 
     Args:
         item: An item of a dataset.
@@ -110,7 +111,7 @@ def default_look(item: Any, shape: Sequence[int] | None = None) -> Shown:
         return found
     if isinstance(found, (list, tuple)) and found and all(isinstance(part, (str, int)) for part in found):
         return " ".join(map(str, found[:TEXT]))
-    array = as_array(found)
+    array = _numbers(found) if isinstance(found, (list, tuple)) else as_array(found)
     if array is None or array.size == 0 or array.dtype.kind not in "biuf":
         return None
     if shape is not None and array.size == int(np.prod(shape)):
@@ -130,7 +131,7 @@ def cut(text: str) -> str:
 def as_array(value: Any) -> npt.NDArray[Any] | None:
     """Return a tensor, array or picture (PIL's, say) as an array; None where it is none of these."""
     if isinstance(value, Tensor):
-        dense = value.detach().cpu()
+        dense = value.detach().cpu().to_dense()
         return (dense.float() if dense.is_floating_point() else dense).numpy()
     if (
         isinstance(value, (int, float))
@@ -142,21 +143,48 @@ def as_array(value: Any) -> npt.NDArray[Any] | None:
 
 
 def _input(item: Any) -> Any:
-    """Return the inputs of an item, through pairs and mappings."""
-    for _ in range(3):
+    """Return the inputs of an item, through pairs, mappings and dataclasses."""
+    for depth in range(3):
+        if is_dataclass(item) and not isinstance(item, type):
+            item = {field.name: getattr(item, field.name) for field in fields(item)}
         if isinstance(item, Mapping):
             keys = [key for key in INPUTS if key in item] or [key for key in item if key not in KEYS]
             if not keys:
                 return None
+            if (
+                keys[0] not in INPUTS
+                and len(keys) > 1
+                and all(isinstance(item[key], (str, int, float)) for key in keys)
+            ):
+                return ", ".join(f"{key}={_cell(item[key])}" for key in keys[:_FEATURES])
             item = item[keys[0]]
-        elif isinstance(item, (list, tuple)) and item and not isinstance(item[0], int):
-            words = len(item) != 2 and all(isinstance(part, str) for part in item)
-            if words:
+        elif isinstance(item, (list, tuple)) and item:
+            if _is_row(item, whole=depth == 0):
                 return item
             item = item[0]
         else:
             return item
     return item
+
+
+def _is_row(items: Sequence[Any], *, whole: bool) -> bool:
+    """Whether a sequence is words, numbers or rows of them; two words that are a whole item are text and label."""
+    if all(isinstance(part, (list, tuple)) for part in items):
+        return not whole
+    words = all(isinstance(part, str) for part in items)
+    numbers = all(isinstance(part, (int, float)) for part in items)
+    return (words or numbers) and (not whole or len(items) != 2 or isinstance(items[0], int))
+
+
+def _numbers(rows: Sequence[Any]) -> npt.NDArray[Any] | None:
+    try:
+        return np.asarray(rows)
+    except (ValueError, TypeError):  # rows of several lengths, or of things that are no numbers
+        return None
+
+
+def _cell(value: str | float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _row(row: npt.NDArray[Any]) -> str:

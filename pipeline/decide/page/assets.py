@@ -114,7 +114,19 @@ th,td{padding:.35rem .5rem}
 .grid>*{flex-basis:100%}
 #ranked .why{min-width:13rem}
 }
-@media print{nav,form,#pager{display:none}main>section{break-inside:avoid-page;border:0}}
+@media print{
+nav,form,#pager,.query,thead button::after{display:none}
+main>section{border:0}
+tr,figure,.cards li{break-inside:avoid}
+h2,h3,h4{break-after:avoid}
+.scroll{overflow:visible}
+#ranked{font-size:.78rem}
+#ranked thead th,#ranked thead button{white-space:normal;font-size:inherit}
+#ranked th,#ranked td{padding:.25rem .35rem}
+#ranked tr>th:first-child{position:static}
+#ranked .why{min-width:0}
+.text{max-height:none}
+}
 """
 
 SCRIPT = """

@@ -87,7 +87,12 @@ def bars(
         drawn.append(box)
     drawn.append(_line(left, high - bottom, wide - 12, high - bottom, "axis"))
     ticks = [low + span * k / 4 for k in range(5)]
-    drawn += [_text(x(v), high - bottom + 14, number(v, 2), "middle") for v in ticks]
+    # The last one ends at the edge: centred there, half of a long number would be cut off.
+    anchors = ("middle", "middle", "middle", "middle", "end")
+    drawn += [
+        _text(x(v) + (10 if anchor == "end" else 0), high - bottom + 14, number(v, 2), anchor)
+        for v, anchor in zip(ticks, anchors, strict=True)
+    ]
     drawn += [_text(left - 6, y(most) + 4, f"{most:,}", "end"), _text(left - 6, y(0) + 1, "0", "end")]
     drawn.append(_text((left + wide) / 2, high - 4, axis, "middle"))
     told = f"{sum(counts):,} values from {number(low)} to {number(top)}; most, {most:,}, in one bar"
@@ -158,7 +163,7 @@ def heat(
     most = max((abs(v) for v in known), default=0.0) or 1.0
     power = math.floor(math.log10(most)) if sign else 0
     power = 0 if -1 <= power <= 1 else power
-    places = 2 if sign and most / 10**power < 1 else 1
+    places = 1 if most / 10**power >= 10 else 2
     drawn: list[Markup] = []
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
@@ -180,7 +185,7 @@ def heat(
                 )
             )
             if written and there and (sign or v):
-                short = f"{v / 10**power:+.{places}f}".replace("-", "−") if sign and v is not None else shown
+                short = _short(v / 10**power, places) if sign and v is not None else shown
                 drawn.append(
                     _text(left + (j + 0.5) * cell, top + (i + 0.5) * cell + 3.5, short, "middle", "cell")
                 )
@@ -202,6 +207,12 @@ def heat(
     if known:
         told += f"; values from {number(min(known))} to {number(max(known))}"
     return chart(left + len(columns) * cell + 8, top + len(rows) * cell + 8, title, told, *drawn)
+
+
+def _short(value: float, places: int) -> str:
+    """Return a signed number; what rounds to nothing has no sign."""
+    rounded = round(value, places)
+    return f"{rounded:+.{places}f}".replace("-", "−") if rounded else "0"
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:

@@ -16,12 +16,21 @@ class Markup(str):
 
 
 def escaped(value: object) -> str:
-    """Return a value as HTML text, also inside quotes; control characters and halves of characters become U+FFFD."""
+    """Return a value as HTML text, also inside quotes; what HTML does not allow becomes U+FFFD.
+
+    That is control characters, halves of characters (surrogates) and Unicode's noncharacters.
+    """
     if isinstance(value, Markup):
         return value
-    text = "".join(c if c.isprintable() or c in "\n\t" or ord(c) > 0x9F else "\ufffd" for c in str(value))
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return html.escape(text)
+    return html.escape("".join(c if _allowed(c) else "\ufffd" for c in str(value)))
+
+
+def _allowed(character: str) -> bool:
+    if character.isprintable() or character in "\n\t":
+        return True
+    code = ord(character)
+    half, none = 0xD800 <= code <= 0xDFFF, 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE
+    return code > 0x9F and not half and not none
 
 
 def element(name: str, /, *children: object, **attributes: object) -> Markup:

@@ -16,14 +16,16 @@ import duckdb
 import numpy as np
 import pytest
 from hydra_pipe.pipeline.decide.page import album
+from hydra_pipe.pipeline.decide.page.charts import heat
 from hydra_pipe.pipeline.decide.page.markup import element, escaped, number
 from hydra_pipe.pipeline.decide.pictures import png, shrunk
 from hydra_pipe.pipeline.opened_run import open_run
+from hydra_pipe.pipeline.reading.detections import detection_names
 from hydra_pipe.storage.errors import IncompleteStage, InputError
 
 from hydra_pipe import clean, report
 from tests.builders import Built
-from tests.end_to_end.support import cli
+from tests.end_to_end.support import cli, serial
 from tests.pipeline.decide.reported import TRAIN, Words, digits, words  # noqa: F401
 
 
@@ -188,7 +190,31 @@ def test_without_a_detection_samples_are_ranked_by_contribution(tmp_path):
     order = np.argsort(built.exact.mean(1), kind="stable")[:5].tolist()
     assert [int(i) for i in re.findall(r'<tr id="train-(\d+)"', text)] == order
     assert "This run has no detection" in text
+    assert any("so C(i) ranks" in note and "hydra-pipe detect" in note for note in found.notes)
     assert "15 more are in the run" in text
+
+
+def test_the_default_detection_is_made_where_a_run_has_none(tmp_path):
+    arguments = {"label_noise": 0.2, "train_size": 60, "test_size": 12}
+    run = serial(tmp_path / "digits", "digits", recipe_args=arguments, epochs=2)
+    answer = cli("report", run.uri, "--to", str(tmp_path / "r.html"), "--rows", "5")
+    assert answer.exit_code == 0, answer.output
+    assert "the run had no detection: joint was made" in answer.stderr
+    assert "samples ranked by detection joint" in answer.stdout
+    assert detection_names(open_run(run.uri)) == ["joint"]
+    again = report(run.uri, to=tmp_path / "again.html", rows=5)
+    assert (again.detection, again.notes) == ("joint", ())
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "r.html").read_bytes()
+
+
+def test_a_detection_is_not_made_with_a_recipe_that_nobody_names(tmp_path):
+    run = serial(tmp_path / "words", Words())
+    found = report(run.uri, to=tmp_path / "r.html")
+    assert found.detection is None
+    assert any("so C(i) ranks" in note and "RECIPE" in note for note in found.notes)
+    assert detection_names(open_run(run.uri)) == []
+    named = report(run.uri, Words(), to=tmp_path / "named.html")
+    assert named.detection == "joint"
 
 
 def test_what_evaluate_found_is_told(digits, tmp_path, monkeypatch):
@@ -316,7 +342,8 @@ def test_markup_escapes_what_it_is_given():
         element("p", "<b>", title='"<', hidden=False, data_x=0)
         == '<p title="&quot;&lt;" data-x="0">&lt;b&gt;</p>'
     )
-    assert escaped("\ud800\x07") == "?\ufffd"
+    assert escaped("\ud800\x07\ufffe\ufdd0\U0001ffff") == "\ufffd" * 5
+    assert escaped("\u202e\u2028é\U0001f600") == "\u202e\u2028é\U0001f600"
     assert number(-0.00123) == "−0.00123"
     assert number(float("nan")) == "–"
 
@@ -332,3 +359,9 @@ def test_a_png_is_what_other_readers_read(tmp_path):
     whole = np.repeat(np.repeat(np.arange(16, dtype=np.uint8).reshape(4, 4), 3, 0), 3, 1)
     assert np.array_equal(shrunk(whole, 4), np.arange(16).reshape(4, 4))
     assert shrunk(np.zeros((100, 10, 3), np.uint8), 20).shape == (20, 2, 3)
+
+
+def test_small_numbers_of_a_map_are_told_apart():
+    values = [[1.42, -0.0301], [-0.0004, 0.25]]
+    drawn = heat([0, 1], [0, 1], lambda i, j: values[i][j], title="t", down="d", across="a")
+    assert re.findall(r'class="cell">([^<]*)<', drawn) == ["+1.42", "−0.03", "0", "+0.25"]

@@ -272,3 +272,21 @@ def test_injected_script_is_stopped_by_the_policy(browser, files, tmp_path):
     page.goto(spoilt.as_uri())
     assert page.evaluate("window.hacked") is None
     page.close()
+
+
+def test_a_printed_page_has_all_columns(opened):
+    page = opened(viewport={"width": 720, "height": 1000}).page
+    page.emulate_media(media="print")
+    right = "[...document.querySelectorAll('#ranked thead th')].at(-1).getBoundingClientRect().right"
+    assert page.evaluate(right) <= 720
+
+
+def test_numbers_along_an_axis_are_not_cut_off(opened):
+    cut = """() => [...document.querySelectorAll('svg')].flatMap(svg => {
+        const box = svg.getBoundingClientRect();
+        return [...svg.querySelectorAll('text')].filter(text => {
+            const own = text.getBoundingClientRect();
+            return own.left < box.left - 1 || own.right > box.right + 1;
+        }).map(text => text.textContent);
+    })"""
+    assert opened().page.evaluate(cut) == []

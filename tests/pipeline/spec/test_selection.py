@@ -90,6 +90,11 @@ def test_wrong_files_name_the_line(tmp_path: Path, text: str, message: str) -> N
         chosen(str(file))
 
 
+def test_a_file_from_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf4\r\n2\r\n")
+    assert chosen(str(tmp_path / "list.txt")).tolist() == [2, 4]
+
+
 def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "list.npy"
     file.write_bytes(b"\x93NUMPY\xff")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,37 @@ def test_texts_tokens_and_features_are_text():
     long = str(seen(("w" * 1000, 0)))
     assert len(long) == TEXT
     assert long.endswith("…")
+
+
+@dataclass
+class Item:
+    """An item as a dataclass; its first field is no target."""
+
+    values: object
+    label: int
+
+
+@pytest.mark.parametrize(
+    ("item", "shown"),
+    [
+        (([0.1, 0.2, 0.3], 1), "x0=0.1, x1=0.2, x2=0.3"),
+        (([5, 6], 1), "5 6"),
+        ((["two", "words"], 1), "two words"),
+        ({"text": ["two", "words"], "label": 1}, "two words"),
+        (("a sentence", "its label"), "a sentence"),
+        (Item([0.5, 2.0], 1), "x0=0.5, x1=2"),
+        (Item("words", 1), "words"),
+        (({"age": 31, "income": 0.25, "city": "Ulm", "label": 1}, 1), "age=31, income=0.25, city=Ulm"),
+    ],
+)
+def test_no_part_of_a_row_is_left_out(item, shown):
+    assert default_look(item) == shown
+
+
+def test_rows_of_numbers_and_sparse_images_are_pictures():
+    assert default_look(([[0.0, 1.0], [0.5, 0.5]], 1)).tolist() == [[0, 1], [0.5, 0.5]]
+    assert default_look(([[0.0, 1.0], [0.5]], 1)) is None
+    assert default_look((torch.eye(3).to_sparse(), 1)).tolist() == np.eye(3).tolist()
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,13 @@ def stage_line(stage: StageProgress, seconds: float) -> str:
 
 def units_text(stage: StageProgress) -> str:
     """Return how many units are done, in the word of the stage."""
-    word = {"record": "run", "replay": "shards", "reduce": "tiles", "retrain": "trainings"}.get(
-        stage.stage.split("/")[-1], "blocks"
-    )
+    word = {
+        "record": "run",
+        "replay": "shards",
+        "reduce": "tiles",
+        "retrain": "trainings",
+        "detect": "passes",
+    }.get(stage.stage.split("/")[-1], "blocks")
     return f"{stage.finished_units}/{stage.units} {word}"
 
 

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .pipeline.compare.by_epoch import Course, by_epoch
     from .pipeline.compare.compare import compare
+    from .pipeline.decide.case import Options as DetectOptions
+    from .pipeline.decide.detect import detect
     from .pipeline.drive.attribute import attribute
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
     from .pipeline.opened_run import Run, open_run
+    from .pipeline.reading.detections import Detection
     from .pipeline.run import run
     from .pipeline.spec.spec import RunSpec
     from .pipeline.verify.deep import verify_deep
@@ -28,6 +31,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Course",
     "DeepVerification",
+    "DetectOptions",
+    "Detection",
     "HydraError",
     "Questions",
     "Recipe",
@@ -38,6 +43,7 @@ __all__ = [
     "attribute",
     "by_epoch",
     "compare",
+    "detect",
     "evaluate",
     "events",
     "open_run",
@@ -49,6 +55,8 @@ __all__ = [
 _HOMES = {
     "Course": ".pipeline.compare.by_epoch:Course",
     "DeepVerification": ".pipeline.verify.deep_checks:DeepVerification",
+    "DetectOptions": ".pipeline.decide.case:Options",
+    "Detection": ".pipeline.reading.detections:Detection",
     "HydraError": ".storage.errors:HydraError",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
@@ -58,6 +66,7 @@ _HOMES = {
     "attribute": ".pipeline.drive.attribute:attribute",
     "by_epoch": ".pipeline.compare.by_epoch:by_epoch",
     "compare": ".pipeline.compare.compare:compare",
+    "detect": ".pipeline.decide.detect:detect",
     "evaluate": ".pipeline.evaluate.evaluate:evaluate",
     "events": ".pipeline.executors.events",
     "open_run": ".pipeline.opened_run:open_run",

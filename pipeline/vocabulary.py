@@ -106,6 +106,11 @@ def by_epoch_stage(part: str) -> str:
     return f"{BY_EPOCH}/{part}"
 
 
+def judges(stage: str) -> bool:
+    """Whether a stage judges a run or decides upon it: no part of the run, and never missing from it."""
+    return stage.split("/")[0] in (EVALUATE, BY_EPOCH, TRAINING_OUTPUTS, DETECT, CLEAN)
+
+
 _WRITTEN_BY = {
     layout.TRAJECTORY: (RECORD,),
     layout.TEST_GRADIENTS: (TEST_GRADIENTS,),

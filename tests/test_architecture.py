@@ -86,7 +86,7 @@ def test_only_the_cli_prints(room):
 MAY_IMPORT = {
     "pipeline": {
         "run": "drive executors opened_run plan spec vocabulary",
-        "decide": "executors reading vocabulary",
+        "decide": "executors plan reading spec vocabulary",
         "evaluate": "compare drive executors plan reading spec units vocabulary",
         "compare": "drive executors plan reading spec units vocabulary",
         "drive": "analysis executors opened_run plan reading spec units vocabulary",
@@ -348,6 +348,8 @@ def test_the_public_face():
     classes = [
         "Course",
         "DeepVerification",
+        "DetectOptions",
+        "Detection",
         "HydraError",
         "Questions",
         "Recipe",
@@ -355,7 +357,17 @@ def test_the_public_face():
         "RunSpec",
         "Verification",
     ]
-    functions = ["attribute", "by_epoch", "compare", "evaluate", "open_run", "run", "verify", "verify_deep"]
+    functions = [
+        "attribute",
+        "by_epoch",
+        "compare",
+        "detect",
+        "evaluate",
+        "open_run",
+        "run",
+        "verify",
+        "verify_deep",
+    ]
     assert sorted(hydra_pipe.__all__) == sorted([*classes, *functions, "__version__", "events"])
     assert all(isinstance(getattr(hydra_pipe, name), type) for name in classes)
     assert all(inspect.isfunction(getattr(hydra_pipe, name)) for name in functions)

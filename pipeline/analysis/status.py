@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..reading.stage_states import StageState, stage_states
-from ..vocabulary import ATTRIBUTE, BY_EPOCH, COMPLETE, EVALUATE, MISSING, PARTIAL
+from ..vocabulary import ATTRIBUTE, COMPLETE, MISSING, PARTIAL, judges
 
 if TYPE_CHECKING:
     from ..reading.reader import Reader
@@ -26,8 +26,7 @@ def status(run: Reader) -> dict[str, Any]:
     """
     states = stage_states(run.directory, run.noted)
     # What judges a run is no part of it: it never makes one incomplete.
-    judging = (f"{EVALUATE}/", f"{BY_EPOCH}/")
-    complete = all(s.state == COMPLETE for s in states if not s.stage.startswith(judging))
+    complete = all(s.state == COMPLETE for s in states if not judges(s.stage))
     methods = {name: _method_state(states, name) for name in run.noted.method_names()}
     return {
         "run": run.uri,

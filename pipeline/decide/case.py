@@ -53,6 +53,7 @@ class Case:
         selecting: Positions among the method's targets that may be looked at; None: all.
         passes: What can be computed from the recipe.
         options: Of the detectors.
+        shared: What one detector computed and others use, too, by a name of its own.
     """
 
     run: Reader
@@ -62,6 +63,7 @@ class Case:
     selecting: Integers | None
     passes: Passes
     options: Options
+    shared: dict[str, object] = field(default_factory=dict)
 
     @property
     def n(self) -> int:

@@ -1,78 +1,24 @@
-"""Detections in a run: one table and one manifest each, under the detection's name."""
+"""Detections put into a run: one table and one manifest each, under the detection's name."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ...storage import layout
 from ...storage.contributions import write_table
-from ...storage.errors import IncompleteStage
-from ...storage.files import read_bytes
 from ...storage.rundir import RunDirectory
 from ...storage.schemas import DETECTION
 from ...storage.typed import to_json
-from ..reading.unit_values import DetectionValues, values_of
+from ..reading.detections import Detection, detection_names, labels_digest, read_detection
 from ..vocabulary import DETECT
 
-if TYPE_CHECKING:
-    from ..reading.reader import Reader
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Detection:
-    """Samples ranked by suspicion, as stored.
-
-    Attributes:
-        name: Of the detection: what it was made by, and what tells it from others.
-        table: One row a judged sample, most suspicious first; see ``storage.schemas.DETECTION``.
-        values: How it was made, and how good it is where that is known.
-    """
-
-    name: str
-    table: pa.Table
-    values: DetectionValues
-
-
-def labels_digest(labels: npt.ArrayLike) -> str:
-    """Return the sha256 of labels, taken as little-endian int64."""
-    return hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
+__all__ = ["Detection", "detection_names", "labels_digest", "read_detection", "write_detection"]
 
 
 def write_detection(directory: RunDirectory, detection: Detection) -> None:
-    """Put a detection into a run, in the place of one of the same name."""
+    """Put a detection into a run, in the place of one of the same name.
+
+    Its manifest comes last: what a killed writer leaves is read by nobody.
+    """
     relative = layout.detection(detection.name)
     directory.drop(DETECT, detection.name)
-    write_table(directory.path(relative), detection.table.cast(DETECTION), DETECTION)
+    write_table(directory.path(relative), detection.table, DETECTION)
     directory.commit(DETECT, detection.name, [relative], to_json(detection.values))
-
-
-def detection_names(run: Reader) -> list[str]:
-    """Return the names of the detections that a run holds, ascending."""
-    return sorted(manifest.unit for manifest in run.directory.manifests(DETECT))
-
-
-def read_detection(run: Reader, name: str) -> Detection:
-    """Return a stored detection.
-
-    Raises:
-        IncompleteStage: The run has none of that name.
-    """
-    manifest = run.directory.manifest(DETECT, name)
-    if manifest is None:
-        there = ", ".join(detection_names(run)) or "none"
-        raise IncompleteStage(
-            f"{run.uri} has no detection {name!r}; it has {there}; make one with `hydra-pipe detect {run.uri} --by ...`"
-        )
-    data = read_bytes(run.directory.path(layout.detection(name)))
-    return Detection(
-        name=name,
-        table=pq.read_table(pa.BufferReader(data)),
-        values=values_of(DetectionValues, manifest),
-    )

@@ -3,6 +3,36 @@
 from __future__ import annotations
 
 from .case import Scorer
+from .cluster import cluster
+from .contributions import contribution, harm, harmed_class
 
-SCORERS: dict[str, Scorer] = {}
+_CONTRIBUTIONS = (
+    Scorer(
+        name="contribution",
+        needs="contributions",
+        what="lowest C(i), the mean over the test samples",
+        score=contribution,
+    ),
+    Scorer(
+        name="harm",
+        needs="contributions",
+        what="harm to single test samples, the good done elsewhere left out",
+        score=harm,
+    ),
+    Scorer(
+        name="harmed-class",
+        needs="contributions",
+        what="harm to the class of test samples that it harms most, which it suggests as label",
+        score=harmed_class,
+    ),
+    Scorer(
+        name="cluster",
+        needs="contributions",
+        what="two clusters of signs of contributions within each given class",
+        score=cluster,
+        options=("clusters", "wrong_cluster", "seed"),
+    ),
+)
+
+SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (*_CONTRIBUTIONS,)}
 """In the order in which people are shown them."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ...storage.rows import RowStore
     from ...storage.schemas import Kind
     from ...storage.trajectory import Trajectory
+    from .detections import Detection
 
 AnyReader = TypeVar("AnyReader", bound="Reader")
 
@@ -161,6 +162,22 @@ class Reader:
     def noisy(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return (train_index, original_label) of labels that are wrong on purpose, or None."""
         return self.trajectory().noisy
+
+    def detections(self) -> list[str]:
+        """Return the names of the detections that ``hydra-pipe detect`` left in the run, ascending."""
+        from .detections import detection_names
+
+        return detection_names(self)
+
+    def detection(self, name: str) -> Detection:
+        """Return a stored detection: its table (most suspicious first) and how it was made.
+
+        Raises:
+            IncompleteStage: The run has none of that name.
+        """
+        from .detections import read_detection
+
+        return read_detection(self, name)
 
     def _average(self, method: str) -> str:
         method = self.method(method)

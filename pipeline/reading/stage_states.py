@@ -15,10 +15,13 @@ from ..vocabulary import (
     ADJOINT,
     ATTRIBUTE,
     BY_EPOCH,
+    CLEAN,
+    CLEAN_RETRAIN,
     CLOSING_UNITS,
     COMPLETE,
     CORRECTION,
     CURVATURE,
+    DETECT,
     DIRECTIONS,
     INDEX,
     INTERCLASS,
@@ -82,7 +85,9 @@ def stage_state(directory: RunDirectory, info: RunInfo, stage: str) -> StageStat
     values = [values_of(UnitValues, manifest) for manifest in work]
     rows = _sum([one.rows for one in values])
     single = stage == RECORD or stage.endswith(SINGLE)
-    free = stage == RETRAIN or stage.startswith(f"{BY_EPOCH}/")
+    collected = stage in (DETECT, CLEAN)  # as many as people asked for, each whole by itself
+    units = len(work) if collected else units
+    free = collected or stage in (RETRAIN, CLEAN_RETRAIN) or stage.startswith(f"{BY_EPOCH}/")
     needed = None if single or free else INTERCLASS if stage.endswith(f"/{REDUCE}") else INDEX
     closed = needed is None or any(m.unit == needed for m in manifests)
     expected = _expected_rows(info, stage)
@@ -146,7 +151,7 @@ def _expected_rows(info: RunInfo, stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
     if stage in (RECORD, RETRAIN, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, f"/{CORRECTION}")):
         return None
-    if stage.startswith(f"{BY_EPOCH}/"):
+    if stage in (DETECT, CLEAN, CLEAN_RETRAIN) or stage.startswith(f"{BY_EPOCH}/"):
         return None
     if stage.endswith((f"/{ADJOINT}", f"/{ATTRIBUTE}")):
         return info.target_count(stage.rsplit("/", 1)[0])

@@ -17,6 +17,8 @@ from ...storage.errors import HydraError
 from ...storage.files import read_bytes
 from ...storage.rows import RowStore
 from ...storage.rundir import Manifest
+from ...storage.schemas import DETECTION
+from ..reading.detections import detection_names, labels_digest, read_detection
 from ..reading.panels import targets
 from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import RETRAIN, SAMPLES
@@ -170,3 +172,41 @@ class _Judging:
 def _column(table: pa.Table, name: str) -> Integers:
     values: Integers = table[name].to_numpy().astype(np.int64)
     return values
+
+
+def detections(check: Contents, damaged: Collection[str]) -> None:
+    """Check each detection: a row a tracked sample, ranks 1 to n, scores in 0 .. 1, and the labels it was made for."""
+    complete = check.run.methods()
+    labels = None
+    if complete:
+        samples = check.run.samples(complete[0])
+        labels = dict(zip(samples["train_index"].to_pylist(), samples["label"].to_pylist(), strict=True))
+    for name in detection_names(check.run):
+        path = layout.detection(name)
+        if path in damaged:
+            continue
+        found = read_detection(check.run, name)
+        table, values = found.table, found.values
+        where = f"{path}: "
+        missing = [column for column in DETECTION.names if column not in table.column_names]
+        if missing:
+            check.problems.append(f"{where}no column {missing[0]}")
+            continue
+        check.rows[path] = len(table)
+        check.count(path, len(table), check.info.n_tracked)
+        rank, score = table["rank"].to_numpy(), table["score"].to_numpy()
+        if not np.array_equal(rank, np.arange(1, len(rank) + 1)):
+            check.problems.append(f"{where}ranks are not 1 to {len(rank):,} in order")
+        if not ((score >= 0) & (score <= 1)).all():
+            check.problems.append(
+                f"{where}{int((~((score >= 0) & (score <= 1))).sum()):,} scores are not in 0 to 1"
+            )
+        if int(np.count_nonzero(table["is_label_issue"].to_numpy())) != values.flagged:
+            check.problems.append(f"{where}not {values.flagged:,} samples are flagged, as its manifest says")
+        by_index = table.sort_by("train_index")
+        index, given = by_index["train_index"].to_numpy(), by_index["given_label"].to_numpy()
+        check.index(f"{where}train_index", index, check.info.n_train)
+        if values.labels_sha256 is not None and labels_digest(given) != values.labels_sha256:
+            check.problems.append(f"{where}given labels are not those whose digest its manifest holds")
+        if labels is not None and [labels.get(i) for i in index.tolist()] != given.tolist():
+            check.problems.append(f"{where}given labels are not those of the run")

@@ -23,6 +23,7 @@ from ..vocabulary import (
     COMPLETE,
     CORRECTION,
     CURVATURE,
+    DETECT,
     DIRECTIONS,
     EVALUATE,
     EVALUATE_SCORES,
@@ -33,6 +34,7 @@ from ..vocabulary import (
     REDUCE,
     REPLAY,
     TEST_GRADIENTS,
+    judges,
     stage_of,
     stages_of,
 )
@@ -191,6 +193,9 @@ class _Verifier:
             if self._state(stage) == COMPLETE:
                 self._guard(stage, partial(between.judging, contents, stage, self.damaged))
             return
+        if stage == DETECT:
+            self._guard(stage, partial(between.detections, contents, self.damaged))
+            return
         owner, _, part = stage.rpartition("/")
         if part in (ADJOINT, ATTRIBUTE):
             check, names = between.by_test, [layout.by_test(owner)]
@@ -214,7 +219,9 @@ class _Verifier:
                 continue
             of = "" if state.units is None else f" of {state.units}"
             done = f"{state.stage}: {state.done}{of} units committed"
-            if claimed and ("/" not in state.stage or state.stage.split("/")[0] in claimed):
+            if judges(state.stage):
+                self.notes.append(f"{done}; contents not judged")
+            elif claimed and ("/" not in state.stage or state.stage.split("/")[0] in claimed):
                 self.problems.append(
                     f"{done}, though run.json calls the method complete; running it again does what is missing"
                 )
@@ -260,6 +267,9 @@ class _Verifier:
     def _still_writing(self, place: layout.Place) -> str | None:
         """Return the stage that may have been interrupted before it committed a file; None: there is none."""
         stages = stages_of(place)
+        if place.kind.folder in (layout.DETECTIONS, layout.DECISIONS):  # each is committed by itself
+            named = {m.unit for m in self.manifests if m.stage in stages}
+            return None if place.key is None or place.key in named else stages[0]
         begun = [s for s in stages if s in self.states or s in self.info.stages]
         for stage in begun:
             if self._state(stage) != COMPLETE:

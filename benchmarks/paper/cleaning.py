@@ -132,7 +132,9 @@ def _clean(outcome: Outcome, data: str, share: float, sizes: Mapping[str, Any], 
     for arm, kept in arms.items():
         cells: list[Any] = [arm, 100 * len(np.intersect1d(kept, right)) / len(kept)]
         for labels, seeds in ((KEPT, sizes["seeds"]), (TRUE, sizes["true_seeds"])):
-            found = [_retrain(steps, data, recipe, sizes, arm, kept, labels, seed, parts) for seed in range(seeds)]
+            found = [
+                _retrain(steps, data, recipe, sizes, arm, kept, labels, seed, parts) for seed in range(seeds)
+            ]
             outcome.details[f"{data}, {arm}, {labels}"] = found
             for part in ("rest", "selecting"):
                 cells.append(spread([one[part] for one in found], 100) if found else None)
@@ -159,7 +161,9 @@ def ranking_step(
 
     wanted = [by for by in sizes["by"] if first or by in CONTRIBUTIONS]
     found = steps.do(
-        name, {"by": wanted, **_parameters(recipe)}, lambda: dict(suspicions(run, recipe, wanted, method=method))
+        name,
+        {"by": wanted, **_parameters(recipe)},
+        lambda: dict(suspicions(run, recipe, wanted, method=method)),
     )
     return {f"{by}, {method}" if by in CONTRIBUTIONS else by: value for by, value in found.items()}
 

@@ -38,7 +38,14 @@ PUBLISHED = (
 
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "table2": {
-        "quick": {**COMMON, "data": {"digits": 120}, "hessians": ("none",), "tests": 100, "epochs": 2, "shown": 2},
+        "quick": {
+            **COMMON,
+            "data": {"digits": 120},
+            "hessians": ("none",),
+            "tests": 100,
+            "epochs": 2,
+            "shown": 2,
+        },
         "two-cores": {
             **COMMON,
             "data": {"fashion-mnist": 12_500, "digits": None},
@@ -91,7 +98,12 @@ def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path
             recipe = task(data, train_size=count, epochs=sizes["epochs"])
             value = run.samples(method)["contribution"].to_numpy()
             moments.rows.append(
-                (f"{data}, {method}", float(value.mean()), float(value.std()), *MOMENTS.get(data, (None, None)))
+                (
+                    f"{data}, {method}",
+                    float(value.mean()),
+                    float(value.std()),
+                    *MOMENTS.get(data, (None, None)),
+                )
             )
             order = np.argsort(value, kind="stable")
             chosen = np.concatenate([order[: sizes["shown"]], order[-sizes["shown"] :][::-1]])
@@ -146,9 +158,7 @@ def _moved(
             table.rows.append((*cells, called[best], float(probability[best]), row["contribution"]))
 
 
-def _draw(
-    dataset: Any, chosen: Any, value: Any, probability: Any, called: Sequence[str], path: Path
-) -> None:
+def _draw(dataset: Any, chosen: Any, value: Any, probability: Any, called: Sequence[str], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -31,7 +31,14 @@ WRONG = (
 SHARES = (0.05, 0.1, 0.2)
 MEDIAN, DEPTH = 30, 0.2
 """Goal: a ranking with all of them in the first `DEPTH`, and their median place at most `MEDIAN`."""
-COMMON: Mapping[str, Any] = {"samples": 6_000, "epochs": 8, "tests": 500, "seeds": 1, "by": None, "device": "cpu"}
+COMMON: Mapping[str, Any] = {
+    "samples": 6_000,
+    "epochs": 8,
+    "tests": 500,
+    "seeds": 1,
+    "by": None,
+    "device": "cpu",
+}
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "found": {
         "quick": {**COMMON, "samples": 128, "epochs": 1, "tests": 30, "by": ("margin", "loss")},
@@ -102,7 +109,9 @@ def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path
             kept = steps.do(
                 f"rank-{by}-{seed}".replace(" ", "-"),
                 {"recipe": dict(recipe.arguments()), "method": method, "by": by},
-                lambda by=by, run=run, recipe=recipe, method=method: suspicions(run, recipe, [by], method=method),
+                lambda by=by, run=run, recipe=recipe, method=method: suspicions(
+                    run, recipe, [by], method=method
+                ),
             )
             order = np.argsort(-kept[by], kind="stable")
             rank = np.empty(total, dtype=np.int64)

@@ -116,7 +116,11 @@ def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path
             run, method = clean_run(steps, data, count, hessian, sizes)
             raw = class_map(run, method)
             outcome.details[f"{data}, {method}"] = raw.tolist()
-            for kind, found in {"none": raw, "as printed": as_printed(raw), "as coded": as_coded(raw)}.items():
+            for kind, found in {
+                "none": raw,
+                "as printed": as_printed(raw),
+                "as coded": as_coded(raw),
+            }.items():
                 _row(table, f"{data}, {method}, {kind}", data, judge(found, PAIRS[data]))
                 if kind != "none":
                     drawn[f"{method}, {kind}"] = found
@@ -143,7 +147,9 @@ def draw(maps: Mapping[str, Floats], called: Sequence[str], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(1, len(maps), figsize=(4.1 * len(maps), 4.2), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(
+        1, len(maps), figsize=(4.1 * len(maps), 4.2), layout="constrained", squeeze=False
+    )
     for axis, (title, found) in zip(grid[0], maps.items(), strict=True):
         most = float(np.nanmax(np.abs(found))) if np.isfinite(found).any() else 1.0
         axis.imshow(np.ma.masked_invalid(found), cmap="RdBu", vmin=-most, vmax=most)

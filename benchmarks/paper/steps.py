@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from hydra_pipe.pipeline.run import run as drive
 from hydra_pipe.pipeline.spec.spec import RunSpec
 

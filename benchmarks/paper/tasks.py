@@ -63,9 +63,7 @@ class OfThePaper(ImageRecipe):
         clean = first(self._part("train"), self.train_size, "train_size")
         if self.label_noise == 0:
             return self._dataset(clean, training=True)
-        labels = symmetric(
-            clean.labels, share=self.label_noise, seed=self.noise_seed, classes=self.CLASSES
-        )
+        labels = symmetric(clean.labels, share=self.label_noise, seed=self.noise_seed, classes=self.CLASSES)
         noisy = LabelledImages(images=clean.images, labels=labels, source_index=clean.source_index)
         return self._dataset(noisy, training=True, original_labels=clean.labels)
 
@@ -109,8 +107,9 @@ NAMES = {"fashion-mnist": CLOTHES, "cifar10": PHOTOGRAPHS}
 @cache
 def _cached(kind: type[OfThePaper], part: Part, data_dir: str | None) -> LabelledImages:
     """Return a part of a data set as its own recipe reads it, read once a process."""
-    plain = next(base for base in kind.__mro__ if base in (FashionMnist, Mnist, Cifar10))
-    return plain(data_dir=data_dir)._part(part)
+    plain: Any = next(base for base in kind.__mro__ if not issubclass(base, OfThePaper))
+    read: LabelledImages = plain(data_dir=data_dir)._part(part)
+    return read
 
 
 def task(data: str, **options: Any) -> Recipe:

@@ -19,7 +19,7 @@ from hydra_pipe.workers.recipe import Recipe
 from .outcome import Outcome
 from .rankings import suspicions
 from .steps import Found, Steps
-from .tasks import OnValidation, available
+from .tasks import NOISE, OnValidation, available
 
 PUBLISHED = (
     ("the paper: MNIST, HyDRA", 97.13, 97.16),
@@ -93,7 +93,11 @@ def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path
     found_one = 0.0
     for epochs in sizes["epochs"]:
         recipe: Recipe = OnValidation(
-            label_noise=SHARE, train_size=sizes["samples"], test_size=sizes["validation"], epochs=epochs
+            label_noise=SHARE,
+            noise_kind=NOISE,
+            train_size=sizes["samples"],
+            test_size=sizes["validation"],
+            epochs=epochs,
         )
         dataset: Any = recipe.train_dataset()
         given = dataset.targets.numpy()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .outcome import Outcome, spread
 from .rankings import every, suspicions
 from .steps import Found, Steps
-from .tasks import OfThePaper, PaperClothes, available, retrained
+from .tasks import NOISE, OfThePaper, PaperClothes, available, retrained
 
 PUBLISHED_MOONS = (
     ("the paper: untrimmed", "–", "90"),
@@ -193,7 +193,12 @@ def _moons(outcome: Outcome, sizes: Mapping[str, Any], steps: Steps) -> None:
 def _noise(
     outcome: Outcome, data: str, share: float, seeds: int, sizes: Mapping[str, Any], steps: Steps
 ) -> None:
-    made = {"label_noise": share, "train_size": sizes["samples"][data], "epochs": sizes["epochs"][data]}
+    made = {
+        "label_noise": share,
+        "noise_kind": NOISE,
+        "train_size": sizes["samples"][data],
+        "epochs": sizes["epochs"][data],
+    }
     recipes = [KINDS[data](**made, seed=seed, noise_seed=seed) for seed in range(seeds)]
     count = len(recipes[0].train_dataset())
     found = _judged(

@@ -34,38 +34,14 @@ PHOTOGRAPHS = (
 )
 
 
-def symmetric(labels: Integers, *, share: float, seed: int, classes: int) -> Integers:
-    """Return labels of which int(share x class size) a class are wrong, as in the code of the HyDRA paper.
-
-    Each of them gets one of the other classes at random, so that exactly that many are wrong.
-    """
-    draw = np.random.RandomState(seed)
-    noisy = labels.copy()
-    for label in range(classes):
-        chosen = draw.permutation(np.flatnonzero(labels == label))
-        chosen = chosen[: int(share * len(chosen))]
-        noisy[chosen] = (label + draw.randint(1, classes, size=len(chosen))) % classes
-    return noisy
-
-
 class OfThePaper(ImageRecipe):
     """What the papers' recipes have in common, put before a built-in one.
 
-    Files are read once a process; wrong labels are drawn class by class; validation samples are in the
-    paper's proportion to the training samples.
+    Files are read once a process; validation samples are in the paper's proportion to the training samples.
     """
 
     def _part(self, part: Part) -> LabelledImages:
         return _cached(type(self), part, self.data_dir)
-
-    def train_dataset(self) -> Any:
-        """Return the training dataset, wrong labels drawn class by class."""
-        clean = first(self._part("train"), self.train_size, "train_size")
-        if self.label_noise == 0:
-            return self._dataset(clean, training=True)
-        labels = symmetric(clean.labels, share=self.label_noise, seed=self.noise_seed, classes=self.CLASSES)
-        noisy = LabelledImages(images=clean.images, labels=labels, source_index=clean.source_index)
-        return self._dataset(noisy, training=True, original_labels=clean.labels)
 
     def validation_dataset(self) -> Any:
         """Return the validation samples: as many for each training sample as in the paper."""
@@ -100,6 +76,8 @@ KINDS: dict[str, type[OfThePaper]] = {
     "mnist": PaperMnist,
     "cifar10": PaperPhotographs,
 }
+NOISE = "symmetric"
+"""Wrong labels as in the code of the HyDRA paper: int(share x class size) a class get one of the others at random."""
 NAMES = {"fashion-mnist": CLOTHES, "cifar10": PHOTOGRAPHS}
 """Names of the classes, where they are no digits."""
 

@@ -151,12 +151,15 @@ def _clean(outcome: Outcome, data: str, share: float, sizes: Mapping[str, Any], 
                 _retrain(steps, data, recipe, sizes, arm, kept, labels, seed, parts) for seed in range(seeds)
             ]
             outcome.details[f"{data}, {arm}, {labels}"] = found
-            for part in ("rest", "selecting"):
-                cells.append(spread([one[part] for one in found], 100) if found else None)
+            cells += [
+                spread([one[part] for one in found], 100) if found else None for part in ("rest", "selecting")
+            ]
         table.rows.append(cells)
     outcome.notes += [
-        f"{data}: {sizes['seeds']} seeds of the retraining with labels as trained, {sizes['true_seeds']} with true labels "
-        "(mean ± standard deviation); the wrong labels and the rankings are those of one training",
+        (
+            f"{data}: {sizes['seeds']} seeds of the retraining with labels as trained, {sizes['true_seeds']} with true "
+            "labels (mean ± standard deviation); the wrong labels and the rankings are those of one training"
+        ),
         f"{data}: C(i) of the first {half:,} test samples selects, the other {sizes['tests'] - half:,} judge",
     ]
 

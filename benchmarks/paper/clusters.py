@@ -8,6 +8,7 @@ average linkage. Contributions are to validation samples, as in the paper; its c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from hydra_pipe.pipeline.decide.cluster import jaccard
 from hydra_pipe.workers.recipe import Recipe
+
+from hydra_pipe import Run
 
 from .outcome import Outcome
 from .rankings import suspicions
@@ -77,6 +80,11 @@ def judged(
     }
 
 
+def _of_run(run: Run, recipe: Recipe, method: str, kind: str, given: Any, wrong: Any) -> Found:
+    ranking = f"cluster {kind}"
+    return judged(suspicions(run, recipe, [ranking], method=method)[ranking], given, wrong)
+
+
 def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path) -> Outcome:
     """Train on half wrong labels, cluster each class, and compare with the truth."""
     outcome = Outcome(name=name, sizes=sizes)
@@ -111,11 +119,7 @@ def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path
                 found = steps.do(
                     f"clusters-{epochs}-{method}-{kind}",
                     {"recipe": dict(recipe.arguments()), "method": method, "clusters": kind},
-                    lambda run=run, recipe=recipe, method=method, kind=kind: judged(
-                        suspicions(run, recipe, [f"cluster {kind}"], method=method)[f"cluster {kind}"],
-                        given,
-                        wrong,
-                    ),
+                    partial(_of_run, run, recipe, method, kind, given, wrong),
                 )
                 table.rows.append((f"{epochs}, {method}, {kind}", *found["named"], *found["told"], fitted))
                 outcome.details[f"{epochs}, {method}, {kind}"] = found

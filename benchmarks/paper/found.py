@@ -8,7 +8,7 @@ pessimistic.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -109,9 +109,7 @@ def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path
             kept = steps.do(
                 f"rank-{by}-{seed}".replace(" ", "-"),
                 {"recipe": dict(recipe.arguments()), "method": method, "by": by},
-                lambda by=by, run=run, recipe=recipe, method=method: suspicions(
-                    run, recipe, [by], method=method
-                ),
+                partial(suspicions, run, recipe, [by], method=method),
             )
             order = np.argsort(-kept[by], kind="stable")
             rank = np.empty(total, dtype=np.int64)

@@ -9,7 +9,9 @@ they are 89 GB.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,6 @@ def case(model: str, samples: int, batch: int) -> Recipe:
 
 def measure(model: str, count: int, sizes: Mapping[str, Any], folder: Path) -> Found:
     """Return seconds a step, plain and with each number of tracked samples, in turns."""
-    import time
-
     samples = count * sizes["batch"]
     recipe, compute = case(model, samples, sizes["batch"]), Compute(threads=1, device="cpu")
     batches, trajectory = record(copy.copy(recipe), compute, folder)
@@ -100,18 +100,22 @@ def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path
         folder = steps.folder / model
         folder.mkdir(exist_ok=True)
         parameters = {key: sizes[key] for key in ("tracked", "of", "batch", "rounds")} | {"steps": count}
-        found = steps.do(model, parameters, lambda m=model, c=count, f=folder: measure(m, c, sizes, f))
+        found = steps.do(model, parameters, partial(measure, model, count, sizes, folder))
         middle = {key: 1000 * median(values) for key, values in found["seconds"].items()}
         times = [middle[str(count)] for count in sizes["tracked"]]
         table.rows.append(
-            (model, f"{found['parameters']:,}", middle["plain"], *times)
-            + (times[-1] / middle["plain"], times[-1] / times[0])
+            (
+                *(model, f"{found['parameters']:,}", middle["plain"], *times),
+                *(times[-1] / middle["plain"], times[-1] / times[0]),
+            )
         )
         outcome.details[model] = found
         curves[f"{model} ({found['parameters']:,} parameters)"] = (middle["plain"], times)
     outcome.notes += [
-        "the paper shows a picture only and says that the time does not increase; a tracked visit is not free here, but its "
-        "price is that of its own gradient, once an epoch",
+        (
+            "the paper shows a picture only and says that the time does not increase; a tracked visit is not free here, "
+            "but its price is that of its own gradient, once an epoch"
+        ),
         "random images stand in for CIFAR-10 where its files are missing: pixel values do not change what a step costs",
         "steps measured: " + ", ".join(f"{model} {count}" for model, count in sizes["steps"].items()),
     ]

@@ -8,6 +8,7 @@ ranking has seen is reported, over several seeds of data, wrong labels and train
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -262,8 +263,9 @@ def _judged(
             one = steps.do(
                 f"{name}-{arm}-{seed}".replace(" ", "-"),
                 {**known, "selecting": selecting, "retrain": retrain},
-                lambda arm=arm, run=run, recipe=recipe, method=method, wrong=wrong, drop=drop, retrain=retrain: (
-                    _arm(arm, run, recipe, method, wrong, drop, parts if retrain else None, sizes["device"])
+                partial(
+                    *(_arm, arm, run, recipe, method, wrong, drop),
+                    *(parts if retrain else None, sizes["device"]),
                 ),
             )
             found.setdefault(arm, []).append(one)

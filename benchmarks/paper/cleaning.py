@@ -88,7 +88,8 @@ FULL = {
     "device": "auto",
 }
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    name: {"quick": QUICK, "two-cores": {**COMMON, "samples": 12_500}, "full": FULL} for name in SHARES
+    name: {"quick": QUICK, "two-cores": {**COMMON, "samples": samples}, "full": FULL}
+    for name, samples in (("table3", 12_500), ("supplement-table4", 5_000))
 }
 
 

@@ -52,12 +52,14 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "hessians": ("none",),
             "tests": 2000,
             "shown": 4,
+            "moved": ("digits",),
         },
         "full": {
             **COMMON,
             "data": {"mnist": None, "fashion-mnist": None, "cifar10": None},
             "device": "auto",
             "shown": 4,
+            "moved": ("mnist", "fashion-mnist", "cifar10"),
         },
     }
 }
@@ -111,7 +113,7 @@ def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path
             path = pictures / f"paper-table2-{data}-{method}.png"
             _draw(recipe.train_dataset(), chosen, value, probability, names(data), path)
             outcome.pictures.append(path.name)
-            if hessian == "none":
+            if hessian == "none" and data in sizes["moved"]:
                 _moved(moved, steps, data, recipe, sorted({int(chosen[0]), int(order[-1])}), sizes)
     for data, label, predicted, confidence, value in PUBLISHED:
         extremes.rows.append((f"the paper: {data}", None, None, label, predicted, confidence, value))

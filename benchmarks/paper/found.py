@@ -41,7 +41,7 @@ COMMON: Mapping[str, Any] = {
 }
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "found": {
-        "quick": {**COMMON, "samples": 128, "epochs": 1, "tests": 30, "by": ("margin", "loss")},
+        "quick": {**COMMON, "samples": 128, "epochs": 2, "tests": 30, "by": ("margin", "loss", "knn")},
         "two-cores": COMMON,
         "full": {**COMMON, "samples": 60_000, "tests": 1_000, "seeds": 5, "device": "auto"},
     }

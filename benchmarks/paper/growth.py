@@ -32,8 +32,8 @@ COMMON: Mapping[str, Any] = {
     "tracked": (400, 2_000, 10_000),
     "of": 10_000,
     "batch": 64,
-    "steps": {"LeNet-5": 40, "DenseNet-40": 3, "MobileNetV2": 3},
-    "rounds": 3,
+    "steps": {"LeNet-5": 40, "DenseNet-40": 2, "MobileNetV2": 2},
+    "rounds": 2,
 }
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "supplement-figure1": {

@@ -39,14 +39,17 @@ OTHERS = ("nothing", "at random", "exactly the wrong ones")
 
 COMMON: Mapping[str, Any] = {
     "moons": 5,
-    "data": {"digits": 5, "fashion-mnist": 2},
+    "data": {"digits": 5, "fashion-mnist": 1},
     "shares": (0.1, 0.2, 0.4),
     "samples": {"digits": None, "fashion-mnist": 2_000},
-    "epochs": {"digits": 60, "fashion-mnist": 8, "moons": 100},
-    "selecting": {"digits": 180, "fashion-mnist": 500},
-    "tests": {"digits": 360, "fashion-mnist": 4_000},
+    "epochs": {"digits": 30, "fashion-mnist": 8, "moons": 100},
+    "selecting": {"digits": 180, "fashion-mnist": 300},
+    "tests": {"digits": 360, "fashion-mnist": 3_000},
     "by": None,
-    "retrain": None,
+    "retrain": (
+        *("outlier-gradient l1", "outlier-gradient l2", "outlier-gradient iforest"),
+        *("margin", "loss", "harm", "harmed-class", "contribution", "self-influence", "knn", "joint"),
+    ),
     "trim": None,
     "device": "cpu",
 }
@@ -67,6 +70,7 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "full": {
             **COMMON,
             "data": {"digits": 5, "fashion-mnist": 5},
+            "retrain": None,
             "samples": {"digits": None, "fashion-mnist": None},
             "epochs": {"digits": 60, "fashion-mnist": 20, "moons": 100},
             "tests": {"digits": 360, "fashion-mnist": 10_000},

@@ -72,13 +72,13 @@ def test_a_step_is_done_again_for_other_parameters_or_a_damaged_file(tmp_path):
     assert not (tmp_path / "b.json").exists()
 
 
-def test_labels_are_wrong_class_by_class():
-    labels = np.repeat(np.arange(10), [7, 20, 30, 10, 10, 10, 10, 10, 10, 13])
-    noisy = tasks.symmetric(labels, share=0.5, seed=3, classes=10)
-    wrong = np.bincount(labels[noisy != labels], minlength=10)
-    assert wrong.tolist() == [3, 10, 15, 5, 5, 5, 5, 5, 5, 6]
-    assert len(np.unique(noisy[(labels == 2) & (noisy != labels)])) > 4
-    assert (tasks.symmetric(labels, share=0.5, seed=3, classes=10) == noisy).all()
+def test_labels_are_wrong_class_by_class(few_images):
+    recipe = cleaning.noisy_task("fashion-mnist", 0.8, {"samples": 300, "epochs": 1})
+    dataset = recipe.train_dataset()
+    given, right = dataset.targets.numpy(), dataset.original_targets.numpy()
+    size, wrong = (np.bincount(labels, minlength=10) for labels in (right, right[given != right]))
+    assert wrong.tolist() == (0.8 * size).astype(int).tolist()
+    assert len(recipe.validation_dataset()) == 300  # of 600 for 600: in proportion
 
 
 def test_both_normalisations_of_the_class_map():

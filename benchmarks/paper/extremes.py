@@ -45,6 +45,7 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "tests": 100,
             "epochs": 2,
             "shown": 2,
+            "moved": ("digits",),
         },
         "two-cores": {
             **COMMON,

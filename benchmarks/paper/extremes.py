@@ -42,7 +42,7 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             **COMMON,
             "data": {"digits": 120},
             "hessians": ("none",),
-            "tests": 100,
+            "tests": {"digits": 100},
             "epochs": 2,
             "shown": 2,
             "moved": ("digits",),
@@ -51,7 +51,7 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             **COMMON,
             "data": {"fashion-mnist": 12_500, "digits": None},
             "hessians": ("none",),
-            "tests": 2000,
+            "tests": {"fashion-mnist": 2_000},
             "shown": 4,
             "moved": ("digits",),
         },
@@ -146,7 +146,7 @@ def _moved(
         f"{data}-extremes",
         recipe=recipe,
         track=tracked,
-        test="all" if sizes["tests"] is None else sizes["tests"],
+        test=sizes["tests"].get(data, "all"),
         device=sizes["device"],
     )
     found = run.contributions(method).to_table()

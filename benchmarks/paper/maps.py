@@ -30,11 +30,21 @@ PAIRS: Mapping[str, Sequence[tuple[int, int]]] = {
 }
 """Pairs of classes that the paper says to stand out by low values."""
 
-COMMON: Mapping[str, Any] = {"hessians": ("none", "ekfac"), "tests": None, "epochs": None, "device": "cpu"}
+COMMON: Mapping[str, Any] = {"hessians": ("none", "ekfac"), "tests": {}, "epochs": None, "device": "cpu"}
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "figure2": {
-        "quick": {**COMMON, "data": {"digits": 120}, "hessians": ("none",), "tests": 100, "epochs": 2},
-        "two-cores": {**COMMON, "data": {"fashion-mnist": 12_500, "digits": None}, "tests": 2000},
+        "quick": {
+            **COMMON,
+            "data": {"digits": 120},
+            "hessians": ("none",),
+            "tests": {"digits": 100},
+            "epochs": 2,
+        },
+        "two-cores": {
+            **COMMON,
+            "data": {"fashion-mnist": 12_500, "digits": None},
+            "tests": {"fashion-mnist": 2_000},
+        },
         "full": {**COMMON, "data": {"mnist": None, "fashion-mnist": None, "cifar10": None}, "device": "auto"},
     }
 }
@@ -52,7 +62,7 @@ def clean_run(
         mode="adjoint",
         targets="classes",
         hessian=hessian,
-        test="all" if sizes["tests"] is None else sizes["tests"],
+        test=sizes["tests"].get(data, "all"),
         device=sizes["device"],
     )
 

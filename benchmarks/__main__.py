@@ -27,6 +27,7 @@ NAMES = (
     "replay",
     "checks",
     "reduce",
+    "detect",
     "hessian",
     "speedup",
     "memory",

@@ -1,4 +1,4 @@
-"""Checks: what a replay pays for trying its per-sample gradients, and what a step of it dispatches.
+"""Checks: what a replay pays for trying its per-sample gradients, what a step of it dispatches, what visits cost the record.
 
 Every part of the checks that is paid for by rules alone lies in the trials before a replay (see
 ``workers.training.trials``): a step runs the same operators with and without them, which is counted.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,20 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     result.add("trials before a replay", taken["trials"], "s", note=note)
     result.add("the whole replay, trials included", taken["replay"], "s")
     result.add("trials / replay", ratio(taken["trials"], taken["replay"]), "", at_most=0.03)
+    taken = take_turns(
+        {str(kept): partial(_record, recipe, compute, folder, kept) for kept in (True, False)},
+        rounds=sizes["rounds"],
+    )
+    result.add("the record, visits kept", taken["True"], "s")
+    result.add("visits kept / not kept", ratio(taken["True"], taken["False"]), "x", at_most=1.05)
     result.add("operators of a plain step", [_plain(recipe, compute)], "")
     result.add("operators of a step of the replay", [_tracked(recipe, compute, trajectory, everyone)], "")
     return result
+
+
+def _record(recipe: Digits, compute: Compute, folder: Path, visits: bool) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        Recorder(Training(recipe, compute), f"{place}/trajectory.zarr", visits=visits).run()
 
 
 def _plain(recipe: Digits, compute: Compute) -> float:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from ..pipeline.spec.groups import BatchNorm, Device, Dtype, ExecutorName, PerSample
+from ..pipeline.spec.groups import BatchNorm, Device, Dtype, ExecutorName, PerSample, VisitsKept
 from ..pipeline.spec.spec import RunSpec
 from ..pipeline.vocabulary import Hessian, Mode, Targets
 
@@ -162,6 +162,11 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "Steps between checkpoints of the record.",
         type=_POSITIVE,
         metavar="STEPS",
+    ),
+    _option(
+        "--visits",
+        "Keep each sample's own loss and margin at its visits in the record, for `detect`; auto: up to 1 GiB.",
+        type=click.Choice(get_args(VisitsKept)),
     ),
     _option(
         "--curvature-checkpoints",

@@ -37,6 +37,8 @@ BY_EPOCH = "over-training"
 BY_EPOCH_SCORES = f"{BY_EPOCH}/scores"
 TRAINING_OUTPUTS = "training-outputs"
 """The trained model's outputs on the tracked samples, for detectors that look at them."""
+TRAINING_GRADIENTS = "training-gradients"
+"""Beginning of the stages that look at the gradient of each tracked sample's own loss; see `own_gradients_stage`."""
 DETECT = "detect"
 """Stage of detections; a unit is one detection, by its name."""
 CLEAN = "clean"
@@ -106,9 +108,19 @@ def by_epoch_stage(part: str) -> str:
     return f"{BY_EPOCH}/{part}"
 
 
+def own_gradients_stage(part: str) -> str:
+    """Return a stage that looks at the gradients of the tracked samples' own losses."""
+    return f"{TRAINING_GRADIENTS}/{part}"
+
+
+def self_influence_part(method: str) -> str:
+    """Return the part of such a stage that multiplies a method's hypergradients with those gradients."""
+    return f"self-influence-{method}"
+
+
 def judges(stage: str) -> bool:
     """Whether a stage judges a run or decides upon it: no part of the run, and never missing from it."""
-    return stage.split("/")[0] in (EVALUATE, BY_EPOCH, TRAINING_OUTPUTS, DETECT, CLEAN)
+    return stage.split("/")[0] in (EVALUATE, BY_EPOCH, TRAINING_OUTPUTS, TRAINING_GRADIENTS, DETECT, CLEAN)
 
 
 _WRITTEN_BY = {
@@ -133,6 +145,8 @@ def stages_of(place: layout.Place) -> tuple[str, ...]:
         return (EVALUATE_SCORES,) if key is None else (RETRAIN,)
     if kind.folder == layout.BY_EPOCH:
         return (BY_EPOCH_SCORES,) if key is None else (by_epoch_stage(key),)
+    if kind.folder == layout.TRAINING_GRADIENTS:
+        return () if key is None else (own_gradients_stage(key),)
     if kind.folder == layout.DETECTIONS:
         return (DETECT,)
     if kind.folder == layout.DECISIONS:

@@ -51,6 +51,8 @@ TRAJECTORY = "trajectory.zarr"
 TEST_GRADIENTS = "test_gradients.zarr"
 TRAINING_OUTPUTS = "training_outputs.zarr"
 """What the trained model makes of each tracked sample: its last layer's inputs and its outputs."""
+TRAINING_GRADIENTS = "training_gradients"
+"""Where what passes found of each tracked sample's own gradient lies, a store a pass."""
 SEEDS = "seeds"
 """Where the runs with other seeds lie, each a run directory of its own."""
 
@@ -73,6 +75,7 @@ KINDS = (
     Kind(folder=TEST_GRADIENTS, by="", form="zarr"),
     Kind(folder=TARGET_GRADIENTS, by="targets", form="zarr"),
     Kind(folder=TRAINING_OUTPUTS, by="", form="zarr"),
+    Kind(folder=TRAINING_GRADIENTS, by="part", form="zarr"),
     *(Kind(folder=name, by="method", form="parquet") for name in TABLES),
     Kind(folder=EVALUATION, by="part", form="parquet"),
     Kind(folder=BY_EPOCH, by="part", form="parquet"),
@@ -121,6 +124,11 @@ def corrections(method: str, name: str) -> str:
 def target_gradients(targets: str) -> str:
     """Return where the gradients of targets that are no test samples lie."""
     return f"{TARGET_GRADIENTS}/targets={targets}.zarr"
+
+
+def training_gradients(part: str) -> str:
+    """Return where what a pass over the training gradients found lies."""
+    return f"{TRAINING_GRADIENTS}/{check_name(part, 'pass')}.zarr"
 
 
 def table(kind: str, method: str) -> str:
@@ -177,7 +185,7 @@ def locate(path: str) -> Place | None:
         return None
     key, _, inside = rest.partition("/")
     if kind.by == "part" and inside:
-        return Place(kind=kind, key=key)
+        return Place(kind=kind, key=key.removesuffix(".zarr"))
     if kind.by in ("method", "targets", "seed") and inside and key.startswith(f"{kind.by}="):
         return Place(kind=kind, key=key.removeprefix(f"{kind.by}=").removesuffix(".zarr"))
     return Place(kind=kind, key=None)

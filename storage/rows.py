@@ -1,5 +1,7 @@
 """Vectors by row: hypergradients and test gradients, one (n, D) array with a few columns beside it.
 
+A column has a number a row, or several.
+
 n rows (samples), D columns (parameters). Zarr v3, chunks of whole rows of about 16 MB.
 """
 
@@ -93,7 +95,7 @@ class RowStore:
             chunk_rows: Rows a chunk; see `chunk_rows_for`.
             dimensions: Names of the two axes. A column of the first one's name labels the rows; a store
                 that is there keeps its own, also none.
-            row_columns: One value a row each, shape (n,). A column whose values are all the same is
+            row_columns: One value a row each, shape (n,), or several, (n, K). A column whose values are all the same is
                 taken as a placeholder: it costs no file, and blocks of it, aligned like rows, can be
                 filled by `write_column`. Any other column is stored at once.
             attrs: JSON-able notes.
@@ -123,11 +125,11 @@ class RowStore:
             array = StoredArray.create(
                 uri,
                 key,
-                shape=(rows,),
+                shape=values.shape,
                 dtype=values.dtype,
-                chunk=(chunk_rows if uniform else min(rows, _COLUMN_CHUNK_ROWS),),
-                dimensions=dimensions[:1],
-                fill=values[0] if uniform else None,
+                chunk=(chunk_rows if uniform else min(rows, _COLUMN_CHUNK_ROWS), *values.shape[1:]),
+                dimensions=(dimensions[0], f"{key}_column")[: values.ndim],
+                fill=values.flat[0] if uniform else None,
             )
             if not uniform:
                 array.write(0, values)
@@ -192,7 +194,7 @@ class RowStore:
         return list(self._given)
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """Return a per-row column, shape (n,).
+        """Return a per-row column, shape (n,) or (n, K).
 
         Raises:
             StoreError: There is no such column.
@@ -205,7 +207,7 @@ class RowStore:
 
         Args:
             name: A column that was created as a placeholder (or any, when written whole).
-            values: Shape (rows,); converted to the column's type where no value changes.
+            values: Shape (rows,) or (rows, K); converted to the column's type where no value changes.
             start: First row.
 
         Raises:
@@ -226,6 +228,10 @@ class RowStore:
     def files(self, start: int, stop: int) -> list[str]:
         """Return the chunk files, relative to the store, that hold rows ``start`` to ``stop``."""
         return self._data.chunk_files(start, stop)
+
+    def column_files(self, name: str, start: int, stop: int) -> list[str]:
+        """Return the chunk files of a column filled by block that hold rows ``start`` to ``stop``."""
+        return self._column(name).chunk_files(start, stop)
 
     def metadata_files(self) -> list[str]:
         """Return every other file there is: metadata, and the columns as far as they are filled."""
@@ -268,15 +274,17 @@ class RowStore:
 
     def _same_column(self, name: str, values: npt.NDArray[Any]) -> bool:
         array = self._column(name)
-        if array.dtype != values.dtype or self._given[name] == _is_uniform(values):
+        if (array.dtype, array.shape) != (values.dtype, values.shape):
+            return False
+        if self._given[name] == _is_uniform(values):
             return False
         stored = np.full(1, array.fill, array.dtype) if not self._given[name] else array.read()
-        expected = values[:1] if not self._given[name] else values
+        expected = values.flat[:1] if not self._given[name] else values
         return bool(np.array_equal(stored, expected, equal_nan=values.dtype.kind == "f"))
 
 
 def _is_uniform(values: npt.NDArray[Any]) -> bool:
-    first = values[0]
+    first = values.flat[0]
     return bool(
         np.all(np.isnan(values)) if values.dtype.kind == "f" and np.isnan(first) else np.all(values == first)
     )
@@ -295,7 +303,7 @@ def _check_arguments(
     for key in (name, *given):
         check_name(key, "array")
     for key, values in given.items():
-        if values.shape != (wanted["rows"],):
+        if values.shape[:1] != (wanted["rows"],) or not values.size > 0 or values.ndim > 2:
             raise StoreError(f"{uri}: column {key} has shape {values.shape}, the store {wanted['rows']} rows")
         if values.dtype.kind not in "biuf" or key == name:
             raise StoreError(

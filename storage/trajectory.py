@@ -17,8 +17,9 @@ from .errors import CorruptStore, IncompleteStage
 from .trajectory_format import MARK, NOISE, PER_STEP, ParameterEntry, parameter_entry
 from .trajectory_writer import TrajectoryWriter
 from .uri import check_uri
+from .visits import Visits, read_visits
 
-__all__ = ["Checkpoint", "ParameterEntry", "Trajectory", "TrajectoryWriter", "open_trajectory"]
+__all__ = ["Checkpoint", "ParameterEntry", "Trajectory", "TrajectoryWriter", "Visits", "open_trajectory"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -105,6 +106,16 @@ class Trajectory:
             has_momentum=row("has_momentum"),
             buffers=row("buffers").tobytes(),
         )
+
+    def visits(self) -> Visits | None:
+        """Read the own losses and margins of every sample at its visits; None: recorded without.
+
+        Not held in memory with the rest: E epochs of N samples.
+
+        Raises:
+            CorruptStore: Their bytes are not what was written.
+        """
+        return read_visits(self.uri)
 
 
 def open_trajectory(uri: str) -> Trajectory:

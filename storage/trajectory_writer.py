@@ -21,6 +21,7 @@ from .documents import plain
 from .errors import StoreError
 from .trajectory_format import DIMENSIONS, MARK, NOISE, PER_STEP, ParameterEntry
 from .uri import check_name, check_uri, is_local
+from .visits import VisitsWriter
 
 _CHUNK_BYTES = 16 << 20
 _CHECKPOINT_CHUNK_BYTES = 64 << 20
@@ -124,6 +125,10 @@ class TrajectoryWriter:
             self._arrays[name].write(k, row[None])
         self._written.add(k)
 
+    def visits(self, epochs: int, samples: int) -> VisitsWriter:
+        """Return what writes the visits of E epochs of N samples into the trajectory."""
+        return VisitsWriter(self._place, epochs, samples)
+
     def finish(
         self,
         *,
@@ -142,8 +147,11 @@ class TrajectoryWriter:
         epochs: Mapping[str, npt.NDArray[Any]],
         attrs: Mapping[str, Any],
         noisy: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None,
+        visits: Mapping[str, Any] | None = None,
     ) -> None:
         """Write everything else and give the trajectory its name; see `Trajectory` for the arguments.
+
+        ``visits`` is what is to be noted of those that were written: ``arrays`` and ``loss_dtype``.
 
         Raises:
             StoreError: A checkpoint was not written, or the arrays disagree about T.
@@ -180,7 +188,9 @@ class TrajectoryWriter:
         if noisy is not None:
             for path, values in zip(NOISE, noisy, strict=True):
                 self._put(path, values, "int64")
-        mark = {"format": 1, "epochs": list(epochs), "noisy": noisy is not None}
+        mark: dict[str, Any] = {"format": 1, "epochs": list(epochs), "noisy": noisy is not None}
+        if visits is not None:
+            mark["visits"] = plain(visits)
         described = {
             **self._notes,
             **plain(attrs),

@@ -86,7 +86,7 @@ def test_only_the_cli_prints(room):
 MAY_IMPORT = {
     "pipeline": {
         "run": "drive executors opened_run plan spec vocabulary",
-        "decide": "executors plan reading spec vocabulary",
+        "decide": "compare drive executors plan reading spec units vocabulary",
         "evaluate": "compare drive executors plan reading spec units vocabulary",
         "compare": "drive executors plan reading spec units vocabulary",
         "drive": "analysis executors opened_run plan reading spec units vocabulary",

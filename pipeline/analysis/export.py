@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,19 +54,7 @@ def export(
         IncompleteStage: The method is not complete.
         StorageFull: The disk is full; nothing is left behind.
     """
-    path = Path(os.path.expanduser(target))
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in ("csv", "parquet"):
-        raise InputError(f"cannot export to {path}: the file name must end in .csv or .parquet")
-    if "://" in os.fspath(target):
-        raise InputError(
-            f"cannot export to {target}: export writes to a local path; copy the file from there"
-        )
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a directory" if path.is_dir() else f"directory {path.parent} does not exist"
-        raise InputError(f"cannot export to {path}: {what}; name a file in a directory that exists")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; choose another name, or replace it with --overwrite")
+    path, kind = check_target(target, overwrite=overwrite)
     method = run.method(method)
     dataset = run.contributions(method)
     columns = [name for name in dataset.schema.names if name != "method"]
@@ -107,6 +95,47 @@ def export(
         "bytes": size,
         "columns": columns,
     }
+
+
+def check_target(target: str | os.PathLike[str], *, overwrite: bool) -> tuple[Path, str]:
+    """Return the path of a file to be written and its kind, ``csv`` or ``parquet``.
+
+    Raises:
+        InputError: The file's kind is unknown, its directory is missing, or it exists.
+    """
+    path = Path(os.path.expanduser(target))
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("csv", "parquet"):
+        raise InputError(f"cannot export to {path}: the file name must end in .csv or .parquet")
+    if "://" in os.fspath(target):
+        raise InputError(
+            f"cannot export to {target}: export writes to a local path; copy the file from there"
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a directory" if path.is_dir() else f"directory {path.parent} does not exist"
+        raise InputError(f"cannot export to {path}: {what}; name a file in a directory that exists")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; choose another name, or replace it with --overwrite")
+    return path, kind
+
+
+def write_rows(tables: Sequence[pa.Table], target: str | os.PathLike[str], *, overwrite: bool) -> str:
+    """Write tables of one schema below each other as one local file, whole or not at all; return its path.
+
+    Raises:
+        InputError: See `check_target`.
+        StorageFull: The disk is full; nothing is left behind.
+    """
+    path, kind = check_target(target, overwrite=overwrite)
+    with staged(os.path.abspath(path), sync=True) as partial:
+        writer = _writer(Path(partial), kind, tables[0].schema)
+        try:
+            for table in tables:
+                for batch in table.to_batches():
+                    writer.write_batch(batch)
+        finally:
+            writer.close()
+    return str(path)
 
 
 def _writer(path: Path, kind: str, schema: pa.Schema) -> _Writer:

@@ -82,8 +82,8 @@ class Options:
         normalise: Of ``outlier-gradient``: ``none``, or ``unit`` gradients.
         rows: Of ``outlier-gradient``: ``gradients`` at the trained weights, or stored ``hypergradients``.
         clusters: Of ``cluster``: ``kmeans`` or ``average`` linkage.
-        wrong_cluster: Of ``cluster``: which of a class's two is called wrong: the ``smaller`` one, or that of lower
-            mean ``contribution`` to the test samples of its class.
+        wrong_cluster: Of ``cluster``: which of a class's two is called wrong: that of more ``harm`` to single test
+            samples, the ``smaller`` one, or that of lower mean ``contribution`` to the test samples of its class.
         neighbours: Of ``knn``.
         seed: Of every random choice.
     """
@@ -94,7 +94,7 @@ class Options:
     normalise: Literal["none", "unit"] = "none"
     rows: Literal["gradients", "hypergradients"] = "gradients"
     clusters: Literal["kmeans", "average"] = "kmeans"
-    wrong_cluster: Literal["smaller", "contribution"] = "contribution"
+    wrong_cluster: Literal["harm", "smaller", "contribution"] = "harm"
     neighbours: int = 10
     seed: int = 0
 

@@ -143,11 +143,13 @@ def _wrong_part(case: Case, at: Integers, second: Booleans, label: int) -> tuple
 
     No truth is asked. Of two of one size the one without the class's first sample is called wrong.
     """
-    if case.options.wrong_cluster == "contribution":
-        found = streamed(case)
-        if label in found.classes:
-            own = found.by_class[at, np.searchsorted(found.classes, label)]
-            return (second if own[second].mean() < own[~second].mean() else ~second), False
+    chosen, lower = case.options.wrong_cluster, None
+    if chosen == "harm":
+        lower = -streamed(case).harm[at]
+    elif chosen == "contribution" and label in (found := streamed(case)).classes:
+        lower = found.by_class[at, np.searchsorted(found.classes, label)]
+    if lower is not None:
+        return (second if lower[second].mean() < lower[~second].mean() else ~second), False
     size = int(second.sum())
     smaller = size < len(at) - size or (2 * size == len(at) and not second[0])
     return (second if smaller else ~second), True
@@ -166,5 +168,4 @@ def _sides(rows: npt.NDArray[np.float32], wrong: Booleans) -> Floats:
 def _reason(suspicion: float) -> str:
     if np.isnan(suspicion):
         return "its class was not clustered"
-    which = "among those called wrong" if suspicion > 0 else "with those called right"
-    return f"signs of its contributions cluster {which}"
+    return f"clusters with those called {'wrong' if suspicion > 0 else 'right'}"

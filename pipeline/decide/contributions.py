@@ -48,9 +48,7 @@ def contribution(case: Case) -> Scores:
     return Scores(
         suspicion=-mean,
         suggested=np.full(case.n, -1, dtype=np.int64),
-        reason=[
-            f"{'raises' if c < 0 else 'lowers'} the mean test loss: C(i) = {c:.3g}" for c in mean.tolist()
-        ],
+        reason=[f"C(i) = {c:.3g}: {'harmful' if c < 0 else 'helpful'}" for c in mean.tolist()],
         notes={"targets": own_targets(case).kind},
     )
 
@@ -71,7 +69,7 @@ def harm(case: Case) -> Scores:
     return Scores(
         suspicion=found,
         suggested=np.full(case.n, -1, dtype=np.int64),
-        reason=[f"mean harm to single test samples {h:.3g}" for h in found.tolist()],
+        reason=[f"harms a test sample by {h:.3g}" for h in found.tolist()],
         notes={"targets": own.kind},
     )
 
@@ -94,9 +92,7 @@ def harmed_class(case: Case) -> Scores:
         suspicion=-value,
         suggested=suggested,
         reason=[
-            f"harms class {c} most: mean contribution {v:.3g}"
-            if v < 0
-            else f"harms no class; least helps {c}"
+            f"harms class {c} most: {v:.3g}" if v < 0 else f"harms no class; least helps {c}"
             for c, v in zip(label.tolist(), value.tolist(), strict=True)
         ],
         notes={"targets": own_targets(case).kind, "classes": len(found.classes)},
@@ -132,25 +128,27 @@ def streamed(case: Case, *, by_class: bool = False) -> Streamed:
     Raises:
         InputError: Classes are asked for and there are none.
     """
-    found = case.shared.get(_PASS)
-    if not isinstance(found, Streamed):
-        found = case.shared[_PASS] = _stream(case)
-    if by_class and not len(found.classes):
-        kind = own_targets(case).kind
+    own = own_targets(case)
+    looked = own.label if case.selecting is None else own.label[case.selecting]
+    classes = np.unique(looked[looked >= 0])
+    if by_class and not len(classes):
         why = (
             f"targets {MEAN!r}, the mean over all test samples"
-            if kind == MEAN
+            if own.kind == MEAN
             else "test samples without labels"
         )
         raise InputError(
             f"{method_of(case)} of {case.run.uri} has {why}, so nothing is known by class; "
             f"name a method with targets {SAMPLES!r} or {CLASSES!r}, or a detector that needs no classes"
         )
-    if by_class and len(found.classes) == 1:
+    if by_class and len(classes) == 1:
         raise InputError(
-            f"the test samples of {case.run.uri} are all of class {found.classes[0]}, so there is no class to tell "
+            f"the test samples of {case.run.uri} are all of class {classes[0]}, so there is no class to tell "
             "from others; name the detector 'contribution'"
         )
+    found = case.shared.get(_PASS)
+    if not isinstance(found, Streamed):
+        found = case.shared[_PASS] = _stream(case, own, classes)
     return found
 
 
@@ -173,11 +171,9 @@ def selected_panels(case: Case) -> Iterator[tuple[Integers, Floats]]:
     observer(StageFinished(stage=DETECT, seconds=seconds))
 
 
-def _stream(case: Case) -> Streamed:
-    own = own_targets(case)
+def _stream(case: Case, own: TargetSet, classes: Integers) -> Streamed:
     looked = np.arange(len(own)) if case.selecting is None else case.selecting
     weight = own.count / own.count[looked].sum()
-    classes = np.unique(own.label[looked][own.label[looked] >= 0])
     column = np.searchsorted(classes, own.label)
     mean, harmed = np.zeros(case.n), np.zeros(case.n)
     by_class = np.zeros((case.n, len(classes)), order="F")  # columns are added to
@@ -188,10 +184,6 @@ def _stream(case: Case) -> Streamed:
                 by_class[:, column[at[k]]] += own.count[at[k]] * block[:, k]
         np.minimum(block, 0, out=block)
         harmed -= block @ weight[at]
-    counts = np.bincount(
-        column[looked][own.label[looked] >= 0],
-        weights=own.count[looked][own.label[looked] >= 0],
-        minlength=len(classes),
-    )
-    by_class /= counts[: len(classes)]
+    of_class = looked[own.label[looked] >= 0]
+    by_class /= np.bincount(column[of_class], weights=own.count[of_class], minlength=len(classes))
     return Streamed(mean=mean, harm=harmed, classes=classes, by_class=by_class)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,6 @@ from ...storage.errors import EstimatorError, IncompleteStage, InputError, SpecE
 from ...storage.schemas import DETECTION
 from ...storage.typed import to_json
 from ...storage.uri import check_name
-from ...workers.recipe import Recipe
 from ..executors.events import Note, Observer, null
 from ..reading.reader import Reader, open_reader
 from ..reading.unit_values import DetectionValues
@@ -28,6 +27,9 @@ from .judged import Halves, halves, judged_samples, known_truth
 from .measures import Truth, measure
 from .passes import Passes
 from .scorers import SCORERS
+
+if TYPE_CHECKING:
+    from ...workers.recipe import Recipe
 
 ALL = "all"
 CLUSTER, CONFIDENT = "cluster", "confident"

@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...storage.errors import InputError, SpecError
-from ...workers.determinism import restored_process
-from ...workers.recipe import Recipe
 from ..executors.events import Note, Observer
-from ..plan.provenance import check_recipe
-from ..plan.stored_spec import stored_spec
-from ..plan.survey import survey
 from ..reading.panels import targets
 from ..spec.selection import select
 from ..vocabulary import SAMPLES
@@ -24,6 +19,7 @@ from .case import Integers
 from .measures import Truth
 
 if TYPE_CHECKING:
+    from ...workers.recipe import Recipe
     from ..reading.reader import Reader
 
 
@@ -44,6 +40,12 @@ def judged_samples(
             table["train_index"].to_numpy().astype(np.int64),
             table["label"].to_numpy().astype(np.int64),
         )
+    # Here, because they load torch, which nothing else that reads a run needs.
+    from ...workers.determinism import restored_process
+    from ..plan.provenance import check_recipe
+    from ..plan.stored_spec import stored_spec
+    from ..plan.survey import survey
+
     run.trajectory()  # whatever is detected needs the record
     spec = stored_spec(run, recipe, given, command="detect")
     with restored_process():

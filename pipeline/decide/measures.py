@@ -163,8 +163,11 @@ def _bootstrap(
         count = min(step, draws - first)
         hits, misses = (_counts(generator, part, n, count) for part in parts)
         of_wrong, of_all = np.cumsum(hits, axis=1), np.cumsum(hits + misses, axis=1)
-        tp, fp = (np.cumsum(np.add.reduceat(found, starts, axis=1), axis=1) for found in (hits, misses))
-        columns = [auroc_of(tp, fp), precision_of(tp, fp)]
+        if len(starts) < n:
+            areas = areas_of(*(np.add.reduceat(found, starts, axis=1) for found in (hits, misses)))
+        else:  # all suspicions differ
+            areas = areas_of(hits, misses)
+        columns = list(areas)
         each = np.arange(count)
         for at, k in enumerate(wanted):
             last = (of_all < k).sum(1)
@@ -182,19 +185,18 @@ def _counts(generator: np.random.Generator, part: Integers, n: int, draws: int) 
     return np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n).astype(np.int64)
 
 
-def auroc_of(tp: Integers, fp: Integers) -> Floats:
-    """Return the area under the receiver's curve from wrong and right ones among the first groups, (..., G) each."""
-    gained = np.diff(fp, prepend=0, axis=-1)
-    both = 2 * tp - np.diff(tp, prepend=0, axis=-1)
-    area: Floats = (gained * both).sum(-1) / (2.0 * tp[..., -1] * fp[..., -1])
-    return area
+def areas_of(hits: Integers, misses: Integers) -> tuple[Floats, Floats]:
+    """Return the area under the receiver's curve, and the average precision.
 
-
-def precision_of(tp: Integers, fp: Integers) -> Floats:
-    """Return the average precision from the same: the sum of (recall gained) times precision."""
-    gained = np.diff(tp, prepend=0, axis=-1)
-    mean: Floats = (gained * tp / np.maximum(tp + fp, 1)).sum(-1) / tp[..., -1]
-    return mean
+    Args:
+        hits: (..., G) wrong labels in each group, the most suspicious group first.
+        misses: (..., G) right ones.
+    """
+    tp, both = np.cumsum(hits, axis=-1), np.cumsum(hits + misses, axis=-1)
+    m = tp[..., -1]
+    area: Floats = (misses * (2 * tp - hits)).sum(-1) / (2.0 * m * (both[..., -1] - m))
+    mean: Floats = (hits * tp / np.maximum(both, 1)).sum(-1) / m
+    return area, mean
 
 
 def _curve(wrong: Booleans) -> tuple[tuple[float, float], ...]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from .case import Scorer
 from .cluster import cluster
 from .contributions import contribution, harm, harmed_class
+from .gradients import OUTLIER_GRADIENT, SELF_INFLUENCE, SELF_TRACIN
+from .joint import joint
+from .outputs import KNN
+from .visits import BY_VISITS
 
 _CONTRIBUTIONS = (
     Scorer(
-        name="contribution",
+        name="harmed-class",
         needs="contributions",
-        what="lowest C(i), the mean over the test samples",
-        score=contribution,
+        what="harm to the class of test samples that it harms most, which it suggests as label",
+        score=harmed_class,
     ),
     Scorer(
         name="harm",
@@ -20,10 +24,10 @@ _CONTRIBUTIONS = (
         score=harm,
     ),
     Scorer(
-        name="harmed-class",
+        name="contribution",
         needs="contributions",
-        what="harm to the class of test samples that it harms most, which it suggests as label",
-        score=harmed_class,
+        what="lowest C(i), the mean over the test samples",
+        score=contribution,
     ),
     Scorer(
         name="cluster",
@@ -34,5 +38,16 @@ _CONTRIBUTIONS = (
     ),
 )
 
-SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (*_CONTRIBUTIONS,)}
+JOINT = Scorer(
+    name="joint",
+    needs="contributions",
+    what="mean margin, neighbours and harm to the class harmed most, joined",
+    score=joint,
+    options=("neighbours",),
+)
+
+SCORERS: dict[str, Scorer] = {
+    scorer.name: scorer
+    for scorer in (JOINT, *BY_VISITS, KNN, *_CONTRIBUTIONS, SELF_INFLUENCE, SELF_TRACIN, OUTLIER_GRADIENT)
+}
 """In the order in which people are shown them."""

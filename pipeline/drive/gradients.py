@@ -6,6 +6,7 @@ import numpy as np
 
 from ...storage import layout
 from ..executors.base import Unit
+from ..plan.kept_visits import kept_bytes, why_not
 from ..plan.plan import Plan
 from ..plan.survey import compute_of
 from ..reading.unit_values import TestGradientValues, values_of
@@ -31,6 +32,9 @@ TESTED = Needed(stage=TEST_GRADIENTS, unit=INDEX, command="replay")
 
 def record(session: Session, plan: Plan) -> Stages:
     """Record the training; a new record makes everything computed from an older one void."""
+    unkept = why_not(session.spec, session.surveyed)
+    if unkept is not None and session.directory.manifest(RECORD, TRAJECTORY) is None:
+        session.note(unkept)
     yield Stage(
         name=RECORD,
         units=[Unit(stage=RECORD, name=TRAJECTORY)],
@@ -49,6 +53,7 @@ def record_work(session: Session) -> RecordWork:
         recipe=session.surveyed.recipe,
         compute=compute_of(session.spec),
         checkpoint_every=session.spec.checkpoint_every,
+        visits=kept_bytes(session.spec, session.surveyed) > 0,
     )
 
 

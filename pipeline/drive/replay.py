@@ -12,7 +12,17 @@ from ..plan.survey import compute_of
 from ..reading.run_info import RunInfo
 from ..spec.spec import RunSpec
 from ..units.replay import AdjointWork, ReplayWork
-from ..vocabulary import ADJOINT, EKFAC, EXACT, FAST, REDUCE, REPLAY, SAMPLES
+from ..vocabulary import (
+    ADJOINT,
+    EKFAC,
+    EXACT,
+    FAST,
+    REDUCE,
+    REPLAY,
+    SAMPLES,
+    own_gradients_stage,
+    self_influence_part,
+)
 from .correction import correction, curvature
 from .gradients import RECORDED, TESTED, target_gradients
 from .preflight import preflight
@@ -55,6 +65,8 @@ def replay(session: Session, plan: Plan) -> Stages:
         total=plan.steps * len(units),
         label="step",
         store=_by_target(session, plan) if adjoint else _by_sample(session, plan),
+        # Made of other hypergradients, this is void.
+        voids=() if adjoint else (own_gradients_stage(self_influence_part(spec.base_method)),),
     )
     _trust(session, plan, stage)
     if spec.exact_rank:

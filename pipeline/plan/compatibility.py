@@ -10,10 +10,11 @@ from ...storage.rundir import RunDirectory
 from ...workers.determinism import resolve_device
 from ..executors.raysetup import inside_ray_job
 from ..reading.run_info import Chosen, MethodEntry, RunInfo, read_info
+from ..reading.unit_values import RecordValues, values_of
 from ..spec.groups import PlacementSpec
 from ..spec.method_options import CurvatureOptions
 from ..spec.spec import RunSpec
-from ..vocabulary import ASKED, KINDS
+from ..vocabulary import ASKED, KINDS, RECORD, TRAJECTORY
 from .provenance import adopted, recipe_differences
 from .survey import Survey
 
@@ -95,6 +96,14 @@ def chosen(surveyed: Survey) -> Chosen:
     )
 
 
+def _visits_differences(directory: RunDirectory, spec: RunSpec) -> list[str]:
+    """Say that visits are asked for which the record did not keep; a record is never added to."""
+    recorded = directory.manifest(RECORD, TRAJECTORY)
+    if spec.visits != "on" or recorded is None or values_of(RecordValues, recorded).visits:
+        return []
+    return ["visits: stored none, asked 'on'"]
+
+
 def stored_run(directory: RunDirectory, spec: RunSpec, surveyed: Survey) -> RunInfo | None:
     """Return ``run.json`` of a run to go on with, None for a fresh start (maybe in place of another run)."""
     if not directory.exists():
@@ -105,6 +114,7 @@ def stored_run(directory: RunDirectory, spec: RunSpec, surveyed: Survey) -> RunI
     differing += stored.chosen.differences(chosen(surveyed))
     differing += method_differences(spec, stored)
     differing += recipe_differences(stored, surveyed.made_of)
+    differing += _visits_differences(directory, spec)
     if not differing:
         return stored
     if not spec.overwrite:

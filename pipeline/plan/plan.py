@@ -23,7 +23,8 @@ from ..executors.events import null, warn
 from ..reading.panels import PANEL_BYTES
 from ..spec.spec import RunSpec
 from ..spec.targets import TargetSet, target_set
-from ..vocabulary import CORRECTION, FORWARD, REDUCE, REPLAY, SAMPLES, TEST_GRADIENTS
+from ..vocabulary import CORRECTION, FORWARD, RECORD, REDUCE, REPLAY, SAMPLES, TEST_GRADIENTS
+from .kept_visits import kept_bytes, memory_bytes
 from .sharding import Shard, Sharding, correction_bytes, itemsize_of, spans
 from .survey import Survey, survey
 from .times import seconds_of
@@ -195,6 +196,7 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
     kept = checkpoint_steps(surveyed.steps, dimension, itemsize, spec.checkpoint_every)
     process = surveyed.process_bytes
     workers = {
+        RECORD: process + memory_bytes(spec, surveyed),
         REPLAY: sharding.load.bytes(replay),
         TEST_GRADIENTS: process + (per_block + TEST_BATCH) * row,
         REDUCE: process + reduce.tiles.bytes + WRITER_BYTES,
@@ -204,6 +206,7 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
     disk = {
         "trajectory": len(kept) * dimension * 2 * itemsize
         + surveyed.steps * (int(surveyed.recipe.batch_size) * 4 + 60),
+        "visits": kept_bytes(spec, surveyed),
         **({layout.HYPERGRADIENTS: n * row} if spec.mode == FORWARD else {layout.BY_TEST: n * q * itemsize}),
         "test_gradients": m * row,
         "contributions": int(n * q * BYTES_PER_VALUE),

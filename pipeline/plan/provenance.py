@@ -54,15 +54,25 @@ def say_cosmetic(stored: RunInfo, made_of: Mapping[str, Any], observer: Observer
 def look_and_check(uri: str, stored: RunInfo, spec: RunSpec, observer: Observer) -> None:
     """Do `check_recipe` for a command that does not survey the recipe itself.
 
-    A recipe of another name is held against the run by what it does alone.
-
     Raises:
-        SpecMismatch: See `check_recipe`.
+        SpecMismatch: See `check_named`.
         RecipeError: The recipe cannot be trained here.
     """
     if not stored.made_of:
         return
-    made_of = survey(replace(spec, track="all", test="all"), trial=False).made_of
+    check_named(
+        uri, stored, spec, survey(replace(spec, track="all", test="all"), trial=False).made_of, observer
+    )
+
+
+def check_named(
+    uri: str, stored: RunInfo, spec: RunSpec, made_of: Mapping[str, Any], observer: Observer
+) -> None:
+    """Do `check_recipe` with a recipe that may be named otherwise: then by what it does alone.
+
+    Raises:
+        SpecMismatch: See `check_recipe`.
+    """
     if spec.recipe_reference != stored.identity.get("recipe"):
         made_of = {**made_of, "source": {}}
     check_recipe(uri, stored, made_of, observer)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ...storage.rows import RowStore
     from ...storage.schemas import Kind
     from ...storage.trajectory import Trajectory
+    from ...storage.visits import Visits
     from .detections import Detection
 
 AnyReader = TypeVar("AnyReader", bound="Reader")
@@ -158,6 +159,13 @@ class Reader:
 
         self._require(RECORD)
         return open_trajectory(self.directory.path(layout.TRAJECTORY))
+
+    def visits(self) -> Visits | None:
+        """Return every training sample's own loss and margin at its visits; None: recorded without."""
+        from ...storage.visits import read_visits
+
+        self._require(RECORD)
+        return read_visits(self.directory.path(layout.TRAJECTORY))
 
     def noisy(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return (train_index, original_label) of labels that are wrong on purpose, or None."""

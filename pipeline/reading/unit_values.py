@@ -38,12 +38,14 @@ class RecordValues(UnitValues):
         steps: T.
         dimension: D.
         checked_steps: Steps on which the optimiser's formula was held against what it did.
+        visits: Which arrays of the samples' visits there are; empty: none.
         closing: Final losses and accuracies, by name; None where there is none.
     """
 
     steps: int | None = None
     dimension: int | None = None
     checked_steps: int | None = None
+    visits: tuple[str, ...] = ()
     closing: Mapping[str, Any] = rest_field()
 
 

@@ -17,6 +17,7 @@ from .setting import Group, free, of_the_method, of_the_run
 Dtype = Literal["float32", "float64"]
 BatchNorm = Literal["constant", "coupled"]
 PerSample = Literal["auto", "vjp"]
+VisitsKept = Literal["auto", "on", "off"]
 ExecutorName = Literal["ray", "serial"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -34,6 +35,8 @@ class TrainingSpec(Group):
         seeds: Trainings with as many seeds, from ``seed`` on; contributions are averaged over them.
         dtype: ``float32`` or ``float64``, of training and hypergradients.
         checkpoint_every: Steps between checkpoints of the record; None: chosen by the plan.
+        visits: Whether the record keeps each sample's own loss and margin at its visits, which detectors read:
+            ``on``, ``off``, or ``auto``: while they take at most 1 GiB. Changes nothing else of the run.
     """
 
     recipe: str | Any = field(
@@ -50,6 +53,7 @@ class TrainingSpec(Group):
     seeds: int = field(default=1, metadata=free(checks.whole(1)))  # each has a record of its own
     dtype: Dtype = field(default="float32", metadata=of_the_run(checks.one_of(*get_args(Dtype))))
     checkpoint_every: int | None = field(default=None, metadata=of_the_run(checks.whole(1, optional=True)))
+    visits: VisitsKept = field(default="auto", metadata=free(checks.one_of(*get_args(VisitsKept))))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,17 +19,24 @@ class RecordWork(TrainingWork):
 
     Attributes:
         checkpoint_every: Steps between checkpoints, or None.
+        visits: Whether each sample's visits are kept.
     """
 
     checkpoint_every: int | None
+    visits: bool
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Train and write the trajectory."""
         training = self.training()
         uri = run.path(layout.TRAJECTORY)
-        closing = Recorder(training, uri, self.checkpoint_every).run(report)
+        recorder = Recorder(training, uri, self.checkpoint_every, visits=self.visits)
+        closing = recorder.run(report)
         checked = closing.pop("checked_steps")
         files = [f"{layout.TRAJECTORY}/{name}" for name in list_files(uri)]
         return files, RecordValues(
-            steps=training.steps, dimension=training.layout.dimension, checked_steps=checked, closing=closing
+            steps=training.steps,
+            dimension=training.layout.dimension,
+            checked_steps=checked,
+            visits=recorder.visit_arrays,
+            closing=closing,
         )

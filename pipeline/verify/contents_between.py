@@ -61,6 +61,51 @@ def prepared(check: Contents, method: str) -> None:
     check.stream(name, store)
 
 
+def training_outputs(check: Contents) -> None:
+    """Check what the trained model makes of the tracked samples: which they are, finite numbers, classes in range."""
+    name = layout.TRAINING_OUTPUTS
+    store = RowStore.open(check.run.directory.path(name), "feature")
+    layer = store.attrs["layer"]
+    check.shape(name, store, check.info.n_tracked, None)
+    if store.columns != layer["features"]:
+        check.problems.append(f"{name}: {store.columns} features, its own notes say {layer['features']}")
+    _tracked_rows(check, name, store)
+    check.stream(name, store)
+    output, prediction = store.column("output"), store.column("prediction")
+    check.finite(f"{name}/output", output)
+    check.finite(f"{name}/loss", store.column("loss"))
+    if output.shape[1:] != (layer["outputs"],):
+        check.problems.append(
+            f"{name}/output: shape {output.shape}, its own notes say {layer['outputs']} a row"
+        )
+    if (prediction < -1).any():
+        check.problems.append(f"{name}/prediction: {int((prediction < -1).sum()):,} values are no class")
+
+
+def training_gradients(check: Contents, part: str) -> None:
+    """Check what a pass over the tracked samples' own gradients found: which samples, finite numbers, no negative norm."""
+    name = layout.training_gradients(part)
+    store = RowStore.open(check.run.directory.path(name), "value")
+    check.shape(name, store, check.info.n_tracked, None)
+    _tracked_rows(check, name, store)
+    check.stream(name, store)
+    for column in store.column_names():
+        if column in ("absolute", "norm"):
+            values = store.column(column)
+            check.finite(f"{name}/{column}", values)
+            if (values < 0).any():
+                check.problems.append(f"{name}/{column}: {int((values < 0).sum()):,} values are below 0")
+
+
+def _tracked_rows(check: Contents, name: str, store: RowStore) -> None:
+    """Hold the samples of a store against those of the run's methods, which are the tracked ones."""
+    index = store.column("train_index")
+    check.index(f"{name}/train_index", index, check.info.n_train)
+    for method in check.run.methods()[:1]:
+        if not np.array_equal(index, check.run.samples(method)["train_index"].to_numpy()):
+            check.problems.append(f"{name}/train_index: not the tracked samples of the run")
+
+
 def curvature(check: Contents, method: str) -> None:
     """Check a form's eigenbasis: one finite eigenvalue a checkpoint and coordinate, finite vectors."""
     name = layout.curvature(method)

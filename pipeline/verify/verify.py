@@ -34,6 +34,8 @@ from ..vocabulary import (
     REDUCE,
     REPLAY,
     TEST_GRADIENTS,
+    TRAINING_GRADIENTS,
+    TRAINING_OUTPUTS,
     judges,
     stage_of,
     stages_of,
@@ -42,6 +44,7 @@ from . import conservation as law
 from . import contents_between as between
 from .conservation import conservation
 from .contents import Contents
+from .contents_visits import visits
 
 if TYPE_CHECKING:
     from ...storage.rundir import FileEntry
@@ -55,6 +58,9 @@ Progress = Callable[[int, int, str], None]
 T = TypeVar("T")
 
 SCORES = (EVALUATE_SCORES, BY_EPOCH_SCORES)
+OF_NO_METHOD = (TRAINING_OUTPUTS,)
+"""Stages without which a method is complete all the same."""
+
 GROUP_BYTES, GROUP_FILES = 256 << 20, 64
 """How much is hashed between two moves of the progress bar."""
 
@@ -154,6 +160,7 @@ class _Verifier:
         self._stages()
         if self._readable(RECORD, layout.TRAJECTORY):
             self._guard(layout.TRAJECTORY, contents.trajectory)
+            self._guard(layout.TRAJECTORY, partial(visits, contents))
         if self._readable(TEST_GRADIENTS, layout.TEST_GRADIENTS):
             self._guard(layout.TEST_GRADIENTS, contents.test_gradients)
         for kind in KINDS[1:]:
@@ -197,6 +204,15 @@ class _Verifier:
             self._guard(stage, partial(between.detections, contents, self.damaged))
             return
         owner, _, part = stage.rpartition("/")
+        if stage == TRAINING_OUTPUTS:
+            if self._readable(stage, layout.TRAINING_OUTPUTS):
+                self._guard(layout.TRAINING_OUTPUTS, partial(between.training_outputs, contents))
+            return
+        if owner == TRAINING_GRADIENTS:
+            name = layout.training_gradients(part)
+            if self._readable(stage, name):
+                self._guard(name, partial(between.training_gradients, contents, part))
+            return
         if part in (ADJOINT, ATTRIBUTE):
             check, names = between.by_test, [layout.by_test(owner)]
         elif part == PREPARE:
@@ -276,6 +292,9 @@ class _Verifier:
                 return stage
         if begun:
             return None
+        passes = [s for s in stages if s in OF_NO_METHOD or s.startswith(f"{TRAINING_GRADIENTS}/")]
+        if passes:  # a store is made before its stage commits anything
+            return passes[0]
         if any(stage in SCORES for stage in stages):  # one short unit after long ones, noted nowhere else
             folder = stages[0].split("/")[0]
             return stages[0] if any(name.startswith(f"{folder}/") for name in self.states) else None

@@ -6,6 +6,8 @@ must not move a sample from the training to the test part of an old run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from .data_images import Integers
@@ -45,21 +47,51 @@ def stratified_split(labels: Integers, held_out: int) -> tuple[Integers, Integer
     return kept, out
 
 
-NOISE_KINDS = ("uniform", "permuted")
+NOISE_KINDS = ("uniform", "permuted", "symmetric", "pairflip", "asymmetric")
 
 
-def with_label_noise(labels: Integers, *, share: float, kind: str, seed: int, classes: int) -> Integers:
-    """Return a copy of ``labels`` (n,) in which ``round(share * n)`` random samples were relabelled.
+def with_label_noise(
+    labels: Integers,
+    *,
+    share: float,
+    kind: str,
+    seed: int,
+    classes: int,
+    partners: Mapping[int, int] | None = None,
+) -> Integers:
+    """Return a copy of ``labels`` (n,) in which some random samples were relabelled.
 
-    ``"uniform"`` gives each chosen sample one of the other ``classes - 1`` classes, all equally
-    likely: every chosen label is wrong. ``"permuted"`` shuffles the chosen samples' labels among
-    themselves, which keeps the class counts; about one in ``classes`` then gets its own class again
-    and is not wrong, so the share of wrong labels is below ``share``. Raising ``share`` with the
-    same seed keeps the samples chosen before and adds to them.
+    Of all samples together, ``round(share * n)`` are chosen by
+
+    - ``"uniform"``, which gives each one of the other ``classes - 1`` classes, all equally likely: every
+      chosen label is wrong;
+    - ``"permuted"``, which shuffles the chosen samples' labels among themselves and so keeps the class
+      counts; about one in ``classes`` then gets its own class again and is not wrong, so the share of
+      wrong labels is below ``share``.
+
+    Of every class, ``int(share * size of the class)`` are chosen by
+
+    - ``"symmetric"``, which gives each one of the other classes, all equally likely;
+    - ``"pairflip"``, which gives class y the next one, ``(y + 1) % classes``;
+    - ``"asymmetric"``, which gives it the class that it is mistaken for, ``partners[y]``; classes without
+      a partner stay clean.
+
+    Raising ``share`` with the same seed keeps the samples chosen before and adds to them; they keep their
+    labels too, but for ``"permuted"``.
     """
     random = np.random.RandomState(seed)
-    chosen = random.permutation(len(labels))[: round(share * len(labels))]
     noisy = labels.copy()
+    if kind in ("symmetric", "pairflip", "asymmetric"):
+        order, shift = random.permutation(len(labels)), random.randint(1, classes, size=len(labels))
+        for label in range(classes) if kind != "asymmetric" else sorted(partners or {}):
+            members = order[labels[order] == label]
+            chosen = members[: int(share * len(members))]
+            if kind == "symmetric":
+                noisy[chosen] = (label + shift[chosen]) % classes
+            else:
+                noisy[chosen] = (label + 1) % classes if kind == "pairflip" else (partners or {})[label]
+        return noisy
+    chosen = random.permutation(len(labels))[: round(share * len(labels))]
     if kind == "uniform":
         # One draw a sample of the whole set, so that a larger share gives the earlier ones the same label.
         shift = random.randint(1, classes, size=len(labels))

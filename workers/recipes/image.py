@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ...storage.errors import RecipeError
 from ..recipe import Batch, Recipe
 from .data_images import ImageBytes, ImageTensors, Integers, LabelledImages, first
 from .data_split import NOISE_KINDS, with_label_noise
@@ -34,7 +35,9 @@ class ImageRecipe(Recipe):
             stay clean.
         noise_kind: ``"uniform"``: a wrong class, all equally likely. ``"permuted"``: the chosen
             samples' labels shuffled among themselves; those that get their own class again are not
-            counted as noisy.
+            counted as noisy. Exactly ``int(label_noise * size)`` of every class: ``"symmetric"``: a
+            wrong class, all equally likely. ``"pairflip"``: the next class. ``"asymmetric"``: the
+            class that it is mistaken for (`LOOK_ALIKES`).
         noise_seed: Chooses the samples and their wrong labels; independent of ``seed``.
         train_size: Train on the first so many samples of the split; None means all.
         test_size: Test on the first so many test samples; None means all.
@@ -44,6 +47,8 @@ class ImageRecipe(Recipe):
     """
 
     CLASSES: ClassVar[int] = 10
+    LOOK_ALIKES: ClassVar[Mapping[int, int]] = {}
+    """Class -> the class that it is mistaken for, of ``noise_kind="asymmetric"``."""
     OPTIONS: ClassVar[tuple[str, ...]] = (
         *("data_dir", "label_noise", "noise_kind", "noise_seed", "train_size", "test_size"),
         *("lr", "momentum", "weight_decay", "epochs", "batch_size", "seed"),
@@ -84,6 +89,11 @@ class ImageRecipe(Recipe):
             self.data_dir = directory("data_dir", data_dir)
         self.label_noise = number("label_noise", label_noise, least=0, most=1)
         self.noise_kind = choice("noise_kind", noise_kind, NOISE_KINDS)
+        if self.noise_kind == "asymmetric" and not self.LOOK_ALIKES:
+            raise RecipeError(
+                f"noise_kind is 'asymmetric', but {self.name} says of no class what it is mistaken for; "
+                f"use {' or '.join(repr(kind) for kind in NOISE_KINDS if kind != 'asymmetric')}"
+            )
         self.noise_seed = whole("noise_seed", noise_seed, least=0, most=_MOST_SEED)
         if train_size is not None:
             self.train_size = whole("train_size", train_size, least=1)
@@ -133,6 +143,7 @@ class ImageRecipe(Recipe):
                 kind=self.noise_kind,
                 seed=self.noise_seed,
                 classes=self.CLASSES,
+                partners=self.LOOK_ALIKES,
             ),
             source_index=clean.source_index,
         )

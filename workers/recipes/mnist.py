@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -83,6 +84,8 @@ class FashionMnist(Mnist):
     NAME = "fashion-mnist"
     USUAL_PLACES = ("/usr/share/datasets/fashion-mnist",)
     SOURCE = "https://github.com/zalandoresearch/fashion-mnist (or Debian's package dataset-fashion-mnist)"
+    LOOK_ALIKES: ClassVar[Mapping[int, int]] = {6: 0, 0: 6, 2: 4, 4: 2, 7: 9, 9: 7}
+    """Shirt and T-shirt, pullover and coat, sneaker and ankle boot, either way."""
     MEAN = 0.2860
     STD = 0.3530
 

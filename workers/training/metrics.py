@@ -42,13 +42,18 @@ class OutputWatch:
     def _keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.output = output.detach() if isinstance(output, Tensor) else None
 
-    def classes(self, size: int) -> Tensor | None:
-        """Return the arg max over (B, classes) outputs, or None when the output is something else."""
+    def take(self, size: int) -> Tensor | None:
+        """Return the output, (B, classes), or None when it is something else."""
         output, self.output = self.output, None
         if output is None or output.ndim != 2 or output.shape[0] != size or output.shape[1] < 2:
             return None
-        classes: Tensor = output.argmax(1)
-        return classes
+        taken: Tensor = output
+        return taken
+
+    def classes(self, size: int) -> Tensor | None:
+        """Return the arg max over (B, classes) outputs, or None when the output is something else."""
+        output = self.take(size)
+        return None if output is None else output.argmax(1)
 
     def close(self) -> None:
         """Take the hook off."""

@@ -26,6 +26,7 @@ from ..recursion.coefficients import Settings, coefficients
 from .metrics import OutputWatch, defines_predictions, evaluate, evaluating, evaluation_size
 from .training import SETTINGS, Training
 from .update import UpdateCheck, check_hooks
+from .visits import VisitWatch
 
 Integers = npt.NDArray[np.int64]
 
@@ -76,9 +77,12 @@ class Recorder:
         training: A fresh ``Training``.
         uri: Where ``trajectory.zarr`` goes.
         every: Steps between checkpoints, or None (see ``checkpoint_steps``).
+        visits: Whether own losses and margins of every visit are kept; changes nothing else.
     """
 
-    def __init__(self, training: Training, uri: str, every: int | None = None) -> None:
+    def __init__(
+        self, training: Training, uri: str, every: int | None = None, *, visits: bool = True
+    ) -> None:
         self.training, recipe = training, training.recipe
         training.guarded = True
         self.scheduler = recipe.scheduler(training.optimizer)
@@ -115,6 +119,12 @@ class Recorder:
             buffer_bytes=len(pack_buffers(training.model)),
             parameter_count=len(training.layout.entries),
         )
+        # Predictions of the recipe's own would cost a second forward pass, which may move the model's state.
+        self.classes = not defines_predictions(recipe)
+        self.visits = (
+            VisitWatch(self.writer, recipe.epochs, training.n_train, classes=self.classes) if visits else None
+        )
+        self.kept_visits: dict[str, Any] | None = None
 
     def run(self, report: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Train, write, and return the closing numbers (losses and accuracies of the last epoch).
@@ -133,6 +143,11 @@ class Recorder:
         closing = {name: float(values[-1]) for name, values in self.epochs.items()}
         known = {name: value for name, value in closing.items() if not math.isnan(value)}
         return {"checked_steps": self.checked, **known}
+
+    @property
+    def visit_arrays(self) -> tuple[str, ...]:
+        """Which arrays of the visits were written."""
+        return () if self.kept_visits is None else tuple(self.kept_visits["arrays"])
 
     def _train(self, report: Callable[[int, int], None] | None) -> None:
         training = self.training
@@ -169,11 +184,16 @@ class Recorder:
             self.update.after(step)
             check_hooks(training.optimizer, training.model)
             training.trainable.check_identity(step, training.steps)
-        found = watch.classes(training.batch_size(step))
-        # Predictions of the recipe's own would cost a second forward pass, which may move the model's state.
-        if found is not None and not defines_predictions(training.recipe):
-            row = training.batches[step]
-            accuracy.add(found, self.labels.of(batch, row[row >= 0]))
+        row = training.batches[step]
+        members = row[row >= 0]
+        output = watch.take(len(members))
+        if not self.classes:
+            output = None
+        labels = None if output is None else self.labels.of(batch, members)
+        if output is not None:
+            accuracy.add(output.argmax(1), labels)
+        if self.visits is not None:
+            self.visits.add(members, training.own_losses, output, labels)
 
     def _end_epoch(self, epoch: int, train_accuracy: float) -> None:
         training, recipe = self.training, self.training.recipe
@@ -190,6 +210,8 @@ class Recorder:
             loss, accuracy = evaluate(recipe, training.model, dataset, labels, *place, self.sizes[name])
             self.epochs[f"{name}_loss"][epoch] = loss
             self.epochs[f"{name}_accuracy"][epoch] = accuracy
+        if self.visits is not None:
+            self.visits.end_epoch(epoch)
         self.epoch_digest.append(training.state_digest())
         self._move_scheduler(epoch, (epoch + 1) * training.steps_per_epoch)
 
@@ -268,6 +290,7 @@ class Recorder:
     def _finish(self) -> None:
         self._check_rebuilt()
         training, recipe = self.training, self.training.recipe
+        self.kept_visits = None if self.visits is None else self.visits.finish()
         taken = self.settings
         settings = Settings(
             learning_rate=taken["learning_rate"],
@@ -291,6 +314,7 @@ class Recorder:
             parameters=training.layout.entries,
             epochs=self.epochs,
             noisy=_noisy(recipe, training.dataset),
+            visits=self.kept_visits,
             attrs={
                 "n_train": training.n_train,
                 "batch_size": recipe.batch_size,

@@ -1,4 +1,4 @@
-"""Gradients of the test losses at w_T, in eval mode, by the same per-sample machinery."""
+"""Gradients of single losses at w_T, in eval mode, by the same per-sample machinery: of test samples, or of training samples."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.data import Dataset
 
 from ...storage.errors import NonFiniteLoss, RecipeError
 from ...storage.trajectory import Trajectory
@@ -58,19 +60,20 @@ class TestGradients:
     """
 
     __test__ = False  # not a test case, whatever pytest thinks of the name
+    WHAT: ClassVar[str] = "test"
+    """Of which dataset: begins the seeds of what is random, and the words for a sample."""
 
     def __init__(self, training: Training, trajectory: Trajectory) -> None:
-        self.training = training
-        last = trajectory.checkpoint(len(trajectory.checkpoint_steps) - 1)
-        training.load_weights(last.weights, last.buffers)
-        with preserved_generators():
-            seed_everything(training.recipe.seed)
-            self.dataset = training.recipe.test_dataset()
+        self.training, self.trajectory = training, trajectory
+        self.load(len(trajectory.checkpoint_steps) - 1)
+        self.dataset = self._dataset()
         self.labels = training.recipe.labels(self.dataset)
         self.size = TEST_BATCH
         ways = self._tried()
         if ways.coupled:  # what a sample loses must not depend on how the test set is cut
-            logger.info("test losses depend on the other samples of their batch: computed one by one")
+            logger.info(
+                "%s losses depend on the other samples of their batch: computed one by one", self.WHAT
+            )
             self.size = 1
             ways = replace(self._tried(), coupled=True)
         self.engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
@@ -80,6 +83,16 @@ class TestGradients:
             self.derivative is False
         ):  # something is detached: what is asked for is how the loss itself changes
             self.through = self.derivative = bool(self._is_derivative(through=True))
+
+    def load(self, k: int) -> None:
+        """Put checkpoint ``k`` of the record into the model."""
+        kept = self.trajectory.checkpoint(k)
+        self.training.load_weights(kept.weights, kept.buffers)
+
+    def _dataset(self) -> Dataset[Any]:
+        with preserved_generators():
+            seed_everything(self.training.recipe.seed)
+            return self.training.recipe.test_dataset()
 
     def _is_derivative(self, *, through: bool) -> bool | None:
         """Whether the gradient is the derivative of the loss, by differences; None where they say nothing."""
@@ -149,6 +162,32 @@ class TestGradients:
             watch.close()
         return TestRows(gradient=out.numpy(), loss=loss, label=label, prediction=prediction)
 
+    def each(
+        self,
+        indices: npt.NDArray[np.int64],
+        take: Callable[[int, torch.Tensor], None],
+        report: Callable[[int], None] | None = None,
+    ) -> None:
+        """Hand over (first row, gradients (R, D)) block after block, each valid during the call alone.
+
+        Costs a forward and a backward pass a sample, and memory for `TEST_BATCH` rows of D numbers.
+
+        Raises:
+            NonFiniteLoss: A loss is NaN or infinite: named by its index.
+        """
+        training = self.training
+        out = torch.empty(min(self.size, len(indices)), training.layout.dimension, dtype=training.dtype)
+        with evaluating(training.model):
+            watch = OutputWatch(training.model)
+            for start in range(0, len(indices), self.size):
+                chosen = indices[start : start + self.size]
+                rows = out[: len(chosen)]
+                self._block(chosen, rows, np.empty(len(chosen)), np.empty(len(chosen), np.int64), watch)
+                take(start, rows)
+                if report:
+                    report(start + len(chosen))
+            watch.close()
+
     def _block(
         self,
         chosen: npt.NDArray[np.int64],
@@ -158,7 +197,7 @@ class TestGradients:
         watch: OutputWatch,
     ) -> None:
         training, size = self.training, len(chosen)
-        seed_everything(derived_seed(training.recipe.seed, "test", int(chosen[0])))
+        seed_everything(derived_seed(training.recipe.seed, self.WHAT, int(chosen[0])))
         batch = to_device(fetch(training.recipe, self.dataset, chosen), training.device, training.dtype)
         found: list[torch.Tensor | None] = []
 
@@ -170,10 +209,10 @@ class TestGradients:
                 found.append(predicted(training.recipe, training.model, batch, watch, size))
             return losses_B
 
-        seed = derived_seed(training.recipe.seed, "test/losses", int(chosen[0]))
+        seed = derived_seed(training.recipe.seed, f"{self.WHAT}/losses", int(chosen[0]))
         losses_B, wrong = self._trace(self.engine, batch, size, seed, compute, out)
         if wrong:  # a rule that the trial found right is not for these samples
-            logger.info("test gradients of %s inside the batch from test_index %d on", wrong, chosen[0])
+            logger.info("gradients of %s inside the batch from %s_index %d on", wrong, self.WHAT, chosen[0])
             self.repaired += 1
             strategies = list(self.engine.strategies)
             for i in wrong:
@@ -188,11 +227,11 @@ class TestGradients:
         loss[:] = losses_B.detach().double().cpu().numpy()
         if not np.isfinite(loss).all():
             bad = int(chosen[int(np.flatnonzero(~np.isfinite(loss))[0])])
-            raise NonFiniteLoss(f"the loss of test_index {bad} is not finite at the trained weights")
+            raise NonFiniteLoss(f"the loss of {self.WHAT}_index {bad} is not finite at the trained weights")
         if wrong:
             name = training.layout.entries[wrong[0]].name
             raise RecipeError(
-                f"the gradients of test_index {chosen[0]} to {chosen[-1]} by parameter {name!r} do not add up to "
+                f"the gradients of {self.WHAT}_index {chosen[0]} to {chosen[-1]} by parameter {name!r} do not add up to "
                 "that of their mean loss: something changes gradients in the backward pass; remove it"
             )
         if found[-1] is not None:

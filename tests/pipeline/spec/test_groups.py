@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "seeds": 4,
     "dtype": "float64",
     "checkpoint_every": 7,
+    "visits": "off",
     "track": "10%",
     "test": "0:5",
     "mode": "adjoint",

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 from hydra_pipe.pipeline.compare.by_epoch import Course, by_epoch
+from hydra_pipe.pipeline.decide.passes import Passes
 from hydra_pipe.pipeline.drive.attribute import attribute
 from hydra_pipe.pipeline.evaluate.evaluate import Questions, evaluate
 from hydra_pipe.pipeline.verify.verify import Verification, verify
@@ -44,6 +45,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluate(str(place), Small(), questions=FEW, executor="serial", device="cpu")
     course = Course(every=2, options={"influence-lissa": {"damping": 1.0, "depth": 5}}, by_test=True)
     by_epoch(str(place), course, Small(), executor="serial")
+    passes = Passes(open_run(str(place)), Small(), given={"executor": "serial", "device": "cpu"})
+    passes.outputs()
+    passes.norms()
     add(shards=2, seeds=2)
     return place
 
@@ -176,6 +180,7 @@ def commit_anew(place: Path, beginnings: set[str]) -> None:
                 directory.commit(stage, m.unit, [f.path for f in m.files], m.values)
 
 
+NORMS = layout.training_gradients("norms")
 RANK, FAST, EXACT, SEEDS = "hydra-ekfac-rank2", "hydra", "hydra-exact", "hydra-seeds2"
 LOOKED = "over_training/every-2-ekfac"
 CONTENTS: list[tuple[str, Callable[..., None], tuple[Any, ...], str]] = [
@@ -189,6 +194,14 @@ CONTENTS: list[tuple[str, Callable[..., None], tuple[Any, ...], str]] = [
     (layout.by_test(f"{EXACT}-classes"), change_store, ("label", 77), "not the targets of the run"),
     (layout.prepared("relatif"), change_store, ("value", np.nan), "1 rows are not finite"),
     (layout.prepared("relatif"), change_store, ("train_index", 44), "not strictly increasing"),
+    (layout.TRAINING_OUTPUTS, change_store, ("feature", np.nan), "1 rows are not finite"),
+    (layout.TRAINING_OUTPUTS, change_store, ("output", np.inf), "output: 1 values are not finite"),
+    (layout.TRAINING_OUTPUTS, change_store, ("loss", np.nan), "loss: 1 values are not finite"),
+    (layout.TRAINING_OUTPUTS, change_store, ("prediction", -7), "prediction: 1 values are no class"),
+    (layout.TRAINING_OUTPUTS, change_store, ("train_index", -1), "train_index: not the tracked samples"),
+    (NORMS, change_store, ("value", np.nan), "1 rows are not finite"),
+    (NORMS, change_store, ("absolute", -1.0), "absolute: 1 values are below 0"),
+    (NORMS, change_store, ("train_index", 44), "not strictly increasing"),
     (layout.curvature("hydra-ekfac"), change_store, ("eigenvalues", np.nan), "1 values are not finite"),
     (layout.corrections(RANK, layout.DIRECTIONS), change_store, ("direction", np.inf), "not finite"),
     (layout.corrections(RANK, layout.COORDINATES), change_store, ("coordinate", np.inf), "not finite"),

@@ -198,6 +198,28 @@ def test_uniform_noise_is_always_wrong_and_uniform():
     assert np.all(np.abs(shifts[1:] - 10_000 / 9) < 5 * np.sqrt(10_000 / 9))
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "pairflip", "asymmetric"])
+def test_noise_by_class_changes_that_share_of_every_class(kind):
+    labels = np.repeat(np.arange(5), [41, 100, 7, 3, 60])
+    partners = {0: 3, 3: 0, 4: 1}
+    given = {"kind": kind, "seed": 1, "classes": 5, "partners": partners}
+    small, large = (with_label_noise(labels, share=share, **given) for share in (0.2, 0.55))
+    for share, noisy in ((0.2, small), (0.55, large)):
+        for label, size in enumerate([41, 100, 7, 3, 60]):
+            wrong = noisy[labels == label][noisy[labels == label] != label]
+            spared = kind == "asymmetric" and label not in partners
+            assert len(wrong) == (0 if spared else int(share * size))
+            if kind == "pairflip":
+                assert set(wrong) <= {(label + 1) % 5}
+            if kind == "asymmetric":
+                assert set(wrong) <= {partners.get(label)}
+    changed = small != labels
+    assert np.array_equal(small[changed], large[changed])  # a larger share adds to the smaller one
+    if kind == "symmetric":
+        whole = with_label_noise(labels, share=1.0, **given) != labels
+    assert np.array_equal(whole, np.isin(labels, list(partners)) if kind == "asymmetric" else whole | True)
+
+
 def test_permuted_noise_keeps_class_counts():
     labels = np.arange(5_000, dtype=np.int64) % 10
     noisy = with_label_noise(labels, share=0.4, kind="permuted", seed=1, classes=10)

@@ -187,6 +187,15 @@ def test_sizes_take_the_first_of_the_split():
         Digits(test_size=361).test_dataset()
 
 
+def test_asymmetric_noise_needs_classes_that_are_mistaken_for_each_other():
+    with pytest.raises(
+        RecipeError, match="digits says of no class what it is mistaken for; use 'uniform' or"
+    ):
+        Digits(noise_kind="asymmetric")
+    assert FashionMnist(noise_kind="asymmetric").LOOK_ALIKES[7] == 9
+    assert Cifar10(noise_kind="asymmetric").LOOK_ALIKES[9] == 1
+
+
 @pytest.mark.parametrize("kind", ["uniform", "permuted"])
 def test_noisy_labels_say_what_was_changed(kind):
     recipe, clean = Digits(label_noise=0.1, noise_kind=kind), Digits().train_dataset()

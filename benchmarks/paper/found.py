@@ -105,15 +105,15 @@ def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path
         run, method = steps.attributed(
             f"seed-{seed}", recipe=recipe, test=sizes["tests"], device=sizes["device"]
         )
-        for by in sizes["by"] or every():
-            kept = steps.do(
-                f"rank-{by}-{seed}".replace(" ", "-"),
-                {"recipe": dict(recipe.arguments()), "method": method, "by": by},
-                partial(suspicions, run, recipe, [by], method=method),
-            )
-            order = np.argsort(-kept[by], kind="stable")
+        names = list(sizes["by"] or every())
+        kept = steps.do(
+            f"rankings-{seed}",
+            {"recipe": dict(recipe.arguments()), "method": method, "by": names, "tests": sizes["tests"]},
+            partial(suspicions, run, recipe, names, method=method),
+        )
+        for by in names:
             rank = np.empty(total, dtype=np.int64)
-            rank[order] = np.arange(1, total + 1)
+            rank[np.argsort(-kept[by], kind="stable")] = np.arange(1, total + 1)
             places.setdefault(by, []).append(rank[:known])
     met = []
     for by, found in places.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from hydra_pipe.workers.recipe import Batch, Recipe
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from .outcome import Outcome, spread
 from .rankings import every, suspicions
 from .steps import Found, Steps
-from .tasks import NOISE, OfThePaper, PaperClothes, available, retrained
+from .tasks import NOISE, Integers, OfThePaper, PaperClothes, available, retrained
+
+Booleans = npt.NDArray[np.bool_]
 
 PUBLISHED_MOONS = (
     ("the paper: untrimmed", "–", "90"),
@@ -184,9 +187,11 @@ def _moons(outcome: Outcome, sizes: Mapping[str, Any], steps: Steps) -> None:
     recipes = [Moons(epochs=sizes["epochs"]["moons"], seed=seed) for seed in range(sizes["moons"])]
     found = _judged(steps, "moons", recipes, Moons.SELECTING, Moons.TESTS, cut, sizes)
     for arm, rows in found.items():
-        detection = spread([row["detection"] for row in rows], 100) if "detection" in rows[0] else None
-        auroc = spread([row["auroc"] for row in rows]) if "auroc" in rows[0] else None
-        table.rows.append((arm, detection, spread([row["rest"] for row in rows], 100), auroc))
+        cells = [
+            spread([row[key] for row in rows], scale) if key in rows[0] else None
+            for key, scale in (("detection", 100), ("rest", 100), ("auroc", 1))
+        ]
+        table.rows.append((arm, *cells))
     table.rows += [(*row, None) for row in PUBLISHED_MOONS]
     outcome.details["moons"] = found
     outcome.notes.append(
@@ -256,52 +261,47 @@ def _judged(
         count = len(run.samples(method))
         wrong = np.isin(np.arange(count), noisy[0])
         drop = int(wrong.sum()) if cut is None else cut
-        for arm in (*OTHERS[:2], *(sizes["by"] or every()), OTHERS[2]):
-            known = {
-                "recipe": {"name": recipe.name, **recipe.arguments()},
-                "arm": arm,
-                "drop": drop,
-                "tests": tests,
-            }
-            retrain = sizes["retrain"] is None or arm in OTHERS or arm in sizes["retrain"]
-            one = steps.do(
-                f"{name}-{arm}-{seed}".replace(" ", "-"),
-                {**known, "selecting": selecting, "retrain": retrain},
-                partial(
-                    *(_arm, arm, run, recipe, method, wrong, drop),
-                    *(parts if retrain else None, sizes["device"]),
-                ),
-            )
+        names = list(sizes["by"] or every())
+        known = {"recipe": {"name": recipe.name, **recipe.arguments()}, "selecting": selecting}
+        ranked = steps.do(
+            f"{name}-rankings-{seed}",
+            {**known, "by": names},
+            partial(suspicions, run, recipe, names, method=method),
+        )
+        for arm in (*OTHERS[:2], *names, OTHERS[2]):
+            dropped = _dropped(arm, ranked, wrong, drop, recipe.seed)
+            one = measures(ranked[arm], dropped, wrong) if arm in ranked else Found()
+            if sizes["retrain"] is None or arm in OTHERS or arm in sizes["retrain"]:
+                kept = np.setdiff1d(np.arange(count), dropped)
+                one |= steps.do(
+                    f"{name}-{arm}-{seed}".replace(" ", "-"),
+                    {**known, "tests": tests, "kept": int(kept.sum()), "count": len(kept)},
+                    partial(retrained, recipe, kept, seed=recipe.seed, parts=parts, device=sizes["device"]),
+                )
             found.setdefault(arm, []).append(one)
     return found
 
 
-def _arm(
-    arm: str, run: Any, recipe: Any, method: str, wrong: Any, drop: int, parts: Any, device: str
-) -> Found:
-    """Return measures of one arm, and with ``parts`` the accuracy of training without what it drops."""
+def _dropped(arm: str, ranked: Found, wrong: Booleans, drop: int, seed: int) -> Integers:
+    """Return what an arm drops."""
+    if arm == OTHERS[0]:
+        return np.empty(0, dtype=np.int64)
+    if arm == OTHERS[1]:
+        return np.random.default_rng(seed).permutation(len(wrong))[:drop]
+    if arm == OTHERS[2]:
+        return np.flatnonzero(wrong)
+    return np.argsort(-ranked[arm], kind="stable")[:drop]
+
+
+def measures(suspicion: npt.NDArray[np.float64], dropped: Integers, wrong: Booleans) -> Found:
+    """Return how well a ranking detects: AUROC, average precision, precision at the true number, and accuracy."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    count, found = len(wrong), Found()
-    draw = np.random.default_rng(recipe.seed)
-    if arm == OTHERS[0]:
-        dropped = np.empty(0, dtype=np.int64)
-    elif arm == OTHERS[1]:
-        dropped = draw.permutation(count)[:drop]
-    elif arm == OTHERS[2]:
-        dropped = np.flatnonzero(wrong)
-    else:
-        suspicion = suspicions(run, recipe, [arm], method=method)[arm]
-        order = np.argsort(-suspicion, kind="stable")
-        dropped = order[:drop]
-        finite = np.nan_to_num(suspicion, neginf=np.finfo(np.float64).min)
-        found = {
-            "auroc": float(roc_auc_score(wrong, finite)),
-            "average_precision": float(average_precision_score(wrong, finite)),
-            "precision": float(wrong[order[: int(wrong.sum())]].mean()),
-            "detection": float((np.isin(np.arange(count), dropped) == wrong).mean()),
-        }
-    if parts is not None:
-        kept = np.setdiff1d(np.arange(count), dropped)
-        found |= retrained(recipe, kept, seed=recipe.seed, parts=parts, device=device)
-    return found
+    finite = np.nan_to_num(suspicion, neginf=np.finfo(np.float64).min, posinf=np.finfo(np.float64).max)
+    first = np.argsort(-suspicion, kind="stable")[: int(wrong.sum())]
+    return {
+        "auroc": float(roc_auc_score(wrong, finite)),
+        "average_precision": float(average_precision_score(wrong, finite)),
+        "precision": float(wrong[first].mean()),
+        "detection": float((np.isin(np.arange(len(wrong)), dropped) == wrong).mean()),
+    }

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from hydra_pipe.pipeline.decide.case import Options
 from hydra_pipe.pipeline.decide.detect import detect
 from hydra_pipe.pipeline.decide.scorers import SCORERS
@@ -46,13 +47,17 @@ def suspicions(
 
     NaN, where a detector cannot say, is put last.
     """
-    given = {"executor": "serial", "threads": 1, **placement}
-    found = {}
+    given = {"executor": "serial", "threads": 1, "method": method, **placement}
+    plain = [name for name in names if name not in VARIANTS]
+    made = {one.values.by: one for one in (detect(run, recipe, by=plain, **given) if plain else ())}
     for name in names:
-        by, options = VARIANTS.get(name, (name, {}))
-        made = detect(run, recipe, by=by, method=method, options=replace(Options(), **options), **given)
-        table = made[0].table
-        order = np.argsort(table["train_index"].to_numpy())
-        values = table["suspicion"].to_numpy()[order].astype(np.float64)
-        found[name] = np.where(np.isnan(values), -np.inf, values)
-    return found
+        if name in VARIANTS:
+            by, options = VARIANTS[name]
+            made[name] = detect(run, recipe, by=by, options=replace(Options(), **options), **given)[0]
+    return {name: _ascending(made[name].table) for name in names}
+
+
+def _ascending(table: pa.Table) -> Floats:
+    """Return the suspicion of a detection's samples, ascending in their index."""
+    values = table["suspicion"].to_numpy()[np.argsort(table["train_index"].to_numpy())].astype(np.float64)
+    return np.where(np.isnan(values), -np.inf, values)

@@ -175,7 +175,7 @@ def _draw(dataset: Any, chosen: Any, value: Any, probability: Any, called: Seque
         given, best = called[int(dataset.targets[i])], called[int(row.argmax())]
         axis.set_title(f"{given}\ntaken for {best}, {row.max():.2f}\nC = {value[i]:.2g}", fontsize=7)
         axis.set_axis_off()
-    figure.text(0.005, 0.73, "harmful", rotation=90, fontsize=8)
-    figure.text(0.005, 0.22, "helpful", rotation=90, fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.text(-0.02, 0.73, "harmful", rotation=90, fontsize=8)
+    figure.text(-0.02, 0.22, "helpful", rotation=90, fontsize=8)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(figure)

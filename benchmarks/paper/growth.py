@@ -136,5 +136,5 @@ def _draw(curves: Mapping[str, tuple[float, list[float]]], tracked: Any, path: P
         axis.plot([0, *tracked], [plain, *times], marker="o", color=f"C{k}", label=label)
     axis.set(xlabel="tracked samples of 10,000 (0: plain training)", ylabel="ms a step of 64", yscale="log")
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(figure)

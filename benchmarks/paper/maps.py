@@ -169,5 +169,5 @@ def draw(maps: Mapping[str, Floats], called: Sequence[str], path: Path) -> None:
         axis.set_xlabel("test class", fontsize=8)
         axis.set_facecolor("0.85")
     grid[0][0].set_ylabel("training class", fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(figure)

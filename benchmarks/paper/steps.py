@@ -19,6 +19,9 @@ from hydra_pipe.pipeline.spec.spec import RunSpec
 
 from hydra_pipe import Run, open_run
 
+OF_THE_METHOD = ("mode", "targets", "hessian")
+"""Fields of `RunSpec` that add a method to a run instead of making it another."""
+
 Found = dict[str, Any]
 """What a step found: JSON-able values and arrays."""
 
@@ -86,19 +89,19 @@ class Steps:
         """Return a run of the product, gone on with where it was, and the method: it resumes by itself.
 
         Args:
-            name: Folder of the run.
+            name: Of the run; its folder is called so and by what the run is made from, so that another training
+                does not meet it.
             spec: Fields of `RunSpec`; one training thread in this process unless said otherwise.
         """
-        place = self.folder / name
-        given = {"executor": "serial", "threads": 1, "out": str(place), **spec}
+        given = {"executor": "serial", "threads": 1, **spec}
         parameters = {
             key: value if isinstance(value, (str, int, float, type(None))) else described(value)
             for key, value in given.items()
-            if key != "out"
         }
-        key = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
-        whole = RunSpec(**given)
-        self.do(f"{name}-{whole.method}-{key}", parameters, lambda: _driven(whole))
+        of_the_run = {key: value for key, value in parameters.items() if key not in OF_THE_METHOD}
+        place = self.folder / f"{name}-{_key(of_the_run)}"
+        whole = RunSpec(**given, out=str(place))
+        self.do(f"{name}-{whole.method}-{_key(parameters)}", parameters, lambda: _driven(whole))
         return open_run(str(place)), whole.method
 
 
@@ -107,6 +110,10 @@ def described(value: Any) -> Any:
     if hasattr(value, "arguments"):
         return {"recipe": value.name, **value.arguments()}
     return np.asarray(value).tolist()
+
+
+def _key(parameters: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _driven(spec: RunSpec) -> Found:

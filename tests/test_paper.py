@@ -151,3 +151,11 @@ def test_numbers_as_text():
     assert [number(v) for v in (None, 0.5, 1e-7, 3, "x")] == ["–", "0.50", "1e-07", "3", "x"]
     assert spread([0.5, 0.7], 100) == "60.00 ± 14.14"
     assert spread([0.5]) == "0.50"
+
+
+def test_the_record_stands_for_training_on_all_samples_again(tmp_path, few_images):
+    recipe = cleaning.noisy_task("fashion-mnist", 0.5, {"samples": 96, "epochs": 1})
+    run, _ = Steps(tmp_path).attributed("run", recipe=recipe, test=10)
+    parts = {"all": np.arange(600), "some": np.arange(7)}
+    again = tasks.retrained(recipe, np.arange(96), seed=recipe.seed, parts=parts)
+    assert tasks.recorded(run, recipe, parts=parts) == again

@@ -12,7 +12,7 @@ Beside it stand a random choice of the same size, the rankings by loss and by ma
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hydra_pipe import Run
 from .outcome import Outcome, spread
 from .rankings import suspicions
 from .steps import Found, Steps
-from .tasks import NOISE, Integers, available, retrained, task
+from .tasks import NOISE, Integers, available, recorded, retrained, task
 
 Floats = npt.NDArray[np.float64]
 
@@ -44,6 +44,7 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
 """Accuracy in %: no filtering, influence functions, HyDRA."""
 SHARES = {"table3": 0.8, "supplement-table4": 0.5}
 
+NOTHING = "nothing"
 KEPT, TRUE = "as trained", "true"
 """Which labels the retraining sees."""
 
@@ -147,9 +148,10 @@ def _clean(outcome: Outcome, data: str, share: float, sizes: Mapping[str, Any], 
         cells: list[Any] = [arm, 100 * len(np.intersect1d(kept, right)) / len(kept)]
         trained = arm not in ranked or arm.split(",")[0] in sizes["retrain"]
         for labels, seeds in ((KEPT, sizes["seeds"]), (TRUE, sizes["true_seeds"])):
-            seeds = seeds if trained else 0
+            seeds = seeds if trained and (arm != NOTHING or labels == KEPT) else 0
             found = [
-                _retrain(steps, data, recipe, sizes, arm, kept, labels, seed, parts) for seed in range(seeds)
+                _retrain(steps, data, run, recipe, sizes, arm, kept, labels, seed, parts)
+                for seed in range(seeds)
             ]
             outcome.details[f"{data}, {arm}, {labels}"] = found
             cells += [
@@ -195,7 +197,7 @@ def choices(ranked: Mapping[str, Floats], wrong: Integers, count: int) -> dict[s
     """Return which samples each arm keeps; all but the first drop as many as are wrong."""
     everyone, drop = np.arange(count), len(wrong)
     draw = np.random.default_rng(0)
-    arms = {"nothing": everyone, "at random": np.sort(draw.permutation(count)[drop:])}
+    arms = {NOTHING: everyone, "at random": np.sort(draw.permutation(count)[drop:])}
     for name, suspicion in ranked.items():
         order = np.argsort(-suspicion, kind="stable")
         arms[name] = np.sort(order[drop:])
@@ -206,6 +208,7 @@ def choices(ranked: Mapping[str, Floats], wrong: Integers, count: int) -> dict[s
 def _retrain(
     steps: Steps,
     data: str,
+    run: Run,
     recipe: Recipe,
     sizes: Mapping[str, Any],
     arm: str,
@@ -220,11 +223,8 @@ def _retrain(
         chosen.label_noise = 0.0  # type: ignore[attr-defined]
     name = "-".join((data, arm, labels, str(seed))).replace(", ", "-").replace(" ", "-")
     parameters = {**_parameters(chosen), "seed": seed, "kept": int(kept.sum()), "count": len(kept)}
+    if arm == NOTHING and labels == KEPT and seed == recipe.seed:
+        return steps.do(name, parameters, lambda: recorded(run, recipe, parts=parts, device=sizes["device"]))
     return steps.do(
         name, parameters, lambda: retrained(chosen, kept, seed=seed, parts=parts, device=sizes["device"])
     )
-
-
-def best(outcome: Outcome, names: Sequence[str]) -> str:
-    """Return the ranking of these with the highest mean accuracy."""
-    return max(names, key=lambda name: float(np.mean([one["rest"] for one in outcome.details[name]])))

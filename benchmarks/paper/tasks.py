@@ -20,7 +20,9 @@ from hydra_pipe.workers.recipes.digits import Digits
 from hydra_pipe.workers.recipes.image import ImageRecipe, Part
 from hydra_pipe.workers.recipes.mnist import FashionMnist, Mnist
 from hydra_pipe.workers.training.retrain import retrain_subset, sample_losses
-from hydra_pipe.workers.training.training import Compute
+from hydra_pipe.workers.training.training import Compute, Training
+
+from hydra_pipe import Run
 
 Integers = npt.NDArray[np.int64]
 
@@ -133,6 +135,16 @@ def retrained(
     again.seed = seed
     training = retrain_subset(again, Compute(device=device, threads=1), np.sort(kept))
     return accuracies(training, again, parts)
+
+
+def recorded(
+    run: Run, recipe: Recipe, *, parts: dict[str, Integers], device: str = "cpu"
+) -> dict[str, float]:
+    """Return the accuracies of the recorded training itself: what `retrained` gives for all samples and its seed."""
+    training = Training(recipe, Compute(device=device, threads=1))
+    last = run.trajectory().checkpoint(-1)
+    training.load_weights(last.weights, last.buffers)
+    return accuracies(training, recipe, parts)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ NAMES = (
     "storage",
     "fidelity",
     "approximation",
+    "detectors",
 )
 
 

@@ -24,6 +24,8 @@ DETECTED = (
 """Keys of a row in JSON, and columns in CSV."""
 
 WIDEST_REASON = 60
+MOST_SHOWN = 3
+"""Of more detections the samples of the first alone are shown."""
 
 
 def detection_rows(found: Sequence[Detection]) -> list[dict[str, Any]]:
@@ -34,7 +36,7 @@ def detection_rows(found: Sequence[Detection]) -> list[dict[str, Any]]:
 def detection_tables(found: Sequence[Detection], k: int) -> list[Table | str]:
     """Return the most suspicious samples of each detection, and how the detections compare."""
     parts: list[Table | str] = []
-    for detection in found:
+    for detection in found if len(found) <= MOST_SHOWN else found[:1]:
         parts += [_most(detection, k), _said(detection), ""]
     if len(found) > 1 or any(detection.values.measures for detection in found):
         parts += [*_compared(found)]
@@ -46,11 +48,11 @@ def _most(detection: Detection, k: int) -> Table:
     suggests = any(row["suggested_label"] >= 0 for row in shown)
     columns = [
         Column(key="rank", header="rank", right=True),
-        Column(key="train_index", header="train_index", right=True, kind="text"),
+        Column(key="train_index", header="index", right=True, kind="text"),
         Column(key="given_label", header="given", right=True),
-        *([Column(key="suggested_label", header="suggested", right=True)] if suggests else []),
+        *([Column(key="suggested_label", header="suggest", right=True)] if suggests else []),
         Column(key="score", header="score", right=True),
-        Column(key="is_label_issue", header="flagged"),
+        Column(key="is_label_issue", header="flag"),
         Column(key="reason", header="reason"),
     ]
     rows = [
@@ -95,8 +97,8 @@ def _compared(found: Sequence[Detection]) -> list[Table | str]:
         ("name", "detector"),
         *(measured if known else ()),
         *((("suggested_right", "label"),) if known and any(_label(d) != "-" for d in found) else ()),
-        ("flagged", "flagged"),
-        ("separation", "apart"),
+        ("flagged", "flag"),
+        *(() if known else (("separation", "apart"),)),
     )
     columns = [Column(key=key, header=head, right=key != "name", kind="text") for key, head in keys]
     title = "detectors compared"
@@ -108,7 +110,7 @@ def _compared(found: Sequence[Detection]) -> list[Table | str]:
             "",
             "AP: average precision; at k: precision among as many as are wrong; 5/10/20%: percent of",
             "the wrong ones found by inspecting so many; label: share of them whose suggested label",
-            "is right; apart: separation of the flagged ones, in standard deviations",
+            "is right",
         ]
     return parts
 
@@ -119,9 +121,9 @@ def _row(detection: Detection) -> dict[str, Any]:
     if measures:
         row |= {
             "auroc": f"{measures['auroc']['value']:.3f}",
-            "ends": f"{measures['auroc']['low']:.2f}-{measures['auroc']['high']:.2f}",
+            "ends": f"{_short(measures['auroc']['low'])}-{_short(measures['auroc']['high'])}",
             "average_precision": f"{measures['average_precision']['value']:.3f}",
-            "precision": f"{measures['precision']['value']:.3f}",
+            "precision": f"{measures['precision']['value']:.2f}",
             "recall": "/".join(f"{100 * one['found']['value']:.0f}" for one in measures["recall"]),
             "suggested_right": _label(detection),
         }
@@ -131,6 +133,11 @@ def _row(detection: Detection) -> dict[str, Any]:
         "flagged": f"{values.flagged:,}",
         "separation": "-" if separation is None else f"{separation:.2f}",
     }
+
+
+def _short(value: float) -> str:
+    """Return two digits without the leading zero, such as ``.97``."""
+    return f"{value:.2f}".removeprefix("0")
 
 
 def _label(detection: Detection) -> str:

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from .pipeline.compare.by_epoch import Course, by_epoch
     from .pipeline.compare.compare import compare
     from .pipeline.decide.case import Options as DetectOptions
+    from .pipeline.decide.clean import Cleaned, clean
     from .pipeline.decide.detect import detect
     from .pipeline.drive.attribute import attribute
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
     from .pipeline.opened_run import Run, open_run
+    from .pipeline.reading.decisions import Decision, load_decision, read_decision
     from .pipeline.reading.detections import Detection
     from .pipeline.run import run
     from .pipeline.spec.spec import RunSpec
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Cleaned",
     "Course",
+    "Decision",
     "DeepVerification",
     "DetectOptions",
     "Detection",
@@ -42,18 +46,23 @@ __all__ = [
     "__version__",
     "attribute",
     "by_epoch",
+    "clean",
     "compare",
     "detect",
     "evaluate",
     "events",
+    "load_decision",
     "open_run",
+    "read_decision",
     "run",
     "verify",
     "verify_deep",
 ]
 
 _HOMES = {
+    "Cleaned": ".pipeline.decide.clean:Cleaned",
     "Course": ".pipeline.compare.by_epoch:Course",
+    "Decision": ".pipeline.reading.decisions:Decision",
     "DeepVerification": ".pipeline.verify.deep_checks:DeepVerification",
     "DetectOptions": ".pipeline.decide.case:Options",
     "Detection": ".pipeline.reading.detections:Detection",
@@ -65,11 +74,14 @@ _HOMES = {
     "Verification": ".pipeline.verify.verify:Verification",
     "attribute": ".pipeline.drive.attribute:attribute",
     "by_epoch": ".pipeline.compare.by_epoch:by_epoch",
+    "clean": ".pipeline.decide.clean:clean",
     "compare": ".pipeline.compare.compare:compare",
     "detect": ".pipeline.decide.detect:detect",
     "evaluate": ".pipeline.evaluate.evaluate:evaluate",
     "events": ".pipeline.executors.events",
+    "load_decision": ".pipeline.reading.decisions:load_decision",
     "open_run": ".pipeline.opened_run:open_run",
+    "read_decision": ".pipeline.reading.decisions:read_decision",
     "run": ".pipeline.run:run",
     "verify": ".pipeline.verify.verify:verify",
     "verify_deep": ".pipeline.verify.deep:verify_deep",

@@ -44,6 +44,11 @@ DETECT = "detect"
 CLEAN = "clean"
 """Stage of decisions; a unit is one decision, by its name."""
 CLEAN_RETRAIN = f"{CLEAN}/retrain"
+"""Retrainings that say whether a decision helped; decisions share them."""
+CLEAN_OUTCOME = f"{CLEAN}/outcome"
+"""What they say of a decision; a unit is one decision, by its name."""
+DECIDING = (DETECT, CLEAN, CLEAN_OUTCOME)
+"""Stages whose units are whole one by one: each was asked for by itself."""
 SINGLE = (f"/{CURVATURE}", f"/{DIRECTIONS}", f"/{PREFLIGHT}", EVALUATE_SCORES, BY_EPOCH_SCORES)
 """Ends of the names of stages of one unit."""
 
@@ -150,7 +155,7 @@ def stages_of(place: layout.Place) -> tuple[str, ...]:
     if kind.folder == layout.DETECTIONS:
         return (DETECT,)
     if kind.folder == layout.DECISIONS:
-        return (CLEAN, CLEAN_RETRAIN)
+        return (CLEAN_RETRAIN,) if key == layout.RETRAINED else (CLEAN, CLEAN_OUTCOME)
     if key is None or kind.form == "run":
         return ()
     if kind.by == "targets":

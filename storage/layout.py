@@ -62,6 +62,16 @@ EVALUATION, BY_EPOCH = "evaluate", "over_training"  # spelled so in every run th
 DETECTIONS, DECISIONS = "detections", "decisions"
 """Where ranked suspicions and what was decided upon them lie, a folder each."""
 
+KEEP_LIST, DROP_LIST, NEW_LABELS, SAMPLE_WEIGHTS = "keep.txt", "drop.txt", "relabel.csv", "weights.npy"
+"""Files of a decision that other tools read, see `decision`."""
+DECISION_TABLE, DECISION_CSV, DECISION_MANIFEST = "decision.parquet", "decision.csv", "manifest.json"
+"""What was decided of each sample, and what the decision was made from and for."""
+OUTCOME_TABLE, OUTCOME_SUMMARY = "retrained.parquet", "retrained.json"
+OUTCOME_FILES = (OUTCOME_TABLE, OUTCOME_SUMMARY)
+"""Whether a decision helped: each retraining, and what they say together."""
+RETRAINED = "retrain"
+"""Folder among the decisions of the retrainings, which decisions share; no decision has this name."""
+
 TABLES = ("contributions", "samples", "interclass", "contributions_spread", "samples_spread")
 """Tables that every method has (the last two: averages over seeds), one folder each."""
 
@@ -167,9 +177,19 @@ def detection(name: str) -> str:
     return f"{DETECTIONS}/{check_name(name, 'detection')}/part-all.parquet"
 
 
+def decision_folder(name: str) -> str:
+    """Return where the files of a decision lie."""
+    return f"{DECISIONS}/{check_name(name, 'decision')}"
+
+
 def decision(name: str, file: str) -> str:
     """Return where a file of a decision lies, such as ``keep.txt``."""
-    return f"{DECISIONS}/{check_name(name, 'decision')}/{file}"
+    return f"{decision_folder(name)}/{file}"
+
+
+def retrained(unit: str) -> str:
+    """Return where the test losses of a retraining on cleaned samples lie."""
+    return f"{DECISIONS}/{RETRAINED}/part-{unit}.parquet"
 
 
 def of_seed(seed: int) -> str:

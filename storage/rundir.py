@@ -119,7 +119,7 @@ class RunDirectory:
             IncompleteStage: A named file is missing; nothing is committed.
             StorageFull: No space for the manifest; the unit counts as not done.
         """
-        target = self._manifest_path(stage, unit)
+        target = self.manifest_path(stage, unit)
         names = sorted(set(files))
         with ThreadPoolExecutor(_THREADS) as pool:
             entries = list(pool.map(self._entry, names))
@@ -139,7 +139,7 @@ class RunDirectory:
         Raises:
             CorruptStore: The manifest itself is damaged.
         """
-        target = self._manifest_path(stage, unit)
+        target = self.manifest_path(stage, unit)
         try:
             return self._parse(target, disk.read_bytes(target))
         except FileNotFoundError:
@@ -187,7 +187,7 @@ class RunDirectory:
         """Remove the manifest of a unit, or of every unit of a stage: it counts as not done again."""
         names = self.units(stage) if unit is None else [unit]
         for name in names:
-            disk.remove(self._manifest_path(stage, name))
+            disk.remove(self.manifest_path(stage, name))
         folder = self._stage_path(stage)
         # Flushed, or a power cut could bring back a manifest whose files have been written anew since.
         if names and is_local(self.uri) and disk.exists(folder):
@@ -272,7 +272,8 @@ class RunDirectory:
             ) from error
         return FileEntry(path=name, bytes=size, sha256=sha256)
 
-    def _manifest_path(self, stage: str, unit: str) -> str:
+    def manifest_path(self, stage: str, unit: str) -> str:
+        """Return where the manifest of a unit lies, once it is done."""
         return join(self._stage_path(stage), f"{check_name(unit, 'unit')}.json")
 
     def _stage_path(self, stage: str) -> str:

@@ -196,3 +196,16 @@ DECISION = pa.schema(
 """One row a training sample, ascending. ``source_index`` is its place in the user's files, -1 where the dataset does not
 say; ``action`` is keep, drop, relabel or downweight; ``weight`` has mean 1 over what is kept, 0: dropped; ``rank`` is 0
 and ``suspicion`` NaN for samples that nothing judged."""
+
+RETRAINED = pa.schema(
+    [
+        pa.field("arm", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("unit", pa.string(), nullable=False),
+        pa.field("samples", pa.int32(), nullable=False),
+        pa.field("accuracy", pa.float64(), nullable=False),
+        pa.field("loss", pa.float64(), nullable=False),
+    ]
+)
+"""One row a (arm, seed): on how many ``samples`` was trained, and accuracy (NaN where unknown) and mean loss after the last
+epoch on the test samples that judge. Two arms that train on the same share a ``unit``."""

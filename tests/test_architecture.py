@@ -346,7 +346,9 @@ def test_the_public_face():
     import hydra_pipe
 
     classes = [
+        "Cleaned",
         "Course",
+        "Decision",
         "DeepVerification",
         "DetectOptions",
         "Detection",
@@ -360,6 +362,7 @@ def test_the_public_face():
     functions = [
         "attribute",
         "by_epoch",
+        "clean",
         "compare",
         "detect",
         "evaluate",
@@ -368,6 +371,7 @@ def test_the_public_face():
         "verify",
         "verify_deep",
     ]
+    functions += ["load_decision", "read_decision"]
     assert sorted(hydra_pipe.__all__) == sorted([*classes, *functions, "__version__", "events"])
     assert all(isinstance(getattr(hydra_pipe, name), type) for name in classes)
     assert all(inspect.isfunction(getattr(hydra_pipe, name)) for name in functions)

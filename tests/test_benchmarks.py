@@ -16,7 +16,18 @@ from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.training import Compute
 from rich.console import Console
 
-from benchmarks import approximation, cases, hessian, memory, reduce, replay, speedup, startup, storage
+from benchmarks import (
+    approximation,
+    cases,
+    detect,
+    hessian,
+    memory,
+    reduce,
+    replay,
+    speedup,
+    startup,
+    storage,
+)
 from benchmarks.__main__ import main, parse
 from benchmarks.cases import Clothes, Photographs, Prefetched, record
 from benchmarks.dense import DenseAlgorithm
@@ -89,6 +100,7 @@ TINY = {
         {**speedup.QUICK, "samples": 8, "batch": 4, "tracked": (2,), "targets": (1,)},
     ),
     "reduce": (reduce, {**reduce.QUICK, "shapes": ((64, 20, 100),), "threads": 1, "rounds": 1}),
+    "detect": (detect, {**detect.QUICK, "samples": 200, "tests": 20, "detectors": (("harm",),)}),
     "storage": (storage, {"rows": 16, "columns": 100, "tile": (20, 10), "rounds": 1}),
     "startup": (startup, {**startup.QUICK, "rounds": 1}),
 }

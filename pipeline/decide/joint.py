@@ -12,11 +12,12 @@ truth: contributions of a net that is not trained enough point anywhere, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from ...storage.errors import EstimatorError, IncompleteStage, InputError
+from ..executors.events import Note
 from .case import Case, Floats, Integers, Scores
 from .contributions import harmed_class
 from .outputs import score_neighbours
@@ -50,13 +51,28 @@ def joint(case: Case) -> Scores:
     total = sum(
         (weights[name] * standardised(scores.suspicion) for name, scores in found.items()), np.zeros(case.n)
     )
-    first = own or next(iter(found.values()))
     return Scores(
         suspicion=total,
         suggested=voted([scores.suggested for scores in found.values()]),
-        reason=first.reason,
+        reason=_reasons(case.n, found),
         notes={"weights": weights, **({"left_out": left_out} if left_out else {})},
     )
+
+
+def _reasons(n: int, found: Mapping[str, Scores]) -> list[str]:
+    """Say of each sample what the parts say, in a few words."""
+    said: list[list[str]] = []
+    for name, scores in found.items():
+        values, labels = scores.suspicion.tolist(), scores.suggested.tolist()
+        if name == "margin":
+            said.append([f"margin {-value:+.1f}" for value in values])
+        elif name == "loss":
+            said.append([f"mean loss {value:.2g}" for value in values])
+        elif name == "knn":
+            said.append([f"knn {100 * value:.0f}%" for value in values])
+        else:
+            said.append([f"harms {label}" if label >= 0 else "" for label in labels])
+    return [", ".join(part for part in parts if part) for parts in zip(*said, strict=True)]
 
 
 def _parts(case: Case) -> tuple[dict[str, Scores], dict[str, str]]:
@@ -72,6 +88,8 @@ def _parts(case: Case) -> tuple[dict[str, Scores], dict[str, str]]:
             left_out[name] = str(error)
     if not found:
         raise InputError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
+    for name, why in left_out.items():
+        case.passes.observer(Note(message=f"joint: without {name}: {why}"))
     return found, left_out
 
 

@@ -42,16 +42,16 @@ def judged_samples(
         )
     # Here, because they load torch, which nothing else that reads a run needs.
     from ...workers.determinism import restored_process
-    from ..plan.provenance import check_recipe
-    from ..plan.stored_spec import stored_spec
+    from ..plan.provenance import check_named
+    from ..plan.stored_spec import REPEATED, stored_spec
     from ..plan.survey import survey
 
     run.trajectory()  # whatever is detected needs the record
-    spec = stored_spec(run, recipe, given, command="detect")
+    spec = stored_spec(run, recipe, given, command="detect", free=REPEATED)
     with restored_process():
         surveyed = survey(spec, trial=False)
     if run.noted.made_of:
-        check_recipe(run.uri, run.noted, surveyed.made_of, observer)
+        check_named(run.uri, run.noted, spec, surveyed.made_of, observer)
     observer(
         Note(
             message=f"{run.uri} holds no table of samples yet: which are tracked and their labels are the recipe's"

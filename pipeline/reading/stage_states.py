@@ -15,13 +15,12 @@ from ..vocabulary import (
     ADJOINT,
     ATTRIBUTE,
     BY_EPOCH,
-    CLEAN,
     CLEAN_RETRAIN,
     CLOSING_UNITS,
     COMPLETE,
     CORRECTION,
     CURVATURE,
-    DETECT,
+    DECIDING,
     DIRECTIONS,
     INDEX,
     INTERCLASS,
@@ -44,6 +43,9 @@ from .run_info import RunInfo, StageEntry
 from .unit_values import UnitValues, values_of
 
 Number = TypeVar("Number", int, float)
+
+_FREE = (RETRAIN, CLEAN_RETRAIN)
+"""Stages of retrainings: no unit closes them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,13 +83,11 @@ def stage_state(directory: RunDirectory, info: RunInfo, stage: str) -> StageStat
     manifests = directory.manifests(stage)
     noted = info.stages.get(stage, StageEntry())
     work = [m for m in manifests if m.unit not in CLOSING_UNITS]
-    units = _units(info, stage, noted.units)
+    units = len(work) or None if stage in DECIDING else _units(info, stage, noted.units)
     values = [values_of(UnitValues, manifest) for manifest in work]
     rows = _sum([one.rows for one in values])
     single = stage == RECORD or stage.endswith(SINGLE)
-    collected = stage in (DETECT, CLEAN)  # as many as people asked for, each whole by itself
-    units = len(work) if collected else units
-    free = collected or stage in (RETRAIN, CLEAN_RETRAIN) or stage.startswith(f"{BY_EPOCH}/")
+    free = stage in (*_FREE, *DECIDING) or stage.startswith(f"{BY_EPOCH}/")
     needed = None if single or free else INTERCLASS if stage.endswith(f"/{REDUCE}") else INDEX
     closed = needed is None or any(m.unit == needed for m in manifests)
     expected = _expected_rows(info, stage)
@@ -149,9 +149,9 @@ def _units(info: RunInfo, stage: str, noted: int | None) -> int | None:
 
 def _expected_rows(info: RunInfo, stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
-    if stage in (RECORD, RETRAIN, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, f"/{CORRECTION}")):
+    if stage in (RECORD, *_FREE, *DECIDING, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, f"/{CORRECTION}")):
         return None
-    if stage in (DETECT, CLEAN, CLEAN_RETRAIN) or stage.startswith(f"{BY_EPOCH}/"):
+    if stage.startswith(f"{BY_EPOCH}/"):
         return None
     if stage.endswith((f"/{ADJOINT}", f"/{ATTRIBUTE}")):
         return info.target_count(stage.rsplit("/", 1)[0])

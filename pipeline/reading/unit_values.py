@@ -6,7 +6,7 @@ A field is None where the unit was committed by a version that did not note it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ...storage.rundir import Manifest, RunDirectory
@@ -213,6 +213,79 @@ class DetectionValues(UnitValues):
     inspect: bool = False
     measures: Mapping[str, Any] | None = None
     notes: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassCounts:
+    """Samples of a class before and after a decision.
+
+    Attributes:
+        label: The class, -1: no label.
+        before: Samples given this label.
+        dropped: Of these.
+        relabelled: Of these, to another class.
+        downweighted: Of these.
+        after: Samples that are kept and have this label then.
+    """
+
+    label: int
+    before: int
+    dropped: int
+    relabelled: int
+    downweighted: int
+    after: int
+
+    @property
+    def lost(self) -> float:
+        """Share of its samples that the class loses."""
+        return (self.dropped + self.relabelled) / self.before if self.before else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecisionValues(UnitValues):
+    """A decision; its ``manifest.json`` says the same.
+
+    Attributes:
+        run: Address of the run when it was made.
+        recipe: Name of the recipe.
+        by: The detector, or ``list``.
+        detection: Name of the detection; None: it was made from a list.
+        method: Whose contributions or hypergradients the detector looked at; None: none.
+        rule: ``drop``, ``relabel`` or ``downweight``.
+        cut: Which samples it is for, as it was asked: ``flagged``, ``5%``, a number, ``list``.
+        n_train: N.
+        judged: Samples that the detection judged.
+        dropped, relabelled, downweighted: How many are.
+        selecting: Test indices that the detector looked at; None: none, or not known.
+        judging: Test indices that may judge the decision; None: all.
+        trust: Whether what judges is apart from what selected, one sentence.
+        labels_sha256: Of the N labels that it was made for; see ``reading.detections.labels_digest``.
+        classes: Counts by class, ascending.
+        warnings: What should be looked at before it is followed, one line each.
+        notes: What else was found, one line each.
+        sha256: Of each of its other files, by name.
+    """
+
+    run: str
+    recipe: str
+    by: str
+    rule: str
+    cut: str
+    n_train: int
+    judged: int
+    labels_sha256: str
+    trust: str
+    detection: str | None = None
+    method: str | None = None
+    dropped: int = 0
+    relabelled: int = 0
+    downweighted: int = 0
+    selecting: tuple[int, ...] | None = None
+    judging: tuple[int, ...] | None = None
+    classes: tuple[ClassCounts, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 V = TypeVar("V", bound=UnitValues)

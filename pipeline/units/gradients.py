@@ -12,7 +12,7 @@ from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
 from ...workers.data.labels import with_labels
 from ...workers.replay.targets import mean_gradients
-from ...workers.training.finite import check_test_gradients
+from ...workers.training.finite import check_own_gradients
 from ...workers.training.test_gradients import TestGradients
 from ...workers.training.training import Training
 from ..executors.base import Report, Unit
@@ -44,7 +44,7 @@ class TestGradientWork(TrainingWork):
         gradients = TestGradients(training, recorded(run))
         chosen = self.tested[start:stop]
         rows = gradients.rows(chosen, lambda done: report(done, stop - start))
-        check_test_gradients(training, gradients.dataset, chosen, rows.gradient, rows.loss)
+        check_own_gradients(training, gradients.dataset, chosen, rows.gradient, rows.loss)
         gradients.engine.close()
         store = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient")
         store.write(start, rows.gradient)

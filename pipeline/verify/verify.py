@@ -20,6 +20,9 @@ from ..vocabulary import (
     ATTRIBUTE,
     BY_EPOCH,
     BY_EPOCH_SCORES,
+    CLEAN,
+    CLEAN_OUTCOME,
+    CLEAN_RETRAIN,
     COMPLETE,
     CORRECTION,
     CURVATURE,
@@ -42,6 +45,7 @@ from ..vocabulary import (
 )
 from . import conservation as law
 from . import contents_between as between
+from . import contents_decisions as deciding
 from .conservation import conservation
 from .contents import Contents
 from .contents_visits import visits
@@ -203,6 +207,10 @@ class _Verifier:
         if stage == DETECT:
             self._guard(stage, partial(between.detections, contents, self.damaged))
             return
+        if stage in (CLEAN, CLEAN_RETRAIN):
+            check_all = deciding.decisions if stage == CLEAN else deciding.retrainings
+            self._guard(stage, partial(check_all, contents, self.damaged))
+            return
         owner, _, part = stage.rpartition("/")
         if stage == TRAINING_OUTPUTS:
             if self._readable(stage, layout.TRAINING_OUTPUTS):
@@ -263,7 +271,7 @@ class _Verifier:
             place = layout.locate(path)
             if path in self.sizes or place is None or PARTIAL in path or self._of_a_seed(place):
                 continue
-            stage = self._still_writing(place)
+            stage = self._still_writing(place, path)
             if stage is None:
                 self.problems.append(f"{path}: no manifest lists this file; remove it")
             else:
@@ -280,12 +288,12 @@ class _Verifier:
         others = self.info.other_seeds
         return place.kind.form == "run" and place.key in {str(seed) for seed in others}
 
-    def _still_writing(self, place: layout.Place) -> str | None:
+    def _still_writing(self, place: layout.Place, path: str) -> str | None:
         """Return the stage that may have been interrupted before it committed a file; None: there is none."""
         stages = stages_of(place)
-        if place.kind.folder in (layout.DETECTIONS, layout.DECISIONS):  # each is committed by itself
-            named = {m.unit for m in self.manifests if m.stage in stages}
-            return None if place.key is None or place.key in named else stages[0]
+        if stages in ((DETECT,), (CLEAN, CLEAN_OUTCOME)):  # each detection and decision by itself
+            writing = CLEAN_OUTCOME if path.rsplit("/", 1)[-1] in layout.OUTCOME_FILES else stages[0]
+            return None if place.key is None or place.key in self.run.directory.units(writing) else writing
         begun = [s for s in stages if s in self.states or s in self.info.stages]
         for stage in begun:
             if self._state(stage) != COMPLETE:

@@ -133,6 +133,32 @@ def test_columns(place: str) -> None:
         store.write_column("label", np.full(N, 0.5))
 
 
+def test_columns_of_several_numbers_a_row(place: str) -> None:
+    wide = np.arange(2.0 * N).reshape(N, 2)
+    columns = {
+        "train_index": np.arange(N),
+        "given": wide,
+        "later": np.broadcast_to(np.float32(np.nan), (N, 3)),
+    }
+    store = a_store(place, row_columns=columns)
+    np.testing.assert_array_equal(store.column("given"), wide)
+    later = np.ones((4, 3), np.float32)
+    store.write_column("later", later, start=4)
+    assert store.column_files("later", 4, 8) == ["later/c/1/0"]
+    assert [path for path in store.metadata_files() if path.startswith("later/c")] == ["later/c/1/0"]
+    a_store(place, row_columns=columns)  # the same: opened
+    found = store.column("later")
+    np.testing.assert_array_equal(found[4:8], later)
+    assert np.isnan(found[[0, 3, 8, 10]]).all()
+    group = zarr.open_group(store.uri, mode="r")
+    assert group["later"].metadata.dimension_names == ("train_index", "later_column")
+    with pytest.raises(StoreError, match="column given holds other values"):
+        a_store(place, row_columns={**columns, "given": wide[:, :1]})
+    for shape in ((N, 0), (N, 1, 1)):
+        with pytest.raises(StoreError, match=rf"column x has shape \({N}, "):
+            a_store(join(place, "other"), row_columns={"x": np.zeros(shape)})
+
+
 def test_files_name_all_there_is(place: str) -> None:
     store, _ = filled(place)
     assert store.files(0, 4) == ["hypergradient/c/0/0"]

@@ -70,24 +70,26 @@ def check_gradients(training: Trained, step: int, batch: Batch, loss: Tensor) ->
     )
 
 
-def check_test_gradients(
+def check_own_gradients(
     training: Trained,
     dataset: Dataset[Any],
-    test_index: npt.NDArray[np.int64],
+    index: npt.NDArray[np.int64],
     gradient: npt.NDArray[np.floating],
     loss: npt.NDArray[np.float64],
+    what: str = "test",
 ) -> None:
-    """Raise where the gradient of a test sample's loss is not finite.
+    """Raise where the gradient of a sample's own loss is not finite.
 
     Args:
-        training: At the trained weights.
-        dataset: The test dataset.
-        test_index: (R,).
+        training: At the trained weights, or at those of a checkpoint.
+        dataset: The test or training dataset.
+        index: (R,).
         gradient: (R, D).
         loss: (R,).
+        what: ``test`` or ``train``, after the dataset.
 
     Raises:
-        NonFiniteTangents: Names the test samples.
+        NonFiniteTangents: Names the samples.
     """
     # A row at a time: a mask of the whole block would be another quarter of its memory.
     bad = [r for r, row in enumerate(gradient) if not np.isfinite(row).all()]
@@ -95,16 +97,17 @@ def check_test_gradients(
         return
     # One such sample can spoil the rows of others in its batch (0 times infinity): each is tried alone.
     with evaluating(training.model):
-        own = [r for r in bad if not _alone_finite(training, dataset, int(test_index[r]))]
+        own = [r for r in bad if not _alone_finite(training, dataset, int(index[r]), what)]
     named = own or bad
+    option = {"test": "--test", "train": "--track"}[what]
     raise NonFiniteTangents(
-        f"the gradient of the loss of test_index {listed([int(test_index[r]) for r in named])} is not finite at the "
-        f"trained weights, though the loss is {loss[named[0]]:.3g}; {_REMEDY}, or leave them out with --test"
+        f"the gradient of the loss of {what}_index {listed([int(index[r]) for r in named])} is not finite at the "
+        f"trained weights, though the loss is {loss[named[0]]:.3g}; {_REMEDY}, or leave them out with {option}"
     )
 
 
-def _alone_finite(training: Trained, dataset: Dataset[Any], index: int) -> bool:
-    seed_everything(derived_seed(training.recipe.seed, "test", index))
+def _alone_finite(training: Trained, dataset: Dataset[Any], index: int, what: str) -> bool:
+    seed_everything(derived_seed(training.recipe.seed, what, index))
     batch = to_device(fetch(training.recipe, dataset, [index]), training.device, training.dtype)
     return _own_finite(training, batch)
 

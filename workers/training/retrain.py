@@ -132,14 +132,27 @@ def retrain_weighted(
 
 
 def retrain_subset(
-    recipe: Recipe, compute: Compute, kept: Integers, report: Report | None = None
+    recipe: Recipe,
+    compute: Compute,
+    kept: Integers,
+    report: Report | None = None,
+    *,
+    weights: Floats | None = None,
 ) -> Training:
     """Train the recipe from scratch on the samples ``kept``; return it, trained.
+
+    Args:
+        recipe: The recipe.
+        compute: How to compute.
+        kept: Train indices, ascending, (n,).
+        report: Hears of (steps done, steps in all).
+        weights: How much each of them counts in the loss of its batch, (n,); None: 1.
 
     Raises:
         NonFiniteLoss: A batch loss is NaN or infinite.
     """
-    training = Training(only(recipe, kept), compute)
+    smaller = only(recipe, kept)
+    training = Training(smaller, compute) if weights is None else WeightedTraining(smaller, compute, weights)
     training.guarded = True
     scheduler = recipe.scheduler(training.optimizer)
     total, seen = 0.0, 0

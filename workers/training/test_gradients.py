@@ -24,6 +24,7 @@ from ..persample.engine import PerSampleGradients
 from ..persample.trials import choose_ways
 from ..persample.ways import Ways, always_vjp
 from ..recipe import Batch
+from .finite import check_own_gradients
 from .fixed_pass import fixed_pass
 from .metrics import OutputWatch, evaluating, predicted
 from .training import Training
@@ -174,6 +175,7 @@ class TestGradients:
 
         Raises:
             NonFiniteLoss: A loss is NaN or infinite: named by its index.
+            NonFiniteTangents: A gradient is, though its loss is not: likewise.
         """
         training = self.training
         out = torch.empty(min(self.size, len(indices)), training.layout.dimension, dtype=training.dtype)
@@ -182,7 +184,9 @@ class TestGradients:
             for start in range(0, len(indices), self.size):
                 chosen = indices[start : start + self.size]
                 rows = out[: len(chosen)]
-                self._block(chosen, rows, np.empty(len(chosen)), np.empty(len(chosen), np.int64), watch)
+                loss, prediction = np.empty(len(chosen)), np.empty(len(chosen), dtype=np.int64)
+                self._block(chosen, rows, loss, prediction, watch)
+                check_own_gradients(training, self.dataset, chosen, rows.numpy(), loss, self.WHAT)
                 take(start, rows)
                 if report:
                     report(start + len(chosen))

@@ -21,7 +21,6 @@ from hydra_pipe.pipeline.decide.cluster import jaccard
 from hydra_pipe.pipeline.decide.detect import default_by, detect, name_of
 from hydra_pipe.pipeline.decide.scorers import SCORERS
 from hydra_pipe.pipeline.executors.events import Note
-from hydra_pipe.pipeline.reading.panels import panels
 from hydra_pipe.storage.errors import IncompleteStage, InputError, SpecError
 
 from hydra_pipe import Recipe, Run, RunSpec, open_run, run, verify
@@ -51,7 +50,14 @@ def built(tmp_path: Path) -> Run:
 
 
 def matrix(found: Run, method: str = "hydra") -> np.ndarray:
-    return np.concatenate([block for _, block in panels(found, method, panel=3)], axis=1)
+    """C(i, j), (n, M), one stored row after the other."""
+    index = found.samples(method)["train_index"].to_pylist()
+    tests = found.test_gradients().column("test_index").tolist()
+    c_nM = np.full((len(index), len(tests)), np.nan)
+    for row in found.contributions(method).to_table().to_pylist():
+        c_nM[index.index(row["train_index"]), tests.index(row["test_index"])] = row["contribution"]
+    assert not np.isnan(c_nM).any()
+    return c_nM
 
 
 def by_index(detection: stored.Detection, column: str) -> np.ndarray:
@@ -97,6 +103,20 @@ def test_detectors_say_what_loops_say(digits, name, split):
     looked = np.isin(tests, found.values.selecting) if split else np.full(len(tests), True)
     expected = by_loops(name, matrix(digits)[:, looked], labels[looked])
     assert by_index(found, "suspicion") == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_samples_and_test_samples_with_gaps_between_them(tmp_path):
+    made = Built(tmp_path / "run")
+    made.tracked = np.array([i for i in range(20) if i % 4])
+    made.contributions, made.exact = made.contributions[made.tracked], made.exact[made.tracked]
+    made.visits = made.visits[made.tracked]
+    made.hypergradients = made.hypergradients[made.tracked]
+    made.info["n_tracked"] = len(made.tracked)
+    found = open_run(made.build().uri)
+    (harm,) = detect(found, by="harm")
+    assert by_index(harm, "suspicion") == pytest.approx(by_loops("harm", matrix(found), made.test_label))
+    assert harm.values.measures["wrong"] == 2
+    assert verify(found).ok
 
 
 def test_the_harmed_class_is_suggested_where_it_is_not_the_given_one(digits):

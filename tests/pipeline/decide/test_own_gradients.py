@@ -12,7 +12,7 @@ from hydra_pipe.pipeline.decide.case import Case, Options
 from hydra_pipe.pipeline.decide.gradient_rows import LastLayer, rows_of
 from hydra_pipe.pipeline.decide.passes import Passes
 from hydra_pipe.pipeline.decide.scorers import SCORERS
-from hydra_pipe.storage.errors import IncompleteStage, InputError, SpecError
+from hydra_pipe.storage.errors import IncompleteStage, InputError, NonFiniteTangents, SpecError
 from hydra_pipe.workers.model.layout import load_flat
 from hydra_pipe.workers.training import own_gradients
 from sklearn.ensemble import IsolationForest
@@ -299,3 +299,24 @@ def test_a_run_without_hypergradients_labels_or_by_another_recipe(tmp_path):
         IncompleteStage, match=r"no hypergradients; name one that has with --method: hydra-ekfac$"
     ):
         score("self-influence", both, Unlabelled())
+
+
+class Steep(Small):
+    """In eval mode the loss of train_index 7 has a finite value and no derivative."""
+
+    def train_dataset(self):
+        dataset = super().train_dataset()
+        dataset.tensors[0][7, 0] = 1.25
+        return dataset
+
+    def losses(self, model, batch):
+        output = model(batch[0])
+        loss = F.cross_entropy(output, batch[1], reduction="none")
+        at = torch.nonzero(batch[0][:, 0] == 1.25).flatten()
+        return loss if model.training else loss.index_add(0, at, (0 * output[at, 0]).sqrt())
+
+
+def test_a_gradient_that_is_not_finite_names_its_sample(tmp_path):
+    run = serial(tmp_path / "r", Steep(), epochs=1)
+    with pytest.raises(NonFiniteTangents, match=r"train_index 7 is not finite .*leave them out with --track"):
+        score("outlier-gradient", run, Steep(), layer="all")

@@ -140,7 +140,10 @@ def test_other_hypergradients_make_their_products_void(place):
     asked(place)
     directory = open_run(str(place)).directory
     chunk = next(
-        file.path for m in directory.manifests("hydra/replay") for file in m.files if "/c/" in file.path
+        file.path
+        for m in directory.manifests("hydra/replay")
+        for file in m.files
+        if "/hypergradient/c/" in file.path
     )
     (place / chunk).write_bytes(b"x")
     serial(place, BatchNormed(), track="3:43")

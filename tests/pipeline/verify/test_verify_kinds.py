@@ -21,7 +21,7 @@ from hydra_pipe.pipeline.vocabulary import stages_of
 from hydra_pipe.storage import layout
 from hydra_pipe.storage.rundir import RunDirectory
 
-from hydra_pipe import RunSpec, open_run, run
+from hydra_pipe import RunSpec, clean, detect, open_run, run
 from tests.recipes import Small
 
 FOLDERS = [kind.folder for kind in layout.KINDS]
@@ -49,6 +49,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     passes.outputs()
     passes.norms()
     add(shards=2, seeds=2)
+    detect(str(place), by="harm")
+    clean(str(place), Small(), list=[1], drop="flagged", retrain=1, executor="serial", device="cpu")
     return place
 
 

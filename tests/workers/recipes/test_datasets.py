@@ -216,8 +216,9 @@ def test_noise_by_class_changes_that_share_of_every_class(kind):
     changed = small != labels
     assert np.array_equal(small[changed], large[changed])  # a larger share adds to the smaller one
     if kind == "symmetric":
-        whole = with_label_noise(labels, share=1.0, **given) != labels
-    assert np.array_equal(whole, np.isin(labels, list(partners)) if kind == "asymmetric" else whole | True)
+        assert set(large[(labels == 1) & (large != 1)]) == {0, 2, 3, 4}
+    chosen = np.isin(labels, list(partners)) if kind == "asymmetric" else np.ones(len(labels), dtype=bool)
+    assert np.array_equal(with_label_noise(labels, share=1.0, **given) != labels, chosen)
 
 
 def test_permuted_noise_keeps_class_counts():

@@ -35,7 +35,7 @@ SHARE, GOAL = 0.5, 78.0
 COMMON: Mapping[str, Any] = {
     "samples": 5_000,
     "validation": 200,
-    "epochs": (10, 30),
+    "epochs": (10,),
     "hessians": ("none",),
     "clusters": ("kmeans", "average"),
     "mode": "forward",

@@ -32,7 +32,7 @@ COMMON: Mapping[str, Any] = {
     "tracked": (400, 2_000, 10_000),
     "of": 10_000,
     "batch": 64,
-    "steps": {"LeNet-5": 40, "DenseNet-40": 2, "MobileNetV2": 2},
+    "steps": {"LeNet-5": 40, "DenseNet-40": 2, "MobileNetV2": 1},
     "rounds": 2,
 }
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {

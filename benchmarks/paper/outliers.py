@@ -53,7 +53,7 @@ COMMON: Mapping[str, Any] = {
         *("outlier-gradient l1", "outlier-gradient l2", "outlier-gradient iforest"),
         *("margin", "joint"),
     ),
-    "retrain_seeds": 3,
+    "retrain_seeds": {"moons": 3, "digits": 3, "fashion-mnist": 0},
     "trim": None,
     "device": "cpu",
 }
@@ -75,7 +75,7 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             **COMMON,
             "data": {"digits": 5, "fashion-mnist": 5},
             "retrain": None,
-            "retrain_seeds": 5,
+            "retrain_seeds": {"moons": 5, "digits": 5, "fashion-mnist": 5},
             "samples": {"digits": None, "fashion-mnist": None},
             "epochs": {"digits": 60, "fashion-mnist": 20, "moons": 100},
             "tests": {"digits": 360, "fashion-mnist": 10_000},
@@ -176,7 +176,8 @@ def experiment(name: str, sizes: Mapping[str, Any], steps: Steps, pictures: Path
     trim = "as many as are wrong" if sizes["trim"] is None else f"{100 * sizes['trim']:g}%"
     outcome.notes.append(
         f"trimmed: {trim} (the paper: 5% whatever the share of wrong labels); mean ± standard deviation over the seeds, "
-        f"each with wrong labels, initial weights and batch order of its own; trained again on the first {sizes['retrain_seeds']}"
+        "each with wrong labels, initial weights and batch order of its own; trained again on the first "
+        + ", ".join(f"{count} ({data})" for data, count in sizes["retrain_seeds"].items())
     )
     return outcome
 
@@ -188,7 +189,7 @@ def _moons(outcome: Outcome, sizes: Mapping[str, Any], steps: Steps) -> None:
         *("ranking", "detection accuracy, %", "test accuracy, %", "AUROC"),
     )
     recipes = [Moons(epochs=sizes["epochs"]["moons"], seed=seed) for seed in range(sizes["moons"])]
-    found = _judged(steps, "moons", recipes, Moons.SELECTING, Moons.TESTS, cut, sizes)
+    found = _judged(steps, "moons", "moons", recipes, Moons.SELECTING, Moons.TESTS, cut, sizes)
     for arm, rows in found.items():
         cells = [
             spread([row[key] for row in rows if key in row], scale) if key in rows[0] else None
@@ -216,6 +217,7 @@ def _noise(
     count = len(recipes[0].train_dataset())
     found = _judged(
         steps,
+        data,
         f"{data}-{share:g}",
         recipes,
         sizes["selecting"][data],
@@ -245,6 +247,7 @@ def _noise(
 
 def _judged(
     steps: Steps,
+    data: str,
     name: str,
     recipes: Sequence[Any],
     selecting: int,
@@ -275,7 +278,7 @@ def _judged(
             dropped = _dropped(arm, ranked, wrong, drop, recipe.seed)
             one = measures(ranked[arm], dropped, wrong) if arm in ranked else Found()
             asked = sizes["retrain"] is None or arm in OTHERS or arm in sizes["retrain"]
-            if asked and seed < sizes["retrain_seeds"]:
+            if asked and seed < sizes["retrain_seeds"][data]:
                 kept = np.setdiff1d(np.arange(count), dropped)
                 one |= steps.do(
                     f"{name}-{arm}-{seed}".replace(" ", "-"),

@@ -28,6 +28,7 @@ NAMES = (
     "checks",
     "reduce",
     "detect",
+    "report_page",
     "hessian",
     "speedup",
     "memory",

@@ -43,7 +43,7 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     name = f"{sizes['samples']:,} x {sizes['tests']:,} contributions"
     for detectors in sizes["detectors"]:
         words = [word for detector in detectors for word in ("--by", detector)]
-        taken = [_timed(["detect", str(place), *words]) for _ in range(sizes["rounds"])]
+        taken = [timed(["detect", str(place), *words]) for _ in range(sizes["rounds"])]
         what = f"{name}: --by {', '.join(detectors)}"
         result.add(f"{what}: time", [one[0] for one in taken], "s", at_most=60)
         result.add(
@@ -53,7 +53,7 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     return result
 
 
-def _timed(words: list[str]) -> tuple[float, float, int]:
+def timed(words: list[str]) -> tuple[float, float, int]:
     """Return seconds, seconds of the processors and peak bytes of a command."""
     begun = time.perf_counter()
     child = subprocess.Popen(

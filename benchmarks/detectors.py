@@ -28,15 +28,30 @@ from torch import nn
 from .report import Result
 from .timing import median
 
-SIZES: Mapping[str, Any] = {"seeds": (0, 1, 2, 3, 4), "epochs": None, "hessian": "none", "threads": 1}
-QUICK: Mapping[str, Any] = {**SIZES, "seeds": (0,), "epochs": 2}
-
 TASKS = {
     "digits, symmetric 10%": ("digits", "symmetric", 0.1),
     "digits, symmetric 40%": ("digits", "symmetric", 0.4),
     "digits, pairflip 20%": ("digits", "pairflip", 0.2),
     "Fashion, symmetric 10%": ("fashion", "symmetric", 0.1),
 }
+SIZES: Mapping[str, Any] = {
+    "tasks": tuple(TASKS),
+    "seeds": (0, 1, 2, 3, 4),
+    "epochs": None,
+    "train_size": None,
+    "test_size": None,
+    "hessian": "none",
+    "threads": 1,
+}
+QUICK: Mapping[str, Any] = {
+    **SIZES,
+    "tasks": ("digits, symmetric 10%",),
+    "seeds": (0,),
+    "epochs": 2,
+    "train_size": 200,
+    "test_size": 40,
+}
+
 JOINT, PIXELS = "joint", "knn on raw pixels (no --by)"
 WITHIN = 0.005
 """How far the default may be below the best detector of any task."""
@@ -79,7 +94,8 @@ class Garments(FashionMnist):
 def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     """Train with wrong labels, rank by every detector, and measure the rankings."""
     result = Result(name="detectors", sizes=sizes)
-    for task, (data, kind, share) in TASKS.items():
+    for task in sizes["tasks"]:
+        data, kind, share = TASKS[task]
         found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for seed in sizes["seeds"]:
             made = {
@@ -88,6 +104,8 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
                 "noise_seed": seed,
                 "seed": seed,
                 "epochs": sizes["epochs"],
+                "train_size": sizes["train_size"],
+                "test_size": sizes["test_size"],
             }
             recipe = Figures(**made) if data == "digits" else Garments(**made)
             place = str(folder / f"{data}-{kind}-{share}-{seed}")

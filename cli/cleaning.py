@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from ..pipeline.decide.clean import Cleaned
 
 
-@click.command(
-    cls=HeadedCommand, short_help="Drop, relabel or downweight suspicious samples of RUN; does it help?"
-)
+@click.command(cls=HeadedCommand, short_help="Drop, relabel or downweight suspicious samples of RUN.")
 @click.argument("run")
 @click.argument("recipe", required=False, metavar="[RECIPE]")
 @click.option(

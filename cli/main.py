@@ -16,7 +16,7 @@ import click
 
 from .. import __version__
 from ..storage.errors import HydraError
-from . import attributing, cleaning, deciding, inspect, judging, running
+from . import attributing, cleaning, deciding, explaining, inspect, judging, running
 from .options import debug_option, debug_wanted
 from .output import ReaderGone, clean, plain
 
@@ -107,6 +107,8 @@ for _command in (
     judging.evaluate,
     deciding.detect,
     cleaning.clean,
+    explaining.explain,
+    explaining.report,
 ):
     assert _command.callback is not None
     _command.callback = clean(_command.callback)

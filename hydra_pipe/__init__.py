@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .pipeline.decide.case import Options as DetectOptions
     from .pipeline.decide.clean import Cleaned, clean
     from .pipeline.decide.detect import detect
+    from .pipeline.decide.explain import explain
+    from .pipeline.decide.explanation import Explanation
+    from .pipeline.decide.report import report
     from .pipeline.drive.attribute import attribute
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
@@ -37,6 +40,7 @@ __all__ = [
     "DeepVerification",
     "DetectOptions",
     "Detection",
+    "Explanation",
     "HydraError",
     "Questions",
     "Recipe",
@@ -51,9 +55,11 @@ __all__ = [
     "detect",
     "evaluate",
     "events",
+    "explain",
     "load_decision",
     "open_run",
     "read_decision",
+    "report",
     "run",
     "verify",
     "verify_deep",
@@ -66,6 +72,7 @@ _HOMES = {
     "DeepVerification": ".pipeline.verify.deep_checks:DeepVerification",
     "DetectOptions": ".pipeline.decide.case:Options",
     "Detection": ".pipeline.reading.detections:Detection",
+    "Explanation": ".pipeline.decide.explanation:Explanation",
     "HydraError": ".storage.errors:HydraError",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
@@ -79,9 +86,11 @@ _HOMES = {
     "detect": ".pipeline.decide.detect:detect",
     "evaluate": ".pipeline.evaluate.evaluate:evaluate",
     "events": ".pipeline.executors.events",
+    "explain": ".pipeline.decide.explain:explain",
     "load_decision": ".pipeline.reading.decisions:load_decision",
     "open_run": ".pipeline.opened_run:open_run",
     "read_decision": ".pipeline.reading.decisions:read_decision",
+    "report": ".pipeline.decide.report:report",
     "run": ".pipeline.run:run",
     "verify": ".pipeline.verify.verify:verify",
     "verify_deep": ".pipeline.verify.deep:verify_deep",

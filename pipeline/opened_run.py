@@ -9,6 +9,9 @@ from .reading.reader import Reader, opened
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from matplotlib.figure import Figure
+
+    from .analysis.interclass import Scale
 
 
 class Run(Reader):
@@ -47,6 +50,34 @@ class Run(Reader):
         from .analysis.summary import summary as summarize
 
         return summarize(self, method)
+
+    def plot_top(
+        self, k: int = 10, test: int | None = None, method: str | None = None, *, label: int | None = None
+    ) -> Figure:
+        """Draw the most helpful and most harmful training samples; see `analysis.plots.plot_top`."""
+        from .analysis.plots import plot_top
+
+        return plot_top(self, k, test, method, label=label)
+
+    def plot_interclass(self, method: str | None = None, scale: Scale | None = None) -> Figure:
+        """Draw Eq. 23 class by class, raw and scaled; see `analysis.plots.plot_interclass`."""
+        from .analysis.plots import plot_interclass
+
+        return plot_interclass(self, method, scale)
+
+    def plot_contributions(
+        self, test: int | None = None, train: int | None = None, method: str | None = None
+    ) -> Figure:
+        """Draw how contributions are spread; see `analysis.plots.plot_contributions`."""
+        from .analysis.plots import plot_contributions
+
+        return plot_contributions(self, test, train, method)
+
+    def plot_curve(self, detection: str | None = None) -> Figure:
+        """Draw how fast detections find labels that are known to be wrong; see `analysis.plots.plot_curve`."""
+        from .analysis.plots import plot_curve
+
+        return plot_curve(self, detection)
 
 
 def open_run(uri: str | os.PathLike[str]) -> Run:

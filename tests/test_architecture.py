@@ -86,7 +86,7 @@ def test_only_the_cli_prints(room):
 MAY_IMPORT = {
     "pipeline": {
         "run": "drive executors opened_run plan spec vocabulary",
-        "decide": "compare drive executors plan reading spec units vocabulary",
+        "decide": "analysis compare drive evaluate executors plan reading spec units vocabulary",
         "evaluate": "compare drive executors plan reading spec units vocabulary",
         "compare": "drive executors plan reading spec units vocabulary",
         "drive": "analysis executors opened_run plan reading spec units vocabulary",
@@ -352,6 +352,7 @@ def test_the_public_face():
         "DeepVerification",
         "DetectOptions",
         "Detection",
+        "Explanation",
         "HydraError",
         "Questions",
         "Recipe",
@@ -366,12 +367,12 @@ def test_the_public_face():
         "compare",
         "detect",
         "evaluate",
+        "explain",
         "open_run",
+        "report",
         "run",
-        "verify",
-        "verify_deep",
     ]
-    functions += ["load_decision", "read_decision"]
+    functions += ["verify", "verify_deep", "load_decision", "read_decision"]
     assert sorted(hydra_pipe.__all__) == sorted([*classes, *functions, "__version__", "events"])
     assert all(isinstance(getattr(hydra_pipe, name), type) for name in classes)
     assert all(inspect.isfunction(getattr(hydra_pipe, name)) for name in functions)

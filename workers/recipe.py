@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from .data.labels import class_labels
 from .data.of_recipe import Batch, default_method
+from .data.show import Shown, default_look
 
 __all__ = ["Batch", "Recipe"]
 
@@ -37,6 +38,7 @@ class Recipe:
         scheduler_interval: ``"epoch"`` or ``"step"``: how often the scheduler moves.
         plateau_metric: What ``ReduceLROnPlateau`` watches: the mean loss on ``"validation"``, on
             ``"train"``, or the sum of both, ``"train+validation"``.
+        picture_shape: (H, W) or (C, H, W) of inputs that are flattened images, for ``show``; None: they are none.
     """
 
     NAME: ClassVar[str | None] = None
@@ -47,6 +49,7 @@ class Recipe:
     num_workers: int = 0
     scheduler_interval: Literal["epoch", "step"] = "epoch"
     plateau_metric: Literal["train", "validation", "train+validation"] = "validation"
+    picture_shape: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -137,6 +140,15 @@ class Recipe:
     def collate(self, items: Sequence[Any]) -> Batch:
         """Join dataset items to a batch; PyTorch's ``default_collate`` unless overridden."""
         return default_collate(list(items))
+
+    def show(self, item: Any) -> Shown:
+        """Return an item of a dataset for people to look at: an image array, a text, or None.
+
+        Images are (H, W), (H, W, 3) or (C, H, W), uint8 or floats from 0 to 1. The default shows the inputs
+        of a pair or mapping: images scaled to their own range, tokens and features as text. It decides no
+        number of a run: changing it makes no other recipe.
+        """
+        return default_look(item, self.picture_shape)
 
     def noisy_labels(self, dataset: Dataset[Any]) -> tuple[Any, Any] | None:
         """Return (train indices, their original labels) of labels wrong on purpose, or None."""

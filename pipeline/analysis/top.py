@@ -74,7 +74,7 @@ def _one_test_sample(run: Reader, *, k: int, test: int, harmful: bool, method: s
     """Stream the rows of one test sample, keeping the best ``k``; statistics prune the rest."""
     name = run.method(method)
     if run.noted.kind_of(name) != SAMPLES:
-        raise _no_such_target(run, name, f"test sample {test}", (SAMPLES,))
+        raise no_such_target(run, name, f"test sample {test}", (SAMPLES,))
     dataset = run.contributions(name)
     # An index outside int32 would overflow in the filter; it is not in the run either way.
     if not 0 <= test < 2**31:
@@ -105,7 +105,7 @@ def _one_test_sample(run: Reader, *, k: int, test: int, harmful: bool, method: s
 def _one_class(run: Reader, *, k: int, label: int, harmful: bool, method: str) -> pa.Table:
     """Stream the rows of one class and average them by training sample."""
     if run.noted.kind_of(method) == MEAN:
-        raise _no_such_target(run, method, f"class {label}", (SAMPLES, CLASSES))
+        raise no_such_target(run, method, f"class {label}", (SAMPLES, CLASSES))
     held = targets(run, method)
     if label < 0 or label not in held.label:
         known = ", ".join(str(c) for c in np.unique(held.label[held.label >= 0]).tolist())
@@ -133,7 +133,7 @@ def _one_class(run: Reader, *, k: int, label: int, harmful: bool, method: str) -
     )
 
 
-def _no_such_target(run: Reader, method: str, asked: str, kinds: tuple[str, ...]) -> InputError:
+def no_such_target(run: Reader, method: str, asked: str, kinds: tuple[str, ...]) -> InputError:
     """Return the refusal of what only methods with targets of the given kinds can answer."""
     own = run.noted.kind_of(method)
     held = "a mean a class" if own == CLASSES else "the mean over all test samples"

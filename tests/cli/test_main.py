@@ -17,7 +17,7 @@ from hydra_pipe.cli.options import debug_option
 from hydra_pipe.storage.errors import StorageFull
 
 COMMANDS = ["run", "plan", "record", "replay", "reduce", "attribute", "status", "top", "verify", "export"]
-COMMANDS += ["compare", "evaluate", "detect"]
+COMMANDS += ["compare", "evaluate", "detect", "clean", "explain", "report"]
 
 
 def outcome(error: BaseException, *words: str) -> Result:

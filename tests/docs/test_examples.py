@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from hydra_pipe.cli import main
@@ -65,7 +66,9 @@ def test_examples_of_the_reference_are_understood(block, tmp_path, monkeypatch):
         return
     for words in block.commands():
         name, *rest = arguments(words, block.where)
-        main.commands[name].make_context(name, rest)
+        # Below the group, as on the command line: click keeps the --help that a command was first given.
+        above = click.Context(main, info_name="hydra-pipe", **main.context_settings)
+        main.commands[name].make_context(name, rest, parent=above)
 
 
 def test_every_command_and_option_has_an_example():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -33,3 +34,26 @@ def test_fashion_mnist_lenet(tmp_path):
         found[tracked.index(row["train_index"]), row["test_index"]] = row["contribution"]
     assert len(rows) == found.size
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
+    """Without Jupyter: its code cells, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    held = json.loads(notebook.read_text(encoding="utf-8"))
+    cells = [cell for cell in held["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) >= 5
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)  # nothing stale
+    names: dict[str, object] = {"__name__": "notebook"}
+    for number, cell in enumerate(cells):
+        exec(compile("".join(cell["source"]), f"{notebook.name}[{number}]", "exec"), names)  # noqa: S102
+    page = (tmp_path / "decisions.html").read_text(encoding="utf-8")
+    assert 'id="test-3"' in page
+    assert 'id="decision"' in page
+
+
+def test_there_is_a_notebook():
+    assert [path.name for path in NOTEBOOKS] == ["decisions.ipynb"]

@@ -167,6 +167,14 @@ class ImageRecipe(Recipe):
         changed = np.flatnonzero(dataset.targets.numpy() != originals).astype(np.int64)
         return changed, originals[changed]
 
+    def show(self, item: Any) -> Any:
+        """Return the image as its file has it: normalisation undone."""
+        image_CHW: Tensor = item[0]
+        mean, std = (
+            torch.tensor(getattr(self, name, value)) for name, value in (("MEAN", 0.0), ("STD", 1.0))
+        )
+        return (image_CHW * std.view(-1, 1, 1) + mean.view(-1, 1, 1)).clamp(0, 1).numpy()
+
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of each sample, shape (B,)."""
         images, targets = batch

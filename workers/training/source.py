@@ -25,6 +25,9 @@ from typing import Any
 _OWN = Path(__file__).resolve().parents[1]  # of the room `workers`
 _RECIPES = _OWN / "recipes"
 
+_LOOKS = ("show", "picture_shape")
+"""What a recipe has for people to look at its samples."""
+
 Names = dict[str, list[ast.stmt]]
 Import = tuple[str, int, str | None]
 """Module, level (dots of a relative import) and the name taken from it; None: the module itself."""
@@ -95,6 +98,7 @@ def _typed(kind: type) -> dict[str, Any]:
     try:
         text = inspect.getsource(kind)
         tree = ast.parse(textwrap.dedent(text))
+        _forget_looks(tree.body[0])
     except (OSError, TypeError, SyntaxError):
         return {"unknown": "the class was not read from a file"}
     return {"files": {"": {"code": _sha(_dump(tree)), "text": _sha(text.encode())}}}
@@ -143,6 +147,9 @@ class _Closure:
         for base in kind.__mro__:
             file = _file_of(base)
             if file is not None and self._users(file):
+                held = self._open(file)
+                for statement in held.bound.get(base.__qualname__, []) if held is not None else []:
+                    _forget_looks(statement)
                 self._add(file, base.__qualname__.partition(".")[0])
         while self.todo:
             self._visit(*self.todo.pop())
@@ -224,6 +231,19 @@ class _Closure:
 
 _ROOMS = ("workers", "storage", "pipeline", "cli", "hydra_pipe")
 _STANDARD = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+
+
+def _forget_looks(statement: ast.stmt) -> None:
+    """Take what only shows samples out of a recipe's class: it decides no number."""
+    if isinstance(statement, ast.ClassDef):
+        statement.body = [part for part in statement.body if not _is_look(part)] or [ast.Pass()]
+
+
+def _is_look(statement: ast.stmt) -> bool:
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        return all(isinstance(target, ast.Name) and target.id in _LOOKS for target in targets)
+    return isinstance(statement, ast.FunctionDef) and statement.name in _LOOKS
 
 
 def _module_file(place: Path) -> Path | None:

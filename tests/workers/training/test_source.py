@@ -152,3 +152,29 @@ def test_a_class_without_a_file_is_unknown_and_says_so():
     assert "unknown" in found
     assert source_difference(found, found) is None
     assert source_difference(found, source_of(Digits)) is None
+
+
+SHOWN = '''\
+
+    picture_shape = (8, 8)
+
+    def show(self, item):
+        """How a digit looks."""
+        return unused_drawing(item)
+'''
+
+
+def test_how_samples_are_shown_is_no_part_of_what_a_recipe_is(tmp_path: Path, monkeypatch: Any) -> None:
+    """A recipe that gets `show` after it was run is the same recipe."""
+    text = "from hydra_pipe import Recipe\n\n\ndef unused_drawing(item):\n    return 1\n\n\n"
+    body = "class Seen(Recipe):\n    def model(self):\n        return 1\n"
+    found = []
+    for more in ("", SHOWN, SHOWN.replace("(8, 8)", "(28, 28)")):
+        (tmp_path / "seen.py").write_text(text + body + more)
+        sys.modules.pop("seen", None)
+        found.append(source_of(type(load_recipe(f"{tmp_path}/seen.py:Seen", {}))))
+    assert source_difference(found[0], found[1]) == "text"
+    assert source_difference(found[1], found[2]) == "text"
+    (tmp_path / "seen.py").write_text(text + body.replace("return 1", "return 2"))
+    other = source_of(type(load_recipe(f"{tmp_path}/seen.py:Seen", {})))
+    assert source_difference(found[0], other) == "code"

@@ -44,7 +44,7 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
 """Accuracy in %: no filtering, influence functions, HyDRA."""
 SHARES = {"table3": 0.8, "supplement-table4": 0.5}
 
-NOTHING = "nothing"
+NOTHING, RANDOM, EXACT = "nothing", "at random", "exactly the wrong ones"
 KEPT, TRUE = "as trained", "true"
 """Which labels the retraining sees."""
 
@@ -67,6 +67,7 @@ COMMON: Mapping[str, Any] = {
     "retrain": ("loss", "margin", "early-loss", "contribution", "harmed-class", "joint"),
     "seeds": 3,
     "true_seeds": 1,
+    "true": (RANDOM, "margin", EXACT),
     "device": "cpu",
 }
 QUICK = {
@@ -86,6 +87,7 @@ FULL = {
     "hessians": ("none", "ekfac", "exact"),
     "seeds": 5,
     "true_seeds": 5,
+    "true": (RANDOM, "loss", "margin", "contribution", "harmed-class", "joint", EXACT),
     "device": "auto",
 }
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -148,7 +150,9 @@ def _clean(outcome: Outcome, data: str, share: float, sizes: Mapping[str, Any], 
         cells: list[Any] = [arm, 100 * len(np.intersect1d(kept, right)) / len(kept)]
         trained = arm not in ranked or arm.split(",")[0] in sizes["retrain"]
         for labels, seeds in ((KEPT, sizes["seeds"]), (TRUE, sizes["true_seeds"])):
-            seeds = seeds if trained and (arm != NOTHING or labels == KEPT) else 0
+            # Nothing dropped and true labels is no cleaning.
+            asked = trained if labels == KEPT else arm != NOTHING and arm.split(",")[0] in sizes["true"]
+            seeds = seeds if asked else 0
             found = [
                 _retrain(steps, data, run, recipe, sizes, arm, kept, labels, seed, parts)
                 for seed in range(seeds)
@@ -197,11 +201,11 @@ def choices(ranked: Mapping[str, Floats], wrong: Integers, count: int) -> dict[s
     """Return which samples each arm keeps; all but the first drop as many as are wrong."""
     everyone, drop = np.arange(count), len(wrong)
     draw = np.random.default_rng(0)
-    arms = {NOTHING: everyone, "at random": np.sort(draw.permutation(count)[drop:])}
+    arms = {NOTHING: everyone, RANDOM: np.sort(draw.permutation(count)[drop:])}
     for name, suspicion in ranked.items():
         order = np.argsort(-suspicion, kind="stable")
         arms[name] = np.sort(order[drop:])
-    arms["exactly the wrong ones"] = np.setdiff1d(everyone, wrong)
+    arms[EXACT] = np.setdiff1d(everyone, wrong)
     return arms
 
 

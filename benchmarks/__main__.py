@@ -1,4 +1,7 @@
-"""``python -m benchmarks [NAME …] [--quick] [--size KEY=VALUE …]``: run, print tables, write JSON."""
+"""``python -m benchmarks [NAME …] [--quick] [--size KEY=VALUE …]``: run, print tables, write JSON.
+
+``python -m benchmarks paper [NAME …] [--scale quick|two-cores|full]`` runs the papers' experiments.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .paper.command import main as papers
 from .report import RESULTS, save, show
 
 WIDE = 170
@@ -70,8 +74,12 @@ def sizes_of(module: Any, chosen: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> None:
-    """Run the chosen benchmarks one after the other."""
-    chosen = parse(arguments)
+    """Run the chosen benchmarks one after the other; after the word ``paper``, the papers' experiments."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["paper"]:
+        papers(words[1:], console)
+        return
+    chosen = parse(words)
     console = console or Console(width=None if sys.stdout.isatty() else WIDE)
     for name in chosen.names or NAMES:
         module = importlib.import_module(f".{name}", __package__)

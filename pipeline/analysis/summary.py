@@ -20,6 +20,7 @@ import numpy as np
 
 from ...storage import layout
 from ...storage.errors import HydraError
+from ...workers.recipes import BUILT_IN
 from ..reading.stage_states import stage_states
 from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import MEAN, SAMPLES
@@ -147,7 +148,14 @@ def _next(run: Reader, method: str | None, methods: list[str]) -> list[str]:
     column, option = ("test_index", "--test") if kind == SAMPLES else ("test_label", "--class")
     test = f" {option} {first[0][column]}" if first and kind != MEAN else ""
     chosen = "" if method == methods[0] else f" --method {method}"
-    commands = [f"hydra-pipe top {where}{test} --harmful{chosen}", f"hydra-pipe verify {where}"]
+    reference = str(run.noted.identity.get("recipe", ""))
+    named = "" if reference in BUILT_IN or not reference else f" {shlex.quote(reference)}"
+    commands = [
+        f"hydra-pipe top {where}{test} --harmful{chosen}",
+        f"hydra-pipe detect {where}{named}{chosen}",
+        f"hydra-pipe report {where}{named} --to {shlex.quote(run.recipe)}.html",
+        f"hydra-pipe verify {where}",
+    ]
     if importlib.util.find_spec("duckdb"):  # an extra; its package has no command of its own
         glob = json.dumps(run.directory.path(layout.table_parts("contributions", method)))
         other = "" if kind == MEAN else '.filter("train_label <> test_label")'

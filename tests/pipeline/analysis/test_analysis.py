@@ -254,7 +254,7 @@ def test_every_hint_of_the_summary_is_a_command_that_is_there(run: Run, tmp_path
     place = tmp_path / 'it\'s a "run"'
     shutil.copytree(run.uri, place)
     hints = summary(open_run(str(place)))["next"]
-    assert [shlex.split(hint)[:2] for hint in hints[:2]] == [["hydra-pipe", "top"], ["hydra-pipe", "verify"]]
+    assert [shlex.split(hint)[1] for hint in hints[:4]] == ["top", "detect", "report", "verify"]
     # The tests' own hydra-pipe, whether or not it is installed as a command.
     program = shlex.join([sys.executable, "-c", "from hydra_pipe.cli import main; main()"])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -262,7 +262,7 @@ def test_every_hint_of_the_summary_is_a_command_that_is_there(run: Run, tmp_path
     for hint in hints:
         command = hint.replace("hydra-pipe", program, 1) if hint.startswith("hydra-pipe ") else hint
         done = subprocess.run(
-            command, shell=True, env=environment, capture_output=True, text=True, check=False
+            command, shell=True, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
         )
         assert done.returncode == 0, (hint, done.stderr)
         shown.append(done.stdout)
@@ -283,6 +283,8 @@ def test_without_duckdb_nothing_asks_for_it(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert [hint.split()[:2] for hint in summary(run)["next"]] == [
         ["hydra-pipe", "top"],
+        ["hydra-pipe", "detect"],
+        ["hydra-pipe", "report"],
         ["hydra-pipe", "verify"],
     ]
 

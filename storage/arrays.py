@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -310,9 +311,20 @@ def run_all(function: Callable[[T], None], items: Iterable[T], uri: str) -> None
         for item in work:
             function(item)
         return
+    failed = threading.Event()
+
+    def unless_failed(item: T) -> None:
+        if failed.is_set():
+            return
+        try:
+            function(item)
+        except BaseException:
+            failed.set()
+            raise
+
     pool = ThreadPoolExecutor(min(limit, len(work)))
     try:
-        for _ in pool.map(function, work):
+        for _ in pool.map(unless_failed, work):
             pass
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -4,10 +4,12 @@ The mean margin over training ranks best alone where labels are wrong at random;
 ranks best where wrong labels have a pattern, but only on a trained net; neighbours rank well where the net is not
 trained enough. Each is standardised and they are added,
 
-    joint_i = z(-mean margin)_i + z(share of unlike neighbours)_i + a^4 / 2 z(harm to the class harmed most)_i
+    joint_i = z(-mean margin)_i + max(a^2, c) z(share of unlike neighbours)_i + b^4 / 2 z(harm to the class harmed most)_i
 
-a being the share, among the tenth of lowest margin, on whose true class margin and contributions agree. That needs no
-truth: contributions of a net that is not trained enough point anywhere, and then count for little.
+What a part is worth is seen without the truth. a and b are the shares, among the tenth of lowest margin, for which
+neighbours and contributions suggest the label that the margin suggests; c is how far neighbours share labels at all, 0 by
+chance and 1 always. Neighbours that mostly have wrong labels themselves, and contributions of a net that is not trained
+enough, count for little.
 """
 
 from __future__ import annotations
@@ -23,13 +25,12 @@ from .contributions import harmed_class
 from .outputs import score_neighbours
 from .visits import loss, margin
 
-HARMED = "harmed-class"
+KNN, HARMED = "knn", "harmed-class"
 UNSERVED = (InputError, IncompleteStage, EstimatorError)
 """What a part raises that cannot judge a run."""
 LOOKED_AT = 0.1
 """Share of lowest margin on which agreement is measured."""
-POWER, HALF = 4, 0.5
-"""Chosen on two seeds of the four tasks of ``benchmarks detectors`` and confirmed on three others."""
+HALF, POWER, KNN_POWER = 0.5, 4, 2
 
 Part = Callable[[Case], Scores]
 
@@ -48,6 +49,8 @@ def joint(case: Case) -> Scores:
     weights = dict.fromkeys(found, 1.0)
     if own is not None and HARMED in found:
         weights[HARMED] = HALF * agreement(own, found[HARMED]) ** POWER
+    if own is not None and KNN in found:
+        weights[KNN] = max(agreement(own, found[KNN]) ** KNN_POWER, likeness(found[KNN], case.given))
     total = sum(
         (weights[name] * standardised(scores.suspicion) for name, scores in found.items()), np.zeros(case.n)
     )
@@ -68,7 +71,7 @@ def _reasons(n: int, found: Mapping[str, Scores]) -> list[str]:
             said.append([f"margin {-value:+.1f}" for value in values])
         elif name == "loss":
             said.append([f"mean loss {value:.2g}" for value in values])
-        elif name == "knn":
+        elif name == KNN:
             said.append([f"knn {100 * value:.0f}%" for value in values])
         else:
             said.append([f"harms {label}" if label >= 0 else "" for label in labels])
@@ -79,7 +82,7 @@ def _parts(case: Case) -> tuple[dict[str, Scores], dict[str, str]]:
     """Return what the parts say, and why others say nothing."""
     found: dict[str, Scores] = {}
     left_out: dict[str, str] = {}
-    for name, part in (("margin", margin), ("loss", loss), ("knn", score_neighbours), (HARMED, harmed_class)):
+    for name, part in (("margin", margin), ("loss", loss), (KNN, score_neighbours), (HARMED, harmed_class)):
         if name == "loss" and "margin" in found:
             continue
         try:
@@ -108,6 +111,19 @@ def agreement(own: Scores, other: Scores) -> float:
     looked = np.argsort(-own.suspicion, kind="stable")[:count]
     a, b = own.suggested[looked], other.suggested[looked]
     return float(((a == b) & (a >= 0)).mean())
+
+
+def likeness(neighbours: Scores, given: Integers) -> float:
+    """Return how far neighbours share labels: 0 as by chance, 1 always.
+
+    Args:
+        neighbours: Of ``knn``, whose suspicion is the share of neighbours with another label.
+        given: (n,) given labels.
+    """
+    shares = np.unique(given, return_counts=True)[1] / len(given)
+    chance = float((shares**2).sum())
+    alike = 1 - float(np.nanmean(neighbours.suspicion))
+    return max(0.0, (alike - chance) / (1 - chance)) if chance < 1 else 0.0
 
 
 def voted(suggestions: list[Integers]) -> Integers:

@@ -26,6 +26,9 @@ KINDS = {
     "trajectory.zarr/checkpoint": {"checkpoint", "parameter", "tensor", "byte"},
     "trajectory.zarr/epochs": {"epoch"},
     "trajectory.zarr/label_noise": {"train_index"},
+    "trajectory.zarr/visits": {"epoch", "train_index", "class"},
+    "training_outputs.zarr": {"train_index", "feature_column", "output_column"},
+    "training_gradients/self-tracin.zarr": {"train_index", "value_column"},
     "hypergradients/method=hydra.zarr": {"train_index", "parameter"},
     "hypergradients/method=hydra-ekfac.zarr": {"train_index", "parameter"},
     "test_gradients.zarr": {"test_index", "parameter"},
@@ -56,6 +59,8 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         done = cli("run", *DIGITS, *DATA, "--track", "9:50", "--out", out, *more)
         assert done.exit_code == 0, done.output
+    done = cli("detect", out, "--by", "knn", "--by", "self-tracin", "--executor", "serial", "--quiet")
+    assert done.exit_code == 0, done.output
     return out
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hydra_pipe.pipeline.decide.case import Scores
 from hydra_pipe.pipeline.decide.detect import default_by, detect
-from hydra_pipe.pipeline.decide.joint import agreement, standardised, voted
+from hydra_pipe.pipeline.decide.joint import agreement, likeness, standardised, voted
 from hydra_pipe.pipeline.executors.events import Note
 from hydra_pipe.storage.errors import InputError
 
@@ -53,11 +53,18 @@ def test_it_is_the_weighted_sum_of_its_standardised_parts(digits):
 
     lowest = np.argsort(-column(margin, "suspicion"), kind="stable")[:16]
     label = column(margin, "suggested_label")[lowest]
-    share = np.mean((label == column(harmed, "suggested_label")[lowest]) & (label >= 0))
-    assert 0 < share < 1
-    expected = z(margin) + z(knn) + 0.5 * share**4 * z(harmed)
+    a, b = (
+        np.mean((label == column(one, "suggested_label")[lowest]) & (label >= 0)) for one in (knn, harmed)
+    )
+    assert 0 < b < 1
+    chance = sum(np.mean(digits.samples()["label"].to_numpy() == k) ** 2 for k in range(10))
+    alike = (1 - column(knn, "suspicion").mean() - chance) / (1 - chance)
+    assert 0 < alike < 1
+    worth = max(a**2, alike)
+    expected = z(margin) + worth * z(knn) + 0.5 * b**4 * z(harmed)
     np.testing.assert_allclose(column(joint, "suspicion"), expected, atol=1e-9)
-    assert joint.values.notes["weights"]["harmed-class"] == pytest.approx(0.5 * share**4)
+    weights = {"margin": 1, "knn": worth, "harmed-class": 0.5 * b**4}
+    assert joint.values.notes["weights"] == pytest.approx(weights)
     reason = joint.table["reason"][0].as_py()
     assert reason.startswith("margin ")
     assert "knn " in reason
@@ -101,6 +108,16 @@ def test_agreement_looks_at_the_lowest_margins_alone():
     assert agreement(own, scores(suspicion, [5] * 18 + [1, 2])) == 1
     assert agreement(own, scores(suspicion, [0] * 19 + [2])) == 0.5
     assert agreement(own, scores(suspicion, [-1] * 20)) == 0
+
+
+def test_neighbours_share_labels_between_chance_and_always():
+    given = np.repeat([0, 1], 8)
+    nothing = np.full(16, -1)
+    assert likeness(scores(np.zeros(16), nothing), given) == 1
+    assert likeness(scores(np.full(16, 0.5), nothing), given) == 0
+    assert likeness(scores(np.full(16, 0.25), nothing), given) == pytest.approx(0.5)
+    assert likeness(scores(np.ones(16), nothing), given) == 0
+    assert likeness(scores(np.zeros(16), nothing), np.zeros(16, int)) == 0
 
 
 def test_a_label_is_replaced_where_both_others_agree():

@@ -4,7 +4,7 @@ The mean margin over training ranks best alone where labels are wrong at random;
 ranks best where wrong labels have a pattern, but only on a trained net; neighbours rank well where the net is not
 trained enough. Each is standardised and they are added,
 
-    joint_i = z(-mean margin)_i + max(a^2, c) z(share of unlike neighbours)_i + b^4 / 2 z(harm to the class harmed most)_i
+    joint_i = z(-mean margin)_i + max(a, c) z(share of unlike neighbours)_i + b^4 / 2 z(harm to the class harmed most)_i
 
 What a part is worth is seen without the truth. a and b are the shares, among the tenth of lowest margin, for which
 neighbours and contributions suggest the label that the margin suggests; c is how far neighbours share labels at all, 0 by
@@ -30,7 +30,7 @@ UNSERVED = (InputError, IncompleteStage, EstimatorError)
 """What a part raises that cannot judge a run."""
 LOOKED_AT = 0.1
 """Share of lowest margin on which agreement is measured."""
-HALF, POWER, KNN_POWER = 0.5, 4, 2
+HALF, POWER = 0.5, 4
 
 Part = Callable[[Case], Scores]
 
@@ -50,7 +50,7 @@ def joint(case: Case) -> Scores:
     if own is not None and HARMED in found:
         weights[HARMED] = HALF * agreement(own, found[HARMED]) ** POWER
     if own is not None and KNN in found:
-        weights[KNN] = max(agreement(own, found[KNN]) ** KNN_POWER, likeness(found[KNN], case.given))
+        weights[KNN] = max(agreement(own, found[KNN]), likeness(found[KNN], case.given))
     total = sum(
         (weights[name] * standardised(scores.suspicion) for name, scores in found.items()), np.zeros(case.n)
     )

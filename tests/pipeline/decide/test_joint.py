@@ -60,7 +60,7 @@ def test_it_is_the_weighted_sum_of_its_standardised_parts(digits):
     chance = sum(np.mean(digits.samples()["label"].to_numpy() == k) ** 2 for k in range(10))
     alike = (1 - column(knn, "suspicion").mean() - chance) / (1 - chance)
     assert 0 < alike < 1
-    worth = max(a**2, alike)
+    worth = max(a, alike)
     expected = z(margin) + worth * z(knn) + 0.5 * b**4 * z(harmed)
     np.testing.assert_allclose(column(joint, "suspicion"), expected, atol=1e-9)
     weights = {"margin": 1, "knn": worth, "harmed-class": 0.5 * b**4}

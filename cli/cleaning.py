@@ -7,15 +7,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from .cleaning_views import ARMS, CLASSES, arm_rows, class_rows, decision_tables
 from .headings import HeadedCommand
-from .judging import WHERE
+from .judging import WHERE, placed
 from .options import debug_option, format_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables
 from .progress import watching
-from .spec_options import OF_THE_RUN, parse_pairs, pick
+from .spec_options import OF_THE_RUN, pick
 
 if TYPE_CHECKING:
     from ..pipeline.decide.clean import Cleaned
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--detection",
     metavar="NAME",
-    help="Decide upon this detection.  [default: the only one, or joint, or the newest]",
+    help="Decide upon this detection.  [default: the run's best, joint first]",
 )
 @click.option(
     "--list", "listed", metavar="FILE", help="Decide upon these samples instead, one train_index a line."
@@ -106,11 +105,7 @@ def clean(
 
     Example: hydra-pipe clean runs/digits --drop 5% --retrain 3 --executor serial
     """
-    given = {
-        name: options[name] for name in WHERE if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
-    if options["recipe_args"]:
-        given["recipe_args"] = parse_pairs(options["recipe_args"])
+    given = placed(ctx, options)
     with watching(quiet) as observer:
         if check is not None:
             if drop is not None or relabel or downweight or cut is not None or listed is not None:

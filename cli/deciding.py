@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from .deciding_views import DETECTED, detection_rows, detection_tables
 from .headings import HeadedCommand
-from .judging import WHERE
+from .judging import WHERE, placed
 from .options import debug_option, format_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables
 from .progress import watching
-from .spec_options import OF_THE_RUN, parse_pairs, pick
+from .spec_options import OF_THE_RUN, pick
 
 _run_argument = click.argument("run")
 
@@ -157,11 +156,6 @@ def detect(
         neighbours=given["neighbours"],
         seed=given["seed"],
     )
-    placement = {
-        name: given[name] for name in WHERE if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
-    if given["recipe_args"]:
-        placement["recipe_args"] = parse_pairs(given["recipe_args"])
     with watching(quiet) as observer:
         found = look(
             run,
@@ -175,7 +169,7 @@ def detect(
             share=given["share"],
             truth=given["truth"],
             observer=observer,
-            **placement,
+            **placed(ctx, given),
         )
     files = detection_figures(found, figures) if figures is not None else []
     if to is not None:

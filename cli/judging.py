@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -20,6 +21,17 @@ WHERE = (*PLACEMENT, "threads", "device")
 
 SPOKEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 """Where a value comes from that the user gave."""
+
+
+def placed(ctx: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a command was told of `WHERE`, and the recipe's arguments; what it was not told is the run's."""
+    given = {
+        name: options[name] for name in WHERE if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    if options["recipe_args"]:
+        given["recipe_args"] = parse_pairs(options["recipe_args"])
+    return given
+
 
 _run_argument = click.argument("run")
 _figures = click.option(
@@ -210,11 +222,7 @@ def evaluate(
         perturb=options["perturb"],
         seeds=options["seeds"],
     )
-    given = {
-        name: options[name] for name in WHERE if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }
-    if options["recipe_args"]:
-        given["recipe_args"] = parse_pairs(options["recipe_args"])
+    given = placed(ctx, options)
     with watching(quiet) as observer:
         found = measure(run, recipe, questions=questions, observer=observer, **given)
     files = evaluation_figures(found, figures) if figures is not None else []

@@ -234,18 +234,6 @@ def size_of(uri: str) -> int:
     return int(fs.size(path))
 
 
-def modified(uri: str) -> float:
-    """Return when a file was last written, in seconds of one clock.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-    """
-    if is_local(uri):
-        return os.stat(uri).st_mtime
-    fs, path = filesystem(uri)
-    return float(fs.modified(path).timestamp())
-
-
 def flush_directories(root: str, paths: Sequence[str]) -> None:
     """Flush every directory between a local ``root`` and the files ``paths`` below it."""
     seen = {root}

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ...storage.errors import EstimatorError, IncompleteStage, InputError
+
 if TYPE_CHECKING:
     from ..reading.reader import Reader
     from .passes import Passes
+
+UNSERVED = (InputError, IncompleteStage, EstimatorError)
+"""What a detector raises that cannot judge a run as it stands."""
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

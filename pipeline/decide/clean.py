@@ -100,7 +100,7 @@ def clean(
         run: The run, or where it is.
         recipe: What the run was made from. Needed unless that is a built-in recipe, or the run knows the label of
             every sample and nothing is retrained: code that a stored run names is never imported unasked.
-        detection: Name of the detection to decide upon; None: the only one, or ``joint``, or the newest.
+        detection: Name of the detection to decide upon; None: the run's best that needs no choice, ``joint`` first.
         list: Decide upon these samples instead.
         drop: Which samples go.
         relabel: Which get the label that the detection suggests.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import numpy as np
 import pyarrow as pa
 
-from ...storage.errors import EstimatorError, IncompleteStage, InputError, SpecError
+from ...storage.errors import InputError, SpecError
 from ...storage.schemas import DETECTION
 from ...storage.typed import to_json
 from ...storage.uri import check_name
@@ -19,7 +19,7 @@ from ..executors.events import Note, Observer, null
 from ..reading.reader import Reader, open_reader
 from ..reading.unit_values import DetectionValues
 from ..spec.checks import near
-from .case import Case, Floats, Integers, Options, Scorer, Scores
+from .case import UNSERVED, Case, Floats, Integers, Options, Scorer, Scores
 from .cluster import jaccard
 from .detection import Detection, labels_digest, write_detection
 from .flags import UNKNOWN_SHARE, Flag, apply_flag, check_flag
@@ -35,8 +35,6 @@ ALL = "all"
 CLUSTER, CONFIDENT = "cluster", "confident"
 ESTIMATED = "estimated_wrong"
 """What the detector `CONFIDENT` calls its count among its notes."""
-UNSERVED = (InputError, IncompleteStage, EstimatorError)
-"""What a detector raises that cannot judge a run as it stands."""
 MOST_SEED = 2**32 - 1
 """The largest that scikit-learn takes."""
 DEFAULTS = ("joint", "margin", "harmed-class")

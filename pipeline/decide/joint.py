@@ -18,16 +18,14 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ...storage.errors import EstimatorError, IncompleteStage, InputError
+from ...storage.errors import InputError
 from ..executors.events import Note
-from .case import Case, Floats, Integers, Scores
+from .case import UNSERVED, Case, Floats, Integers, Scores
 from .contributions import harmed_class
 from .outputs import score_neighbours
 from .visits import loss, margin
 
 KNN, HARMED = "knn", "harmed-class"
-UNSERVED = (InputError, IncompleteStage, EstimatorError)
-"""What a part raises that cannot judge a run."""
 LOOKED_AT = 0.1
 """Share of lowest margin on which agreement is measured."""
 HALF, POWER = 0.5, 4

@@ -6,7 +6,7 @@ Letters: R ranked samples shown, Q targets, N training samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,7 +163,7 @@ def gather(
         rows=ranked,
         asked=min(rows, len(ranking)),
         scores=columns["score" if detection is None else "suspicion"].astype(np.float64),
-        truth=found_curve(ranking, wrong) if wrong else None,
+        truth=_truth(detection, ranking, wrong),
         counts=_counts(run, method, held, columns, wrong),
         interclass=interclass(run, method),
         moves=_moves(columns),
@@ -171,6 +171,16 @@ def gather(
         evaluation=evaluation,
         epochs=epochs if isinstance(epochs, int) else None,
     )
+
+
+def _truth(detection: Detection | None, ranking: Integers, wrong: Mapping[int, int]) -> Found | None:
+    """Return what the ranking finds; the numbers are those that ``detect`` printed, where it measured the same."""
+    found = found_curve(ranking, wrong) if wrong else None
+    measured = None if detection is None else detection.values.measures
+    if found is None or measured is None or measured["wrong"] != found.wrong:
+        return found
+    recall = {one["share"]: one["found"]["value"] for one in measured["recall"]}
+    return replace(found, auroc=measured["auroc"]["value"], recall=recall)
 
 
 def _summary(run: Reader, method: str) -> Document:

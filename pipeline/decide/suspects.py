@@ -14,20 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ...storage.errors import CorruptStore, IncompleteStage, InputError, SpecError, SpecMismatch
-from ...storage.files import modified
 from ..reading.detections import Detection, detection_names, labels_digest, read_detection
 from ..reading.reader import Reader
 from ..reading.unit_values import DetectionValues
 from ..spec.selection import select
-from ..vocabulary import DETECT
+from .chosen import chosen_detection
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Booleans = npt.NDArray[np.bool_]
 AnyKind = TypeVar("AnyKind", np.int64, np.float64, np.bool_)
 
-JOINT = "joint"
-"""The detection that is taken where there are several and none is named."""
 LIST = "list"
 """What is said to have judged where a list was given."""
 
@@ -170,7 +167,7 @@ def choose_detection(run: Reader, name: str | None, note: Callable[[str], None])
 
     Args:
         run: The run.
-        name: Of the detection; None: the only one, or `JOINT`, or the newest.
+        name: Of the detection; None: see `chosen.chosen_detection`.
         note: Is told which was chosen of several.
 
     Raises:
@@ -184,16 +181,13 @@ def choose_detection(run: Reader, name: str | None, note: Callable[[str], None])
             f"{run.uri} has no detection to decide upon; make one with `hydra-pipe detect {run.uri}`, or give a list of "
             "train indices with --list"
         )
-    if len(there) == 1:
-        return read_detection(run, there[0])
-    chosen = (
-        JOINT
-        if JOINT in there
-        else max(there, key=lambda one: modified(run.directory.manifest_path(DETECT, one)))
-    )
-    why = "the joint one" if chosen == JOINT else "the newest"
-    note(f"detection {chosen} is taken, {why} of {len(there)} ({', '.join(there)}); choose with --detection")
-    return read_detection(run, chosen)
+    found = chosen_detection(run)
+    assert found is not None  # there is one
+    if len(there) > 1:
+        note(
+            f"detection {found.name} is taken, the best of {len(there)} that needs no choice ({', '.join(there)}); choose with --detection"
+        )
+    return found
 
 
 def no_order(suspects: Suspects, what: str) -> InputError:

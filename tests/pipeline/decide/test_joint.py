@@ -10,6 +10,7 @@ import pytest
 from hydra_pipe.pipeline.decide.case import Scores
 from hydra_pipe.pipeline.decide.detect import default_by, detect
 from hydra_pipe.pipeline.decide.joint import agreement, likeness, standardised, voted
+from hydra_pipe.pipeline.decide.report_facts import gather
 from hydra_pipe.pipeline.executors.events import Note
 from hydra_pipe.storage.errors import InputError
 
@@ -124,3 +125,11 @@ def test_a_label_is_replaced_where_both_others_agree():
     first, second, third = np.array([1, 1, 1, -1]), np.array([2, 2, -1, 3]), np.array([2, 4, -1, 3])
     np.testing.assert_array_equal(voted([first, second, third]), [2, 1, 1, 3])
     np.testing.assert_array_equal(voted([first, second]), first)
+
+
+def test_the_report_has_the_numbers_that_detect_printed(digits):
+    (found,) = detect(digits, **PLACED)
+    truth = gather(digits, "hydra", found, 5).truth
+    measured = found.values.measures
+    assert truth.auroc == measured["auroc"]["value"]
+    assert truth.recall == {one["share"]: one["found"]["value"] for one in measured["recall"]}

@@ -104,6 +104,8 @@ def report(
     if judged is None:
         judged, note = _detected(opened, recipe, observer or null, given)
         notes.append(note)
+        # Its passes are stages of the run: what run.json said of stages before is out of date.
+        opened = open_reader(opened.uri)
     with looking(opened, recipe, command="report", given=given) as looks:
         answers = [
             explained(opened, looks, Asked(test=j), k=k, method=name, detection=judged) for j in wanted

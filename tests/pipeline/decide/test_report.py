@@ -21,9 +21,10 @@ from hydra_pipe.pipeline.decide.page.markup import element, escaped, number
 from hydra_pipe.pipeline.decide.pictures import png, shrunk
 from hydra_pipe.pipeline.opened_run import open_run
 from hydra_pipe.pipeline.reading.detections import detection_names
+from hydra_pipe.pipeline.reading.run_info import read_info
 from hydra_pipe.storage.errors import IncompleteStage, InputError
 
-from hydra_pipe import clean, report
+from hydra_pipe import clean, detect, report
 from tests.builders import Built
 from tests.end_to_end.support import cli, serial
 from tests.pipeline.decide.reported import TRAIN, Words, digits, words  # noqa: F401
@@ -194,7 +195,14 @@ def test_without_a_detection_samples_are_ranked_by_contribution(tmp_path):
     assert "15 more are in the run" in text
 
 
-def test_the_default_detection_is_made_where_a_run_has_none(tmp_path):
+def test_the_default_detection_is_made_where_a_run_has_none(tmp_path, monkeypatch):
+    def slow(run, *args, **kwargs):
+        found = detect(run, *args, **kwargs)
+        noted = read_info(run.directory).with_stage("training-outputs", units=1, seconds=77.7)
+        run.directory.write(noted.to_json())
+        return found
+
+    monkeypatch.setattr("hydra_pipe.pipeline.decide.report.detect", slow)
     arguments = {"label_noise": 0.2, "train_size": 60, "test_size": 12}
     run = serial(tmp_path / "digits", "digits", recipe_args=arguments, epochs=2)
     answer = cli("report", run.uri, "--to", str(tmp_path / "r.html"), "--rows", "5")
@@ -204,6 +212,7 @@ def test_the_default_detection_is_made_where_a_run_has_none(tmp_path):
     assert detection_names(open_run(run.uri)) == ["joint"]
     again = report(run.uri, to=tmp_path / "again.html", rows=5)
     assert (again.detection, again.notes) == ("joint", ())
+    assert b"77.7 s" in (tmp_path / "again.html").read_bytes()
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "r.html").read_bytes()
 
 

@@ -25,7 +25,7 @@ from ...workers.persample.engine import PerSampleGradients
 from ...workers.persample.ways import Ways
 from ...workers.recipe import Recipe
 from ...workers.replay.buffers import row_numbers
-from ...workers.replay.fast import factored_entries
+from ...workers.replay.fast import kept_as_factors
 from ...workers.training.last_batch import check_last_batch
 from ...workers.training.made_of import FirstSteps, data_of, first_steps, made_of, with_first_steps
 from ...workers.training.metrics import OutputWatch, why_unpredicted
@@ -201,8 +201,8 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         step_seconds=seconds,
         row_numbers=row_numbers(
             training.layout,
-            factored_entries(training.layout, ways, recipe.epochs),
-            recipe.epochs,
+            kept_as_factors(training, ways),
+            training.epochs,
         ),
         process_bytes=peak_bytes(),
         made_of=with_first_steps(made, first),

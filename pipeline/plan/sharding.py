@@ -136,13 +136,15 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form) -> Lo
         form: Of the Hessian.
     """
     row, exact = surveyed.dimension * itemsize, form == EXACT
+    vectors = 1 + surveyed.optimizer_vectors
+    held = 1 + vectors if surveyed.moments else 1
     if adjoint:
-        item = 2 * row + 2 * len(surveyed.tracked) * itemsize
+        item = vectors * row + 2 * len(surveyed.tracked) * itemsize
     else:
         numbers = {
             FAST: surveyed.row_numbers,
             EKFAC: surveyed.dimension,
-            EXACT: 2 * surveyed.dimension,
+            EXACT: vectors * surveyed.dimension,
         }
         item = numbers[form] * itemsize
     tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * TILE * row
@@ -150,7 +152,7 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form) -> Lo
         process=surveyed.process_bytes,
         item=item,
         row=row,
-        segment=min(SEGMENT_BYTES if exact else 0, surveyed.steps * row),
+        segment=min(SEGMENT_BYTES if exact else 0, surveyed.steps * held * row),
         passing=tiles if exact else 0,
         adjoint=adjoint,
     )

@@ -21,6 +21,7 @@ from ...workers.data.user_code import user_code
 from ...workers.determinism import preserved_generators, seed_everything
 from ...workers.hessian.tiles import activation_bytes
 from ...workers.memory import peak_bytes, reset_peak
+from ...workers.model.autocast import noticed
 from ...workers.persample.engine import PerSampleGradients
 from ...workers.persample.ways import Ways
 from ...workers.recipe import Recipe
@@ -69,6 +70,9 @@ class Survey:
         warnings: What in the recipe is likely to be a mistake, one line each.
         notes: What the user should be told of the recipe, one line each.
         made_of: Digests of the recipe, its data and its first steps; see ``workers.training.made_of``.
+        optimizer_vectors: Vectors like the weights that the optimiser keeps, as many as a tangent needs.
+        moments: Whether derivatives of a step depend on where training is (Adam, clipping).
+        autocast: The types that the losses compute in under ``torch.autocast``.
     """
 
     recipe: Recipe
@@ -89,6 +93,9 @@ class Survey:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     made_of: dict[str, Any] = field(default_factory=dict)
+    optimizer_vectors: int = 1
+    moments: bool = False
+    autocast: tuple[str, ...] = ()
 
 
 def resolve_recipe(spec: TrainingSpec) -> Recipe:
@@ -103,6 +110,11 @@ def resolve_recipe(spec: TrainingSpec) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe {type(recipe).__name__} is not a hydra_pipe.Recipe; subclass it")
     recipe = copy.copy(recipe)  # an instance is the caller's: its attributes stay as they are
+    if spec.epochs is not None and recipe.max_steps is not None:
+        raise RecipeError(
+            f"epochs {spec.epochs} was asked for, and recipe {recipe.name!r} has max_steps = {recipe.max_steps}, which stands in for "
+            "epochs; change max_steps, or leave --epochs out"
+        )
     for name in ("epochs", "batch_size", "seed"):
         value = getattr(spec, name)
         if value is not None:
@@ -180,7 +192,8 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         check_last_batch(training)
         made = made_of(training, data)
         ways = tried_ways(training)
-        first = first_steps(training)
+        with noticed() as autocast:
+            first = first_steps(training)
         seconds = _time_steps(training, ways, first) if trial else None
     return Survey(
         recipe=recipe,
@@ -209,6 +222,9 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         notes=tuple(label_notes(labels, unpredicted)),
         activation_bytes=activation_bytes(training) if spec.form == EXACT or spec.exact_rank else 0,
         warnings=tuple(unknown_names(recipe)),
+        optimizer_vectors=len(training.family.vectors),
+        moments=training.family.scaled or training.max_norm is not None,
+        autocast=tuple(sorted(autocast)),
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..data.batches import step_batch, to_device
 from ..data.cast import cast_model
 from ..determinism import derived_seed, seed_everything
+from ..model.autocast import full_precision
 from ..model.state import copied, unchanged_buffers
 from ..recipe import Batch
 from ..training.training import Training
@@ -158,7 +159,7 @@ class moved:
 def weighted_gradient(trial: Training, batch: Batch, weights_B: Tensor) -> Tensor:
     """Return the gradient of the weighted sum of the losses as ``backward`` gives it, (D,)."""
     seed_everything(derived_seed(trial.recipe.seed, "step", 0))
-    with unchanged_buffers(trial.model):
+    with unchanged_buffers(trial.model), full_precision():
         losses_B = trial.losses(batch, trial.batch_size(0))
         found = torch.autograd.grad(losses_B, trial.parameters, weights_B, allow_unused=True)
     parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, trial.parameters, strict=True)]

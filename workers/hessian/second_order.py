@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from ..determinism import derived_seed, seed_everything
+from ..model.autocast import full_precision
 from ..model.state import own_parameters, unchanged_buffers
 from ..persample.reference import LossModule, differentiable_layers, twice_differentiable_layers
 from ..recipe import Batch
@@ -65,6 +66,7 @@ class SecondOrder:
             unchanged_buffers(training.model),
             twice_differentiable_layers(training.model),
             sdpa_kernel(SDPBackend.MATH),
+            full_precision(),
             self.through(),
         ):
             losses_B = training.losses(batch, size)
@@ -175,6 +177,7 @@ class TangentTile:
             unchanged_buffers(training.model),
             differentiable_layers(training.model),
             sdpa_kernel(SDPBackend.MATH),
+            full_precision(),
         ):
             if count == 1:
                 found = along({name: tangent[0] for name, tangent in tangents.items()})

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .arrays import StoredArray, read_group
 from .errors import CorruptStore, IncompleteStage
-from .trajectory_format import MARK, NOISE, PER_STEP, ParameterEntry, parameter_entry
+from .trajectory_format import BEGUN, MARK, NOISE, PER_STEP, ParameterEntry, parameter_entry
 from .trajectory_writer import TrajectoryWriter
 from .uri import check_uri
 from .visits import Visits, read_visits
@@ -82,6 +82,12 @@ class Trajectory:
     attrs: dict[str, Any]
     epochs: dict[str, npt.NDArray[np.float64]]
     noisy: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None
+
+    @property
+    def begun(self) -> npt.NDArray[np.bool_]:
+        """(G,): whether a group's parameters had momentum buffers before the first step."""
+        groups = self.learning_rate.shape[1]
+        return np.isin(np.arange(groups), self.attrs.get(BEGUN, []))
 
     def checkpoint(self, k: int) -> Checkpoint:
         """Read checkpoint ``k`` of K; negative counts from the end.

@@ -21,6 +21,8 @@ PER_STEP = {
     "loss": "float64",
 }
 """Arrays with one row a step, and their types."""
+BEGUN = "groups_with_initial_momentum"
+"""Attribute: parameter groups that had momentum before the first step; not there: none had."""
 NOISE = ("label_noise/train_index", "label_noise/original_label")
 DIMENSIONS = {
     "batches": ("step", "slot"),

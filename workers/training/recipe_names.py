@@ -88,7 +88,6 @@ LATER: dict[str, Any] = {
     "accumulate": 1,
     "max_steps": None,
     "order": None,
-    "initial_state": None,
 }
 """Names of the contract that this version does not carry out yet -> the value that asks for nothing."""
 

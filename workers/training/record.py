@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ...storage.errors import RecipeError
 from ...storage.trajectory import TrajectoryWriter
+from ...storage.trajectory_format import BEGUN
 from ..data.batches import fetch, to_device
 from ..data.cast import cast_model
 from ..data.labels import Accuracy, Labels
@@ -23,6 +24,7 @@ from ..model.state import load_buffers, pack_buffers
 from ..persample.reference import same_losses
 from ..recipe import Batch, Recipe
 from ..recursion.coefficients import Settings, coefficients
+from .initial import initial_state, load_weights
 from .metrics import OutputWatch, defines_predictions, evaluate, evaluating, evaluation_size
 from .training import SETTINGS, Training
 from .update import UpdateCheck, check_hooks
@@ -102,6 +104,7 @@ class Recorder:
         ]
         steps, groups = training.steps, len(training.optimizer.param_groups)
         self.settings = {name: np.zeros((steps, groups)) for name in SETTINGS}
+        self.begun = training.groups_with_momentum()
         self.loss = np.zeros(steps)
         self.checked = 0
         self.sizes: dict[str, int] = {}
@@ -140,7 +143,7 @@ class Recorder:
         except BaseException:
             self.writer.abort()
             raise
-        closing = {name: float(values[-1]) for name, values in self.epochs.items()}
+        closing = {name: float(values[-1]) for name, values in self.epochs.items() if len(values)}
         known = {name: value for name, value in closing.items() if not math.isnan(value)}
         return {"checked_steps": self.checked, **known}
 
@@ -272,6 +275,7 @@ class Recorder:
         with preserved_generators():
             seed_everything(recipe.seed)
             rebuilt = cast_model(recipe.model(), training.device, training.dtype)
+            load_weights(recipe, rebuilt, initial_state(recipe))  # what is frozen is in no checkpoint
             load_flat(training.layout.parameters(rebuilt), training.weights())
             load_buffers(rebuilt, pack_buffers(training.model))
             losses = []
@@ -298,6 +302,7 @@ class Recorder:
             weight_decay=taken["weight_decay"],
             dampening=taken["dampening"],
             nesterov=taken["nesterov"].astype(bool),
+            begun=np.isin(np.arange(taken["momentum"].shape[1]), self.begun),
         )
         self.writer.finish(
             batches=training.batches,
@@ -322,6 +327,7 @@ class Recorder:
                 "epochs": recipe.epochs,
                 "steps_per_epoch": training.steps_per_epoch,
                 "environment": fingerprint(training.device),
+                **({BEGUN: self.begun} if self.begun else {}),
             },
         )
 

@@ -37,6 +37,7 @@ from ..persample.one_batch import NOISE
 from ..persample.reference import constant_statistics, couples_samples
 from ..recipe import Batch, Recipe
 from .finite import check_gradients
+from .initial import initial_state, load_optimizer, load_weights
 from .update import TrainableSet, check_optimizer, check_owned
 
 ADD_UP = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -108,10 +109,14 @@ class Training:
         seed_everything(recipe.seed)
         with user_code(f"{recipe.name}.model() failed:"):
             self.model: nn.Module = cast_model(recipe.model(), self.device, self.dtype)
+        start = initial_state(recipe)
+        load_weights(recipe, self.model, start)
         self.model.train()
         with user_code(f"{recipe.name}.optimizer() failed:", always=True):
             self.optimizer = recipe.optimizer(self.model)
-        check_optimizer(self.optimizer, self.model)
+        if recipe.epochs:  # else nothing is trained, and the optimiser says only what it holds
+            check_optimizer(self.optimizer, self.model)
+        load_optimizer(recipe, self.model, self.optimizer, start)
         self.trainable = TrainableSet(self.model)
         self.layout = Layout.of(self.model, self.optimizer.param_groups)
         check_owned(self.optimizer, self.model)
@@ -136,7 +141,7 @@ class Training:
     @cached_property
     def keeps_state(self) -> bool:
         """Whether a forward pass of the first batch moves a buffer of a layer that is no BatchNorm."""
-        if not kept_buffers(self.model, statistics=False):
+        if not self.steps or not kept_buffers(self.model, statistics=False):
             return False
         with preserved_generators(), torch.no_grad():
             found = step_batch(self.recipe, self.dataset, self.batches, self.recipe.seed, 0)
@@ -343,6 +348,11 @@ class Training:
             torch.zeros_like(p) if b is None else b for p, b in zip(self.parameters, buffers, strict=True)
         ]
         return flatten(filled), [b is not None for b in buffers]
+
+    def groups_with_momentum(self) -> list[int]:
+        """Return the parameter groups whose parameters have momentum buffers."""
+        exists = self.momentum()[1]
+        return sorted({e.group for e, there in zip(self.layout.entries, exists, strict=True) if there})
 
     def load_weights(self, weights_D: npt.NDArray[Any], buffers: bytes) -> None:
         """Put a checkpoint's weights and model buffers into the model."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .arrays import StoredArray, read_group
 from .errors import CorruptStore, IncompleteStage
-from .trajectory_format import BEGUN, MARK, NOISE, PER_STEP, ParameterEntry, parameter_entry
+from .trajectory_format import MARK, MOMENTS, NOISE, PER_STEP, SOMETIMES, ParameterEntry, parameter_entry
 from .trajectory_writer import TrajectoryWriter
 from .uri import check_uri
 from .visits import Visits, read_visits
@@ -29,9 +29,11 @@ class Checkpoint:
     Attributes:
         step: How many steps had been taken.
         weights: (D,).
-        momentum: (D,), 0 where a parameter has no momentum buffer yet.
+        momentum: (D,), 0 where a parameter has no momentum buffer yet; Adam: its first moment.
         has_momentum: (P,) bool.
         buffers: The model's buffers as the recorder packed them.
+        second_moment: (D,) of Adam; None for others.
+        count: (P,) int64, steps that Adam has taken with each parameter; None for others.
     """
 
     step: int
@@ -39,6 +41,8 @@ class Checkpoint:
     momentum: npt.NDArray[Any]
     has_momentum: npt.NDArray[np.bool_]
     buffers: bytes
+    second_moment: npt.NDArray[Any] | None = None
+    count: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,7 +50,7 @@ class Trajectory:
     """A recorded run in memory, without its checkpoints, which `checkpoint` reads one by one.
 
     Attributes:
-        uri: Where it was read from.
+        uri: Where it was read from. T counts batches: with accumulation several make a step of the optimiser.
         batches: (T, B) int32, training indices, padded with -1.
         learning_rate: (T, G) float64, as the optimiser used it at that step; so the next three.
         momentum: (T, G) float64.
@@ -63,6 +67,16 @@ class Trajectory:
         attrs: ``n_train``, ``batch_size``, ``seed``, ``dtype``, ``dimension``, ``environment``, …
         epochs: Column name -> one float64 an epoch, NaN where unknown.
         noisy: (train_index, original_label) of labels that are wrong on purpose, or None.
+        beta1: (T, G) float64 of Adam, like the settings above; so the next two. None for others.
+        beta2: (T, G) float64.
+        eps: (T, G) float64.
+        divisor: (T,) float64: the loss of a step is the sum over its batches of their samples' losses /
+            divisor. None: B_t.
+        updates: (T,) bool: whether the optimiser stepped after the batch. None: after each.
+        clip_norm: (T,) float64, norm of the step's gradient before it was clipped, NaN where no step was
+            taken. None: not clipped.
+        clip_factor: (T,) float64, what it was multiplied with.
+        active: (T, P) bool: which parameters had a gradient in the batch's step. None: all.
     """
 
     uri: str
@@ -82,12 +96,28 @@ class Trajectory:
     attrs: dict[str, Any]
     epochs: dict[str, npt.NDArray[np.float64]]
     noisy: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None
+    beta1: npt.NDArray[np.float64] | None = None
+    beta2: npt.NDArray[np.float64] | None = None
+    eps: npt.NDArray[np.float64] | None = None
+    divisor: npt.NDArray[np.float64] | None = None
+    updates: npt.NDArray[np.bool_] | None = None
+    clip_norm: npt.NDArray[np.float64] | None = None
+    clip_factor: npt.NDArray[np.float64] | None = None
+    active: npt.NDArray[np.bool_] | None = None
 
     @property
-    def begun(self) -> npt.NDArray[np.bool_]:
-        """(G,): whether a group's parameters had momentum buffers before the first step."""
-        groups = self.learning_rate.shape[1]
-        return np.isin(np.arange(groups), self.attrs.get(BEGUN, []))
+    def optimizer(self) -> dict[str, Any]:
+        """What took the steps: ``family`` (``sgd`` or ``adam``), ``class``, and what its settings leave open."""
+        return {"family": "sgd", "class": "SGD", **self.attrs.get("optimizer", {})}
+
+    @property
+    def epoch_ends(self) -> list[int]:
+        """How many batches were done at the end of each epoch."""
+        ends = self.attrs.get("epoch_ends")
+        if ends is not None:
+            return [int(end) for end in ends]
+        per_epoch = int(self.attrs["steps_per_epoch"])
+        return [(epoch + 1) * per_epoch for epoch in range(int(self.attrs["epochs"]))]
 
     def checkpoint(self, k: int) -> Checkpoint:
         """Read checkpoint ``k`` of K; negative counts from the end.
@@ -111,6 +141,7 @@ class Trajectory:
             momentum=row("momentum"),
             has_momentum=row("has_momentum"),
             buffers=row("buffers").tobytes(),
+            **({name: row(name) for name in MOMENTS} if self.beta1 is not None else {}),
         )
 
     def visits(self) -> Visits | None:
@@ -142,6 +173,7 @@ def open_trajectory(uri: str) -> Trajectory:
     try:
         parameters = tuple(parameter_entry(entry) for entry in attrs.pop("parameters"))
         columns, epoch_digest, noisy = mark["epochs"], list(attrs.pop("epoch_digest")), mark["noisy"]
+        sometimes = [name for name in SOMETIMES if name in mark.get("sometimes", ())]
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptStore(f"{uri}/zarr.json is damaged ({error}); run the stage again") from error
 
@@ -150,7 +182,7 @@ def open_trajectory(uri: str) -> Trajectory:
 
     return Trajectory(
         uri=uri,
-        **{name: read(name) for name in PER_STEP},
+        **{name: read(name) for name in (*PER_STEP, *sometimes)},
         digest_step=read("digest_step"),
         digest=read("digest"),
         epoch_digest=epoch_digest,

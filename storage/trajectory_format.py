@@ -21,18 +21,34 @@ PER_STEP = {
     "loss": "float64",
 }
 """Arrays with one row a step, and their types."""
-BEGUN = "groups_with_initial_momentum"
-"""Attribute: parameter groups that had momentum before the first step; not there: none had."""
+SOMETIMES = {
+    "beta1": "float64",
+    "beta2": "float64",
+    "eps": "float64",
+    "divisor": "float64",
+    "updates": "bool",
+    "clip_norm": "float64",
+    "clip_factor": "float64",
+    "active": "bool",
+}
+"""More of them, written only where they say something: Adam's settings, accumulation or weights, clipping,
+parameters without a gradient in some step."""
+MOMENTS = {"second_moment": None, "count": "int64"}
+"""What checkpoints of Adam hold beside weights and momentum, with its type (None: the weights')."""
 NOISE = ("label_noise/train_index", "label_noise/original_label")
 DIMENSIONS = {
     "batches": ("step", "slot"),
     **dict.fromkeys(("learning_rate", "momentum", "weight_decay"), ("step", "group")),
     **dict.fromkeys(("dampening", "nesterov", "coefficient"), ("step", "group")),
-    "loss": ("step",),
+    **dict.fromkeys(("beta1", "beta2", "eps"), ("step", "group")),
+    **dict.fromkeys(("loss", "divisor", "updates", "clip_norm", "clip_factor"), ("step",)),
+    "active": ("step", "tensor"),
     **dict.fromkeys(("digest_step", "digest"), ("digest_step",)),
     "checkpoint/step": ("checkpoint",),
-    **dict.fromkeys(("checkpoint/weights", "checkpoint/momentum"), ("checkpoint", "parameter")),
-    "checkpoint/has_momentum": ("checkpoint", "tensor"),
+    **dict.fromkeys(
+        ("checkpoint/weights", "checkpoint/momentum", "checkpoint/second_moment"), ("checkpoint", "parameter")
+    ),
+    **dict.fromkeys(("checkpoint/has_momentum", "checkpoint/count"), ("checkpoint", "tensor")),
     "checkpoint/buffers": ("checkpoint", "byte"),
     **dict.fromkeys(NOISE, ("train_index",)),
 }

@@ -19,7 +19,7 @@ from . import files
 from .arrays import StoredArray, write_group
 from .documents import plain
 from .errors import StoreError
-from .trajectory_format import DIMENSIONS, MARK, NOISE, PER_STEP, ParameterEntry
+from .trajectory_format import DIMENSIONS, MARK, MOMENTS, NOISE, PER_STEP, SOMETIMES, ParameterEntry
 from .uri import check_name, check_uri, is_local
 from .visits import VisitsWriter
 
@@ -42,6 +42,7 @@ class TrajectoryWriter:
         checkpoint_steps: (K,) steps after which weights are kept, ascending.
         buffer_bytes: Size of the packed model buffers, 0 for none.
         parameter_count: P.
+        moments: Whether checkpoints hold Adam's second moment and step counts.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class TrajectoryWriter:
         checkpoint_steps: Sequence[int],
         buffer_bytes: int,
         parameter_count: int,
+        moments: bool = False,
     ) -> None:
         self.uri = check_uri(uri)
         self._steps = [int(step) for step in checkpoint_steps]
@@ -70,6 +72,8 @@ class TrajectoryWriter:
             "has_momentum": (parameter_count, "bool"),
             "buffers": (buffer_bytes, "uint8"),
         }
+        if moments:
+            widths |= {"second_moment": (dimension, dtype), "count": (parameter_count, str(MOMENTS["count"]))}
         try:
             self._arrays = {name: self._checkpoint_array(name, *kind) for name, kind in widths.items()}
         except BaseException:
@@ -96,6 +100,8 @@ class TrajectoryWriter:
         momentum: npt.NDArray[Any],
         has_momentum: npt.NDArray[np.bool_],
         buffers: bytes,
+        second_moment: npt.NDArray[Any] | None = None,
+        count: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Write checkpoint ``k`` of K.
 
@@ -106,6 +112,8 @@ class TrajectoryWriter:
             momentum: (D,).
             has_momentum: (P,) bool.
             buffers: The packed model buffers.
+            second_moment: (D,), where the writer was made for moments; so the next.
+            count: (P,) int64.
 
         Raises:
             StoreError: Not what was announced.
@@ -121,6 +129,12 @@ class TrajectoryWriter:
             "has_momentum": np.asarray(has_momentum, dtype=bool),
             "buffers": np.frombuffer(buffers, np.uint8),
         }
+        if second_moment is not None and count is not None:
+            rows |= {"second_moment": second_moment, "count": count}
+        if rows.keys() != self._arrays.keys():
+            raise StoreError(
+                f"{self.uri}: a checkpoint of {sorted(rows)}; announced were {sorted(self._arrays)}"
+            )
         for name, row in rows.items():
             self._arrays[name].write(k, row[None])
         self._written.add(k)
@@ -148,9 +162,11 @@ class TrajectoryWriter:
         attrs: Mapping[str, Any],
         noisy: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None,
         visits: Mapping[str, Any] | None = None,
+        sometimes: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
         """Write everything else and give the trajectory its name; see `Trajectory` for the arguments.
 
+        ``sometimes`` holds the arrays of `trajectory_format.SOMETIMES` that say something.
         ``visits`` is what is to be noted of those that were written: ``arrays`` and ``loss_dtype``.
 
         Raises:
@@ -172,7 +188,8 @@ class TrajectoryWriter:
             "coefficient": coefficient,
             "loss": loss,
         }
-        lengths = {name: len(values) for name, values in per_step.items()}
+        more = dict(sometimes or {})
+        lengths = {name: len(values) for name, values in (per_step | more).items()}
         if len(set(lengths.values())) > 1:
             raise StoreError(f"{self.uri}: arrays of different numbers of steps: {lengths}")
         reserved = {MARK, "parameters", "epoch_digest"} & set(attrs)
@@ -180,6 +197,8 @@ class TrajectoryWriter:
             raise StoreError(f"{self.uri}: the attributes {sorted(reserved)} are reserved; use other names")
         for name, values in per_step.items():
             self._put(name, values, PER_STEP[name])
+        for name, values in more.items():
+            self._put(name, values, SOMETIMES[name])
         self._put("digest_step", digest_step, "int64")
         self._put("digest", digest, "uint32")
         self._put("checkpoint/step", np.array(self._steps), "int64")
@@ -189,6 +208,8 @@ class TrajectoryWriter:
             for path, values in zip(NOISE, noisy, strict=True):
                 self._put(path, values, "int64")
         mark: dict[str, Any] = {"format": 1, "epochs": list(epochs), "noisy": noisy is not None}
+        if more:
+            mark["sometimes"] = [name for name in SOMETIMES if name in more]
         if visits is not None:
             mark["visits"] = plain(visits)
         described = {

@@ -111,7 +111,7 @@ MAY_IMPORT = {
         "persample": "data determinism model recipe",
         "recipes": "recipe",
         "recipe": "data",
-        "recursion": "",
+        "recursion": "model",
         "model": "data",
         "data": "determinism",
         "determinism": "",

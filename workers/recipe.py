@@ -54,6 +54,11 @@ class Recipe:
         scheduler_interval: ``"epoch"`` or ``"step"``: how often the scheduler moves.
         plateau_metric: What ``ReduceLROnPlateau`` watches: the mean loss on ``"validation"``, on
             ``"train"``, or the sum of both, ``"train+validation"``.
+        clip_grad_norm: Largest norm of a step's gradient, clipped as ``torch.nn.utils.clip_grad_norm_`` does over
+            all parameters; None: not clipped.
+        accumulate: Batches a step of the optimiser: its loss is the mean of their means. What is left over at
+            the end of an epoch makes a smaller step.
+        max_steps: Steps of the optimiser in all, in the place of ``epochs``; None: ``epochs`` counts.
         picture_shape: (H, W) or (C, H, W) of inputs that are flattened images, for ``show``; None: they are none.
     """
 
@@ -65,6 +70,9 @@ class Recipe:
     num_workers: int = 0
     scheduler_interval: Literal["epoch", "step"] = "epoch"
     plateau_metric: Literal["train", "validation", "train+validation"] = "validation"
+    clip_grad_norm: float | None = None
+    accumulate: int = 1
+    max_steps: int | None = None
     picture_shape: tuple[int, ...] | None = None
 
     @property
@@ -93,13 +101,35 @@ class Recipe:
         raise _missing(self, "losses")
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return a ``torch.optim.SGD`` over the model's parameters."""
+        """Return a ``torch.optim.SGD``, ``Adam`` or ``AdamW`` over the model's parameters."""
         raise _missing(self, "optimizer")
 
     def initial_state(self) -> InitialState | None:
         """Return the weights and the optimiser state that training starts from; None: fresh ones.
 
         Every process that trains calls it, after ``model()``. ``--init FILE`` takes its place.
+        """
+        return None
+
+    def order(self, epoch: int, generator: torch.Generator) -> Sequence[int] | Tensor | None:
+        """Return the training indices of an epoch in their order; None: a random permutation of all.
+
+        Indices may be repeated or left out: weighted sampling, subsets, a curriculum. They are cut into
+        batches of ``batch_size``.
+
+        Args:
+            epoch: From 0.
+            generator: Seeded by (seed, epoch): draw from nothing else, so that a replay finds the same order.
+        """
+        return None
+
+    @default_method
+    def weights(self, batch: Batch) -> Tensor | None:
+        """Return how much of its step's loss each sample of a batch makes up, (B,), or None.
+
+        With weights, ``losses`` returns sums (such as over the tokens of a sequence), and the loss of a step is
+        the sum of its samples' losses over the sum of their weights, over all batches of the step. None: the
+        mean over samples.
         """
         return None
 

@@ -25,7 +25,7 @@ from ...workers.persample.engine import PerSampleGradients
 from ...workers.persample.ways import Ways
 from ...workers.recipe import Recipe
 from ...workers.replay.buffers import row_numbers
-from ...workers.replay.fast import factored_entries
+from ...workers.replay.fast import kept_as_factors
 from ...workers.training.initial import StateFile
 from ...workers.training.last_batch import check_last_batch
 from ...workers.training.made_of import FirstSteps, data_of, first_steps, made_of, with_first_steps
@@ -113,7 +113,10 @@ def resolve_recipe(spec: TrainingSpec) -> Recipe:
     if file is not None:  # in place of the recipe's own method, wherever the recipe goes
         vars(recipe)["initial_state"] = StateFile(uri=file, sha256=sha256_of(file))
     if spec.at_checkpoint is not None:
-        recipe.epochs = 0  # trained already: every process has the model as it is in the file, and no steps
+        recipe.epochs, recipe.max_steps = (
+            0,
+            None,
+        )  # trained already: every process has the model as it is in the file, and no steps
     return recipe
 
 
@@ -233,12 +236,12 @@ def _try_steps(training: Training, *, trial: bool) -> _Tried:
     check_last_batch(training)
     ways = tried_ways(training)
     first = first_steps(training)
-    epochs, entries = training.recipe.epochs, training.layout.entries
+    epochs, entries = training.epochs, training.layout.entries
     return _Tried(
         first=first,
         conservation=not training.holds_statistics,
         strategies={e.name: s for e, s in zip(entries, ways.strategies, strict=True) if s in ("func", "vjp")},
-        row_numbers=row_numbers(training.layout, factored_entries(training.layout, ways, epochs), epochs),
+        row_numbers=row_numbers(training.layout, kept_as_factors(training, ways), epochs),
         seconds=_time_steps(training, ways, first) if trial else None,
     )
 

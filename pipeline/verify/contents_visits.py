@@ -47,9 +47,9 @@ def _losses(contents: Contents, trajectory: Trajectory, found: Visits) -> None:
     """
     dtype: Any = getattr(torch, found.loss_dtype, None)
     a_unit = float(torch.finfo(dtype).eps) + float(np.finfo(np.float32).eps)
-    per_epoch = int(trajectory.attrs["steps_per_epoch"])
+    ends = [0, *trajectory.epoch_ends]
     for epoch, losses in enumerate(found.loss):
-        span = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        span = slice(ends[epoch], ends[epoch + 1])
         batches = trajectory.batches[span]
         real = batches >= 0
         visited = np.zeros(len(losses), dtype=bool)
@@ -63,6 +63,9 @@ def _losses(contents: Contents, trajectory: Trajectory, found: Visits) -> None:
         count = real.sum(1)
         mean, size = own.sum(1) / count, np.abs(own).sum(1) / count
         off = ~(np.abs(mean - trajectory.loss[span]) <= 8 * a_unit * size)
+        # The last visit of an epoch is kept: nothing is known of the others; nor of sums over weights.
+        times = np.bincount(batches[real], minlength=len(losses))
+        off &= ~(real & (times[batches] > 1)).any(1) & (not trajectory.attrs.get("weighted", False))
         if off.any():
             step = int(off.argmax())
             contents.problems.append(

@@ -25,7 +25,7 @@ from ..recipe import Batch
 from ..recursion.columns import Columns
 from ..training.fixed_pass import fixed_pass
 from ..training.metrics import evaluating
-from ..training.training import SETTINGS, Training
+from ..training.training import Training
 from .base import TARGETS, Integers
 
 SAMPLES = 64
@@ -167,7 +167,7 @@ def last_setting(training: Training, trajectory: Trajectory, name: str) -> npt.N
     if len(recorded):
         last: npt.NDArray[np.float64] = recorded[-1]
         return last
-    key = SETTINGS[name]
+    key = {"learning_rate": "lr"}.get(name, name)
     return np.array([float(group.get(key, 0.0)) for group in training.optimizer.param_groups])
 
 

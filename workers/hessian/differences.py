@@ -125,7 +125,7 @@ def _directions(trial: Training) -> Tensor:
 def _differences(trial: Training, batch: Batch, directions_QD: Tensor, h: float) -> Tensor:
     """Return J v by central differences of the batch's gradient, (Q, D)."""
     size = trial.batch_size(0)
-    share = torch.full((size,), 1.0 / size, dtype=trial.dtype, device=trial.device)
+    share = torch.full((size,), 1.0 / trial.divisor(0), dtype=trial.dtype, device=trial.device)
     rows = []
     for v in directions_QD:
         ends = []

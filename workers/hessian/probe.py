@@ -123,7 +123,7 @@ class _Judge(Probe):
         With S(w) the buffers after a forward pass, differences of g(w; S(w + h v)) must be nothing beside J v.
         """
         trial, size, h = self.trial, self.trial.batch_size(0), WIDTHS[0]
-        share = torch.full((size,), 1.0 / size, dtype=trial.dtype, device=trial.device)
+        share = torch.full((size,), 1.0 / trial.divisor(0), dtype=trial.dtype, device=trial.device)
         before = kept_buffers(trial.model, statistics=False)
         ends = []
         for sign in (h, -h):
@@ -239,7 +239,7 @@ class _Judge(Probe):
     def _fails(self, kind: Way) -> str | None:
         """Return why a way does not work in the run itself: its dtype, its first and its last batch."""
         training = self.training
-        for step in sorted({0, training.steps_per_epoch - 1}):
+        for step in sorted({0, training.epoch_ends[0] - 1}):
             batch = first_samples(training, step)
             directions = random_directions((1, training.layout.dimension), training, 3)
             try:
@@ -265,7 +265,7 @@ def dependence(training: Training, kind: Way, width: int) -> set[int]:
     product of odd sizes may start at another alignment of memory in every row.)
     """
     found = set()
-    for step in sorted({0, training.steps_per_epoch - 1}):
+    for step in sorted({0, training.epoch_ends[0] - 1}):
         size = training.batch_size(step)
         batch = first_samples(training, step)
         one, others = (random_directions((width, training.layout.dimension), training, s) for s in (0, 1))

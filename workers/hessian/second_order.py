@@ -68,7 +68,7 @@ class SecondOrder:
             self.through(),
         ):
             losses_B = training.losses(batch, size)
-        self.share = torch.full_like(losses_B, 1.0 / size, requires_grad=True)
+        self.share = torch.full_like(losses_B, 1.0 / training.divisor(step), requires_grad=True)
         with sdpa_kernel(SDPBackend.MATH):
             self.gradient = torch.autograd.grad(
                 losses_B, training.parameters, self.share, create_graph=True, allow_unused=True
@@ -190,7 +190,7 @@ class TangentTile:
     def _gradient(self, weights: Named) -> tuple[Named, Tensor]:
         """Return the batch gradient and the losses (B,)."""
         losses_B, pull, *_ = vjp(self._values, weights)
-        share = torch.full_like(losses_B, 1.0 / self.training.batch_size(self.step))
+        share = torch.full_like(losses_B, 1.0 / self.training.divisor(self.step))
         with torch.set_grad_enabled(self.graph):
             (gradient,) = pull(share, retain_graph=self.graph, create_graph=self.graph)
         return gradient, losses_B

@@ -59,11 +59,11 @@ class Layout:
         stop = self.entries[index + 1].start if index + 1 < len(self.entries) else self.dimension
         return stop - self.entries[index].start
 
-    def column_groups(self) -> Tensor:
-        """Return the optimiser group of every flat coordinate, shape (D,), int64."""
+    def column_groups(self, values: Sequence[int] | None = None) -> Tensor:
+        """Return the optimiser group of every flat coordinate, or its parameter's of ``values``; (D,), int64."""
         out = torch.empty(self.dimension, dtype=torch.int64)
         for i, entry in enumerate(self.entries):
-            out[entry.start : entry.start + self.size(i)] = entry.group
+            out[entry.start : entry.start + self.size(i)] = entry.group if values is None else values[i]
         return out
 
 

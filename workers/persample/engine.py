@@ -87,6 +87,7 @@ class PerSampleGradients:
         self._block = torch.empty(self.tile, self.width, dtype=like.dtype, device=like.device)
         self.views = _views(self._block, layout, self.columns)
         self._ready: dict[int, Tensor] = {}
+        self._divisor: float = 1
         self._dense = {i for i in self._by["rule"] if i not in factored}
         self.capture = Capture(model, {id(self._parameters[i]): names[i] for i in self._by["rule"]})
         ruled = set(self._by["rule"])
@@ -127,6 +128,7 @@ class PerSampleGradients:
         compute: Callable[[], Tensor],
         back: Callable[[Tensor], object],
         before: Before | None = None,
+        divisor: float | None = None,
     ) -> Tensor:
         """Run a batch forward and backward and note what its rows are made of; see ``hand_over``.
 
@@ -135,8 +137,9 @@ class PerSampleGradients:
             positions: (R,) batch positions of the rows wanted.
             size: B, the real number of samples in the batch.
             compute: Returns the losses, (B,).
-            back: Runs the backward pass of their mean.
+            back: Runs the backward pass of their mean, or sum over ``divisor``, from the losses.
             before: What the step began with, where the pass repeats a step; None: as it is now.
+            divisor: What the sum of the losses is divided by; None: B.
 
         Returns:
             The losses, (B,).
@@ -147,7 +150,8 @@ class PerSampleGradients:
             self.capture.pause()
             self._slow_rows(batch, losses_B, positions, size, before)
             self.capture.resume()
-            back(losses_B.mean())
+            back(losses_B)
+        self._divisor = size if divisor is None else divisor
         return losses_B
 
     def _slow_rows(
@@ -279,8 +283,8 @@ class PerSampleGradients:
         inputs = [self.prepared(call, size) for call in calls]
         for call in calls:
             assert call.d_B is not None
-            # The batch loss is a mean: times B gives the gradient of each sample's own loss.
-            call.d_B = call.d_B * size
+            # The batch loss is a sum over B: times B gives the gradient of each sample's own loss.
+            call.d_B = call.d_B * self._divisor
             if self.factored and factors:
                 self._hand_factors(call, positions, factors)
         if factors:

@@ -9,8 +9,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .coefficients import Settings, linear_form
-
 
 class Columns:
     """Turns one value per parameter group into factors for coordinates.
@@ -50,27 +48,3 @@ class Columns:
     def _table(self, per_group: npt.NDArray[np.float64]) -> Tensor:
         # Group -1 picks the appended zero.
         return torch.from_numpy(np.append(per_group, 0.0)).to(device=self.device, dtype=self.dtype)
-
-
-class LinearSteps:
-    """The optimiser's step ``m' = p m + k r``, ``w' = w - h (s m' + q r)``, r = gradient + L w.
-
-    Each factor is a tensor that multiplies flat vectors; see ``coefficients.linear_form``.
-    """
-
-    def __init__(self, settings: Settings, columns: Columns) -> None:
-        self.columns = columns
-        self.carry, self.gain, self.along, self.direct = linear_form(settings)
-        self.rate, self.decay = settings.learning_rate, settings.weight_decay
-
-    def at(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return (p, k, h s, h q, L) of a step."""
-        spread = self.columns.spread
-        rate = self.rate[step]
-        return (
-            spread(self.carry[step]),
-            spread(self.gain[step]),
-            spread(rate * self.along[step]),
-            spread(rate * self.direct[step]),
-            spread(self.decay[step]),
-        )

@@ -53,14 +53,16 @@ class FromStart:
     def __init__(self, trajectory: Trajectory) -> None:
         settings, self.first = recorded_settings(trajectory), trajectory.checkpoint(0)
         self.phi, self.psi = phi(settings), psi(settings)
+        lanes = (
+            [entry.group for entry in trajectory.parameters] if settings.lane_of is None else settings.lane_of
+        )
+        self._lane = {entry.name: int(k) for entry, k in zip(trajectory.parameters, lanes, strict=True)}
 
     def of(self, entry: ParameterEntry) -> tuple[Float, Float]:
         """Return phi_T w_0 and psi_T m_0 of a parameter that training moved."""
-        here, group = _span(entry), entry.group
-        weights, momentum = self.first.weights[here], self.first.momentum[here]
-        return float(self.phi[group]) * weights.astype(np.float64), float(self.psi[group]) * momentum.astype(
-            np.float64
-        )
+        here, lane = _span(entry), self._lane[entry.name]
+        weights, momentum = (v[here].astype(np.float64) for v in (self.first.weights, self.first.momentum))
+        return float(self.phi[lane]) * weights, float(self.psi[lane]) * momentum
 
 
 class RowSums:

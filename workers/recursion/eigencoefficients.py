@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .coefficients import Settings, linear_form
+from .coefficients import Settings, scalars
 from .columns import Columns
 
 STABLE_SHARE = 0.999
@@ -46,19 +46,21 @@ class EigenCoefficients:
         self.settings, self.count = settings, len(groups)
         columns = Columns(groups, torch.float64, device)
         self._spans = list(columns.spans())
-        self._form = linear_form(settings)
+        self._form = scalars(settings)
         limit = columns.whole(np.maximum(0.0, stability_limit(settings)))
         values = torch.from_numpy(eigenvalues).to(device).clamp_min(0)
         self.clipped = int((values > limit).any(0).sum())  # the driver says so, see pipeline.drive.preflight
         self.eigenvalues = torch.minimum(values, limit)
         count = settings.learning_rate.shape[0]
-        self._nearest = np.abs(np.arange(count)[:, None] - steps[None, :]).argmin(1)
+        made = settings.updates_before(steps)
+        self._nearest = np.abs(np.arange(count)[:, None] - made[None, :]).argmin(1)
         self.length = max(1, math.isqrt(count))
         self._borders = self._run_back(0, count, *self._end(), keep=None)
         self._segment: tuple[int, Tensor] | None = None
 
     def at(self, step: int) -> Tensor:
-        """Return c_t of a step, (D,)."""
+        """Return c_t of the step that a batch belongs to, (D,)."""
+        step = self.settings.update(step)
         first = step - step % self.length
         if self._segment is None or self._segment[0] != first:
             stop = min(first + self.length, self.settings.learning_rate.shape[0])
@@ -67,9 +69,9 @@ class EigenCoefficients:
             self._segment = (first, kept)
         return self._segment[1][step - first]
 
-    def eigenvalues_at(self, step: int) -> Tensor:
-        """Return the eigenvalues that a step uses, (D,) float64."""
-        return self.eigenvalues[self._nearest[step]]
+    def eigenvalues_at(self, update: int) -> Tensor:
+        """Return the eigenvalues that a step of the optimiser uses, (D,) float64."""
+        return self.eigenvalues[self._nearest[update]]
 
     def _end(self) -> tuple[Tensor, Tensor]:
         ones = torch.ones(self.count, dtype=torch.float64, device=self.device)
@@ -78,8 +80,9 @@ class EigenCoefficients:
     def _run_back(
         self, first: int, stop: int, on_weight: Tensor, on_momentum: Tensor, keep: Tensor | None
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        carry, gain, along, direct = (values.tolist() for values in self._form)
-        rate, decay = self.settings.learning_rate.tolist(), self.settings.weight_decay.tolist()
+        form = self._form
+        carry, gain, along, direct = (f.tolist() for f in (form.carry, form.gain, form.along, form.direct))
+        rate, decay = form.rate.tolist(), form.decay.tolist()
         on_weight, on_momentum = on_weight.clone(), on_momentum.clone()
         borders = {stop: (on_weight.clone(), on_momentum.clone())}
         scratch = torch.empty_like(on_weight)

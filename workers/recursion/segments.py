@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .coefficients import Settings, linear_form
+from .coefficients import Settings, scalars
 
 Spread = Callable[[npt.NDArray[np.float64]], Tensor]
 """Turns one value per parameter group, (G,), into (W,) float64."""
@@ -29,12 +29,12 @@ Spread = Callable[[npt.NDArray[np.float64]], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Segment:
-    """Steps ``first`` to ``stop``, S of them.
+    """Batches ``first`` to ``stop``, S of them.
 
     Attributes:
-        first: First step.
+        first: First batch.
         stop: One past the last.
-        on: (2, S, W): what a gradient met at each step adds to du and to dm at the end.
+        on: (2, S, W): what a gradient met at each batch adds to du and to dm at the end.
         carried: (2, 2, W): what du and dm of the beginning add to du (row 0) and dm (row 1).
     """
 
@@ -50,7 +50,7 @@ class Segments:
     Args:
         settings: What the optimiser used at every step of the whole training, (T, G).
         spread: From groups to what the scalars are held for.
-        curvature: Gives the Hessian's eigenvalues at a step, (W,); None drops the Hessian.
+        curvature: Gives the Hessian's eigenvalues at a step of the optimiser, (W,); None drops the Hessian.
         dtype: Of the coefficients that are kept, one a step.
     """
 
@@ -63,24 +63,37 @@ class Segments:
     ) -> None:
         self.settings, self.spread, self.curvature, self.dtype = settings, spread, curvature, dtype
         # Of the whole training: PyTorch's first step with momentum is another one.
-        self._form = linear_form(settings)
+        self._form = scalars(settings)
 
     def between(self, first: int, stop: int) -> Segment:
-        """Return the segment of steps ``first`` to ``stop``."""
-        carry, gain, along, direct = self._form
-        rate, decay, spread = self.settings.learning_rate, self.settings.weight_decay, self.spread
-        like = spread(rate[first])
+        """Return the segment of batches ``first`` to ``stop``, both borders between two steps."""
+        form, spread, settings = self._form, self.spread, self.settings
+        carry, gain, along, direct, rate, decay = (
+            form.carry,
+            form.gain,
+            form.along,
+            form.direct,
+            form.rate,
+            form.decay,
+        )
+        begin, end = settings.update(first), settings.update(stop - 1) + 1
+        like = spread(rate[begin])
         one, none = torch.ones_like(like), torch.zeros_like(like)
         on_weight, on_momentum = torch.stack([one, none]), torch.stack([none, one])
-        kept = torch.empty(2, stop - first, len(like), dtype=self.dtype, device=like.device)
-        for t in range(stop - 1, first - 1, -1):
+        kept = torch.empty(2, end - begin, len(like), dtype=self.dtype, device=like.device)
+        for t in range(end - 1, begin - 1, -1):
             on_momentum = on_momentum - spread(rate[t] * along[t]) * on_weight
+            before = on_weight
             c = spread(gain[t]) * on_momentum - spread(rate[t] * direct[t]) * on_weight
-            kept[:, t - first] = c
+            kept[:, t - begin] = c
             pull = spread(decay[t])
             if self.curvature is not None:
                 pull = pull + self.curvature(t)
             on_weight = on_weight + pull * c
+            if form.shrink[t].any():
+                on_weight = on_weight - spread(form.shrink[t]) * before
             on_momentum = spread(carry[t]) * on_momentum
         carried = torch.stack([on_weight, on_momentum], 1)
+        if settings.update_of is not None:
+            kept = kept[:, torch.from_numpy(settings.update_of[first:stop] - begin)]
         return Segment(first=first, stop=stop, on=kept, carried=carried)

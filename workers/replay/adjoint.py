@@ -13,9 +13,9 @@ step are had by replaying segments between the record's checkpoints, halved unti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +25,26 @@ from torch import Tensor
 from ...storage.trajectory import Trajectory
 from ..hessian.tiles import TILE, HessianTiles
 from ..model.layout import load_flat
-from ..model.state import Kept, kept_buffers, load_buffers, pack_buffers, put_back
+from ..model.state import load_buffers, pack_buffers, put_back
 from ..recipe import Batch
 from ..recursion.coefficients import Settings, recorded_settings
-from ..recursion.columns import Columns, LinearSteps
-from ..training.training import Training
+from ..recursion.family import Moment
+from ..recursion.steps import Steps
+from ..training.training import OptimizerState, Training
 from ..training.verified import Report, Rows, VerifiedReplay
+from .base import HeldBatch
 
 SEGMENT_BYTES = 512 << 20
 """Weights of a segment that are kept in memory at a time."""
 
 
-_Held: TypeAlias = tuple[int, Tensor, Kept, Batch]
-"""(step, weights and buffers before it, its batch)."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Held:
+    """A step of the optimiser on the way back: the weights before it, its batches, and what it looked like."""
+
+    weights: Tensor
+    batches: list[HeldBatch]
+    moment: Moment | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +53,7 @@ class _State:
 
     step: int
     weights: Tensor
-    momentum: Tensor
-    exists: list[bool]
+    optimizer: OptimizerState
     buffers: bytes
 
 
@@ -74,12 +80,17 @@ class Adjoint(VerifiedReplay):
         assert training.compute.batch_norm == "coupled"
         super().__init__(training, trajectory, tracked)
         self._targets = targets_QD
-        columns = Columns(training.layout.column_groups(), training.dtype, training.device)
-        self._linear = LinearSteps(settings or recorded_settings(trajectory), columns)
+        self._steps = Steps(
+            settings or recorded_settings(trajectory), training.layout, training.dtype, training.device
+        )
         self.tiles = HessianTiles(training, transposed=True)
-        row = training.layout.dimension * training.dtype.itemsize
+        # The weights; and the gradient and the optimiser's vectors where they matter.
+        vectors = 2 + self._steps.vectors if self._steps.needs_moment else 1
+        row = vectors * training.layout.dimension * training.dtype.itemsize
         self.held_steps = max(1, SEGMENT_BYTES // row)
         self._held: list[_Held] | None = None
+        self._batches: list[HeldBatch] = []
+        training.before_update = self._note
 
     def run(self, report: Report | None = None) -> Self:
         """Carry the targets back to the first step.
@@ -92,13 +103,14 @@ class Adjoint(VerifiedReplay):
         """
         training = self.training
         on_weight = torch.from_numpy(np.array(self._targets)).to(training.device)
-        on_momentum = torch.zeros_like(on_weight)
+        on_state = [torch.zeros_like(on_weight) for _ in range(self._steps.vectors)]
         out = torch.zeros(len(on_weight), len(self.tracked) + 1, dtype=training.dtype, device=training.device)
-        for done, (step, weights, state, batch) in enumerate(self._backwards(), start=1):
+        done = 0
+        for held in self._backwards():
             with torch.no_grad():
-                load_flat(training.parameters, weights)
-            put_back(state)
-            self._back_step(step, batch, on_weight, on_momentum, out)
+                load_flat(training.parameters, held.weights)
+            self._back_step(held, on_weight, on_state, out)
+            done += len(held.batches)
             if report:
                 report(done, training.steps)
         self._found: npt.NDArray[np.floating] = out[:, :-1].cpu().numpy()
@@ -115,42 +127,46 @@ class Adjoint(VerifiedReplay):
     def close(self) -> None:
         """Nothing is hooked to the model."""
 
-    def _back_step(
-        self, step: int, batch: Batch, on_weight: Tensor, on_momentum: Tensor, out: Tensor
-    ) -> None:
-        carry, gain, along, direct, decay = self._linear.at(step)
-        # Members that are not tracked (-1) fall into the last, discarded column.
-        columns = torch.from_numpy(self.rows(step)).to(out.device)
-        second = self.tiles.at(step, batch)
-        share = 1.0 / self.training.batch_size(step)
+    def _back_step(self, held: _Held, on_weight: Tensor, on_state: Sequence[Tensor], out: Tensor) -> None:
+        linear = self._steps.linear(held.batches[-1].step, held.moment)
+        products = []
+        for one in held.batches:
+            put_back(one.kept)
+            # Members that are not tracked (-1) fall into the last, discarded column.
+            columns = torch.from_numpy(np.where(one.rows >= 0, one.rows, out.shape[1] - 1)).to(out.device)
+            share = 1.0 / self.training.divisor(one.step)
+            products.append((columns, share, self.tiles.at(one.step, one.batch)))
         for start in range(0, len(on_weight), TILE):
             tile = slice(start, start + TILE)
-            a_u, a_m, sums = on_weight[tile], on_momentum[tile], out[tile]
-            a_m.sub_(along * a_u)
-            v = gain * a_m - direct * a_u
-            product = torch.empty_like(v)
-            sums[:, columns] -= second.tile(v, product) * share
-            a_u.add_(product).add_(decay * v)
-            a_m.mul_(carry)
+            a_u, state = on_weight[tile], [vector[tile] for vector in on_state]
+            v = linear.pull(a_u, state)
+            product, part = torch.empty_like(v), torch.empty_like(v)
+            for k, (columns, share, second) in enumerate(products):
+                values = second.tile(v, part if k else product)
+                out[tile].index_add_(1, columns, values * -share)
+                if k:
+                    product.add_(part)
+            linear.pulled(a_u, state, product)
 
     def _backwards(self) -> Iterator[_Held]:
-        """Yield (step, weights and buffers before it, its batch) from the last step to the first."""
+        """Yield the steps from the last to the first."""
         stop = self.training.steps
         for k in range(len(self.trajectory.checkpoint_steps) - 2, -1, -1):
             kept = self.trajectory.checkpoint(k)
             start = _State(
                 step=kept.step,
                 weights=torch.from_numpy(kept.weights),
-                momentum=torch.from_numpy(kept.momentum),
-                exists=kept.has_momentum.tolist(),
+                optimizer=OptimizerState.of(kept),
                 buffers=kept.buffers,
             )
             yield from self._segment(start, stop)
             stop = kept.step
 
     def _segment(self, start: _State, stop: int) -> Iterator[_Held]:
-        if stop - start.step > self.held_steps:
-            middle = start.step + (stop - start.step) // 2
+        updates = int(self.training.updates[start.step : stop].sum())
+        if updates > max(1, self.held_steps):
+            middle = int(self.training.schedule.first[start.step + (stop - start.step) // 2])
+            middle = middle if middle > start.step else int(self.training.schedule.last[start.step]) + 1
             self._restore(start)
             self.advance(middle)
             yield from self._segment(self._state(middle), stop)
@@ -167,21 +183,25 @@ class Adjoint(VerifiedReplay):
     def step(self, step: int, batch: Batch, rows: Rows) -> Tensor:
         """Train, and note what the way back needs."""
         if self._held is not None:
-            self._held.append((step, self.training.weights().clone(), self._state_of_layers(), batch))
+            if self.training.schedule.first[step] == step:
+                self._batches = []
+            kept = self.training.state_of_layers()
+            self._batches.append(HeldBatch(step=step, batch=batch, rows=rows, kept=kept))
         return self.training.step(step, batch)
 
-    def _state_of_layers(self) -> Kept:
-        """Return copies of the buffers that a step both moves and reads; batch statistics are not read."""
-        training = self.training
-        return kept_buffers(training.model, statistics=False) if training.keeps_state else []
+    def _note(self, step: int) -> None:
+        """Keep a step that is about to be taken."""
+        if self._held is None:
+            return
+        moment = self.training.moment() if self._steps.needs_moment else None
+        weights = self.training.weights().clone() if moment is None else moment.weights
+        self._held.append(_Held(weights=weights, batches=self._batches, moment=moment))
 
     def _state(self, step: int) -> _State:
-        momentum, exists = self.training.momentum()
         return _State(
             step=step,
             weights=self.training.weights().clone(),
-            momentum=momentum.clone(),
-            exists=exists,
+            optimizer=self.training.optimizer_state(),
             buffers=pack_buffers(self.training.model),
         )
 
@@ -189,5 +209,5 @@ class Adjoint(VerifiedReplay):
         training = self.training
         load_flat(training.parameters, state.weights.to(training.device))
         load_buffers(training.model, state.buffers)
-        training.load_momentum(state.momentum.cpu().numpy(), state.exists)
+        training.load_optimizer(state.optimizer)
         self.done = state.step

@@ -6,7 +6,8 @@ What is carried (sums of rows, of rotated rows, of products with targets, tangen
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -15,10 +16,29 @@ import torch
 from torch import Tensor
 
 from ...storage.trajectory import Trajectory
-from ..persample.engine import PerSampleGradients
+from ..model.state import Kept
+from ..persample.engine import PerSampleGradients, Watch
 from ..recipe import Batch
+from ..recursion.family import Moment
 from ..training.training import Training
 from ..training.verified import Report, Rows, VerifiedReplay
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class HeldBatch:
+    """A batch of a step that is about to be taken.
+
+    Attributes:
+        step: Which.
+        batch: On the device.
+        rows: (B,) which tracked row each member is, -1: none.
+        kept: The buffers that its pass began with.
+    """
+
+    step: int
+    batch: Batch
+    rows: Rows
+    kept: Kept
 
 
 class Sink(Protocol):
@@ -37,12 +57,32 @@ class Sink(Protocol):
         Args:
             step: Which.
             batch: Its batch.
-            members: (R,) int64 on the host: the rows that are visited, distinct; maybe none.
+            members: (R,) int64 on the host: the rows that are visited; maybe none.
         """
+
+    def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
+        """Look at a step that is about to be taken, before its rows come.
+
+        Args:
+            step: Its last batch.
+            moment: Returns what is to be known of it.
+            held: Its batches, where the sink is ``deferred``.
+        """
+        return
+
+    @property
+    def looks(self) -> bool:
+        """Whether rows are worth nothing before ``meet``: those of several batches then come after it."""
+        return False
+
+    @property
+    def deferred(self) -> bool:
+        """Whether all rows must come after ``meet``, in passes of their own."""
+        return False
 
     @abstractmethod
     def add(self, rows: Tensor, block: Tensor) -> None:
-        """Take gradients (R, width) of some members ``rows`` (R,); the block may be overwritten."""
+        """Take gradients (R, width) of some members ``rows`` (R,), maybe one twice; the block may be overwritten."""
 
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None) -> None:
         """Take those of a factored entry, for all members; see ``TakeFactors``."""
@@ -95,14 +135,37 @@ class Replay(VerifiedReplay, Generic[S_co]):
     ) -> None:
         super().__init__(training, trajectory, tracked)
         self.sink = sink(training, trajectory, len(tracked))
+        self._waits = False
+        self._group: list[HeldBatch] = []
+        training.before_update = self._meet
 
     def step(self, step: int, batch: Batch, rows: Rows) -> Tensor:
         """Train, and hand the gradients of the tracked members to the sink."""
+        training = self.training
+        if training.schedule.first[step] == step:
+            self._waits = self.sink.deferred or (self.sink.looks and training.schedule.parts(step) > 1)
+            self._group = []
+        if self._waits:
+            self._group.append(HeldBatch(step=step, batch=batch, rows=rows, kept=training.state_of_layers()))
+            return training.step(step, batch)
+        watch = self._watch(step, batch, rows)
+        return training.step(step, batch) if watch is None else training.step(step, batch, watch)
+
+    def _meet(self, step: int) -> None:
+        self.sink.meet(step, self.training.moment, self._group)
+        for held in self._group:
+            watch = self._watch(held.step, held.batch, held.rows)
+            if watch is not None:
+                self.training.again(held.step, held.batch, watch, held.kept)
+        self._group = []
+
+    def _watch(self, step: int, batch: Batch, rows: Rows) -> Watch | None:
+        """Begin a batch; return what its step needs to hand over the rows that are tracked, if any."""
         positions = np.flatnonzero(rows >= 0)
         members = torch.from_numpy(rows[positions])
         self.sink.begin(step, batch, members)
         if not len(members):
-            return self.training.step(step, batch)
+            return None
 
         def add(start: int, block: Tensor) -> None:
             self.sink.add(members[start : start + len(block)], block)
@@ -111,7 +174,7 @@ class Replay(VerifiedReplay, Generic[S_co]):
             self.sink.add_factors(entry, members, d_R, x_R)
 
         at = torch.from_numpy(positions).to(self.training.device)
-        return self.training.step(step, batch, self.sink.engine.watch(at, add, add_factors))
+        return self.sink.engine.watch(at, add, add_factors)
 
     def end_epoch(self) -> None:
         """Let the sink fold what it keeps by visit."""
@@ -140,5 +203,5 @@ class Replay(VerifiedReplay, Generic[S_co]):
 
 
 def share(training: Training, step: int) -> float:
-    """Return N / B_t."""
-    return training.n_train / training.batch_size(step)
+    """Return N / B_t, B_t being the divisor of the step's losses."""
+    return training.n_train / training.divisor(step)

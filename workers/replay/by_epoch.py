@@ -101,9 +101,9 @@ class ByEpoch:
         self.tracked, self.tested, self.epochs = tracked, tested, list(epochs)
         self.lead = first_row % TILE
         training = Training(recipe, compute)
-        self.per_epoch, self.n_train = training.steps_per_epoch, training.n_train
+        self.ends, self.n_train = training.epoch_ends, training.n_train
         raw = with_decay(trajectory, self.n_train)
-        borders = [epoch * self.per_epoch for epoch in self.epochs]
+        borders = [self.ends[epoch - 1] for epoch in self.epochs]
         exact_form = Replay(Training(recipe, exact), trajectory, tracked, ExactRows)
         settings = [recorded_settings(record) for record in (trajectory, raw)[: 1 + raw_decay]]
         fast_sink = partial(fast_segments, borders=borders, settings=settings)
@@ -136,7 +136,7 @@ class ByEpoch:
         Raises:
             ReplayDiverged, NonFiniteLoss: As ``VerifiedReplay.replay``.
         """
-        total = len(self.replays) * self.epochs[-1] * self.per_epoch
+        total = len(self.replays) * self.ends[self.epochs[-1] - 1]
         for epoch in self.epochs:
             for replay in self.replays:
 
@@ -144,7 +144,7 @@ class ByEpoch:
                     if report:
                         report(sum(one.done for one in self.replays), total)
 
-                replay.advance(epoch * self.per_epoch, moved)
+                replay.advance(self.ends[epoch - 1], moved)
             yield epoch, self._look()
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
     r  = H du + L du + 1[i in batch t] (N / B_t) g_{t-1,i}
     dm <- p dm + k r
-    du <- du - h (s dm + q r)
+    du <- du - h (s dm + q r)                  (SGD; other families: see ``recursion``)
 
 One Hessian-vector product a tracked sample and step: the gold standard, at its price. Rows are worked
 on in padded tiles (see ``hessian.tiles``), and a row's bits do not depend on the others.
@@ -10,6 +10,7 @@ on in padded tiles (see ``hessian.tiles``), and a row's bits do not depend on th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor
 
 from ...storage.trajectory import Trajectory
-from ..hessian.tiles import TILE, HessianTiles
+from ..hessian.tiles import TILE, HessianTiles, StepTiles
+from ..model.state import buffers_from
 from ..persample.engine import PerSampleGradients
 from ..recipe import Batch
 from ..recursion.coefficients import recorded_settings
-from ..recursion.columns import Columns, LinearSteps
+from ..recursion.family import Moment
+from ..recursion.steps import Steps
 from ..training.training import Training
 from ..training.trials import tried_ways
-from .base import RowSink, share
+from .base import HeldBatch, RowSink, share
 
 
 class ExactRows(RowSink):
@@ -38,41 +41,61 @@ class ExactRows(RowSink):
     def __init__(self, training: Training, trajectory: Trajectory, rows: int) -> None:
         assert training.compute.batch_norm == "coupled"
         self.training, layout = training, training.layout
-        columns = Columns(layout.column_groups(), training.dtype, training.device)
-        self._linear = LinearSteps(recorded_settings(trajectory), columns)
+        self._steps = Steps(recorded_settings(trajectory), layout, training.dtype, training.device)
         self.engine = PerSampleGradients(
             training.recipe, training.model, layout, tried_ways(training, trajectory)
         )
         self.weights = torch.zeros(rows, layout.dimension, dtype=training.dtype, device=training.device)
-        self.momentum = torch.zeros_like(self.weights)
+        self.state = [torch.zeros_like(self.weights) for _ in range(self._steps.vectors)]
         self.tiles = HessianTiles(training, alone=True)
         self._touched = torch.zeros(rows, dtype=torch.bool)
 
+    @property
+    def deferred(self) -> bool:
+        """Whether a step must be known before tangents are moved: they are moved by it as a whole."""
+        return self._steps.needs_moment or self.training.schedule.accumulates
+
     def begin(self, step: int, batch: Batch, members: Tensor) -> None:
-        """Move every tangent by the linearised step."""
-        carry, gain, along, direct, decay = self._linear.at(step)
-        moving = torch.nonzero(self._touched).flatten()
-        if len(moving):
-            second = self.tiles.at(step, batch)
-            for start in range(0, len(moving), TILE):
-                chosen = moving[start : start + TILE].to(self.training.device)
-                du, dm = self.weights[chosen], self.momentum[chosen]
-                source = torch.empty_like(du)
-                second.tile(du, source)
-                source.add_(decay * du)
-                dm.mul_(carry).add_(gain * source)
-                self.momentum[chosen] = dm
-                self.weights[chosen] = du - (along * dm + direct * source)
+        """Move every tangent by the linearised step, unless that was done when it was met."""
+        if not self.deferred:
+            self._linear = self._steps.linear(step)
+            self._move([self.tiles.at(step, batch)])
         # The graph of the products is gone with this call, before the optimiser moves the weights.
         self._touched[members] = True
-        self._share, self._gain, self._step = share(self.training, step), gain, along * gain + direct
+        self._share = share(self.training, step)
+
+    def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
+        """Move every tangent by the step that is about to be taken."""
+        if not self.deferred:
+            return
+        self._linear = self._steps.linear(step, moment() if self._steps.needs_moment else None)
+        products = []
+        for one in held:
+            with buffers_from(one.kept):
+                products.append(self.tiles.at(one.step, one.batch))
+        self._move(products)
+
+    def _move(self, products: Sequence[StepTiles]) -> None:
+        moving = torch.nonzero(self._touched).flatten()
+        for start in range(0, len(moving), TILE):
+            chosen = moving[start : start + TILE].to(self.training.device)
+            du, state = self.weights[chosen], [vector[chosen] for vector in self.state]
+            source, part = torch.empty_like(du), torch.empty_like(du)
+            for k, second in enumerate(products):
+                second.tile(du, part if k else source)
+                if k:
+                    source.add_(part)
+            self._linear.push(du, state, source)
+            for vector, moved in zip([self.weights, *self.state], [du, *state], strict=True):
+                vector[chosen] = moved
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the members' own gradients."""
         chosen = rows.to(self.training.device)
-        source = block * self._share
-        self.momentum[chosen] += self._gain * source
-        self.weights[chosen] -= self._step * source
+        on_weights, on_state = self._linear.kick(block * self._share)
+        self.weights.index_add_(0, chosen, on_weights)
+        for vector, kick in zip(self.state, on_state, strict=True):
+            vector.index_add_(0, chosen, kick)
 
     def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
         """Return hypergradient rows on the host; see ``Replay``."""

@@ -6,6 +6,8 @@ g taken from the hooks of the very step that trains.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,10 +18,14 @@ from ..model.layout import Layout
 from ..persample.engine import PerSampleGradients
 from ..persample.ways import Ways
 from ..recipe import Batch
+from ..recursion.clipping import Clip
+from ..recursion.coefficients import coefficients, recorded_settings
 from ..recursion.columns import Columns
+from ..recursion.family import Moment
+from ..recursion.steps import Steps, lanes_of
 from ..training.training import Training
 from ..training.trials import tried_ways
-from .base import RowSink, share
+from .base import HeldBatch, RowSink, share
 from .buffers import HypergradientBuffers, factor_slots
 
 
@@ -28,22 +34,33 @@ class FastRows(RowSink):
 
     def __init__(self, training: Training, trajectory: Trajectory, rows: int) -> None:
         ways = tried_ways(training, trajectory)
-        layout, epochs = training.layout, training.recipe.epochs
-        factored = factored_entries(layout, ways, epochs)
+        layout, epochs = training.layout, training.epochs
+        scaling = StepScales(training, trajectory)
+        factored = kept_as_factors(training, ways)
         self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored)
         self.buffers = HypergradientBuffers(
             rows, layout, factored, self.engine.columns, epochs, training.dtype, training.device
         )
-        self._scales = Scales(training, trajectory, factored)
+        self._scales = Scales(training, scaling, factored)
 
     def begin(self, step: int, batch: Batch, members: Tensor) -> None:
         """Note the step's coefficients."""
         if len(members):
             self._scales.begin(step)
 
+    @property
+    def looks(self) -> bool:
+        """Whether the step's own preconditioner or clipping is in the rows."""
+        return self._scales.steps.looks
+
+    def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
+        """Note them."""
+        self._scales.steps.meet(step, moment)
+
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled gradients to the dense rows."""
-        self.buffers.add(rows, block, self._scales.block)
+        self._scales.steps.clip_(block)
+        self.buffers.add(rows, block, self._scales.block())
 
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None) -> None:
         """Note a visit of a factored entry."""
@@ -63,42 +80,116 @@ class FastRows(RowSink):
 
 
 class Scales:
-    """Gives c_t N / B_t of the step that was begun last.
+    """Gives c_t N / B_t of the batch that was begun last, times the step's preconditioner where it has one.
+
+    Args:
+        training: The training that is replayed.
+        steps: Coefficients and preconditioners.
+        factored: Entries that are no columns of the blocks.
+    """
+
+    def __init__(self, training: Training, steps: StepScales, factored: frozenset[int] = frozenset()) -> None:
+        self._training, self.steps = training, steps
+        layout, self._lanes = training.layout, steps.lanes
+        lanes = set(self._lanes)
+        self._lane = lanes.pop() if len(lanes) == 1 else None
+        columns = [layout.column_groups()[:0]]
+        for i, lane in enumerate(self._lanes):
+            if i not in factored:
+                columns.append(torch.full((layout.size(i),), lane))
+        self._columns = Columns(torch.cat(columns), training.dtype, training.device)
+
+    def begin(self, step: int) -> None:
+        """Stand at a batch."""
+        self._per_lane = self.steps.coefficient(step) * share(self._training, step)
+        self._block: float | Tensor | None = None
+
+    def block(self) -> float | Tensor:
+        """Return one number where it is the same for all columns of the blocks, else one per column."""
+        if self._block is None:
+            one = self._lane is not None
+            self._block = float(self._per_lane[self._lane]) if one else self._columns.whole(self._per_lane)
+            if self.steps.preconditioner is not None:
+                self._block = self.steps.preconditioner * self._block
+        return self._block
+
+    def of_entry(self, entry: int) -> float:
+        """Return the number of one parameter; 0 where it is not optimised."""
+        lane = self._lanes[entry]
+        return float(self._per_lane[lane]) if lane >= 0 else 0.0
+
+
+class StepScales:
+    """What the steps of a record make of gradients when the Hessian is dropped: c_t, and what the step adds.
+
+        row of a visit = (N / B_t) c_t D_t clip_t(g)
+
+    with D_t the preconditioner of the step (1 for SGD) and clip_t the derivative of clipping.
 
     Args:
         training: The training that is replayed.
         trajectory: The record.
-        factored: Entries that are no columns of the blocks.
 
     Attributes:
-        block: One number where all parameters share a group, else one per column of the blocks.
+        looks: Whether there is more than c_t, so that each step must be met.
+        preconditioner: D_t of the step that was met last, (D,); None: 1.
+        lost: (D,) what clipping took from the sum of all rows over N, and coupled decay added to the weights;
+            None while nothing. See ``recursion.conservation``.
     """
 
-    block: float | Tensor
+    def __init__(self, training: Training, trajectory: Trajectory) -> None:
+        settings = recorded_settings(trajectory)
+        self._steps = Steps(settings, training.layout, training.dtype, training.device)
+        self._coefficients = coefficients(settings)
+        self._training = training
+        self.lanes = lanes_of(settings, training.layout)
+        self.looks = self._steps.needs_moment
+        self.preconditioner: Tensor | None = None
+        self._clip: Clip | None = None
+        self.lost: Tensor | None = None
 
-    def __init__(
-        self, training: Training, trajectory: Trajectory, factored: frozenset[int] = frozenset()
-    ) -> None:
-        self._training, self._trajectory = training, trajectory
-        layout = training.layout
-        groups = {entry.group for entry in layout.entries}
-        self._group = groups.pop() if len(groups) == 1 else None
-        columns = [layout.column_groups()[:0]]
-        for i, entry in enumerate(layout.entries):
-            if i not in factored:
-                columns.append(torch.full((layout.size(i),), entry.group))
-        self._columns = Columns(torch.cat(columns), training.dtype, training.device)
+    def coefficient(self, step: int) -> npt.NDArray[np.float64]:
+        """Return c_t of the step that a batch belongs to, (L,)."""
+        found: npt.NDArray[np.float64] = self._coefficients[self._steps.settings.update(step)]
+        return found
 
-    def begin(self, step: int) -> None:
-        """Stand at a step."""
-        self._per_group = self._trajectory.coefficient[step] * share(self._training, step)
-        one = self._group is not None
-        self.block = float(self._per_group[self._group]) if one else self._columns.whole(self._per_group)
+    def meet(self, step: int, moment: Callable[[], Moment]) -> None:
+        """Note the preconditioner and the clipping of a step."""
+        if not self.looks:
+            return
+        now = moment()
+        self.preconditioner = self._steps.preconditioner(step, now)
+        self._clip = now.clip if now.clip.active else None
+        self._lose(step, now)
 
-    def of_entry(self, entry: int) -> float:
-        """Return the number of one parameter; 0 where it is not optimised."""
-        group = self._training.layout.entries[entry].group
-        return float(self._per_group[group]) if group >= 0 else 0.0
+    def clip_(self, block: Tensor) -> None:
+        """Turn rows (R, D) of gradients into what clipping makes of them, in place."""
+        if self._clip is not None:
+            self._clip.map_(block)
+
+    def _lose(self, step: int, now: Moment) -> None:
+        lost = now.clip.lost()
+        pull = self._steps.family.coupled_pull(
+            self._steps.settings, self._steps.columns, self._steps.settings.update(step), now
+        )
+        if pull is not None:
+            lost = pull if lost is None else lost + pull
+        if lost is None:
+            return
+        part = lost * self._steps.columns.spread(self.coefficient(step))
+        if self.preconditioner is not None:
+            part *= self.preconditioner
+        self.lost = part if self.lost is None else self.lost + part
+
+
+def kept_as_factors(training: Training, ways: Ways) -> frozenset[int]:
+    """Return the weights whose visits are kept as factors, where steps are numbers times gradients.
+
+    Before a record is there, clipping counts as if it happened.
+    """
+    if training.family.scaled or training.max_norm is not None or not training.schedule.distinct:
+        return frozenset()  # a factored visit is one a sample and epoch
+    return factored_entries(training.layout, ways, training.epochs)
 
 
 def factored_entries(layout: Layout, ways: Ways, epochs: int) -> frozenset[int]:

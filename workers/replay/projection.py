@@ -7,6 +7,8 @@ mode would add to its buffers are multiplied with the targets instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor
 from ...storage.trajectory import Trajectory
 from ..persample.engine import PerSampleGradients
 from ..recipe import Batch
+from ..recursion.family import Moment
 from ..training.training import Training
 from ..training.trials import tried_ways
-from .base import ProductSink
-from .fast import Scales
+from .base import HeldBatch, ProductSink
+from .fast import Scales, StepScales
 
 TARGET_TILE = 64
 """Targets multiplied at a time, padded: a contribution's bits do not depend on the other targets."""
@@ -39,7 +42,7 @@ class Projections:
         where = rows.to(self.sums.device)
         block *= scale
         for k, tile in enumerate(self.tiles):
-            self.sums[where, k * TARGET_TILE : (k + 1) * TARGET_TILE] += block @ tile.T
+            self.sums[:, k * TARGET_TILE : (k + 1) * TARGET_TILE].index_add_(0, where, block @ tile.T)
 
     def contributions(self, n_train: int) -> npt.NDArray[np.floating]:
         """Return ``-sums^T / N`` without the padding, (Q, n)."""
@@ -70,16 +73,26 @@ class FastProducts(ProductSink):
         ways = tried_ways(training, trajectory)
         self.engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
         self.sums = Projections(rows, torch.from_numpy(np.array(targets_QD)).to(training.device))
-        self._scales = Scales(training, trajectory)
+        self._scales = Scales(training, StepScales(training, trajectory))
 
     def begin(self, step: int, batch: Batch, members: Tensor) -> None:
         """Note the step's coefficients."""
         if len(members):
             self._scales.begin(step)
 
+    @property
+    def looks(self) -> bool:
+        """Whether the step's own preconditioner or clipping is in the rows."""
+        return self._scales.steps.looks
+
+    def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
+        """Note them."""
+        self._scales.steps.meet(step, moment)
+
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the products of the scaled gradients."""
-        self.sums.add(rows, block, self._scales.block)
+        self._scales.steps.clip_(block)
+        self.sums.add(rows, block, self._scales.block())
 
     def contributions(self) -> npt.NDArray[np.floating]:
         """Return the contributions; see ``Replay``."""

@@ -22,10 +22,13 @@ from ..recipe import Batch
 from ..recursion.coefficients import Settings, recorded_settings
 from ..recursion.columns import Columns
 from ..recursion.eigencoefficients import EigenCoefficients
+from ..recursion.family import Moment
 from ..recursion.segments import Segment, Segments
+from ..recursion.steps import lanes_of
 from ..training.training import Training
 from ..training.trials import tried_ways
-from .base import Sink, share
+from .base import HeldBatch, Sink, share
+from .fast import StepScales
 
 TABLE_BYTES = 64 << 20
 """Coefficients of a segment with one an eigendirection; longer stretches get borders of their own."""
@@ -67,7 +70,7 @@ class SegmentSums:
         return self._factor(on[0]), self._factor(on[1])
 
     def add(self, rows: Tensor, block: Tensor, scales: tuple[Tensor, Tensor]) -> None:
-        """Add a visit's gradients (R, D) to distinct rows."""
+        """Add a visit's gradients (R, D) to rows."""
         self.weights.index_add_(0, rows, block * scales[0])
         self.momentum.index_add_(0, rows, block * scales[1])
 
@@ -81,6 +84,7 @@ class SegmentRows(Sink):
         borders: Steps between which the buffers rest, ascending from 0.
         sums: The buffers of each recursion.
         basis: What the rows are turned into; None: nothing.
+        steps: What each step makes of gradients beside the scalars; None: nothing.
     """
 
     def __init__(
@@ -90,9 +94,20 @@ class SegmentRows(Sink):
         borders: Sequence[int],
         sums: Sequence[SegmentSums],
         basis: Eigenbasis | None = None,
+        steps: StepScales | None = None,
     ) -> None:
         self.training, self.engine, self.borders = training, engine, list(borders)
-        self.sums, self.basis = list(sums), basis
+        self.sums, self.basis, self.steps = list(sums), basis, steps
+
+    @property
+    def looks(self) -> bool:
+        """Whether the step's own preconditioner or clipping is in the rows."""
+        return self.steps is not None and self.steps.looks
+
+    def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
+        """Note them."""
+        if self.steps is not None:
+            self.steps.meet(step, moment)
 
     def begin(self, step: int, batch: Batch, members: Tensor) -> None:
         """At a border move the buffers; note the step's factors."""
@@ -105,6 +120,10 @@ class SegmentRows(Sink):
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the members' gradients to every recursion."""
         chosen = rows.to(self.training.device)
+        if self.steps is not None:
+            self.steps.clip_(block)
+            if self.steps.preconditioner is not None:
+                block = block * self.steps.preconditioner
         for sums, both in zip(self.sums, self._scales, strict=True):
             sums.add(chosen, block, both)
 
@@ -139,14 +158,14 @@ def fast_segments(
     layout, device, dtype = training.layout, training.device, training.dtype
     ways = tried_ways(training, trajectory)
     engine = PerSampleGradients(training.recipe, training.model, layout, ways)
-    columns = Columns(layout.column_groups(), dtype, device)
+    columns = Columns(layout.column_groups(lanes_of(settings[0], layout)), dtype, device)
     like = torch.empty(0, layout.dimension, dtype=dtype, device=device)
 
     def factor(per_group: Tensor) -> Tensor:
         return columns.spread(per_group.numpy())
 
     sums = [SegmentSums(rows, like, Segments(one, torch.from_numpy), factor) for one in settings]
-    return SegmentRows(training, engine, [0, *borders], sums)
+    return SegmentRows(training, engine, [0, *borders], sums, steps=StepScales(training, trajectory))
 
 
 def ekfac_segments(

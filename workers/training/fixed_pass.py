@@ -65,6 +65,6 @@ def fixed_pass(
             positions,
             size,
             compute or partial(training.losses, batch, size),
-            lambda mean: whole.extend(training.gradient_of(mean)),
+            lambda losses: whole.extend(training.gradient_of(losses.mean())),
         )
         yield FixedPass(engine=engine, positions=positions, losses_B=losses_B, whole=whole)

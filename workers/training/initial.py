@@ -24,16 +24,10 @@ from ...storage.files import read_bytes
 from ..data.user_code import user_code
 from ..determinism import preserved_generators, seed_everything
 from ..recipe import InitialState, Recipe
+from ..recursion.families import family_of
 
 SAFETENSORS = ".safetensors"
 """Ending of a file that the package safetensors reads; other files are PyTorch's."""
-
-STATE_KEYS = {
-    "SGD": frozenset({"momentum_buffer"}),
-    "Adam": frozenset({"exp_avg", "exp_avg_sq", "step"}),
-    "AdamW": frozenset({"exp_avg", "exp_avg_sq", "step"}),
-}
-"""What each optimiser keeps of a parameter: all of it or nothing."""
 
 COUNT = "step"
 """The entry that counts steps: one number, the others have the parameter's shape."""
@@ -276,7 +270,8 @@ def load_optimizer(
         raise InputError(
             f"{what}: {_some(foreign, 'not held by the optimizer', len(states))}; leave them out"
         )
-    kind, keys = type(optimizer).__name__, STATE_KEYS[type(optimizer).__name__]
+    kind, family = type(optimizer).__name__, family_of(optimizer)
+    keys = {*family.vectors, *([COUNT] if family.counts else [])}
     for name, entry in states.items():
         if set(entry) != keys:
             raise InputError(
@@ -289,7 +284,6 @@ def load_optimizer(
             {name: entry[key] for name, entry in states.items()},
             {n: held[n] for n in states},
         )
-    _check_groups(what, optimizer, names, states)
     for group in optimizer.param_groups:
         for p in group["params"]:
             for key, value in states.get(names.get(id(p), ""), {}).items():
@@ -333,25 +327,6 @@ def _by_name(
         if some:
             kept[str(name)] = some
     return kept
-
-
-def _check_groups(
-    what: str,
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[int, str],
-    states: Mapping[str, Mapping[str, Tensor]],
-) -> None:
-    """Refuse a group of SGD in which some parameters have momentum: its first step is one for the whole group."""
-    if type(optimizer) is not torch.optim.SGD:
-        return
-    for g, group in enumerate(optimizer.param_groups):
-        own = [names[id(p)] for p in group["params"] if p.requires_grad and id(p) in names]
-        without = [name for name in own if name not in states]
-        if without and len(without) < len(own):
-            raise InputError(
-                f"{what}: {len(without)} of {len(own)} parameters of group {g} have no momentum_buffer, first {without[0]!r}; "
-                "give all of a group, zeros where there was none, or none"
-            )
 
 
 def _count(value: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:

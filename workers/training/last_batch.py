@@ -25,7 +25,8 @@ def check_last_batch(training: Training) -> None:
     Raises:
         RecipeError: Names N, the batch size and what is left over.
     """
-    last = training.steps_per_epoch - 1
+    sizes = (training.batches >= 0).sum(1)
+    last = int(sizes.argmin())
     left = training.batch_size(last)
     if left == training.batch_size(0) and left > 1:
         return

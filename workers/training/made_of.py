@@ -28,7 +28,7 @@ from ..recipe import Recipe
 from .initial import leaves_of_state
 from .same_data import leaves_of
 from .source import changed_files, source_difference, source_of
-from .training import SETTINGS, Training
+from .training import Training
 
 FIRST_STEPS = 4
 """Steps whose settings and losses are noted."""
@@ -64,16 +64,21 @@ class FirstSteps:
 def first_steps(training: Training) -> FirstSteps:
     """Take the first steps, as recording does but for what happens between epochs."""
     scheduler = training.recipe.scheduler(training.optimizer)
-    settings: dict[str, list[list[float]]] = {name: [] for name in SETTINGS}
+    settings: dict[str, list[list[float]]] = {name: [] for name in training.family.settings}
     losses, seconds = [], []
-    stop = min(training.steps, training.steps_per_epoch, FIRST_STEPS)
+    stop = min(training.steps, training.epoch_ends[0], FIRST_STEPS)
     for step, batch in enumerate(training.loader(0, stop)):
         for name, values in training.read_settings().items():
             settings[name].append(values)
         begun = time.perf_counter()
         losses.append(float(training.step(step, batch)))
         seconds.append(time.perf_counter() - begun)
-        if scheduler is not None and training.recipe.scheduler_interval == "step" and step + 1 < stop:
+        if (
+            scheduler is not None
+            and training.recipe.scheduler_interval == "step"
+            and step + 1 < stop
+            and training.updates[step]
+        ):
             scheduler.step()
     return FirstSteps(settings=settings, losses=losses, seconds=seconds)
 

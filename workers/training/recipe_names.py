@@ -22,9 +22,9 @@ NEAR = 0.8
 
 _EPOCHS = "say epochs"
 _BATCH = "say batch_size"
-_CLIP = "gradients are not clipped, and no recipe can ask for it yet"
-_ACCUMULATE = "every batch is a step of its own; use a larger batch_size"
-_ORDER = "every epoch is a random permutation of the training dataset"
+_CLIP = "say clip_grad_norm, the largest norm of a step's gradient"
+_ACCUMULATE = "say accumulate, the batches of a step"
+_ORDER = "say order(epoch, generator), which returns the training indices of an epoch"
 _TRAIN = "say train_dataset(), and batch_size"
 _TEST = "say test_dataset(), and batch_size"
 _VALIDATION = "say validation_dataset()"
@@ -83,12 +83,7 @@ ELSEWHERE: dict[str, str] = {
 }
 """What other trainers call it -> what to do here."""
 
-LATER: dict[str, Any] = {
-    "clip_grad_norm": None,
-    "accumulate": 1,
-    "max_steps": None,
-    "order": None,
-}
+LATER: dict[str, Any] = {}
 """Names of the contract that this version does not carry out yet -> the value that asks for nothing."""
 
 _READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_CONST")

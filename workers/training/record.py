@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 
 from ...storage.errors import RecipeError
 from ...storage.trajectory import TrajectoryWriter
-from ...storage.trajectory_format import BEGUN
 from ..data.batches import fetch, to_device
 from ..data.cast import cast_model
 from ..data.labels import Accuracy, Labels
@@ -23,10 +22,11 @@ from ..model.layout import checksum, load_flat
 from ..model.state import load_buffers, pack_buffers
 from ..persample.reference import same_losses
 from ..recipe import Batch, Recipe
-from ..recursion.coefficients import Settings, coefficients
+from ..recursion.coefficients import stored_coefficients
+from ..recursion.settings import Recorded
 from .initial import initial_state, load_weights
 from .metrics import OutputWatch, defines_predictions, evaluate, evaluating, evaluation_size
-from .training import SETTINGS, Training
+from .training import Training
 from .update import UpdateCheck, check_hooks
 from .visits import VisitWatch
 
@@ -103,17 +103,20 @@ class Recorder:
             if dataset is not None
         ]
         steps, groups = training.steps, len(training.optimizer.param_groups)
-        self.settings = {name: np.zeros((steps, groups)) for name in SETTINGS}
-        self.begun = training.groups_with_momentum()
+        self.settings = {name: np.zeros((steps, groups)) for name in training.family.settings}
+        self.optimizer_told = {**training.optimizer_told, **training.optimizer_state().told()}
         self.loss = np.zeros(steps)
         self.checked = 0
+        self.noted = False
         self.sizes: dict[str, int] = {}
         self.digests: dict[int, int] = {0: training.weight_checksum()}
         self.epoch_digest: list[str] = []
-        self.epochs = {name: np.full(recipe.epochs, np.nan) for name in EPOCH_COLUMNS}
+        self.epochs = {name: np.full(training.epochs, np.nan) for name in EPOCH_COLUMNS}
         dimension = training.layout.dimension
         self.digest_every = DIGEST_EVERY if dimension <= 5_000_000 else 5 * DIGEST_EVERY
-        self.kept = checkpoint_steps(steps, dimension, training.dtype.itemsize, every)
+        kept = checkpoint_steps(steps, dimension, training.dtype.itemsize, every)
+        # Only between two steps of the optimiser is all there is in weights and state.
+        self.kept = sorted({int(training.schedule.first[k]) if k < steps else k for k in kept})
         self.writer = TrajectoryWriter(
             uri,
             dimension=dimension,
@@ -121,11 +124,14 @@ class Recorder:
             checkpoint_steps=self.kept,
             buffer_bytes=len(pack_buffers(training.model)),
             parameter_count=len(training.layout.entries),
+            moments=training.family.counts,
         )
         # Predictions of the recipe's own would cost a second forward pass, which may move the model's state.
         self.classes = not defines_predictions(recipe)
         self.visits = (
-            VisitWatch(self.writer, recipe.epochs, training.n_train, classes=self.classes) if visits else None
+            VisitWatch(self.writer, training.epochs, training.n_train, classes=self.classes)
+            if visits
+            else None
         )
         self.kept_visits: dict[str, Any] | None = None
 
@@ -163,10 +169,10 @@ class Recorder:
             done = step + 1
             if done % self.digest_every == 0 or done == training.steps:
                 self.digests[done] = training.weight_checksum()
-            if done % training.steps_per_epoch == 0:
-                self._end_epoch(done // training.steps_per_epoch - 1, accuracy.value)
+            if done in training.epoch_ends:
+                self._end_epoch(training.epoch_ends.index(done), accuracy.value)
                 accuracy = Accuracy()
-            elif self.scheduler is not None and training.recipe.scheduler_interval == "step":
+            elif training.updates[step] and training.recipe.scheduler_interval == "step":
                 self._move_scheduler(None, done)
             if done in self.kept:
                 self._keep(done)
@@ -177,10 +183,13 @@ class Recorder:
     def _step(self, step: int, batch: Batch, watch: OutputWatch, accuracy: Accuracy) -> None:
         """Take a step; count how many training samples it predicted right, where that is known."""
         training = self.training
-        checked = self._checks(step)
-        if checked:
-            self.checked += 1
-            self.update.before()
+        ends = bool(training.updates[step])
+        if training.schedule.first[step] == step:
+            self.noted = self._checks(int(training.schedule.last[step]))
+            if self.noted:
+                self.update.before()
+        checked = self.noted and ends
+        self.checked += checked
         self.loss[step] = float(training.step(step, batch))
         training.check_finite(step, float(self.loss[step]))
         if checked:
@@ -200,7 +209,7 @@ class Recorder:
 
     def _end_epoch(self, epoch: int, train_accuracy: float) -> None:
         training, recipe = self.training, self.training.recipe
-        span = slice(epoch * training.steps_per_epoch, (epoch + 1) * training.steps_per_epoch)
+        span = slice(training.epoch_ends[epoch - 1] if epoch else 0, training.epoch_ends[epoch])
         sizes = (training.batches[span] >= 0).sum(1)
         self.epochs["train_loss"][epoch] = float(np.average(self.loss[span], weights=sizes))
         self.epochs["train_accuracy"][epoch] = train_accuracy
@@ -216,7 +225,7 @@ class Recorder:
         if self.visits is not None:
             self.visits.end_epoch(epoch)
         self.epoch_digest.append(training.state_digest())
-        self._move_scheduler(epoch, (epoch + 1) * training.steps_per_epoch)
+        self._move_scheduler(epoch, training.epoch_ends[epoch])
 
     def _move_scheduler(self, epoch: int | None, done: int) -> None:
         """Step the scheduler, after an epoch or between two steps; it may move settings and nothing else."""
@@ -236,8 +245,9 @@ class Recorder:
 
     def _state_checksums(self) -> tuple[int, int]:
         training = self.training
-        buffers = [training.optimizer.state.get(p, {}).get("momentum_buffer") for p in training.parameters]
-        return training.weight_checksum(), checksum([b for b in buffers if b is not None])
+        states = [training.optimizer.state.get(p, {}) for p in training.parameters]
+        vectors = [state.get(key) for state in states for key in training.family.vectors]
+        return training.weight_checksum(), checksum([v for v in vectors if v is not None])
 
     def _checks(self, step: int) -> bool:
         """Whether a step is held against the optimiser's formula."""
@@ -252,14 +262,12 @@ class Recorder:
         return validation if metric == "validation" else train + validation
 
     def _keep(self, step: int) -> None:
-        momentum, exists = self.training.momentum()
         self.writer.write_checkpoint(
             self.kept.index(step),
             step,
-            self.training.weights().cpu().numpy(),
-            momentum.cpu().numpy(),
-            np.array(exists),
-            pack_buffers(self.training.model),
+            weights=self.training.weights().cpu().numpy(),
+            buffers=pack_buffers(self.training.model),
+            **self.training.optimizer_state().stored(),
         )
 
     def _check_rebuilt(self) -> None:
@@ -295,23 +303,12 @@ class Recorder:
         self._check_rebuilt()
         training, recipe = self.training, self.training.recipe
         self.kept_visits = None if self.visits is None else self.visits.finish()
-        taken = self.settings
-        settings = Settings(
-            learning_rate=taken["learning_rate"],
-            momentum=taken["momentum"],
-            weight_decay=taken["weight_decay"],
-            dampening=taken["dampening"],
-            nesterov=taken["nesterov"].astype(bool),
-            begun=np.isin(np.arange(taken["momentum"].shape[1]), self.begun),
-        )
+        settings, sometimes = self._settings()
         self.writer.finish(
             batches=training.batches,
-            learning_rate=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            dampening=settings.dampening,
-            nesterov=settings.nesterov,
-            coefficient=coefficients(settings),
+            **settings,
+            coefficient=self._coefficients(settings, sometimes),
+            sometimes=sometimes,
             loss=self.loss,
             digest_step=np.array(sorted(self.digests), dtype=np.int64),
             digest=np.array([self.digests[k] for k in sorted(self.digests)], dtype=np.uint32),
@@ -324,11 +321,50 @@ class Recorder:
                 "n_train": training.n_train,
                 "batch_size": recipe.batch_size,
                 "seed": recipe.seed,
-                "epochs": recipe.epochs,
-                "steps_per_epoch": training.steps_per_epoch,
+                **self._told(),
                 "environment": fingerprint(training.device),
-                **({BEGUN: self.begun} if self.begun else {}),
             },
+        )
+
+    def _told(self) -> dict[str, Any]:
+        """Return what the attributes say of the schedule and of the optimiser."""
+        training, ends = self.training, self.training.epoch_ends
+        told: dict[str, Any] = {"epochs": training.epochs, "steps_per_epoch": ends[0] if ends else 0}
+        if any(end != (epoch + 1) * ends[0] for epoch, end in enumerate(ends)):
+            told["epoch_ends"] = list(ends)
+        if training.weighted:
+            told["weighted"] = True
+        if self.optimizer_told != {"family": "sgd", "class": "SGD"}:
+            told["optimizer"] = self.optimizer_told
+        return told
+
+    def _settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the settings that every record has, and those that only some have."""
+        training, taken = self.training, dict(self.settings)
+        none = np.zeros_like(taken["learning_rate"])
+        always = ("learning_rate", "momentum", "weight_decay", "dampening", "nesterov")
+        settings = {name: taken.pop(name, none) for name in always}
+        settings["nesterov"] = settings["nesterov"].astype(bool)
+        sometimes: dict[str, Any] = taken
+        if training.weighted or training.schedule.accumulates:
+            sometimes["divisor"] = training.divisors
+        if training.schedule.accumulates:
+            sometimes["updates"] = training.updates
+        if training.clips is not None:
+            sometimes |= {"clip_norm": training.clips[:, 0], "clip_factor": training.clips[:, 1]}
+        if not training.active.all():
+            sometimes["active"] = training.active
+        return settings, sometimes
+
+    def _coefficients(self, settings: dict[str, Any], sometimes: dict[str, Any]) -> npt.NDArray[np.float64]:
+        return stored_coefficients(
+            Recorded(
+                parameters=self.training.layout.entries,
+                batches=self.training.batches,
+                optimizer=self.optimizer_told,
+                **settings,
+                **sometimes,
+            )
         )
 
 

@@ -41,7 +41,7 @@ from ..determinism import derived_seed, preserved_generators, seed_everything
 from ..persample.engine import Watch
 from ..recipe import Batch, Recipe
 from .metrics import OutputWatch, evaluate, evaluating, evaluation_size, predicted
-from .training import SETTINGS, Compute, Training
+from .training import Compute, Training
 from .verified import VerifiedReplay
 
 Floats = npt.NDArray[np.float64]
@@ -122,7 +122,7 @@ def retrain_weighted(
         verified.replay(report)
         return training
     training.guarded = True
-    settings = {name: getattr(trajectory, name) for name in SETTINGS}
+    settings = {name: getattr(trajectory, name) for name in training.family.settings}
     for step, batch in enumerate(training.loader()):
         training.apply_settings(settings, step)
         training.check_finite(step, float(training.step(step, batch)))
@@ -160,10 +160,10 @@ def retrain_subset(
         loss = float(training.step(step, batch))
         training.check_finite(step, loss)
         total, seen = total + loss * training.batch_size(step), seen + training.batch_size(step)
-        if (step + 1) % training.steps_per_epoch == 0:
+        if step + 1 in training.epoch_ends:
             _move(scheduler, training, total / seen)
             total, seen = 0.0, 0
-        elif scheduler is not None and recipe.scheduler_interval == "step":
+        elif scheduler is not None and training.updates[step] and recipe.scheduler_interval == "step":
             scheduler.step()
         if report:
             report(step + 1, training.steps)

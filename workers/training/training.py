@@ -8,9 +8,10 @@ model's buffers or the random generators between steps.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...storage.errors import DoesNotFit, NonFiniteLoss, RecipeError
-from ..data.batches import Indices, batch_order, step_batch, step_batches, to_device
+from ...storage.trajectory import Checkpoint
+from ..data.batches import Indices, step_batch, step_batches, to_device
 from ..data.cast import cast_model, raw_bytes
+from ..data.of_recipe import is_default
+from ..data.schedule import schedule_of
 from ..data.user_code import listed, user_code
 from ..determinism import (
     derived_seed,
@@ -31,11 +35,22 @@ from ..determinism import (
     seed_everything,
 )
 from ..model.layout import Layout, checksum, flatten, load_flat
-from ..model.state import Kept, buffers_from, copied, kept_buffers, load_buffers, same_buffer
+from ..model.state import (
+    Kept,
+    buffers_from,
+    copied,
+    kept_buffers,
+    load_buffers,
+    same_buffer,
+    unchanged_buffers,
+)
 from ..persample.engine import Watch
 from ..persample.one_batch import NOISE
 from ..persample.reference import constant_statistics, couples_samples
 from ..recipe import Batch, Recipe
+from ..recursion.clipping import EPSILON, Clip
+from ..recursion.families import family_of, family_or_sgd
+from ..recursion.family import Moment
 from .finite import check_gradients
 from .initial import initial_state, load_optimizer, load_weights
 from .update import TrainableSet, check_optimizer, check_owned
@@ -43,15 +58,6 @@ from .update import TrainableSet, check_optimizer, check_owned
 ADD_UP = {torch.float64: 1e-9, torch.float32: 1e-3}
 """How far per-sample gradients of a batch may add up to something else than its gradient, relative to the
 largest sum of their sizes: rounding in layers of low precision included."""
-
-SETTINGS = {
-    "learning_rate": "lr",
-    "momentum": "momentum",
-    "weight_decay": "weight_decay",
-    "dampening": "dampening",
-    "nesterov": "nesterov",
-}
-"""Trajectory array -> key of the optimiser's ``param_groups``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,12 +96,19 @@ class Training:
         own_losses: (B,) losses of the last step's samples, on the device.
         guarded: Whether each step's gradients are looked at before they move the weights. A replay
             follows a record whose gradients were.
+        before_update: Called with a step whose gradient is complete, before rows of its last batch are handed
+            over and before the optimiser moves the weights; see ``moment``.
+        divisors: (T,) float64: a step's loss is the sum of its samples' losses over this; NaN where it depends
+            on the weights of batches not seen yet.
+        clips: (T, 2) float64, norm and factor of clipping as steps are taken; None where nothing is clipped.
+        active: (T, P) bool, which parameters had a gradient, as steps are taken.
 
     Raises:
-        RecipeError: The optimiser is not a ``torch.optim.SGD`` or does not hold the model's parameters.
+        RecipeError: The optimiser has no rule or does not hold the model's parameters.
     """
 
     guarded = False
+    before_update: Callable[[int], None] | None = None
 
     def __init__(self, recipe: Recipe, compute: Compute) -> None:
         prepare_process(compute.threads)
@@ -114,17 +127,46 @@ class Training:
         self.model.train()
         with user_code(f"{recipe.name}.optimizer() failed:", always=True):
             self.optimizer = recipe.optimizer(self.model)
-        if recipe.epochs:  # else nothing is trained, and the optimiser says only what it holds
+        if recipe.epochs:
+            self.family = family_of(self.optimizer)
             check_optimizer(self.optimizer, self.model)
+        else:  # nothing is trained, and the optimiser says only what it holds
+            self.family = family_or_sgd(self.optimizer)
         load_optimizer(recipe, self.model, self.optimizer, start)
         self.trainable = TrainableSet(self.model)
         self.layout = Layout.of(self.model, self.optimizer.param_groups)
         check_owned(self.optimizer, self.model)
         self.parameters = self.layout.parameters(self.model)
-        self.batches: Indices = batch_order(self.n_train, recipe.batch_size, recipe.epochs, recipe.seed)
-        self.steps_per_epoch = -(-self.n_train // recipe.batch_size)
+        self.schedule = schedule_of(recipe, self.n_train)
+        self.batches: Indices = self.schedule.batches
+        self.epoch_ends = self.schedule.epoch_ends
+        self.updates = self.schedule.updates
         self.steps = len(self.batches)
         self.own_losses = torch.empty(0)  # of the last step
+        self.weighted = not is_default(recipe, "weights")
+        self.divisors = np.full(self.steps, np.nan)
+        if not self.weighted:
+            parts = self.schedule.last - self.schedule.first + 1
+            self.divisors = (self.batches >= 0).sum(1) * parts.astype(np.float64)
+        self.max_norm = _max_norm(recipe)
+        self.clips = None if self.max_norm is None else np.full((self.steps, 2), np.nan)
+        self.active = np.ones((self.steps, len(self.parameters)), dtype=bool)
+
+    @property
+    def epochs(self) -> int:
+        """E, epochs that are begun."""
+        return len(self.epoch_ends)
+
+    @property
+    def optimizer_told(self) -> dict[str, Any]:
+        """What a record notes of the optimiser beside its settings."""
+        told: dict[str, Any] = {"family": self.family.name, "class": type(self.optimizer).__name__}
+        if self.family.scaled:
+            groups = self.optimizer.param_groups
+            told["decoupled"] = [bool(group.get("decoupled_weight_decay", False)) for group in groups]
+        if self.max_norm is not None:
+            told["clip_grad_norm"] = self.max_norm
+        return told
 
     @cached_property
     def holds_statistics(self) -> bool:
@@ -153,8 +195,49 @@ class Training:
     def loader(self, first: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield the batches of steps ``first`` to ``stop`` on the device."""
         source = step_batches(self.recipe, self.dataset, self.batches, self.recipe.seed, first, stop)
-        for batch in source:
-            yield to_device(batch, self.device, self.dtype)
+        moved = (to_device(batch, self.device, self.dtype) for batch in source)
+        yield from self._with_divisors(first, moved) if self.weighted else moved
+
+    def _with_divisors(self, first: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches once the weights of their whole step are known."""
+        held: list[Batch] = []
+        for step, batch in enumerate(batches, start=first):
+            held.append(batch)
+            if not self.updates[step]:
+                continue
+            begun = step - len(held) + 1
+            if np.isnan(self.divisors[step]) or begun == self.schedule.first[step]:
+                total = sum(self._weight(begun + k, one) for k, one in enumerate(held))
+                self.divisors[self.schedule.first[step] : step + 1] = total
+            yield from held
+            held = []
+        yield from held
+
+    def _weight(self, step: int, batch: Batch) -> float:
+        """Return the sum of the weights of a batch.
+
+        Raises:
+            RecipeError: ``weights`` returned something else, or nothing to divide by.
+        """
+        size = self.batch_size(step)
+        with user_code(f"weights() of the batch of step {step} raised", always=True):
+            found = self.recipe.weights(batch)
+        if not isinstance(found, Tensor) or found.shape != (size,):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise RecipeError(
+                f"weights() returned {got} for a batch of {size} samples; it must return shape ({size},) for every batch, "
+                "or not be defined"
+            )
+        total = float(found.double().sum())
+        if not (bool((found >= 0).all()) and math.isfinite(total)):
+            raise RecipeError(
+                f"weights() of the batch of step {step} holds {float(found.min())}; weights are 0 or more"
+            )
+        return total
+
+    def divisor(self, step: int) -> float:
+        """Return what the sum of a batch's losses is divided by in its step's loss: B_t unless weighted or accumulated."""
+        return float(self.divisors[step])
 
     def batch_size(self, step: int) -> int:
         """Return B_t, the real number of samples of a step."""
@@ -202,34 +285,103 @@ class Training:
         size = self.batch_size(step)
         separate = watch is not None and self.holds_statistics and couples_samples(self.model)
         seed_everything(derived_seed(self.recipe.seed, "step", step))
-        for parameter in self.parameters:
-            parameter.grad = None
+        if self.schedule.first[step] == step:
+            for parameter in self.parameters:
+                parameter.grad = None
         if watch is None:
-            loss = self._mean(batch, size)
-            loss.backward()
+            self.reduce(self._losses(batch, size), step).backward()
         elif separate:
             kept = kept_buffers(self.model, statistics=False)
-            loss = self._mean(batch, size)
-            loss.backward()
+            self.reduce(self._losses(batch, size), step).backward()
             self._second_pass(step, batch, size, watch, kept)
         else:
             losses_B = watch.engine.trace(
-                batch, watch.positions, size, lambda: self.losses(batch, size), lambda mean: mean.backward()
+                batch,
+                watch.positions,
+                size,
+                lambda: self.losses(batch, size),
+                lambda losses: self.reduce(losses, step).backward(),
+                divisor=self.divisor(step),
             )
-            self.own_losses, loss = losses_B.detach(), losses_B.mean()
+            self.own_losses = losses_B.detach()
+        loss = self.own_losses.mean() if not self.weighted else self._weighted_mean(batch)
         self.trainable.check(step, self.steps)
+        if self.updates[step]:
+            self._check_gradients(step)
+            if self.guarded:
+                check_gradients(self, step, batch, loss)
+            if self.before_update is not None:
+                self.before_update(step)
         if watch:
             watch.engine.hand_over(watch.positions, size, watch.sink, watch.factors)
-        self._check_gradients(step)
-        if self.guarded:
-            check_gradients(self, step, batch, loss.detach())
-        self.optimizer.step()
-        return loss.detach()
+        if self.updates[step]:
+            self._clip(step)
+            self.optimizer.step()
+        return loss
 
-    def _mean(self, batch: Batch, size: int) -> Tensor:
+    def reduce(self, losses_B: Tensor, step: int) -> Tensor:
+        """Return what a batch adds to its step's loss."""
+        if self.weighted:
+            return losses_B.sum() / self.divisor(step)
+        parts = self.schedule.parts(step)
+        return losses_B.mean() if parts == 1 else losses_B.mean() / parts
+
+    def _weighted_mean(self, batch: Batch) -> Tensor:
+        """Return the batch's losses over its own weights, for people to look at."""
+        weights = self.recipe.weights(batch)
+        assert weights is not None
+        return self.own_losses.sum() / weights.sum().to(self.own_losses)
+
+    def _losses(self, batch: Batch, size: int) -> Tensor:
         losses_B = self.losses(batch, size)
         self.own_losses = losses_B.detach()
-        return losses_B.mean()
+        return losses_B
+
+    def again(self, step: int, batch: Batch, watch: Watch, kept: Kept) -> None:
+        """Run a batch of the step that is about to be taken once more, and hand its rows over.
+
+        Args:
+            step: Which batch.
+            batch: It.
+            watch: What to hand over.
+            kept: The buffers that its first pass began with.
+        """
+        size = self.batch_size(step)
+        seed_everything(derived_seed(self.recipe.seed, "step", step))
+        with unchanged_buffers(self.model), buffers_from(kept):
+            if self.holds_statistics and couples_samples(self.model):
+                self._second_pass(step, batch, size, watch, kept)
+            else:
+                losses = partial(self.losses, batch, size)
+                watch.engine.trace(
+                    batch, watch.positions, size, losses, lambda found: self.gradient_of(found.mean())
+                )
+        watch.engine.hand_over(watch.positions, size, watch.sink, watch.factors)
+
+    def state_of_layers(self) -> Kept:
+        """Return copies of the buffers that a step both moves and reads; batch statistics are not read."""
+        return kept_buffers(self.model, statistics=False) if self.keeps_state else []
+
+    def moment(self) -> Moment:
+        """Return the step that is about to be taken; good inside ``before_update``."""
+        gradient = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
+        norm, factor = math.nan, 1.0
+        if self.max_norm is not None:
+            found = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            norm, factor = _clipped(found, self.max_norm)
+        return Moment(
+            gradient=gradient,
+            clip=Clip(gradient=gradient, norm=norm, factor=factor),
+            weights=self.weights(),
+            state=self.optimizer_state().vectors,
+        )
+
+    def _clip(self, step: int) -> None:
+        if self.max_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+            assert self.clips is not None
+            first = self.schedule.first[step]
+            self.clips[first : step + 1] = _clipped(norm, self.max_norm)
 
     def _second_pass(self, step: int, batch: Batch, size: int, watch: Watch, kept: Kept) -> None:
         """Run the batch again, same dropout and buffers, with BatchNorm statistics as constants."""
@@ -240,7 +392,7 @@ class Training:
                 watch.positions,
                 size,
                 lambda: self.losses(batch, size),
-                self.gradient_of,
+                lambda losses: self.gradient_of(losses.mean()),
             )
 
     def gradient_of(self, value: Tensor) -> tuple[Tensor | None, ...]:
@@ -286,26 +438,24 @@ class Training:
         return losses_B
 
     def _check_gradients(self, step: int) -> None:
-        for entry, parameter in zip(self.layout.entries, self.parameters, strict=True):
-            if parameter.grad is None and entry.group >= 0:
+        """Note which parameters have a gradient; those without are left alone by the optimiser."""
+        moved = [parameter.grad is not None for parameter in self.parameters]
+        if not all(moved):
+            self.active[self.schedule.first[step] : step + 1] = moved
+            if not any(m for m, entry in zip(moved, self.layout.entries, strict=True) if entry.group >= 0):
                 raise RecipeError(
-                    f"parameter {entry.name!r} got no gradient at step {step}: SGD would skip it there; "
-                    "freeze it (requires_grad=False) or use it in every forward pass"
+                    f"no parameter that is optimised got a gradient at step {step}; use the model's output in losses()"
                 )
 
     def read_settings(self) -> dict[str, list[float]]:
         """Return what the optimiser would use now, one value per group."""
-        return {
-            name: [float(group[key]) for group in self.optimizer.param_groups]
-            for name, key in SETTINGS.items()
-        }
+        groups = [self.family.read(group) for group in self.optimizer.param_groups]
+        return {name: [group[name] for group in groups] for name in self.family.settings}
 
-    def apply_settings(self, recorded: dict[str, npt.NDArray[Any]], step: int) -> None:
+    def apply_settings(self, recorded: Mapping[str, npt.NDArray[Any]], step: int) -> None:
         """Put the recorded settings of a step into the optimiser."""
-        for name, key in SETTINGS.items():
-            for g, group in enumerate(self.optimizer.param_groups):
-                value = recorded[name][step, g]
-                group[key] = bool(value) if name == "nesterov" else float(value)
+        for g, group in enumerate(self.optimizer.param_groups):
+            self.family.apply(group, {name: recorded[name][step, g] for name in self.family.settings})
 
     def check_finite(self, step: int, loss: float, own_losses: Tensor | None = None) -> None:
         """Raise NonFiniteLoss when a batch loss is NaN or infinite, naming the samples whose own loss is.
@@ -341,18 +491,21 @@ class Training:
             digest.update(raw_bytes(tensor))
         return digest.hexdigest()
 
-    def momentum(self) -> tuple[Tensor, list[bool]]:
-        """Return the flat momentum buffers (D,), zero where there is none yet, and which exist."""
-        buffers = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.parameters]
-        filled = [
-            torch.zeros_like(p) if b is None else b for p, b in zip(self.parameters, buffers, strict=True)
-        ]
-        return flatten(filled), [b is not None for b in buffers]
-
-    def groups_with_momentum(self) -> list[int]:
-        """Return the parameter groups whose parameters have momentum buffers."""
-        exists = self.momentum()[1]
-        return sorted({e.group for e, there in zip(self.layout.entries, exists, strict=True) if there})
+    def optimizer_state(self) -> OptimizerState:
+        """Return the optimiser's vectors as they are, flat."""
+        states = [self.optimizer.state.get(p, {}) for p in self.parameters]
+        vectors = []
+        for key in self.family.vectors:
+            found = [state.get(key) for state in states]
+            filled = [
+                torch.zeros_like(p) if v is None else v for p, v in zip(self.parameters, found, strict=True)
+            ]
+            vectors.append(flatten(filled))
+        return OptimizerState(
+            vectors=tuple(vectors),
+            exists=[state.get(self.family.vectors[0]) is not None for state in states],
+            counts=[int(state.get("step", 0)) for state in states] if self.family.counts else None,
+        )
 
     def load_weights(self, weights_D: npt.NDArray[Any], buffers: bytes) -> None:
         """Put a checkpoint's weights and model buffers into the model."""
@@ -360,10 +513,85 @@ class Training:
         load_flat(self.parameters, vector.to(device=self.device, dtype=self.dtype))
         load_buffers(self.model, buffers)
 
-    def load_momentum(self, momentum_D: npt.NDArray[Any], exists: list[bool]) -> None:
-        """Put a checkpoint's momentum buffers into the optimiser."""
-        vector = torch.from_numpy(np.ascontiguousarray(momentum_D)).to(device=self.device, dtype=self.dtype)
-        for i, (parameter, present) in enumerate(zip(self.parameters, exists, strict=True)):
+    def load_optimizer(self, kept: OptimizerState) -> None:
+        """Put a checkpoint's vectors into the optimiser."""
+        for i, (parameter, present) in enumerate(zip(self.parameters, kept.exists, strict=True)):
             start = self.layout.entries[i].start
-            view = vector[start : start + parameter.numel()].view_as(parameter)
-            self.optimizer.state[parameter]["momentum_buffer"] = view.clone() if present else None
+            state = self.optimizer.state[parameter]
+            for key, vector in zip(self.family.vectors, kept.vectors, strict=True):
+                part = vector[start : start + parameter.numel()].view_as(parameter)
+                state[key] = part.to(device=self.device, dtype=self.dtype).clone() if present else None
+            if not present and self.family.counts:
+                del self.optimizer.state[parameter]
+            elif kept.counts is not None:
+                # Where torch keeps it unless the implementation is fused.
+                place = self.device if self._fused(parameter) else torch.device("cpu")
+                state["step"] = torch.tensor(float(kept.counts[i]), dtype=torch.float32, device=place)
+
+    def _fused(self, parameter: nn.Parameter) -> bool:
+        return any(
+            bool(group.get("fused"))
+            for group in self.optimizer.param_groups
+            if any(p is parameter for p in group["params"])
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class OptimizerState:
+    """What an optimiser keeps beside the weights.
+
+    Attributes:
+        vectors: (D,) each, in the order of its family's ``vectors``; 0 where a parameter has none yet.
+        exists: Per parameter, whether it has.
+        counts: Per parameter, the steps taken with it; None where the family does not count.
+    """
+
+    vectors: tuple[Tensor, ...]
+    exists: list[bool]
+    counts: list[int] | None = None
+
+    @classmethod
+    def of(cls, kept: Checkpoint) -> OptimizerState:
+        """Return that of a checkpoint."""
+        vectors = [kept.momentum] if kept.second_moment is None else [kept.momentum, kept.second_moment]
+        return cls(
+            vectors=tuple(torch.from_numpy(np.ascontiguousarray(vector)) for vector in vectors),
+            exists=kept.has_momentum.tolist(),
+            counts=None if kept.count is None else kept.count.tolist(),
+        )
+
+    def told(self) -> dict[str, Any]:
+        """Return what a record notes of it where it is what training begins with; nothing where that is fresh."""
+        if self.counts is not None:
+            return {"count": self.counts} if any(self.counts) else {}
+        return {"begun": self.exists} if any(self.exists) else {}
+
+    def stored(self) -> dict[str, Any]:
+        """Return it by the names of ``Checkpoint``."""
+        found = [vector.cpu().numpy() for vector in self.vectors]
+        stored: dict[str, Any] = {"momentum": found[0], "has_momentum": np.array(self.exists)}
+        if self.counts is not None:
+            stored |= {"second_moment": found[1], "count": np.array(self.counts, dtype=np.int64)}
+        return stored
+
+
+def _max_norm(recipe: Recipe) -> float | None:
+    """Return ``clip_grad_norm``, checked.
+
+    Raises:
+        RecipeError: It is no positive number, or the recipe asks for clipping by value.
+    """
+    if getattr(recipe, "clip_grad_value", None) is not None:
+        raise RecipeError("clip_grad_value has no rule here; clip by norm instead: clip_grad_norm = 1.0")
+    value = recipe.clip_grad_norm
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise RecipeError(f"clip_grad_norm is {value!r}; it must be a positive number, or None")
+    return float(value)
+
+
+def _clipped(norm: Tensor, most: float) -> tuple[float, float]:
+    """Return a gradient's norm and what clipping multiplies it with."""
+    found = float(norm)
+    return found, min(1.0, most / (found + EPSILON))

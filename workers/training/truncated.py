@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ...storage.trajectory import Checkpoint, Trajectory
+from ...storage.trajectory_format import PER_STEP, SOMETIMES
 from ..model.state import pack_buffers
-from ..recursion.coefficients import coefficients, recorded_settings
-from .training import SETTINGS, Training
+from ..recursion.coefficients import stored_coefficients
+from .training import Training
 from .verified import VerifiedReplay
 
 
@@ -39,7 +40,8 @@ def ended_at(trajectory: Trajectory, epoch: int, last: Checkpoint) -> EndedTraje
         last: Where training stood then.
     """
     stop = last.step
-    steps = {name: getattr(trajectory, name)[:stop] for name in (*SETTINGS, "batches", "loss")}
+    rows = {name: getattr(trajectory, name) for name in (*PER_STEP, *SOMETIMES)}
+    steps = {name: values[:stop] for name, values in rows.items() if values is not None}
     early = trajectory.checkpoint_steps[trajectory.checkpoint_steps < stop]
     known = trajectory.digest_step <= stop
     changes: dict[str, Any] = {
@@ -49,22 +51,20 @@ def ended_at(trajectory: Trajectory, epoch: int, last: Checkpoint) -> EndedTraje
         "epoch_digest": trajectory.epoch_digest[:epoch],
         "checkpoint_steps": np.append(early, stop),
         "epochs": {name: values[:epoch] for name, values in trajectory.epochs.items()},
-        "attrs": {**trajectory.attrs, "epochs": epoch},
+        "attrs": {**trajectory.attrs, "epochs": epoch, "epoch_ends": trajectory.epoch_ends[:epoch]},
     }
     kept = {field.name: getattr(trajectory, field.name) for field in fields(Trajectory)} | changes
     ended = EndedTrajectory(**kept, last=last)
-    return replace(ended, coefficient=coefficients(recorded_settings(ended)))
+    return replace(ended, coefficient=stored_coefficients(ended))
 
 
 def standing(training: Training, step: int) -> Checkpoint:
     """Return where a training stands after ``step`` steps."""
-    momentum, exists = training.momentum()
     return Checkpoint(
         step=step,
         weights=training.weights().cpu().numpy(),
-        momentum=momentum.cpu().numpy(),
-        has_momentum=np.array(exists),
         buffers=pack_buffers(training.model),
+        **training.optimizer_state().stored(),
     )
 
 
@@ -74,7 +74,7 @@ def trained_until(training: Training, trajectory: Trajectory, epoch: int) -> End
     Raises:
         ReplayDiverged: It does not come to the recorded weights.
     """
-    stop = epoch * training.steps_per_epoch
+    stop = training.epoch_ends[epoch - 1]
     replay = VerifiedReplay(training, trajectory, np.empty(0, dtype=np.int64))
     replay.start_at(int(np.searchsorted(trajectory.checkpoint_steps, stop, side="right")) - 1)
     replay.advance(stop)
@@ -86,4 +86,4 @@ def with_decay(trajectory: Trajectory, factor: float) -> Trajectory:
     """Return a record whose weight decay is ``factor`` times the optimiser's: for recursions, not for training."""
     changes: Mapping[str, Any] = {"weight_decay": trajectory.weight_decay * factor}
     changed = replace(trajectory, **changes)
-    return replace(changed, coefficient=coefficients(recorded_settings(changed)))
+    return replace(changed, coefficient=stored_coefficients(changed))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ...storage.errors import RecipeError
+from ..recursion.families import family_of
 
 MOVES = 1e-3
 """How far a weight may be from its prediction, relative to the parameter's largest move: rounding."""
@@ -26,16 +27,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Refuse an optimiser whose update is not that of its class.
 
     Raises:
-        RecipeError: Its class has no rule, or hooks or a patched ``step`` change what it does.
+        RecipeError: Its class or an option has no rule, or hooks or a patched ``step`` change what it does.
     """
-    if type(optimizer) is not torch.optim.SGD:
-        raise RecipeError(
-            f"optimizer {type(optimizer).__name__} has no rule for its hypergradient; "
-            "use torch.optim.SGD (any momentum, dampening, Nesterov, weight decay, groups)"
-        )
-    for group in optimizer.param_groups:
-        if group.get("maximize"):
-            raise RecipeError("SGD(maximize=True) is not supported; negate the losses instead")
+    family_of(optimizer)
     check_hooks(optimizer, model)
 
 
@@ -144,36 +138,32 @@ class UpdateCheck:
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
         self.optimizer, self.names = optimizer, names
-        self._before: list[tuple[dict[str, Any], nn.Parameter, Tensor, Tensor | None]] = []
+        self.family = family_of(optimizer)
+        self._before: list[tuple[dict[str, Any], nn.Parameter, Tensor, dict[str, Any]]] = []
 
     @torch.no_grad()
     def before(self) -> None:
-        """Note weights and momentum; to be called before the forward pass."""
+        """Note weights and the optimiser's state; to be called before the first forward pass of a step."""
         self._before = []
         for group in self.optimizer.param_groups:
             settings = {k: v for k, v in group.items() if k != "params"}
             for p in group["params"]:
                 if id(p) in self.names:
-                    buffer = self.optimizer.state.get(p, {}).get("momentum_buffer")
-                    kept = None if buffer is None else buffer.clone()
+                    state = self.optimizer.state.get(p, {})
+                    kept = {key: v.clone() if isinstance(v, Tensor) else v for key, v in state.items()}
                     self._before.append((settings, p, p.detach().clone(), kept))
 
     @torch.no_grad()
     def after(self, step: int) -> None:
-        """Compare the weights with what the settings make of what was noted and of the gradients.
+        """Compare the weights with what the settings make of what was noted and of the (clipped) gradients.
 
         Raises:
             RecipeError: Names the step and the parameter.
         """
-        for settings, p, weight, buffer in self._before:
+        for settings, p, weight, state in self._before:
             if p.grad is None:
                 continue
-            decay, momentum = float(settings["weight_decay"]), float(settings["momentum"])
-            move = p.grad + decay * weight
-            if momentum:
-                carried = move if buffer is None else momentum * buffer + (1 - settings["dampening"]) * move
-                move = move + momentum * carried if settings["nesterov"] else carried
-            move = float(settings["lr"]) * move
+            move = -self.family.moved(settings, weight, p.grad, state)
             if not move.numel():
                 continue
             rounding = 8 * torch.finfo(p.dtype).eps * float(torch.maximum(weight.abs().max(), p.abs().max()))
@@ -181,6 +171,6 @@ class UpdateCheck:
             off = float((weight - move - p).abs().max())
             if off > allowed:
                 raise RecipeError(
-                    f"step {step} moved parameter {self.names[id(p)]!r} elsewhere than SGD does (off by {off:.1e}; its "
+                    f"step {step} moved parameter {self.names[id(p)]!r} elsewhere than {type(self.optimizer).__name__} does (off by {off:.1e}; its "
                     f"largest move is {float(move.abs().max()):.1e}): something else changes weights or gradients; {PLAIN}"
                 )

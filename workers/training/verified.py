@@ -13,7 +13,7 @@ from ...storage.errors import ReplayDiverged
 from ...storage.trajectory import Trajectory
 from ..determinism import fingerprint, fingerprint_differences
 from ..recipe import Batch
-from .training import SETTINGS, Training
+from .training import OptimizerState, Training
 
 Report = Callable[[int, int], None]
 Rows = npt.NDArray[np.int64]
@@ -37,7 +37,16 @@ class VerifiedReplay:
 
     def __init__(self, training: Training, trajectory: Trajectory, tracked: Rows) -> None:
         self.training, self.trajectory, self.tracked = training, trajectory, tracked
-        self._settings = {name: getattr(trajectory, name) for name in SETTINGS}
+        if training.family.name != trajectory.optimizer["family"]:
+            raise ReplayDiverged(
+                self._message(
+                    f"the optimizer is {type(training.optimizer).__name__}, recorded {trajectory.optimizer['class']}",
+                    0,
+                )
+            )
+        self._settings = {name: getattr(trajectory, name) for name in training.family.settings}
+        if trajectory.divisor is not None:
+            training.divisors = trajectory.divisor
         self._digests = dict(zip(trajectory.digest_step.tolist(), trajectory.digest.tolist(), strict=True))
         self._row_of = np.full(training.n_train, -1, dtype=np.int64)
         self._row_of[tracked] = np.arange(len(tracked))
@@ -71,7 +80,7 @@ class VerifiedReplay:
                 raise
             self._losses.append((step, loss, training.own_losses))
             self.done = step + 1
-            ends = self.done % training.steps_per_epoch == 0
+            ends = self.done in training.epoch_ends
             if self.at_once or ends or self.done in self._digests or self.done == stop:
                 self._check_losses()
             if self.done in self._digests:
@@ -81,18 +90,18 @@ class VerifiedReplay:
             if report:
                 report(self.done, training.steps)
         if self.done == training.steps:
-            self.verify_epoch(training.recipe.epochs)
+            self.verify_epoch(training.epochs)
 
     def start_at(self, k: int) -> None:
         """Stand at checkpoint ``k`` of the record instead of at the initial weights."""
         kept = self.trajectory.checkpoint(k)
         self.training.load_weights(kept.weights, kept.buffers)
-        self.training.load_momentum(kept.momentum, kept.has_momentum.tolist())
+        self.training.load_optimizer(OptimizerState.of(kept))
         self.done = kept.step
 
     def train_as(self, trajectory: Trajectory) -> None:
         """Train with another record's settings; what is collected keeps those this was made with."""
-        self._settings = {name: getattr(trajectory, name) for name in SETTINGS}
+        self._settings = {name: getattr(trajectory, name) for name in self._settings}
 
     def rows(self, step: int) -> Rows:
         """Return the row of every member of a step's batch, -1 where it is not tracked, (B_t,)."""
@@ -135,7 +144,7 @@ class VerifiedReplay:
                 self._message(
                     f"weights and buffers after epoch {epoch} have sha256 {found[:16]}…, "
                     f"recorded {expected[:16]}…",
-                    epoch * self.training.steps_per_epoch,
+                    self.training.epoch_ends[epoch - 1],
                 )
             )
 

@@ -1,0 +1,157 @@
+"""Which samples each batch of a training holds, and which batches make a step of the optimiser.
+
+T batches, B samples of the widest, E epochs, N training samples.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...storage.errors import RecipeError
+from ..determinism import derived_seed
+from .user_code import user_code
+
+Indices = npt.NDArray[np.int32]
+Integers = npt.NDArray[np.int64]
+
+
+class ScheduledRecipe(Protocol):
+    """The part of a recipe that orders training; see ``Recipe``."""
+
+    epochs: int
+    batch_size: int
+    seed: int
+    accumulate: int
+    max_steps: int | None
+
+    def order(self, epoch: int, generator: torch.Generator) -> Sequence[int] | torch.Tensor | None:
+        """Return the training indices of an epoch."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Schedule:
+    """The batches of a training.
+
+    Attributes:
+        batches: (T, B) int32, training indices, padded with -1.
+        epoch_ends: (E,) how many batches are done at the end of each epoch.
+        first: (T,) the first batch of the optimiser's step that a batch belongs to.
+        last: (T,) the last one.
+        distinct: Whether every epoch holds each of the N samples once.
+    """
+
+    batches: Indices
+    epoch_ends: tuple[int, ...]
+    first: Integers
+    last: Integers
+    distinct: bool
+
+    @property
+    def updates(self) -> npt.NDArray[np.bool_]:
+        """(T,) whether the optimiser steps after a batch."""
+        found: npt.NDArray[np.bool_] = self.last == np.arange(len(self.last))
+        return found
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether several batches make a step anywhere."""
+        return bool((self.first != self.last).any())
+
+    def parts(self, step: int) -> int:
+        """Return how many batches make the optimiser's step that a batch belongs to."""
+        return int(self.last[step] - self.first[step]) + 1
+
+
+def schedule_of(recipe: ScheduledRecipe, n_train: int) -> Schedule:
+    """Return the batches of a recipe's training.
+
+    Each epoch is a permutation of the N samples drawn from (seed, epoch), or what ``Recipe.order`` returns, cut
+    into batches of ``batch_size``; the last one is smaller where they do not go up. ``accumulate`` batches make
+    a step; what is left at the end of an epoch makes a smaller one. ``max_steps`` counts steps of the optimiser
+    and stands in for ``epochs``.
+
+    Raises:
+        RecipeError: A number is out of its range, or ``order`` returned no indices.
+    """
+    size, parts = _whole("batch_size", recipe.batch_size), _whole("accumulate", recipe.accumulate)
+    epochs = _whole("epochs", recipe.epochs, least=0)  # 0: trained already, see `StateFile`
+    limit = None if recipe.max_steps is None else _whole("max_steps", recipe.max_steps)
+    rows: list[Indices] = []
+    ends: list[int] = []
+    first: list[int] = []
+    last: list[int] = []
+    epoch, updates, distinct = 0, 0, True
+    while epoch < epochs if limit is None else updates < limit:
+        order = epoch_order(recipe, n_train, epoch)
+        distinct = distinct and len(order) == n_train == len(np.unique(order))
+        cut = [order[k : k + size] for k in range(0, len(order), size)]
+        for k in range(0, len(cut), parts):
+            if limit is not None and updates == limit:
+                distinct = False
+                break
+            group = cut[k : k + parts]
+            first += [len(rows)] * len(group)
+            last += [len(rows) + len(group) - 1] * len(group)
+            rows += group
+            updates += 1
+        ends.append(len(rows))
+        epoch += 1
+    return Schedule(
+        batches=padded(rows, size),
+        epoch_ends=tuple(ends),
+        first=np.array(first, dtype=np.int64),
+        last=np.array(last, dtype=np.int64),
+        distinct=distinct,
+    )
+
+
+def _whole(name: str, value: object, least: int = 1) -> int:
+    try:
+        found = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        found = -1
+    if found < least:
+        raise RecipeError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return found
+
+
+def padded(rows: Iterable[npt.NDArray[np.integer]], size: int) -> Indices:
+    """Return batches of at most ``size`` samples as one array (T, B), padded with -1."""
+    rows = list(rows)
+    batches = np.full((len(rows), size), -1, dtype=np.int32)
+    for t, row in enumerate(rows):
+        batches[t, : len(row)] = row
+    return batches
+
+
+def epoch_order(recipe: ScheduledRecipe, n_train: int, epoch: int) -> Indices:
+    """Return the training samples of an epoch in their order.
+
+    Raises:
+        RecipeError: ``order`` raised or returned something else.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(recipe.seed, "order", epoch))
+    with user_code(f"order({epoch}, generator) raised", always=True):
+        found = recipe.order(epoch, generator)
+    if found is None:
+        return torch.randperm(n_train, generator=generator).numpy().astype(np.int32)
+    values = np.asarray(found if not isinstance(found, torch.Tensor) else found.cpu().numpy())
+    if values.ndim != 1 or not len(values) or values.dtype.kind not in "iu":
+        raise RecipeError(
+            f"order() returned {values.dtype} of shape {values.shape} for epoch {epoch}; it must return a flat list of one or "
+            "more training indices, or None for a permutation"
+        )
+    wrong = values[(values < 0) | (values >= n_train)]
+    if len(wrong):
+        raise RecipeError(
+            f"order() returned the index {wrong[0]} for epoch {epoch}; training indices go from 0 to {n_train - 1}"
+        )
+    return values.astype(np.int32)

@@ -18,7 +18,7 @@ import torch
 from ...storage.errors import RecipeError
 from ...workers.data.labels import ClassLabels, class_labels, label_notes
 from ...workers.data.user_code import user_code
-from ...workers.determinism import preserved_generators, seed_everything
+from ...workers.determinism import compiled_parts, preserved_generators, run_uncompiled, seed_everything
 from ...workers.hessian.tiles import activation_bytes
 from ...workers.memory import peak_bytes, reset_peak
 from ...workers.model.autocast import noticed
@@ -157,6 +157,7 @@ def survey(spec: RunSpec, *, trial: bool = True) -> Survey:
     reset_peak()
     recipe = resolve_recipe(spec)
     check_numbers(recipe, least_epochs=0 if spec.at_checkpoint else 1)
+    run_uncompiled()
     with preserved_generators():
         return _survey(spec, recipe, trial)
 
@@ -172,6 +173,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     seed_everything(recipe.seed)
     model = _call(recipe, "model")
     check_layers(model)
+    compiled = compiled_parts(model)
     dtype = compute_of(spec).torch_dtype
     watch = OutputWatch(model)
     check_losses(recipe, model, train, dtype)
@@ -218,7 +220,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         row_numbers=tried.row_numbers,
         process_bytes=peak_bytes(),
         made_of=with_first_steps(made, tried.first),
-        notes=tuple(label_notes(labels, unpredicted)),
+        notes=(*label_notes(labels, unpredicted), *_compiled_notes(compiled)),
         activation_bytes=activation_bytes(training) if spec.form == EXACT or spec.exact_rank else 0,
         warnings=tuple(unknown_names(recipe)),
         optimizer_vectors=len(training.family.vectors),
@@ -260,6 +262,13 @@ def _try_steps(training: Training, *, trial: bool) -> _Tried:
         row_numbers=row_numbers(training.layout, kept_as_factors(training, ways), epochs),
         seconds=_time_steps(training, ways, first) if trial else None,
     )
+
+
+def _compiled_notes(compiled: list[str]) -> list[str]:
+    if not compiled:
+        return []
+    more = f" and {len(compiled) - 1} more" if len(compiled) > 1 else ""
+    return [f"{compiled[0]}{more} is compiled: it is recorded and replayed as it is written, uncompiled"]
 
 
 def _call(recipe: Recipe, method: str, *arguments: Any) -> Any:

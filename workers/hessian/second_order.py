@@ -25,8 +25,8 @@ and dropout draws the masks of the training step. Two ways, the same numbers to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,21 +61,23 @@ class SecondOrder:
         self.training = training
         size = training.batch_size(step)
         seed_everything(derived_seed(training.recipe.seed, "step", step))
-        # Fused attention kernels have no second derivative; the plain formula has.
-        with (
-            unchanged_buffers(training.model),
-            twice_differentiable_layers(training.model),
-            sdpa_kernel(SDPBackend.MATH),
-            full_precision(),
-            self.through(),
-        ):
+        with unchanged_buffers(training.model), self._plainly(), self.through():
             losses_B = training.losses(batch, size)
         self.share = torch.full_like(losses_B, 1.0 / training.divisor(step), requires_grad=True)
-        with sdpa_kernel(SDPBackend.MATH):
+        with self._plainly():
             self.gradient = torch.autograd.grad(
                 losses_B, training.parameters, self.share, create_graph=True, allow_unused=True
             )
         self.used = [i for i, g in enumerate(self.gradient) if g is not None and g.requires_grad]
+
+    @contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """Compute by operations that have second derivatives, where fused kernels have none.
+
+        Backward passes run under it too: what is checkpointed computes there again.
+        """
+        with twice_differentiable_layers(self.training.model), sdpa_kernel(SDPBackend.MATH), full_precision():
+            yield
 
     def through(self) -> AbstractContextManager[None]:
         """Return what the losses are computed under."""
@@ -96,7 +98,7 @@ class SecondOrder:
         directions = [
             direction_D[starts[i] : starts[i] + layout.size(i)].view_as(parameters[i]) for i in self.used
         ]
-        with self.outer():
+        with self._plainly(), self.outer():
             found = torch.autograd.grad(
                 [self.gradient[i] for i in self.used],
                 [self.share, *parameters],

@@ -80,7 +80,7 @@ def test_strategies_are_chosen_by_trying(tmp_path):
     chosen = dict(
         zip([e.name for e in replay.training.layout.entries], replay.sink.engine.strategies, strict=True)
     )
-    assert chosen["attention.out_proj.weight"] == "vjp"
+    assert chosen["attention.in_proj_weight"] == chosen["attention.out_proj.weight"] == "rule"
     assert chosen["out.weight"] == "outer"
 
 

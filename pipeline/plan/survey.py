@@ -43,7 +43,7 @@ from ...workers.training.validate import (
 from ..spec.groups import TrainingSpec
 from ..spec.selection import select
 from ..spec.spec import RunSpec
-from ..vocabulary import EXACT
+from ..vocabulary import CARRIED
 
 Integers = npt.NDArray[np.int64]
 
@@ -207,7 +207,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         process_bytes=peak_bytes(),
         made_of=with_first_steps(made, first),
         notes=tuple(label_notes(labels, unpredicted)),
-        activation_bytes=activation_bytes(training) if spec.form == EXACT or spec.exact_rank else 0,
+        activation_bytes=activation_bytes(training) if spec.form in CARRIED or spec.exact_rank else 0,
         warnings=tuple(unknown_names(recipe)),
     )
 

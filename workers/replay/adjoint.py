@@ -61,6 +61,7 @@ class Adjoint(VerifiedReplay):
         targets_QD: Gradients of the targets at w_T; left as they are. They are worked on ``TILE`` at a
             time from the first; the bits of a target are those of its tile.
         settings: Of the recursion, where they are not the record's; the training keeps those.
+        share: Of the Hessian in the products; see ``HessianTiles``.
     """
 
     def __init__(
@@ -70,13 +71,15 @@ class Adjoint(VerifiedReplay):
         tracked: Rows,
         targets_QD: npt.NDArray[np.floating],
         settings: Settings | None = None,
+        *,
+        share: float = 1.0,
     ) -> None:
         assert training.compute.batch_norm == "coupled"
         super().__init__(training, trajectory, tracked)
         self._targets = targets_QD
         columns = Columns(training.layout.column_groups(), training.dtype, training.device)
         self._linear = LinearSteps(settings or recorded_settings(trajectory), columns)
-        self.tiles = HessianTiles(training, transposed=True)
+        self.tiles = HessianTiles(training, transposed=True, share=share)
         row = training.layout.dimension * training.dtype.itemsize
         self.held_steps = max(1, SEGMENT_BYTES // row)
         self._held: list[_Held] | None = None

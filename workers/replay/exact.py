@@ -33,9 +33,15 @@ class ExactRows(RowSink):
 
     The training's ``batch_norm`` must be ``coupled``: the exact form differentiates through the
     batch statistics.
+
+    Args:
+        training: A fresh ``Training`` of the recipe.
+        trajectory: The record.
+        rows: n.
+        share: Of the Hessian in the products; see ``HessianTiles``.
     """
 
-    def __init__(self, training: Training, trajectory: Trajectory, rows: int) -> None:
+    def __init__(self, training: Training, trajectory: Trajectory, rows: int, *, share: float = 1.0) -> None:
         assert training.compute.batch_norm == "coupled"
         self.training, layout = training, training.layout
         columns = Columns(layout.column_groups(), training.dtype, training.device)
@@ -45,7 +51,7 @@ class ExactRows(RowSink):
         )
         self.weights = torch.zeros(rows, layout.dimension, dtype=training.dtype, device=training.device)
         self.momentum = torch.zeros_like(self.weights)
-        self.tiles = HessianTiles(training, alone=True)
+        self.tiles = HessianTiles(training, alone=True, share=share)
         self._touched = torch.zeros(rows, dtype=torch.bool)
 
     def begin(self, step: int, batch: Batch, members: Tensor) -> None:

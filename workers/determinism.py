@@ -55,6 +55,22 @@ def generator_states() -> tuple[Any, ...]:
     )
 
 
+def generators() -> tuple[Any, ...]:
+    """Return what ``put_generators`` gives the global generators back; of devices in use alone."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    states = [torch.cuda.get_rng_state(i) for i in devices]
+    return torch.get_rng_state(), np.random.get_state(), random.getstate(), states
+
+
+def put_generators(kept: tuple[Any, ...]) -> None:
+    """Give the global generators the states that ``generators`` returned."""
+    torch.set_rng_state(kept[0])
+    np.random.set_state(kept[1])
+    random.setstate(kept[2])
+    for index, state in enumerate(kept[3]):
+        torch.cuda.set_rng_state(state, index)
+
+
 @contextmanager
 def preserved_generators() -> Iterator[None]:
     """Leave the global generators as they were: for work beside the training step."""
@@ -63,11 +79,7 @@ def preserved_generators() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        for index, state in enumerate(devices):
-            torch.cuda.set_rng_state(state, index)
+        put_generators((*states, devices))
 
 
 def prepare_process(threads: int) -> None:

@@ -46,7 +46,7 @@ from ..spec.groups import TrainingSpec
 from ..spec.selection import select
 from ..spec.spec import RunSpec
 from ..spec.state_file import sha256_of
-from ..vocabulary import EXACT
+from ..vocabulary import CARRIED
 
 Integers = npt.NDArray[np.int64]
 
@@ -221,7 +221,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         process_bytes=peak_bytes(),
         made_of=with_first_steps(made, tried.first),
         notes=(*label_notes(labels, unpredicted), *_compiled_notes(compiled)),
-        activation_bytes=activation_bytes(training) if spec.form == EXACT or spec.exact_rank else 0,
+        activation_bytes=activation_bytes(training) if spec.form in CARRIED or spec.exact_rank else 0,
         warnings=tuple(unknown_names(recipe)),
         optimizer_vectors=len(training.family.vectors),
         moments=training.family.scaled or training.max_norm is not None,

@@ -147,19 +147,20 @@ class TangentTile:
 
     def tile(self, directions_QD: Tensor, out_QD: Tensor) -> Tensor:
         """Write H v for each direction into ``out_QD`` and return the <g_i, v>, (Q, B)."""
-        training, count = self.training, len(directions_QD)
-        spans = [
-            (entry.start, entry.start + training.layout.size(i))
-            for i, entry in enumerate(training.layout.entries)
-        ]
-        tangents = {
-            name: directions_QD[:, start:stop].reshape(count, *entry.shape)
-            for name, (start, stop), entry in zip(self._names, spans, training.layout.entries, strict=True)
-        }
-        products, values_QB = self._tangents(tangents, count)
-        for name, (start, stop) in zip(self._names, spans, strict=True):
-            out_QD[:, start:stop] = products[name].reshape(count, -1)
+        count = len(directions_QD)
+        products, values_QB = self._tangents(self._named(directions_QD), count)
+        for name, entry in zip(self._names, self.training.layout.entries, strict=True):
+            product = products[name].reshape(count, -1)
+            out_QD[:, entry.start : entry.start + product.shape[1]] = product
         return values_QB
+
+    def _named(self, directions_QD: Tensor) -> Named:
+        """Return directions as tangents of the parameters by name, (Q, *shape)."""
+        layout, count = self.training.layout, len(directions_QD)
+        return {
+            name: directions_QD[:, entry.start : entry.start + layout.size(i)].reshape(count, *entry.shape)
+            for i, (name, entry) in enumerate(zip(self._names, layout.entries, strict=True))
+        }
 
     def _tangents(self, tangents: Named, count: int) -> tuple[Named, Tensor]:
         """Return (J v, <g_i, v>) for all directions."""

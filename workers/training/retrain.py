@@ -182,7 +182,7 @@ def only(recipe: Recipe, kept: Integers) -> Recipe:
         return Subset(full, kept.tolist())
 
     smaller.train_dataset = dataset  # type: ignore[method-assign]
-    smaller.order = _order_among(recipe, kept)  # type: ignore[method-assign]
+    smaller.order = _order_among(recipe, kept)  # type: ignore[method-assign, assignment]
     return smaller
 
 

@@ -85,6 +85,19 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     _saying("--epochs", "the recipe's", "Passes over the training samples.", type=_POSITIVE, metavar="N"),
     _saying("--batch-size", "the recipe's", "Samples a step.", type=_POSITIVE, metavar="B"),
     _saying("--seed", "the recipe's", "Of initial weights, batch order and dropout.", type=int, metavar="N"),
+    _saying(
+        "--init",
+        "the recipe's initial_state(), or fresh weights",
+        "Start training from the weights in a .safetensors or .pt file, which holds tensors by name alone.",
+        metavar="FILE",
+    ),
+    _saying(
+        "--at-checkpoint",
+        "none",
+        "Attribute a model that is trained already: its weights, in a .safetensors or .pt file. Nothing is "
+        "trained or recorded.",
+        metavar="FILE",
+    ),
     _option(
         "--seeds",
         "Train with K seeds, from --seed on, and average the contributions: METHOD-seedsK, with their spread.",

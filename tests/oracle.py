@@ -10,6 +10,7 @@ the record; which optimiser it was, clipping and weights from the recipe.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ def dense(
     seed_everything(recipe.seed)
     dataset = recipe.train_dataset()
     seed_everything(recipe.seed)
-    model = recipe.model().double()
+    model = _built(recipe)
     model.train()
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -65,7 +66,8 @@ def dense(
     n_train = len(dataset)
     optimiser = _Optimiser(recipe, model, trajectory)
     du = {i: [torch.zeros_like(p) for p in parameters] for i in tracked}
-    dm: dict[int, list[torch.Tensor | None]] = {i: [None] * len(parameters) for i in tracked}
+    began = [None if m is None else torch.zeros_like(m) for m in optimiser.first]
+    dm: dict[int, list[torch.Tensor | None]] = {i: list(began) for i in tracked}
     losses = np.zeros(len(trajectory.batches))
     for steps in _updates(trajectory):
         gradient: list[torch.Tensor | None] = [None] * len(parameters)
@@ -176,7 +178,7 @@ def unrolled(recipe: Recipe, trajectory: Trajectory, tracked: Sequence[int]) -> 
     seed_everything(recipe.seed)
     dataset = recipe.train_dataset()
     seed_everything(recipe.seed)
-    model = recipe.model().double()
+    model = _built(recipe)
     model.train()
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimiser = _Optimiser(recipe, model, trajectory)
@@ -224,11 +226,10 @@ class _Optimiser:
         self.decoupled = [
             kind == "AdamW" or bool(g.get("decoupled_weight_decay", False)) for g in made.param_groups
         ]
-        many = len(trajectory.parameters)
-        self.first: list[torch.Tensor | None] = [None] * many
-        self.second: list[torch.Tensor | None] = [None] * many
-        self.scale: list[torch.Tensor | None] = [None] * many
-        self.count = [0] * many
+        start = trajectory.checkpoint(0)
+        self.first, self.second = (_begun(trajectory, part) for part in (start.momentum, start.second_moment))
+        self.scale: list[torch.Tensor | None] = [None] * len(trajectory.parameters)
+        self.count = [0] * len(trajectory.parameters) if start.count is None else start.count.tolist()
 
     def settings(self, step: int, group: int) -> dict[str, float]:
         names = {
@@ -350,6 +351,26 @@ def _sgd(
         return buffer, gradient
     buffer = gradient.clone() if buffer is None else p * buffer + (1 - damp) * gradient
     return buffer, gradient + p * buffer if nesterov else buffer
+
+
+def _built(recipe: Recipe) -> torch.nn.Module:
+    model = recipe.model().double()
+    state = recipe.initial_state()
+    if state is not None:
+        model.load_state_dict(dict(state.weights))  # also what is frozen, which no record holds
+    return model
+
+
+def _begun(trajectory: Trajectory, vector: np.ndarray | None) -> list[torch.Tensor | None]:
+    """Return a vector of the optimiser that training began with, by parameter; None where there was none."""
+    there, parts = trajectory.checkpoint(0).has_momentum, []
+    for entry, has in zip(trajectory.parameters, there, strict=True):
+        if vector is None or not has:
+            parts.append(None)
+            continue
+        here = slice(entry.start, entry.start + math.prod(entry.shape))
+        parts.append(torch.from_numpy(vector[here].astype(np.float64)).view(entry.shape))
+    return parts
 
 
 def _settings(t: Trajectory, step: int, group: int) -> tuple[float, float, float, float, bool]:

@@ -26,6 +26,7 @@ from ...workers.persample.ways import Ways
 from ...workers.recipe import Recipe
 from ...workers.replay.buffers import row_numbers
 from ...workers.replay.fast import kept_as_factors
+from ...workers.training.initial import StateFile
 from ...workers.training.last_batch import check_last_batch
 from ...workers.training.made_of import FirstSteps, data_of, first_steps, made_of, with_first_steps
 from ...workers.training.metrics import OutputWatch, why_unpredicted
@@ -43,6 +44,7 @@ from ...workers.training.validate import (
 from ..spec.groups import TrainingSpec
 from ..spec.selection import select
 from ..spec.spec import RunSpec
+from ..spec.state_file import sha256_of
 from ..vocabulary import EXACT
 
 Integers = npt.NDArray[np.int64]
@@ -107,6 +109,14 @@ def resolve_recipe(spec: TrainingSpec) -> Recipe:
         value = getattr(spec, name)
         if value is not None:
             setattr(recipe, name, value)
+    file = spec.init or spec.at_checkpoint
+    if file is not None:  # in place of the recipe's own method, wherever the recipe goes
+        vars(recipe)["initial_state"] = StateFile(uri=file, sha256=sha256_of(file))
+    if spec.at_checkpoint is not None:
+        recipe.epochs, recipe.max_steps = (
+            0,
+            None,
+        )  # trained already: every process has the model as it is in the file, and no steps
     return recipe
 
 
@@ -134,7 +144,7 @@ def survey(spec: RunSpec, *, trial: bool = True) -> Survey:
     """
     reset_peak()
     recipe = resolve_recipe(spec)
-    check_numbers(recipe)
+    check_numbers(recipe, least_epochs=0 if spec.at_checkpoint else 1)
     with preserved_generators():
         return _survey(spec, recipe, trial)
 
@@ -177,11 +187,8 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     with user_code("the first training step failed:", always=True):
         training = Training(recipe, compute)
         training.guarded = True
-        check_last_batch(training)
         made = made_of(training, data)
-        ways = tried_ways(training)
-        first = first_steps(training)
-        seconds = _time_steps(training, ways, first) if trial else None
+        tried = _try_steps(training, trial=trial) if training.steps else _NO_STEPS
     return Survey(
         recipe=recipe,
         n_train=n_train,
@@ -192,23 +199,50 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         tested=tested,
         train_labels=_array(train_labels, n_train),
         test_labels=_array(test_labels, n_test),
-        conservation=not training.holds_statistics,
-        strategies={
-            e.name: s
-            for e, s in zip(training.layout.entries, ways.strategies, strict=True)
-            if s in ("func", "vjp")
-        },
-        step_seconds=seconds,
-        row_numbers=row_numbers(
-            training.layout,
-            kept_as_factors(training, ways),
-            training.epochs,
-        ),
+        conservation=tried.conservation,
+        strategies=tried.strategies,
+        step_seconds=tried.seconds,
+        row_numbers=tried.row_numbers,
         process_bytes=peak_bytes(),
-        made_of=with_first_steps(made, first),
+        made_of=with_first_steps(made, tried.first),
         notes=tuple(label_notes(labels, unpredicted)),
         activation_bytes=activation_bytes(training) if spec.form == EXACT or spec.exact_rank else 0,
         warnings=tuple(unknown_names(recipe)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tried:
+    """What the first training steps showed; fields as of `Survey`."""
+
+    first: FirstSteps
+    conservation: bool
+    strategies: dict[str, str]
+    row_numbers: int
+    seconds: tuple[float, float] | None
+
+
+_NO_STEPS = _Tried(
+    first=FirstSteps(settings={}, losses=[], seconds=[]),
+    conservation=False,
+    strategies={},
+    row_numbers=0,
+    seconds=None,
+)
+
+
+def _try_steps(training: Training, *, trial: bool) -> _Tried:
+    """Take the first steps, and see how per-sample gradients are had in them."""
+    check_last_batch(training)
+    ways = tried_ways(training)
+    first = first_steps(training)
+    epochs, entries = training.epochs, training.layout.entries
+    return _Tried(
+        first=first,
+        conservation=not training.holds_statistics,
+        strategies={e.name: s for e, s in zip(entries, ways.strategies, strict=True) if s in ("func", "vjp")},
+        row_numbers=row_numbers(training.layout, kept_as_factors(training, ways), epochs),
+        seconds=_time_steps(training, ways, first) if trial else None,
     )
 
 

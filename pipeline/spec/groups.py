@@ -13,6 +13,7 @@ from ...storage.errors import SpecError
 from ..vocabulary import ADJOINT, FORMS, FORWARD, SAMPLES, Form, Hessian, Mode, Targets
 from . import checks
 from .setting import Group, free, of_the_method, of_the_run
+from .state_file import identity_of, state_file
 
 Dtype = Literal["float32", "float64"]
 BatchNorm = Literal["constant", "coupled"]
@@ -35,6 +36,10 @@ class TrainingSpec(Group):
         seeds: Trainings with as many seeds, from ``seed`` on; contributions are averaged over them.
         dtype: ``float32`` or ``float64``, of training and hypergradients.
         checkpoint_every: Steps between checkpoints of the record; None: chosen by the plan.
+        init: File of weights that training starts from, ``.safetensors`` or ``.pt``; None: what the recipe's
+            ``initial_state()`` gives, or fresh ones.
+        at_checkpoint: File of weights of a model that is trained already: a run without training, for
+            estimators that need none; see ``drive.attribute``.
         visits: Whether the record keeps each sample's own loss and margin at its visits, which detectors read:
             ``on``, ``off``, or ``auto``: while they take at most 1 GiB. Changes nothing else of the run.
     """
@@ -53,6 +58,16 @@ class TrainingSpec(Group):
     seeds: int = field(default=1, metadata=free(checks.whole(1)))  # each has a record of its own
     dtype: Dtype = field(default="float32", metadata=of_the_run(checks.one_of(*get_args(Dtype))))
     checkpoint_every: int | None = field(default=None, metadata=of_the_run(checks.whole(1, optional=True)))
+    init: str | None = field(
+        default=None,
+        metadata=of_the_run(state_file, stored=lambda group: identity_of(group.init), unless_default=True),
+    )
+    at_checkpoint: str | None = field(
+        default=None,
+        metadata=of_the_run(
+            state_file, stored=lambda group: identity_of(group.at_checkpoint), unless_default=True
+        ),
+    )
     visits: VisitsKept = field(default="auto", metadata=free(checks.one_of(*get_args(VisitsKept))))
 
     def __post_init__(self) -> None:
@@ -62,6 +77,16 @@ class TrainingSpec(Group):
                 f"recipe_args {sorted(self.recipe_args)}: a Recipe instance takes none; "
                 "pass them to its constructor"
             )
+        asked = {"init": self.init, "epochs": self.epochs, "checkpoint_every": self.checkpoint_every}
+        asked |= {
+            "seeds": self.seeds if self.seeds > 1 else None,
+            "visits": self.visits if self.visits == "on" else None,
+        }
+        for name, value in asked.items() if self.at_checkpoint else ():
+            if value is not None:
+                raise SpecError(
+                    f"{name} {value!r}: with at_checkpoint nothing is trained or recorded; leave it out"
+                )
 
     @property
     def recipe_reference(self) -> str:
@@ -222,6 +247,9 @@ class OutputSpec(Group):
     out: str | None = field(default=None, metadata=free(checks.out))
     overwrite: bool = field(default=False, metadata=free(checks.flag))
 
+
+FILES = ("init", "at_checkpoint")
+"""Fields of files: the run's identity knows which file, what was asked for last where it is."""
 
 KEPT = ("executor", "cpus_per_actor")
 """Free fields that a run goes on with unless others are given."""

@@ -122,7 +122,8 @@ class DenseTangents:
                 if _normalizes(module):
                     module.register_forward_pre_hook(_freeze_statistics)
         self.bend = None if curvature is None else DenseCurvature(trajectory, curvature, training.device)
-        self.tangents = {form: [Tangent(self.parameters) for _ in range(samples)] for form in forms}
+        begun = trajectory.checkpoint(0).has_momentum.tolist()
+        self.tangents = {form: [Tangent(self.parameters, begun) for _ in range(samples)] for form in forms}
         self.loss = np.zeros(training.steps)
         self.products = 0
         # A row at a padding_idx is a constant to double backward. Where a read-out shares it, it moves all the
@@ -265,11 +266,19 @@ class DenseTangents:
 
 
 class Tangent:
-    """du and dm of one sample, a tensor a parameter; dm is None until momentum is first used."""
+    """du and dm of one sample, a tensor a parameter; dm is None until momentum is first used.
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    Args:
+        parameters: Their shapes.
+        begun: Of each, whether training began with momentum: then dm is 0, and the first step none of its own.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], begun: Sequence[bool]) -> None:
         self.du = [torch.zeros_like(p, requires_grad=False) for p in parameters]
-        self.dm: list[Tensor | None] = [None] * len(parameters)
+        self.dm: list[Tensor | None] = [
+            torch.zeros_like(p, requires_grad=False) if there else None
+            for p, there in zip(parameters, begun, strict=True)
+        ]
         self.moved = False
 
     def flat(self) -> Tensor:

@@ -49,9 +49,10 @@ from ..persample.one_batch import NOISE
 from ..persample.reference import constant_statistics, couples_samples
 from ..recipe import Batch, Recipe
 from ..recursion.clipping import EPSILON, Clip
-from ..recursion.families import family_of
+from ..recursion.families import family_of, family_or_sgd
 from ..recursion.family import Moment
 from .finite import check_gradients
+from .initial import initial_state, load_optimizer, load_weights
 from .update import TrainableSet, check_optimizer, check_owned
 
 ADD_UP = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -121,11 +122,17 @@ class Training:
         seed_everything(recipe.seed)
         with user_code(f"{recipe.name}.model() failed:"):
             self.model: nn.Module = cast_model(recipe.model(), self.device, self.dtype)
+        start = initial_state(recipe)
+        load_weights(recipe, self.model, start)
         self.model.train()
         with user_code(f"{recipe.name}.optimizer() failed:", always=True):
             self.optimizer = recipe.optimizer(self.model)
-        self.family = family_of(self.optimizer)
-        check_optimizer(self.optimizer, self.model)
+        if recipe.epochs:
+            self.family = family_of(self.optimizer)
+            check_optimizer(self.optimizer, self.model)
+        else:  # nothing is trained, and the optimiser says only what it holds
+            self.family = family_or_sgd(self.optimizer)
+        load_optimizer(recipe, self.model, self.optimizer, start)
         self.trainable = TrainableSet(self.model)
         self.layout = Layout.of(self.model, self.optimizer.param_groups)
         check_owned(self.optimizer, self.model)
@@ -176,7 +183,7 @@ class Training:
     @cached_property
     def keeps_state(self) -> bool:
         """Whether a forward pass of the first batch moves a buffer of a layer that is no BatchNorm."""
-        if not kept_buffers(self.model, statistics=False):
+        if not self.steps or not kept_buffers(self.model, statistics=False):
             return False
         with preserved_generators(), torch.no_grad():
             found = step_batch(self.recipe, self.dataset, self.batches, self.recipe.seed, 0)
@@ -552,6 +559,12 @@ class OptimizerState:
             exists=kept.has_momentum.tolist(),
             counts=None if kept.count is None else kept.count.tolist(),
         )
+
+    def told(self) -> dict[str, Any]:
+        """Return what a record notes of it where it is what training begins with; nothing where that is fresh."""
+        if self.counts is not None:
+            return {"count": self.counts} if any(self.counts) else {}
+        return {"begun": self.exists} if any(self.exists) else {}
 
     def stored(self) -> dict[str, Any]:
         """Return it by the names of ``Checkpoint``."""

@@ -18,15 +18,19 @@ from ..recipe import Recipe
 from .recipe_names import nearest_defined, refuse_unsupported_names
 
 
-def check_numbers(recipe: Recipe) -> None:
+def check_numbers(recipe: Recipe, *, least_epochs: int = 1) -> None:
     """Check epochs, batch size and the other plain attributes of a recipe.
+
+    Args:
+        recipe: The recipe.
+        least_epochs: 0 where nothing is trained.
 
     Raises:
         RecipeError: One is out of range, or a required method is missing.
     """
-    for name in ("epochs", "batch_size"):
+    for name, least in (("epochs", least_epochs), ("batch_size", 1)):
         value = getattr(recipe, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise RecipeError(
                 f"recipe {recipe.name!r}: {name} is {value!r} and must be an integer of 1 or more"
             )

@@ -62,7 +62,8 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     _option(
         "--hessian",
-        "Drop the Hessian (HyDRA's fast form), keep it in EKFAC form, or keep it exactly.",
+        "Drop the Hessian (HyDRA's fast form), keep it in EKFAC form, keep it exactly, or put the Gauss-Newton "
+        "matrix of the model's outputs, or a mixture of both, in its place.",
         type=click.Choice(get_args(Hessian)),
     ),
     _option(
@@ -204,6 +205,12 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "With ekfac: leading coordinates that keep their full curvature, across layers too; 0: none.",
         type=click.IntRange(min=0),
         metavar="C",
+    ),
+    _option(
+        "--curvature-share",
+        "With mixed: share of the Hessian; the rest is the Gauss-Newton matrix's.",
+        type=click.FloatRange(0.01, 0.99),
+        metavar="S",
     ),
     _option(
         "--max-attempts",

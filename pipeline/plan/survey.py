@@ -18,9 +18,10 @@ import torch
 from ...storage.errors import RecipeError
 from ...workers.data.labels import ClassLabels, class_labels, label_notes
 from ...workers.data.user_code import user_code
-from ...workers.determinism import preserved_generators, seed_everything
+from ...workers.determinism import compiled_parts, preserved_generators, run_uncompiled, seed_everything
 from ...workers.hessian.tiles import activation_bytes
 from ...workers.memory import peak_bytes, reset_peak
+from ...workers.model.autocast import noticed
 from ...workers.persample.engine import PerSampleGradients
 from ...workers.persample.ways import Ways
 from ...workers.recipe import Recipe
@@ -45,7 +46,7 @@ from ..spec.groups import TrainingSpec
 from ..spec.selection import select
 from ..spec.spec import RunSpec
 from ..spec.state_file import sha256_of
-from ..vocabulary import EXACT
+from ..vocabulary import CARRIED
 
 Integers = npt.NDArray[np.int64]
 
@@ -71,6 +72,9 @@ class Survey:
         warnings: What in the recipe is likely to be a mistake, one line each.
         notes: What the user should be told of the recipe, one line each.
         made_of: Digests of the recipe, its data and its first steps; see ``workers.training.made_of``.
+        optimizer_vectors: Vectors like the weights that the optimiser keeps, as many as a tangent needs.
+        moments: Whether derivatives of a step depend on where training is (Adam, clipping).
+        autocast: The types that the losses compute in under ``torch.autocast``.
     """
 
     recipe: Recipe
@@ -91,6 +95,9 @@ class Survey:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     made_of: dict[str, Any] = field(default_factory=dict)
+    optimizer_vectors: int = 1
+    moments: bool = False
+    autocast: tuple[str, ...] = ()
 
 
 def resolve_recipe(spec: TrainingSpec) -> Recipe:
@@ -105,6 +112,11 @@ def resolve_recipe(spec: TrainingSpec) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe {type(recipe).__name__} is not a hydra_pipe.Recipe; subclass it")
     recipe = copy.copy(recipe)  # an instance is the caller's: its attributes stay as they are
+    if spec.epochs is not None and recipe.max_steps is not None:
+        raise RecipeError(
+            f"epochs {spec.epochs} was asked for, and recipe {recipe.name!r} has max_steps = {recipe.max_steps}, which stands in for "
+            "epochs; change max_steps, or leave --epochs out"
+        )
     for name in ("epochs", "batch_size", "seed"):
         value = getattr(spec, name)
         if value is not None:
@@ -145,6 +157,7 @@ def survey(spec: RunSpec, *, trial: bool = True) -> Survey:
     reset_peak()
     recipe = resolve_recipe(spec)
     check_numbers(recipe, least_epochs=0 if spec.at_checkpoint else 1)
+    run_uncompiled()
     with preserved_generators():
         return _survey(spec, recipe, trial)
 
@@ -160,6 +173,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     seed_everything(recipe.seed)
     model = _call(recipe, "model")
     check_layers(model)
+    compiled = compiled_parts(model)
     dtype = compute_of(spec).torch_dtype
     watch = OutputWatch(model)
     check_losses(recipe, model, train, dtype)
@@ -188,7 +202,8 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         training = Training(recipe, compute)
         training.guarded = True
         made = made_of(training, data)
-        tried = _try_steps(training, trial=trial) if training.steps else _NO_STEPS
+        with noticed() as autocast:
+            tried = _try_steps(training, trial=trial) if training.steps else _NO_STEPS
     return Survey(
         recipe=recipe,
         n_train=n_train,
@@ -205,9 +220,12 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         row_numbers=tried.row_numbers,
         process_bytes=peak_bytes(),
         made_of=with_first_steps(made, tried.first),
-        notes=tuple(label_notes(labels, unpredicted)),
-        activation_bytes=activation_bytes(training) if spec.form == EXACT or spec.exact_rank else 0,
+        notes=(*label_notes(labels, unpredicted), *_compiled_notes(compiled)),
+        activation_bytes=activation_bytes(training) if spec.form in CARRIED or spec.exact_rank else 0,
         warnings=tuple(unknown_names(recipe)),
+        optimizer_vectors=len(training.family.vectors),
+        moments=training.family.scaled or training.max_norm is not None,
+        autocast=tuple(sorted(autocast)),
     )
 
 
@@ -244,6 +262,13 @@ def _try_steps(training: Training, *, trial: bool) -> _Tried:
         row_numbers=row_numbers(training.layout, kept_as_factors(training, ways), epochs),
         seconds=_time_steps(training, ways, first) if trial else None,
     )
+
+
+def _compiled_notes(compiled: list[str]) -> list[str]:
+    if not compiled:
+        return []
+    more = f" and {len(compiled) - 1} more" if len(compiled) > 1 else ""
+    return [f"{compiled[0]}{more} is compiled: it is recorded and replayed as it is written, uncompiled"]
 
 
 def _call(recipe: Recipe, method: str, *arguments: Any) -> Any:

@@ -10,7 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ...storage.errors import SpecError
-from ..vocabulary import ADJOINT, FORMS, FORWARD, SAMPLES, Form, Hessian, Mode, Targets
+from ..vocabulary import (
+    ADJOINT,
+    FORMS,
+    FORWARD,
+    GAUSS_NEWTON,
+    MIXED,
+    SAMPLES,
+    Form,
+    Hessian,
+    Mode,
+    Targets,
+)
 from . import checks
 from .setting import Group, free, of_the_method, of_the_run
 from .state_file import identity_of, state_file
@@ -145,13 +156,14 @@ class CurvatureSpec(Group):
     """What becomes of the Hessian.
 
     Attributes:
-        hessian: ``none``, ``ekfac`` or ``exact``.
+        hessian: ``none``, ``ekfac``, ``exact``, ``gauss-newton`` or ``mixed``.
         exact_rank: With ``ekfac``: directions along which contributions are corrected exactly.
         curvature_checkpoints: With ``ekfac``: checkpoints of the record the curvature is taken at.
         curvature_at: With ``ekfac``: steps (or text such as ``"0,100"``) whose nearest checkpoints are taken
             instead; None: spread evenly.
         curvature_samples: With ``ekfac``: at most how many training samples it is averaged over.
         curvature_core: With ``ekfac``: leading coordinates that keep their full curvature; 0: none.
+        curvature_share: With ``mixed``: share of the Hessian; the rest is the Gauss-Newton matrix's.
     """
 
     hessian: Hessian = field(default="none", metadata=of_the_method(checks.one_of(*get_args(Hessian))))
@@ -160,6 +172,7 @@ class CurvatureSpec(Group):
     curvature_at: Sequence[int] | str | None = field(default=None, metadata=of_the_method(checks.steps))
     curvature_samples: int = field(default=4096, metadata=of_the_method(checks.whole(1)))
     curvature_core: int = field(default=256, metadata=of_the_method(checks.whole(0)))
+    curvature_share: float = field(default=0.5, metadata=of_the_method(checks.between(0.01, 0.99)))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,11 +181,21 @@ class CurvatureSpec(Group):
                 f"exact_rank {self.exact_rank}: only hessian='ekfac' is corrected, not {self.hessian!r}; "
                 "use hessian='ekfac' or exact_rank=0"
             )
+        if self.hessian != "mixed" and self.curvature_share != CurvatureSpec.curvature_share:
+            raise SpecError(
+                f"curvature_share {self.curvature_share:g}: only hessian='mixed' has a share, not {self.hessian!r}; "
+                "use hessian='mixed' or leave it out"
+            )
 
     @property
     def form(self) -> Form:
         """Name of this Hessian's form, and of the curvature that its methods share."""
         return FORMS[self.hessian]
+
+    @property
+    def share(self) -> float:
+        """Share of the Hessian in the products of a form that carries vectors; see ``HessianTiles``."""
+        return {GAUSS_NEWTON: 0.0, MIXED: self.curvature_share}.get(self.form, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,10 @@ class Training:
             self.n_train = len(self.dataset)  # type: ignore[arg-type]
         seed_everything(recipe.seed)
         with user_code(f"{recipe.name}.model() failed:"):
-            self.model: nn.Module = cast_model(recipe.model(), self.device, self.dtype)
+            model = recipe.model()
+        refuse_low_precision(model)
+        with user_code(f"{recipe.name}.model() failed:"):
+            self.model: nn.Module = cast_model(model, self.device, self.dtype)
         start = initial_state(recipe)
         load_weights(recipe, self.model, start)
         self.model.train()
@@ -573,6 +576,17 @@ class OptimizerState:
         if self.counts is not None:
             stored |= {"second_moment": found[1], "count": np.array(self.counts, dtype=np.int64)}
         return stored
+
+
+def refuse_low_precision(model: nn.Module) -> None:
+    """Raise RecipeError where weights are kept in 16 bits or fewer: training would be another in the run's type."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise RecipeError(
+                f"parameter {name!r} is {kind}, and training here keeps weights in float32 or float64; leave the model in "
+                f"float32 and compute in {kind} under torch.autocast inside losses()"
+            )
 
 
 def _max_norm(recipe: Recipe) -> float | None:

@@ -1,9 +1,9 @@
 """Preflight: before the expensive stage, is the run's dtype enough for what is asked?
 
 Without the Hessian, and with EKFAC, the recorded settings say it: one look at the coefficients. The
-exact form (like the others that carry vectors) is asked itself (``workers.reference.growth``): two vectors are carried through it, for about the
-price of 13 trainings, in a unit of the stage ``<method>/preflight``, where enough vectors follow for
-that to be little.
+exact form, like the others that carry vectors, is asked itself (``workers.reference.growth``): two vectors
+are carried through it, for about the price of 13 trainings, in a unit of the stage ``<method>/preflight``,
+where enough vectors follow for that to be little.
 """
 
 from __future__ import annotations

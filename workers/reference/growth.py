@@ -1,9 +1,9 @@
 """How exact tangents grow along a record, and what float32 makes of them: measured before the work.
 
-Two vectors are carried through the recursion of the exact form, or of another that carries vectors, as ``dense`` does it: a random change
-of the first weights of norm 1, whose norm says how fast tangents grow, and the tangent of one tracked
-sample, in the run's dtype and in float64 along the same weights, whose difference is what rounding
-does to a hypergradient here.
+Two vectors are carried through the recursion of the exact form, or of another that carries vectors, as
+``dense`` does it: a random change of the first weights of norm 1, whose norm says how fast tangents grow, and
+the tangent of one tracked sample, in the run's dtype and in float64 along the same weights, whose difference
+is what rounding does to a hypergradient here.
 """
 
 from __future__ import annotations

@@ -65,6 +65,17 @@ class Schedule:
         """Whether several batches make a step anywhere."""
         return bool((self.first != self.last).any())
 
+    def until(self, stop: int) -> Schedule:
+        """Return the schedule of a training that ended after ``stop`` batches, between two steps of the optimiser."""
+        ends = tuple(end for end in self.epoch_ends if end < stop)
+        return Schedule(
+            batches=self.batches[:stop],
+            epoch_ends=(*ends, stop),
+            first=self.first[:stop],
+            last=self.last[:stop],
+            distinct=self.distinct and stop in self.epoch_ends,
+        )
+
     def parts(self, step: int) -> int:
         """Return how many batches make the optimiser's step that a batch belongs to."""
         return int(self.last[step] - self.first[step]) + 1

@@ -34,7 +34,9 @@ def test_what_is_left_of_an_epoch_makes_a_smaller_step():
     assert np.array_equal(found.batches, batch_order(10, 4, 3, 7))
 
 
-@pytest.mark.parametrize(("steps", "batches", "ends"), [(4, 6, (3, 6)), (5, 8, (3, 6, 8)), (9, 14, (3, 6, 9, 12, 14))])
+@pytest.mark.parametrize(
+    ("steps", "batches", "ends"), [(4, 6, (3, 6)), (5, 8, (3, 6, 8)), (9, 14, (3, 6, 9, 12, 14))]
+)
 def test_max_steps_counts_steps_of_the_optimiser_and_stands_in_for_epochs(steps, batches, ends):
     found = schedule_of(recipe(accumulate=2, max_steps=steps), 10)
     assert found.updates.sum() == steps

@@ -44,15 +44,27 @@ def named(name):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda ps: torch.optim.AdamW(ps, amsgrad=True), r"AdamW\(amsgrad=True\) is not supported: .* leave it out"),
+        (
+            lambda ps: torch.optim.AdamW(ps, amsgrad=True),
+            r"AdamW\(amsgrad=True\) is not supported: .* leave it out",
+        ),
         (lambda ps: torch.optim.Adam(ps, maximize=True), "Adam\\(maximize=True\\).*negate the losses"),
         (lambda ps: torch.optim.AdamW(ps, capturable=True), "capturable=True.*leave it out"),
         (lambda ps: torch.optim.AdamW(ps, differentiable=True), "differentiable=True"),
         (lambda ps: torch.optim.SGD(ps, lr=0.1, maximize=True), "SGD\\(maximize=True\\)"),
-        (lambda ps: torch.optim.SGD(ps, lr=torch.tensor(0.1)), "the learning rate is a tensor.*give the optimizer a float"),
-        (lambda ps: torch.optim.AdamW(ps, lr=torch.tensor(0.1), foreach=False), "the learning rate is a tensor"),
+        (
+            lambda ps: torch.optim.SGD(ps, lr=torch.tensor(0.1)),
+            "the learning rate is a tensor.*give the optimizer a float",
+        ),
+        (
+            lambda ps: torch.optim.AdamW(ps, lr=torch.tensor(0.1), foreach=False),
+            "the learning rate is a tensor",
+        ),
         (lambda ps: torch.optim.RMSprop(ps), "RMSprop has no rule.*AdamW with betas"),
-        (lambda ps: torch.optim.Adafactor(ps), "Adafactor has no rule.*use torch.optim.SGD .*nearest is AdamW"),
+        (
+            lambda ps: torch.optim.Adafactor(ps),
+            "Adafactor has no rule.*use torch.optim.SGD .*nearest is AdamW",
+        ),
         (lambda ps: torch.optim.LBFGS(ps), "LBFGS has no rule"),
         (lambda ps: torch.optim.NAdam(ps), "NAdam has no rule.*nearest is AdamW"),
         (lambda ps: named("Lion")(ps, lr=0.1), "Lion has no rule.*nearest is AdamW"),
@@ -87,14 +99,19 @@ def test_weights_in_sixteen_bits_are_refused_with_what_to_do(dtype):
             return super().model().to(dtype)
 
     kind = str(dtype).removeprefix("torch.")
-    with pytest.raises(RecipeError, match=f"parameter '0.weight' is {kind}.*compute in {kind} under torch.autocast"):
+    with pytest.raises(
+        RecipeError, match=f"parameter '0.weight' is {kind}.*compute in {kind} under torch.autocast"
+    ):
         Training(Low(), CPU)
 
 
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        (lambda batch: 1.0, r"weights\(\) returned float for a batch of 8 samples; it must return shape \(8,\)"),
+        (
+            lambda batch: 1.0,
+            r"weights\(\) returned float for a batch of 8 samples; it must return shape \(8,\)",
+        ),
         (lambda batch: torch.ones(3), r"weights\(\) returned \(3,\)"),
         (lambda batch: -torch.ones(len(batch[1])), "weights are 0 or more"),
         (lambda batch: 1 / 0, "weights\\(\\) of the batch of step 0 raised ZeroDivisionError"),
@@ -125,11 +142,18 @@ def test_a_record_holds_what_surrounds_its_steps(tmp_path):
     labels = Weighted().train_dataset().tensors[1].numpy()
     weight = [(1.0 + labels[row[row >= 0]]).sum() for row in record.batches]
     for first, last in zip([0, 4, 6, 10], ends, strict=True):
-        assert record.divisor[first : last + 1].tolist() == [sum(weight[first : last + 1])] * (last + 1 - first)
+        assert record.divisor[first : last + 1].tolist() == [sum(weight[first : last + 1])] * (
+            last + 1 - first
+        )
         norm = record.clip_norm[last]
         assert record.clip_factor[last] == pytest.approx(min(1, 0.05 / (norm + 1e-6)))
     assert (record.clip_factor < 1).any()
-    assert record.optimizer == {"family": "adam", "class": "AdamW", "decoupled": [True], "clip_grad_norm": 0.05}
+    assert record.optimizer == {
+        "family": "adam",
+        "class": "AdamW",
+        "decoupled": [True],
+        "clip_grad_norm": 0.05,
+    }
     last = record.checkpoint(-1)
     assert last.count.tolist() == [4] * 4
     assert (last.second_moment > 0).any()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .pipeline.decide.explanation import Explanation
     from .pipeline.decide.report import report
     from .pipeline.drive.attribute import attribute
+    from .pipeline.drive.recording import Recording, recording
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
     from .pipeline.opened_run import Run, open_run
@@ -45,6 +46,7 @@ __all__ = [
     "InitialState",
     "Questions",
     "Recipe",
+    "Recording",
     "Run",
     "RunSpec",
     "Verification",
@@ -61,6 +63,7 @@ __all__ = [
     "load_decision",
     "open_run",
     "read_decision",
+    "recording",
     "report",
     "run",
     "verify",
@@ -79,6 +82,7 @@ _HOMES = {
     "InitialState": ".workers.recipe:InitialState",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
+    "Recording": ".pipeline.drive.recording:Recording",
     "Run": ".pipeline.opened_run:Run",
     "RunSpec": ".pipeline.spec.spec:RunSpec",
     "Verification": ".pipeline.verify.verify:Verification",
@@ -94,6 +98,7 @@ _HOMES = {
     "load_decision": ".pipeline.reading.decisions:load_decision",
     "open_run": ".pipeline.opened_run:open_run",
     "read_decision": ".pipeline.reading.decisions:read_decision",
+    "recording": ".pipeline.drive.recording:recording",
     "report": ".pipeline.decide.report:report",
     "run": ".pipeline.run:run",
     "verify": ".pipeline.verify.verify:verify",

@@ -30,6 +30,9 @@ CURVATURE = CURVATURE_FIELDS
 METHOD = names(RunSpec, Decides.METHOD)
 """What `replay` chooses; the record is the same whatever these are."""
 
+ELSEWHERE = ("at_checkpoint",)
+"""Fields that a run may have and that another command is for: `attribute`."""
+
 OF_THE_RUN = (*KEPT, *names(PlacementSpec, Decides.RUN))
 """Options that the run's own values stand for, where there is a run."""
 
@@ -83,15 +86,14 @@ _FIELDS = [field_of(option) for option in SPEC_OPTIONS]
 
 def spec_options(function: F) -> F:
     """Add the RECIPE argument and every option of a `RunSpec`; those of the curvature are hidden."""
-    return recipe_argument(
-        pick([name for name in _FIELDS if name not in CURVATURE], hidden=CURVATURE)(function)
-    )
+    hidden = (*CURVATURE, *ELSEWHERE)
+    return recipe_argument(pick([name for name in _FIELDS if name not in hidden], hidden=hidden)(function))
 
 
 def record_options(function: F) -> F:
     """Add what decides a record, and where it is made."""
-    shown = [name for name in _FIELDS if name not in METHOD]
-    return recipe_argument(pick(shown, hidden=METHOD)(function))
+    hidden = (*METHOD, *ELSEWHERE)
+    return recipe_argument(pick([name for name in _FIELDS if name not in hidden], hidden=hidden)(function))
 
 
 def stage_options(*own: str) -> Callable[[F], F]:
@@ -192,7 +194,8 @@ CURVATURE_HELP = (
     f"With --hessian ekfac: curvature-checkpoints=N of the record ({CurvatureSpec.curvature_checkpoints}), or "
     "curvature-at=STEP,... for those nearest; curvature-samples=N training samples at most "
     f"({CurvatureSpec.curvature_samples}); curvature-core=C leading coordinates with their full curvature "
-    f"({CurvatureSpec.curvature_core})."
+    f"({CurvatureSpec.curvature_core}). With --hessian mixed: curvature-share=S of the Hessian "
+    f"({CurvatureSpec.curvature_share})."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -37,7 +38,7 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: RunInfo | Non
     kept = {name: entry for name, entry in before.methods.items() if entry.state != ASKED}
     recipe = surveyed.recipe
     info = RunInfo(
-        method=spec.method,
+        method=None if spec.at_checkpoint else spec.method,
         n_train=plan.n_train,
         n_test=plan.n_test,
         n_tracked=plan.n_tracked,
@@ -73,7 +74,8 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: RunInfo | Non
         },
     )
     notes, options = target_notes(plan.targets), CurvatureOptions.asked_by(spec).to_json()
-    for method in dict.fromkeys((spec.base_method, spec.method)):  # in this order, which readers see
+    asked = () if spec.at_checkpoint else (spec.base_method, spec.method)  # HyDRA has nothing to follow there
+    for method in dict.fromkeys(asked):  # in this order, which readers see
         state = kept[method].state if method in kept else ASKED
         info = info.with_method(method, state=state, mode=spec.mode, options=options, **notes)
     if spec.seeds > 1:
@@ -131,6 +133,7 @@ def _versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     """Return a package's version; None where it is not installed: the serial executor needs no Ray."""
     try:

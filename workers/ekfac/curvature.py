@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,11 +130,10 @@ class CurvatureEstimate:
         factors = _Factors(training.layout.entries, engine, self.lanes)
         for done, k in enumerate(self.kept, start=1):
             for found in self._passes(engine, k):
-                root = self.root
-                if root is None:
+                if self.root is None:
                     factors.add(engine.capture.take())
                 else:
-                    found.rows(partial(factors.take_scaled, root))
+                    found.rows(lambda _start, block: factors.add_scaled(block * self.root))
             if report:
                 report(done, total)
         engine.close()
@@ -155,8 +153,8 @@ class CurvatureEstimate:
             moments = []
             draws = max(1, min(DRAWS, self.most // len(self.samples))) if self.sampled else 1
             for done, k in enumerate(self.kept, start=2 * count + 1):
-                drawn = [self._mean(eigen, k, lambda block: _moments(block, index), d) for d in range(draws)]
-                moments.append(np.mean(drawn, axis=0))
+                found = [self._mean(eigen, k, lambda block: _moments(block, index), d) for d in range(draws)]
+                moments.append(np.mean(found, axis=0))
                 if report:
                     report(done, total)
             vectors, eigenvalues[:, chosen] = decoupled(np.stack(moments), groups[chosen])
@@ -276,10 +274,6 @@ class _Factors:
             if is_transposed_linear(call.module):
                 left, right = right, left
             self._sum(layer[0], left, right)
-
-    def take_scaled(self, root_D: Tensor, _start: int, block: Tensor) -> None:
-        """Take rows that are still to be scaled."""
-        self.add_scaled(block * root_D)
 
     def add_scaled(self, rows_RD: Tensor) -> None:
         """Take scaled gradients: sums of G^T G and G G^T in place of x x^T and d d^T."""

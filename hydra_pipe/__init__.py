@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from .pipeline.opened_run import Run, open_run
     from .pipeline.reading.decisions import Decision, load_decision, read_decision
     from .pipeline.reading.detections import Detection
-    from .pipeline.run import run
+    from .pipeline.run import attribute_checkpoint, run
     from .pipeline.spec.spec import RunSpec
     from .pipeline.verify.deep import verify_deep
     from .pipeline.verify.deep_checks import DeepVerification
     from .pipeline.verify.verify import Verification, verify
     from .storage.errors import HydraError
-    from .workers.recipe import Recipe
+    from .workers.recipe import InitialState, Recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Detection",
     "Explanation",
     "HydraError",
+    "InitialState",
     "Questions",
     "Recipe",
     "Recording",
@@ -51,6 +52,7 @@ __all__ = [
     "Verification",
     "__version__",
     "attribute",
+    "attribute_checkpoint",
     "by_epoch",
     "clean",
     "compare",
@@ -77,6 +79,7 @@ _HOMES = {
     "Detection": ".pipeline.reading.detections:Detection",
     "Explanation": ".pipeline.decide.explanation:Explanation",
     "HydraError": ".storage.errors:HydraError",
+    "InitialState": ".workers.recipe:InitialState",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
     "Recording": ".pipeline.drive.recording:Recording",
@@ -84,6 +87,7 @@ _HOMES = {
     "RunSpec": ".pipeline.spec.spec:RunSpec",
     "Verification": ".pipeline.verify.verify:Verification",
     "attribute": ".pipeline.drive.attribute:attribute",
+    "attribute_checkpoint": ".pipeline.run:attribute_checkpoint",
     "by_epoch": ".pipeline.compare.by_epoch:by_epoch",
     "clean": ".pipeline.decide.clean:clean",
     "compare": ".pipeline.compare.compare:compare",

@@ -130,10 +130,11 @@ class CurvatureEstimate:
         factors = _Factors(training.layout.entries, engine, self.lanes)
         for done, k in enumerate(self.kept, start=1):
             for found in self._passes(engine, k):
-                if self.root is None:
+                root = self.root
+                if root is None:
                     factors.add(engine.capture.take())
                 else:
-                    found.rows(lambda _start, block: factors.add_scaled(block * self.root))
+                    found.rows(lambda _start, block, root=root: factors.add_scaled(block * root))
             if report:
                 report(done, total)
         engine.close()
@@ -153,8 +154,8 @@ class CurvatureEstimate:
             moments = []
             draws = max(1, min(DRAWS, self.most // len(self.samples))) if self.sampled else 1
             for done, k in enumerate(self.kept, start=2 * count + 1):
-                found = [self._mean(eigen, k, lambda block: _moments(block, index), d) for d in range(draws)]
-                moments.append(np.mean(found, axis=0))
+                drawn = [self._mean(eigen, k, lambda block: _moments(block, index), d) for d in range(draws)]
+                moments.append(np.mean(drawn, axis=0))
                 if report:
                     report(done, total)
             vectors, eigenvalues[:, chosen] = decoupled(np.stack(moments), groups[chosen])

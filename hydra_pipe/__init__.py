@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .pipeline.verify.verify import Verification, verify
     from .storage.errors import HydraError
     from .workers.recipe import Recipe
+    from .workers.recipes.hugging_face.recipe import TrainerRecipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Recipe",
     "Run",
     "RunSpec",
+    "TrainerRecipe",
     "Verification",
     "__version__",
     "attribute",
@@ -78,6 +80,7 @@ _HOMES = {
     "Recipe": ".workers.recipe:Recipe",
     "Run": ".pipeline.opened_run:Run",
     "RunSpec": ".pipeline.spec.spec:RunSpec",
+    "TrainerRecipe": ".workers.recipes.hugging_face.recipe:TrainerRecipe",
     "Verification": ".pipeline.verify.verify:Verification",
     "attribute": ".pipeline.drive.attribute:attribute",
     "by_epoch": ".pipeline.compare.by_epoch:by_epoch",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .pipeline.decide.explanation import Explanation
     from .pipeline.decide.report import report
     from .pipeline.drive.attribute import attribute
+    from .pipeline.drive.recording import Recording, recording
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
     from .pipeline.opened_run import Run, open_run
@@ -45,6 +46,7 @@ __all__ = [
     "HydraError",
     "Questions",
     "Recipe",
+    "Recording",
     "Run",
     "RunSpec",
     "TrainerRecipe",
@@ -61,6 +63,7 @@ __all__ = [
     "load_decision",
     "open_run",
     "read_decision",
+    "recording",
     "report",
     "run",
     "verify",
@@ -78,6 +81,7 @@ _HOMES = {
     "HydraError": ".storage.errors:HydraError",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
+    "Recording": ".pipeline.drive.recording:Recording",
     "Run": ".pipeline.opened_run:Run",
     "RunSpec": ".pipeline.spec.spec:RunSpec",
     "TrainerRecipe": ".workers.recipes.hugging_face.recipe:TrainerRecipe",
@@ -93,6 +97,7 @@ _HOMES = {
     "load_decision": ".pipeline.reading.decisions:load_decision",
     "open_run": ".pipeline.opened_run:open_run",
     "read_decision": ".pipeline.reading.decisions:read_decision",
+    "recording": ".pipeline.drive.recording:recording",
     "report": ".pipeline.decide.report:report",
     "run": ".pipeline.run:run",
     "verify": ".pipeline.verify.verify:verify",

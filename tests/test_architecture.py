@@ -356,6 +356,7 @@ def test_the_public_face():
         "HydraError",
         "Questions",
         "Recipe",
+        "Recording",
         "Run",
         "RunSpec",
         "Verification",
@@ -369,6 +370,7 @@ def test_the_public_face():
         "evaluate",
         "explain",
         "open_run",
+        "recording",
         "report",
         "run",
     ]

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from .data.labels import class_labels
 from .data.of_recipe import Batch, default_method
+from .data.schedule import Schedule
 from .data.show import Shown, default_look
 
 __all__ = ["Batch", "Recipe"]
@@ -58,6 +59,7 @@ class Recipe:
     accumulate: int = 1
     max_steps: int | None = None
     picture_shape: tuple[int, ...] | None = None
+    _schedule: Schedule | None = None  # of a record that a loop of the user's own made
 
     @property
     def name(self) -> str:

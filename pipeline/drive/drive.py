@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ...storage.errors import SpecError
+from ...storage.errors import SpecError, SpecMismatch
 from ...storage.rundir import RunDirectory
+from ...workers.training.recorded import is_recorded
 from ..executors.base import Executor
 from ..executors.events import Observer, RunStarted
 from ..plan.compatibility import place, stored_run
@@ -75,6 +76,11 @@ def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observe
     session = Session(spec=spec, surveyed=surveyed, directory=directory, executor=executor, observer=observer)
     stored = stored_run(directory, spec, surveyed)
     replaced = stored is None and directory.exists()
+    if replaced and is_recorded(surveyed.recipe):
+        raise SpecMismatch(
+            f"{directory.uri} holds what a loop of its own recorded, which no command can make again; use another --out, or "
+            "leave out what differs"
+        )
     # A resumed run keeps the cut it began with, whatever `auto` would choose today.
     fixed = stored.entry(spec.base_method).shards if stored else None
     plan = cut(replace(spec, seeds=1), surveyed, executor.capacity(start=False), shards=fixed)

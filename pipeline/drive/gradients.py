@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ...storage import layout
+from ...storage.errors import CorruptStore
+from ...storage.uri import is_local
+from ...workers.training.recorded import is_recorded
 from ..executors.base import Unit
 from ..plan.kept_visits import kept_bytes, why_not
 from ..plan.plan import Plan
@@ -32,6 +35,8 @@ TESTED = Needed(stage=TEST_GRADIENTS, unit=INDEX, command="replay")
 
 def record(session: Session, plan: Plan) -> Stages:
     """Record the training; a new record makes everything computed from an older one void."""
+    if is_recorded(session.surveyed.recipe):
+        _check_recorded(session)
     unkept = why_not(session.spec, session.surveyed)
     if unkept is not None and session.directory.manifest(RECORD, TRAJECTORY) is None:
         session.note(unkept)
@@ -44,6 +49,22 @@ def record(session: Session, plan: Plan) -> Stages:
         closing=False,
         voids=after_the_record(session.directory),
     )
+
+
+def _check_recorded(session: Session) -> None:
+    """Refuse to train what only a loop of the user's own can.
+
+    Raises:
+        CorruptStore: Its record is damaged.
+    """
+    directory = session.directory
+    manifest = directory.manifest(RECORD, TRAJECTORY)
+    assert manifest is not None  # else there were no batches to follow
+    problems = directory.check(manifest, digests=is_local(directory.uri))
+    if problems:
+        raise CorruptStore(
+            f"{directory.uri}: {problems[0]}; a loop of its own recorded this: restore the file, or run the loop again"
+        )
 
 
 def record_work(session: Session) -> RecordWork:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -337,12 +337,8 @@ class Recorder:
 
     def _settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the settings that every record has, and those that only some have."""
-        training, taken = self.training, dict(self.settings)
-        none = np.zeros_like(taken["learning_rate"])
-        always = ("learning_rate", "momentum", "weight_decay", "dampening", "nesterov")
-        settings = {name: taken.pop(name, none) for name in always}
-        settings["nesterov"] = settings["nesterov"].astype(bool)
-        sometimes: dict[str, Any] = taken
+        training = self.training
+        settings, sometimes = always_and_sometimes(self.settings)
         if training.weighted or training.schedule.accumulates:
             sometimes["divisor"] = training.divisors
         if training.schedule.accumulates:
@@ -363,6 +359,16 @@ class Recorder:
                 **sometimes,
             )
         )
+
+
+def always_and_sometimes(settings: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a family's settings as those that every record has, and those that only some have."""
+    taken = dict(settings)
+    none = np.zeros_like(taken["learning_rate"])
+    always = ("learning_rate", "momentum", "weight_decay", "dampening", "nesterov")
+    found = {name: taken.pop(name, none) for name in always}
+    found["nesterov"] = found["nesterov"].astype(bool)
+    return found, taken
 
 
 def _noisy(recipe: Recipe, dataset: Dataset[Any]) -> tuple[Integers, Integers] | None:

@@ -16,6 +16,10 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
     TrainingArguments,
 )
 
@@ -98,6 +102,47 @@ def bert_classifier() -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
+def llama_classifier() -> LlamaForSequenceClassification:
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=12,
+        num_labels=CLASSES,
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
+    return LlamaForSequenceClassification(config)
+
+
+def vit_classifier() -> ViTForImageClassification:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=4,
+        patch_size=2,
+        num_channels=1,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+    )
+    return ViTForImageClassification(config)
+
+
+def images(count: int, seed: int) -> list[dict[str, Any]]:
+    """Images of 4 x 4 with a class each, as a plain list: the Trainer's own collator joins them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"pixel_values": torch.randn(1, 4, 4, generator=generator), "label": k % CLASSES, "source": f"row {k}"}
+        for k in range(count)
+    ]
+
+
 def arguments(folder: Path | str, **given: Any) -> TrainingArguments:
     """AdamW with decay, warm-up, clipping that bites in some steps, two batches a step."""
     usual: dict[str, Any] = {
@@ -106,7 +151,7 @@ def arguments(folder: Path | str, **given: Any) -> TrainingArguments:
         "learning_rate": 1e-2,
         "warmup_steps": 2,
         "weight_decay": 0.1,
-        "max_grad_norm": 1.0,
+        "max_grad_norm": 0.8,
         "gradient_accumulation_steps": 2,
     }
     quiet = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}

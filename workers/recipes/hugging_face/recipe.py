@@ -285,7 +285,12 @@ class TrainerRecipe(Recipe):
         """Return the classes of a classification; sequences of tokens have none."""
         if self._known.name != "classes":
             return None
-        return super().labels(dataset)
+        items: Any = dataset
+        key = next((key for key in ("labels", "label", "label_ids") if key in items[0]), None)
+        if key is None:
+            return None
+        column = items[key] if hasattr(items, "column_names") else (items[k][key] for k in range(len(items)))
+        return [int(value) for value in column]
 
     @torch.no_grad()
     def predictions(self, model: nn.Module, batch: Batch) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,8 +13,11 @@ from .headings import HeadedCommand
 from .options import debug_option, format_option, quiet_option
 from .output import emit_json, emit_tables
 from .progress import watching
-from .spec_options import OF_THE_RUN, PLACEMENT, pick, recipe_argument
+from .spec_options import OF_THE_RUN, PLACEMENT, given_values, pick, recipe_argument
 from .views import summary_tables
+
+if TYPE_CHECKING:
+    from ..pipeline.opened_run import Run
 
 F = TypeVar("F", bound=Callable[..., Any])
 Methods = dict[str, dict[str, Any]]
@@ -90,6 +93,10 @@ def _scalar(text: str) -> Any:
     return text if isinstance(value, (list, dict)) else value
 
 
+CHECKPOINT = ("out", "track", "test", "dtype", "recipe_args", "batch_norm", "per_sample", "threads", "device")
+"""Options that say what a run of a trained model is; where there is a run, it has fixed them."""
+
+
 @click.command(cls=HeadedCommand, short_help="Add estimators' contributions to RUN.")
 @click.argument("run")
 @recipe_argument
@@ -103,11 +110,16 @@ def _scalar(text: str) -> Any:
     metavar="K",
     help="Do so for K seeds and average: NAME-seedsK. Records that are missing are made.",
 )
+@pick(("at_checkpoint",))
+@pick(CHECKPOINT, only_with="With --at-checkpoint")
 @pick((*PLACEMENT, "memory"), of_the_run=OF_THE_RUN)
 @format_option("table", "json")
 @quiet_option
 @debug_option
+@click.pass_context
 def attribute(
+    ctx: click.Context,
+    /,
     run: str,
     recipe: str | None,
     estimators: tuple[str, ...],
@@ -123,10 +135,36 @@ def attribute(
     RUN must hold its record and test gradients. RECIPE is needed where it is not a built-in one: what
     a stored run names is never imported unasked. The same command again resumes.
 
+    With --at-checkpoint there is no RUN yet: the first word is RECIPE, and the run at --out is made from
+    the weights of a model that is trained already, for estimators that need no more.
+
     Example: hydra-pipe attribute runs/digits --method influence-cg --option damping=0.1
     """
     if not estimators:
         raise click.UsageError("name an estimator with --method, such as --method influence-cg")
+    given = given_values(ctx)
+    fixed = {name: placement.pop(name) for name in ("at_checkpoint", *CHECKPOINT)}
+    if fixed["at_checkpoint"] is not None:
+        if recipe is not None:
+            raise click.UsageError(
+                f"{recipe}: with --at-checkpoint the one word is RECIPE; the run goes to --out"
+            )
+        from ..pipeline.plan.untrained import check_methods
+        from ..pipeline.run import attribute_checkpoint
+        from ..pipeline.spec.spec import RunSpec
+
+        check_methods(dict.fromkeys(estimators))
+        methods = read_methods(estimators, estimator_options)
+        spec = RunSpec(**{**given, "recipe": run})
+        with watching(quiet) as observer:
+            finished = attribute_checkpoint(spec, methods, observer=observer)
+        _show(finished, list(methods)[-1], output_format)
+        return
+    unused = next((name for name in CHECKPOINT if name in given), None)
+    if unused is not None:
+        raise click.UsageError(
+            f"--{unused.replace('_', '-')}: RUN has fixed it; only with --at-checkpoint it is asked"
+        )
     methods = read_methods(estimators, estimator_options)
     from ..pipeline.drive.attribute import attribute as add
     from ..pipeline.spec.spec import averaged
@@ -134,7 +172,11 @@ def attribute(
     with watching(quiet) as observer:
         finished = add(run, methods, recipe, observer=observer, overwrite=overwrite, seeds=seeds, **placement)
     last = list(methods)[-1]
-    found = finished.summary(averaged(last, seeds) if seeds > 1 else last)
+    _show(finished, averaged(last, seeds) if seeds > 1 else last, output_format)
+
+
+def _show(finished: Run, method: str, output_format: str) -> None:
+    found = finished.summary(method)
     if output_format == "json":
         emit_json(found)
     else:

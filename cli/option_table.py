@@ -62,7 +62,8 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     _option(
         "--hessian",
-        "Drop the Hessian (HyDRA's fast form), keep it in EKFAC form, or keep it exactly.",
+        "Drop the Hessian (HyDRA's fast form), keep it in EKFAC form, keep it exactly, or put the Gauss-Newton "
+        "matrix of the model's outputs, or a mixture of both, in its place.",
         type=click.Choice(get_args(Hessian)),
     ),
     _option(
@@ -85,6 +86,19 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     _saying("--epochs", "the recipe's", "Passes over the training samples.", type=_POSITIVE, metavar="N"),
     _saying("--batch-size", "the recipe's", "Samples a step.", type=_POSITIVE, metavar="B"),
     _saying("--seed", "the recipe's", "Of initial weights, batch order and dropout.", type=int, metavar="N"),
+    _saying(
+        "--init",
+        "the recipe's initial_state(), or fresh weights",
+        "Start training from the weights in a .safetensors or .pt file, which holds tensors by name alone.",
+        metavar="FILE",
+    ),
+    _saying(
+        "--at-checkpoint",
+        "none",
+        "Attribute a model that is trained already: its weights, in a .safetensors or .pt file. Nothing is "
+        "trained or recorded.",
+        metavar="FILE",
+    ),
     _option(
         "--seeds",
         "Train with K seeds, from --seed on, and average the contributions: METHOD-seedsK, with their spread.",
@@ -191,6 +205,12 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "With ekfac: leading coordinates that keep their full curvature, across layers too; 0: none.",
         type=click.IntRange(min=0),
         metavar="C",
+    ),
+    _option(
+        "--curvature-share",
+        "With mixed: share of the Hessian; the rest is the Gauss-Newton matrix's.",
+        type=click.FloatRange(0.01, 0.99),
+        metavar="S",
     ),
     _option(
         "--max-attempts",

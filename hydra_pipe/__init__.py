@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .pipeline.decide.explanation import Explanation
     from .pipeline.decide.report import report
     from .pipeline.drive.attribute import attribute
+    from .pipeline.drive.hugging_face import HydraCallback
     from .pipeline.drive.recording import Recording, recording
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
@@ -43,6 +44,7 @@ __all__ = [
     "DetectOptions",
     "Detection",
     "Explanation",
+    "HydraCallback",
     "HydraError",
     "Questions",
     "Recipe",
@@ -78,6 +80,7 @@ _HOMES = {
     "DetectOptions": ".pipeline.decide.case:Options",
     "Detection": ".pipeline.reading.detections:Detection",
     "Explanation": ".pipeline.decide.explanation:Explanation",
+    "HydraCallback": ".pipeline.drive.hugging_face:HydraCallback",
     "HydraError": ".storage.errors:HydraError",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",

@@ -1,21 +1,26 @@
-"""The door: one specification in, a run out, with one seed or several."""
+"""The door: one specification in, a run out, with one seed or several, or of a model trained elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from ..storage.errors import SpecError
 from ..workers.determinism import restored_process
+from ..workers.estimators import make
+from .drive.attribute import attribute
 from .drive.drive import begin, drive
 from .drive.seeds import run_seeds
 from .executors.events import Note, Observer, RunFinished, null, warn
 from .executors.ray import make_executor
 from .opened_run import Run, open_run
 from .plan.compatibility import place, refuse_unsupported
+from .plan.stored_spec import PLACEMENT
 from .plan.survey import survey
+from .plan.untrained import check_methods, needs_training
 from .spec.spec import RunSpec
-from .vocabulary import STAGES
+from .vocabulary import RECORD, REDUCE, REPLAY, STAGES, TEST_GRADIENTS
 
-__all__ = ["STAGES", "run"]
+__all__ = ["STAGES", "attribute_checkpoint", "run"]
 
 
 def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str] | None = None) -> Run:
@@ -34,8 +39,44 @@ def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str
         IncompleteStage: A stage was asked for whose input is not there.
         HydraError: Whatever went wrong on the way; committed work is kept.
     """
+    asked = tuple(stages or STAGES)
+    if spec.at_checkpoint and {REPLAY, REDUCE} & set(asked):
+        raise needs_training(spec.method)
     with restored_process():
-        return _run(spec, observer or null, tuple(stages or STAGES))
+        return _run(spec, observer or null, asked)
+
+
+def attribute_checkpoint(
+    spec: RunSpec, methods: Mapping[str, Mapping[str, object]], *, observer: Observer | None = None
+) -> Run:
+    """Attribute a model that is trained already, from its weights alone, or go on doing so.
+
+    The run has no steps: its record is one checkpoint, the weights in ``spec.at_checkpoint``. Estimators that
+    look at the trained model alone work as ever, and so does everything that reads a run.
+
+    Args:
+        spec: Recipe, file, where to and with what.
+        methods: Options by estimator name; those that follow the training are refused.
+        observer: Hears of everything that happens.
+
+    Returns:
+        The run, opened for reading.
+
+    Raises:
+        SpecError: No file or no method is given, or a method follows the training.
+        SpecMismatch: The directory holds another run.
+    """
+    if spec.at_checkpoint is None or not methods:
+        missing = "methods" if spec.at_checkpoint else "at_checkpoint"
+        raise SpecError(
+            f"{missing} is missing: give the file of the trained weights and at least one estimator"
+        )
+    check_methods(methods)
+    for name, options in methods.items():
+        make(name, options)
+    made = run(spec, observer=observer, stages=(RECORD, TEST_GRADIENTS))
+    placement = {name: getattr(spec, name) for name in PLACEMENT}
+    return attribute(made.uri, methods, spec.recipe, observer=observer, overwrite=spec.overwrite, **placement)
 
 
 def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:

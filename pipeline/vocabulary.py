@@ -84,14 +84,21 @@ FORWARD = forms.FORWARD
 SEEDS = "seeds"
 """``mode`` of an average over seeds in ``run.json``; its only stage is ``reduce``."""
 
-Hessian = Literal["none", "ekfac", "exact"]
+Hessian = Literal["none", "ekfac", "exact", "gauss-newton", "mixed"]
 Form = forms.Form
 Targets = Literal["samples", "classes", "mean"]
 Way = Literal["weighted", "rescaled", "subset"]
 """How the rest is trained when samples are removed; see ``workers.training.retrain``."""
 
 FAST, EKFAC, EXACT = forms.FAST, forms.EKFAC, forms.EXACT
-FORMS: dict[Hessian, Form] = {"none": FAST, "ekfac": EKFAC, "exact": EXACT}
+GAUSS_NEWTON, MIXED, CARRIED = forms.GAUSS_NEWTON, forms.MIXED, forms.CARRIED
+FORMS: dict[Hessian, Form] = {
+    "none": FAST,
+    "ekfac": EKFAC,
+    "exact": EXACT,
+    "gauss-newton": GAUSS_NEWTON,
+    "mixed": MIXED,
+}
 
 SAMPLES: Targets = "samples"
 CLASSES: Targets = "classes"

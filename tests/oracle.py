@@ -53,7 +53,7 @@ def dense(
     seed_everything(recipe.seed)
     dataset = recipe.train_dataset()
     seed_everything(recipe.seed)
-    model = recipe.model().double()
+    model = _built(recipe)
     model.train()
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -61,9 +61,9 @@ def dense(
     groups = [entry.group for entry in trajectory.parameters]
     assert names == [entry.name for entry in trajectory.parameters]
     n_train = len(dataset)
-    momentum: list[torch.Tensor | None] = [None] * len(parameters)
+    momentum = _momentum(trajectory, parameters)
     du = {i: [torch.zeros_like(p) for p in parameters] for i in tracked}
-    dm: dict[int, list[torch.Tensor | None]] = {i: [None] * len(parameters) for i in tracked}
+    dm = {i: [None if m is None else torch.zeros_like(m) for m in momentum] for i in tracked}
     losses = np.zeros(len(trajectory.batches))
     for step, row in enumerate(trajectory.batches):
         members = row[row >= 0]
@@ -146,13 +146,13 @@ def unrolled(recipe: Recipe, trajectory: Trajectory, tracked: Sequence[int]) -> 
     seed_everything(recipe.seed)
     dataset = recipe.train_dataset()
     seed_everything(recipe.seed)
-    model = recipe.model().double()
+    model = _built(recipe)
     model.train()
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     flat = torch.from_numpy(trajectory.checkpoint(0).weights.astype(np.float64))
     parts = flat.split([p.numel() for p in parameters.values()])
     weights = [w.view(p.shape) for w, p in zip(parts, parameters.values(), strict=True)]
-    momentum: list[torch.Tensor | None] = [None] * len(weights)
+    momentum = _momentum(trajectory, weights)
     place = {int(i): k for k, i in enumerate(tracked)}
     eps = torch.zeros(len(tracked), dtype=torch.float64, requires_grad=True)
     zero = torch.zeros((), dtype=torch.float64)
@@ -207,6 +207,24 @@ def _sgd(
         return buffer, gradient
     buffer = gradient.clone() if buffer is None else p * buffer + (1 - damp) * gradient
     return buffer, gradient + p * buffer if nesterov else buffer
+
+
+def _built(recipe: Recipe) -> torch.nn.Module:
+    model = recipe.model().double()
+    state = recipe.initial_state()
+    if state is not None:
+        model.load_state_dict(dict(state.weights))  # also what is frozen, which no record holds
+    return model
+
+
+def _momentum(trajectory: Trajectory, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Return the momentum buffers that training began with; None where there was none."""
+    first = trajectory.checkpoint(0)
+    parts = torch.from_numpy(first.momentum.astype(np.float64)).split([p.numel() for p in parameters])
+    return [
+        part.view(p.shape).clone() if there else None
+        for part, p, there in zip(parts, parameters, first.has_momentum, strict=True)
+    ]
 
 
 def _settings(t: Trajectory, step: int, group: int) -> tuple[float, float, float, float, bool]:

@@ -212,7 +212,7 @@ class Sequences(Small):
 
 
 class Attention(Small):
-    """MultiheadAttention uses its projections functionally, with dropout: only vjp is right."""
+    """MultiheadAttention uses its projections functionally, with dropout."""
 
     shape = (4, 6)
     epochs = 2

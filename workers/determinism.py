@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import random
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..storage.errors import DeviceMissing
 
@@ -53,6 +55,22 @@ def generator_states() -> tuple[Any, ...]:
     )
 
 
+def generators() -> tuple[Any, ...]:
+    """Return what ``put_generators`` gives the global generators back; of devices in use alone."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    states = [torch.cuda.get_rng_state(i) for i in devices]
+    return torch.get_rng_state(), np.random.get_state(), random.getstate(), states
+
+
+def put_generators(kept: tuple[Any, ...]) -> None:
+    """Give the global generators the states that ``generators`` returned."""
+    torch.set_rng_state(kept[0])
+    np.random.set_state(kept[1])
+    random.setstate(kept[2])
+    for index, state in enumerate(kept[3]):
+        torch.cuda.set_rng_state(state, index)
+
+
 @contextmanager
 def preserved_generators() -> Iterator[None]:
     """Leave the global generators as they were: for work beside the training step."""
@@ -61,15 +79,11 @@ def preserved_generators() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        for index, state in enumerate(devices):
-            torch.cuda.set_rng_state(state, index)
+        put_generators((*states, devices))
 
 
 def prepare_process(threads: int) -> None:
-    """Fix everything that changes bits: threads, algorithms, TF32.
+    """Fix everything that changes bits: threads, algorithms, TF32, compilation.
 
     Must be called in every process that computes, before its first tensor operation matters.
     Operations that have no deterministic form raise an error of torch that names them.
@@ -86,6 +100,39 @@ def prepare_process(threads: int) -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+    run_uncompiled()
+
+
+def run_uncompiled() -> None:
+    """Have everything that ``torch.compile`` wraps run as it is written.
+
+    Compiled kernels differ in last bits from those of another compilation (other shapes, another machine), take
+    one derivative alone, and pass hooks by: no replay could follow them.
+    """
+    torch.compiler.set_stance("force_eager")
+
+
+def compiled_parts(model: nn.Module) -> list[str]:
+    """Return the names of the modules that are compiled."""
+    return [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if module._compiled_call_impl is not None or hasattr(module, "_torchdynamo_orig_callable")
+    ]
+
+
+@contextmanager
+def _kept_stance() -> Iterator[None]:
+    """Give what is compiled back its own way to run."""
+    if "torch._dynamo" in sys.modules:
+        with torch.compiler.set_stance("default"):
+            yield
+        return
+    try:
+        yield
+    finally:
+        if "torch._dynamo" in sys.modules:  # it was loaded inside: nothing had been chosen before
+            torch.compiler.set_stance("default")
 
 
 @contextmanager
@@ -112,7 +159,8 @@ def restored_switches() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32,
     )
     try:
-        yield
+        with _kept_stance():
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +21,22 @@ from .data.of_recipe import Batch, default_method
 from .data.schedule import Schedule
 from .data.show import Shown, default_look
 
-__all__ = ["Batch", "Recipe"]
+__all__ = ["Batch", "InitialState", "Recipe"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitialState:
+    """Where a training starts, instead of freshly initialised weights.
+
+    Attributes:
+        weights: A ``state_dict()`` of the model: parameters and buffers by name, all of them and no others.
+        optimizer: A ``state_dict()`` of the optimiser, or what it keeps of each parameter by the parameter's
+            name. Only its state is taken (momentum, moments, step counts): settings are those of
+            ``optimizer()`` and ``scheduler()``. None: it starts fresh.
+    """
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any] | None = None
 
 
 class Recipe:
@@ -89,6 +105,13 @@ class Recipe:
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return a ``torch.optim.SGD``, ``Adam`` or ``AdamW`` over the model's parameters."""
         raise _missing(self, "optimizer")
+
+    def initial_state(self) -> InitialState | None:
+        """Return the weights and the optimiser state that training starts from; None: fresh ones.
+
+        Every process that trains calls it, after ``model()``. ``--init FILE`` takes its place.
+        """
+        return None
 
     def order(self, epoch: int, generator: torch.Generator) -> Sequence[int] | Tensor | None:
         """Return the training indices of an epoch in their order; None: a random permutation of all.

@@ -34,7 +34,9 @@ def trust_lines(trust: Trust) -> list[str]:
         lines.append("test losses detach something: differentiated through, as the loss itself changes")
     if tests and tests.get("derivative") is False:
         lines.append("test gradients are those of backward, which is not the derivative of the test loss")
-    if trust.field:
+    if trust.matrix:
+        lines.append(f"products: {trust.matrix}; agree with autograd and differences, factor by factor")
+    elif trust.field:
         lines.append(f"the update is no gradient: {trust.field}")
     elif trust.differences:
         lines.append("Hessian products agree with differences of the gradient")

@@ -195,7 +195,7 @@ def _choose(run: Reader, reference: str | None, methods: Sequence[str] | None) -
         )
         raise InputError(
             f"{run.uri} has {', '.join(complete)} and no other method of targets {kind!r} to compare with "
-            f"{reference}; add one: hydra-pipe run ... --hessian none|ekfac|exact on the same --out{others}"
+            f"{reference}; add one: hydra-pipe run ... --hessian none|ekfac|exact|gauss-newton|mixed on the same --out{others}"
         )
     return reference, chosen
 

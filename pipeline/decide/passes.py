@@ -26,6 +26,7 @@ from ..executors.ray import make_executor
 from ..plan.provenance import check_named
 from ..plan.sharding import spans
 from ..plan.stored_spec import REPEATED, stored_spec
+from ..plan.untrained import check_recorded
 from ..reading.stage_states import stage_state
 from ..spec.spec import RunSpec
 from ..vocabulary import COMPLETE, REPLAY, TRAINING_OUTPUTS, own_gradients_stage
@@ -196,6 +197,8 @@ class Passes:
         from ...workers.estimators.tracin import TracIn
         from ..units.own import SelfTracInWork
 
+        check_recorded(self.run, "self-tracin")
+
         def work(begun: _Begun) -> tuple[OwnGradientWork, int]:
             made = SelfTracInWork(**self._common(begun), estimator=TracIn(checkpoints=CHECKPOINTS))
             return made, len(made.chosen(self.run.trajectory()))
@@ -238,6 +241,7 @@ class Passes:
         """
         if method is not None and self._done(f"{method}/{REPLAY}"):
             return method
+        check_recorded(self.run, "the hypergradients' self-influence")
         having = [name for name in self.run.noted.method_names() if self._done(f"{name}/{REPLAY}")]
         which = f"method {method}" if method is not None else "the run"
         remedy = (

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...storage.errors import IncompleteStage, InputError
+from ..plan.untrained import check_recorded
 from .case import Case, Floats, Integers, Scorer, Scores
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def judged_visits(case: Case) -> Judged:
     """
     found: Visits | None = case.run.visits()
     if found is None:
+        check_recorded(case.run, "the visits' statistics")
         raise IncompleteStage(
             f"{case.run.uri} was recorded without visits; record it again with --visits on --overwrite"
         )

@@ -27,6 +27,7 @@ from ..plan.provenance import check_recipe
 from ..plan.sharding import EXACT_TARGETS, USUAL_MEMORY, Cut, cut_targets, itemsize_of, spans
 from ..plan.stored_spec import stored_spec
 from ..plan.survey import compute_of, survey
+from ..plan.untrained import check_methods
 from ..reading.run_info import RunInfo
 from ..spec.spec import averaged
 from ..units.estimate import EstimateWork, PrepareWork
@@ -116,6 +117,8 @@ def _attribute(
     mode = found.noted.entry(spec.base_method).mode
     spec = replace(spec, mode=ADJOINT if mode == ADJOINT else spec.mode)
     refuse_unsupported(spec)
+    if spec.at_checkpoint:
+        check_methods(chosen)
     surveyed = survey(spec, trial=False)
     place(spec, surveyed)
     check_recipe(found.uri, found.noted, surveyed.made_of, observer)

@@ -59,7 +59,7 @@ def correction(session: Session, plan: Plan) -> Stages:
     found = RowStore.open(directory.path(layout.corrections(spec.method, layout.DIRECTIONS)), "direction")
     stage = f"{spec.method}/{CORRECTION}"
     units = units_of(stage, spans(found.rows, EXACT_TARGETS, "directions"))
-    yield from preflight(session, plan, method=spec.method, later=units, vectors=found.rows, exact=True)
+    yield from preflight(session, plan, method=spec.method, later=units, vectors=found.rows, share=1.0)
     yield Stage(
         name=stage,
         units=units,

@@ -37,7 +37,7 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: RunInfo | Non
     kept = {name: entry for name, entry in before.methods.items() if entry.state != ASKED}
     recipe = surveyed.recipe
     info = RunInfo(
-        method=spec.method,
+        method=None if spec.at_checkpoint else spec.method,
         n_train=plan.n_train,
         n_test=plan.n_test,
         n_tracked=plan.n_tracked,
@@ -73,7 +73,8 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: RunInfo | Non
         },
     )
     notes, options = target_notes(plan.targets), CurvatureOptions.asked_by(spec).to_json()
-    for method in dict.fromkeys((spec.base_method, spec.method)):  # in this order, which readers see
+    asked = () if spec.at_checkpoint else (spec.base_method, spec.method)  # HyDRA has nothing to follow there
+    for method in dict.fromkeys(asked):  # in this order, which readers see
         state = kept[method].state if method in kept else ASKED
         info = info.with_method(method, state=state, mode=spec.mode, options=options, **notes)
     if spec.seeds > 1:

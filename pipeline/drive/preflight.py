@@ -34,7 +34,7 @@ from .stages import Session, Stage, Stages
 
 
 def preflight(
-    session: Session, plan: Plan, *, method: str, later: Sequence[Unit], vectors: int, exact: bool
+    session: Session, plan: Plan, *, method: str, later: Sequence[Unit], vectors: int, share: float | None
 ) -> Stages:
     """Look before some units are done; note warnings in ``run.json`` and say them.
 
@@ -44,13 +44,13 @@ def preflight(
         method: Whose units.
         later: The units that follow.
         vectors: How many vectors they carry.
-        exact: Whether they carry them exactly.
+        share: Of the Hessian in the products that carry them step by step; None: they are not.
 
     Raises:
         NonFiniteTangents: What follows would not be numbers.
     """
     spec, directory = session.spec, session.directory
-    if not exact:
+    if share is None:
         curvature = None
         if spec.form == EKFAC:
             curvature = read_curvature(directory.path(layout.curvature(spec.form)))
@@ -68,6 +68,7 @@ def preflight(
                     recipe=session.surveyed.recipe,
                     compute=compute_of(spec),
                     tracked=session.surveyed.tracked,
+                    share=share,
                 ),
                 total=plan.steps,
                 label="step",

@@ -14,8 +14,8 @@ from ..spec.spec import RunSpec
 from ..units.replay import AdjointWork, ReplayWork
 from ..vocabulary import (
     ADJOINT,
+    CARRIED,
     EKFAC,
-    EXACT,
     FAST,
     REDUCE,
     REPLAY,
@@ -48,9 +48,8 @@ def replay(session: Session, plan: Plan) -> Stages:
         yield curvature(session, voids=(stage, f"{spec.method}/{REDUCE}"))
     units = units_of(stage, plan.shards)
     vectors = sum(shard.rows for shard in plan.shards)
-    yield from preflight(
-        session, plan, method=spec.base_method, later=units, vectors=vectors, exact=spec.form == EXACT
-    )
+    share = spec.share if spec.form in CARRIED else None
+    yield from preflight(session, plan, method=spec.base_method, later=units, vectors=vectors, share=share)
 
     def note(info: RunInfo) -> RunInfo:
         asked = info.entry(spec.base_method).asked_shards
@@ -107,7 +106,7 @@ def _by_target(session: Session, plan: Plan) -> StoreOf:
 
 def _work(session: Session) -> ReplayWork | AdjointWork:
     spec, compute = session.spec, compute_of(session.spec)
-    if spec.form == EXACT:  # it differentiates through batch statistics
+    if spec.form in CARRIED:  # they differentiate through batch statistics
         compute = replace(compute, batch_norm="coupled")
     kind = AdjointWork if spec.mode == ADJOINT else ReplayWork
     return kind(
@@ -118,6 +117,7 @@ def _work(session: Session) -> ReplayWork | AdjointWork:
         form=spec.form,
         tracked=session.surveyed.tracked,
         targets=spec.targets,
+        share=spec.share,
     )
 
 

@@ -44,6 +44,7 @@ def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str |
         field=first.field,
         differences=first.differences,
         running_statistics=first.running_statistics,
+        matrix=first.matrix,
     )
 
 

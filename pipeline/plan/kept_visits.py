@@ -13,6 +13,8 @@ AUTO_BYTES = 1 << 30
 
 def kept_bytes(spec: RunSpec, surveyed: Survey) -> int:
     """Return the bytes of the visits that will be kept, before compression; 0: none."""
+    if spec.at_checkpoint:
+        return 0  # there is no visit
     size = visit_bytes(*_sizes(surveyed))
     return 0 if spec.visits == "off" or (spec.visits == "auto" and size > AUTO_BYTES) else size
 
@@ -24,7 +26,7 @@ def memory_bytes(spec: RunSpec, surveyed: Survey) -> int:
 
 def why_not(spec: RunSpec, surveyed: Survey) -> str | None:
     """Return why visits are not kept, where nobody said that they should not be."""
-    if spec.visits != "auto" or kept_bytes(spec, surveyed):
+    if spec.visits != "auto" or spec.at_checkpoint or kept_bytes(spec, surveyed):
         return None
     epochs, samples, _ = _sizes(surveyed)
     return (

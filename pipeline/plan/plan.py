@@ -204,7 +204,7 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
     if spec.exact_rank:
         workers[CORRECTION] = correction_bytes(surveyed, itemsize, spec.exact_rank)
     disk = {
-        "trajectory": len(kept) * dimension * 2 * itemsize
+        "trajectory": len(kept) * dimension * (1 + surveyed.optimizer_vectors) * itemsize
         + surveyed.steps * (int(surveyed.recipe.batch_size) * 4 + 60),
         "visits": kept_bytes(spec, surveyed),
         **({layout.HYPERGRADIENTS: n * row} if spec.mode == FORWARD else {layout.BY_TEST: n * q * itemsize}),

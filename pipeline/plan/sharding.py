@@ -15,7 +15,7 @@ from ...workers.replay.adjoint import SEGMENT_BYTES
 from ...workers.replay.projection import TARGET_TILE
 from ..executors.base import Capacity
 from ..spec.spec import RunSpec
-from ..vocabulary import ADJOINT, EKFAC, EXACT, FAST, Form
+from ..vocabulary import ADJOINT, CARRIED, EKFAC, EXACT, FAST, Form
 from .survey import Survey
 
 WRITE_CHUNKS = 4
@@ -135,23 +135,21 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form) -> Lo
         adjoint: Whether it carries targets backwards.
         form: Of the Hessian.
     """
-    row, exact = surveyed.dimension * itemsize, form == EXACT
+    row, carried = surveyed.dimension * itemsize, form in CARRIED
+    vectors = 1 + surveyed.optimizer_vectors
+    held = 1 + vectors if surveyed.moments else 1
     if adjoint:
-        item = 2 * row + 2 * len(surveyed.tracked) * itemsize
+        item = vectors * row + 2 * len(surveyed.tracked) * itemsize
     else:
-        numbers = {
-            FAST: surveyed.row_numbers,
-            EKFAC: surveyed.dimension,
-            EXACT: 2 * surveyed.dimension,
-        }
-        item = numbers[form] * itemsize
+        numbers = {FAST: surveyed.row_numbers, EKFAC: surveyed.dimension}
+        item = numbers.get(form, vectors * surveyed.dimension) * itemsize
     tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * TILE * row
     return Load(
         process=surveyed.process_bytes,
         item=item,
         row=row,
-        segment=min(SEGMENT_BYTES if exact else 0, surveyed.steps * row),
-        passing=tiles if exact else 0,
+        segment=min(SEGMENT_BYTES if carried else 0, surveyed.steps * held * row),
+        passing=tiles if carried else 0,
         adjoint=adjoint,
     )
 
@@ -179,7 +177,7 @@ class Sharding:
         self.itemsize = itemsize_of(spec.dtype)
         self._asked, self._memory = spec.shards, spec.memory
         self._dimension = surveyed.dimension
-        self._tile = EXACT_TARGETS if spec.form == EXACT else TARGET_TILE
+        self._tile = EXACT_TARGETS if spec.form in CARRIED else TARGET_TILE
         adjoint = spec.mode == ADJOINT
         self.items = targets if adjoint else len(surveyed.tracked)
         self.load = load_of(surveyed, self.itemsize, adjoint=adjoint, form=spec.form)

@@ -10,12 +10,13 @@ from ...storage.errors import CorruptStore, InputError, RunNotFound, SpecError, 
 from ...workers.recipe import Recipe
 from ...workers.recipes import BUILT_IN
 from ..reading.reader import Reader, open_reader
-from ..spec.groups import KEPT, ExecutionSpec, TrainingSpec
+from ..spec.groups import FILES, KEPT, ExecutionSpec, TrainingSpec
 from ..spec.setting import Decides, names
 from ..spec.spec import RunSpec
 from ..vocabulary import ADJOINT, REDUCE, REPLAY, SAMPLES
 from .compatibility import begun, stored_options
 from .survey import resolve_recipe
+from .untrained import check_command
 
 PLACEMENT = names(ExecutionSpec, Decides.NOTHING)
 """Fields of ``RunSpec`` that say where the work is done and not what comes out."""
@@ -52,9 +53,9 @@ def stage_spec(given: Mapping[str, Any], *, command: str) -> RunSpec:
             f"no run at {out}: {command} goes on with one that is recorded; "
             f"run `hydra-pipe record --out {out}` first, or correct --out"
         ) from None
-    placed = {name: value for name, value in given.items() if name in PLACEMENT}
+    placed = {name: value for name, value in given.items() if name in (*PLACEMENT, *FILES)}
     spec = stored_spec(run, recipe, placed, command=command)
-    own = {k: v for k, v in given.items() if k not in (*PLACEMENT, "recipe", "out", "overwrite")}
+    own = {k: v for k, v in given.items() if k not in (*PLACEMENT, *FILES, "recipe", "out", "overwrite")}
     if "recipe_args" in own:
         own["recipe_args"] = {**spec.recipe_args, **own["recipe_args"]}
     asked = replace(spec, **{**own, "mode": ADJOINT})  # which fits all targets
@@ -101,6 +102,7 @@ def stored_spec(
         SpecMismatch: What is named is not what the run was made from.
     """
     identity = dict(run.noted.identity)
+    check_command(identity, run.uri, command)
     reference = str(identity.get("recipe", ""))
     if recipe is None:
         if reference not in BUILT_IN:
@@ -112,7 +114,7 @@ def stored_spec(
                 f"run names; name it yourself: hydra-pipe {command} {typed}"
             )
         recipe = reference
-    allowed = (*PLACEMENT, *(name for name in free if name != "recipe"))
+    allowed = (*PLACEMENT, *FILES, *(name for name in free if name != "recipe"))
     unknown = [name for name in given if name not in allowed]
     if unknown:
         raise SpecError(f"{unknown[0]} is the run's own and cannot be chosen; {', '.join(allowed)} can")
@@ -124,6 +126,7 @@ def stored_spec(
         )
     spoken = run.noted.spec
     values |= {name: spoken[name] for name in KEPT if spoken.get(name) is not None}
+    values |= {name: spoken.get(name) for name in FILES if name in identity}
     chosen = {name: value for name, value in given.items() if value is not None}
     if isinstance(recipe, str):
         arguments = {**values.pop("recipe_args", {}), **chosen.pop("recipe_args", {})}

@@ -20,14 +20,16 @@ from ...storage.errors import RecipeError, SpecMismatch
 from ...storage.rundir import RunDirectory
 from ...workers.data.labels import ClassLabels, class_labels, label_notes
 from ...workers.data.user_code import user_code
-from ...workers.determinism import preserved_generators, seed_everything
+from ...workers.determinism import compiled_parts, preserved_generators, run_uncompiled, seed_everything
 from ...workers.hessian.tiles import activation_bytes
 from ...workers.memory import peak_bytes, reset_peak
+from ...workers.model.autocast import noticed
 from ...workers.persample.engine import PerSampleGradients
 from ...workers.persample.ways import Ways
 from ...workers.recipe import Recipe
 from ...workers.replay.buffers import row_numbers
 from ...workers.replay.fast import kept_as_factors
+from ...workers.training.initial import StateFile
 from ...workers.training.last_batch import check_last_batch
 from ...workers.training.made_of import FirstSteps, data_of, first_steps, made_of, with_first_steps
 from ...workers.training.metrics import OutputWatch, why_unpredicted
@@ -46,7 +48,8 @@ from ...workers.training.validate import (
 from ..spec.groups import TrainingSpec
 from ..spec.selection import select
 from ..spec.spec import RunSpec
-from ..vocabulary import EXACT, RECORD, TRAJECTORY
+from ..spec.state_file import sha256_of
+from ..vocabulary import CARRIED, RECORD, TRAJECTORY
 
 Integers = npt.NDArray[np.int64]
 
@@ -72,6 +75,9 @@ class Survey:
         warnings: What in the recipe is likely to be a mistake, one line each.
         notes: What the user should be told of the recipe, one line each.
         made_of: Digests of the recipe, its data and its first steps; see ``workers.training.made_of``.
+        optimizer_vectors: Vectors like the weights that the optimiser keeps, as many as a tangent needs.
+        moments: Whether derivatives of a step depend on where training is (Adam, clipping).
+        autocast: The types that the losses compute in under ``torch.autocast``.
     """
 
     recipe: Recipe
@@ -92,6 +98,9 @@ class Survey:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     made_of: dict[str, Any] = field(default_factory=dict)
+    optimizer_vectors: int = 1
+    moments: bool = False
+    autocast: tuple[str, ...] = ()
 
 
 def resolve_recipe(spec: TrainingSpec) -> Recipe:
@@ -106,10 +115,23 @@ def resolve_recipe(spec: TrainingSpec) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe {type(recipe).__name__} is not a hydra_pipe.Recipe; subclass it")
     recipe = copy.copy(recipe)  # an instance is the caller's: its attributes stay as they are
+    if spec.epochs is not None and recipe.max_steps is not None:
+        raise RecipeError(
+            f"epochs {spec.epochs} was asked for, and recipe {recipe.name!r} has max_steps = {recipe.max_steps}, which stands in for "
+            "epochs; change max_steps, or leave --epochs out"
+        )
     for name in ("epochs", "batch_size", "seed"):
         value = getattr(spec, name)
         if value is not None:
             setattr(recipe, name, value)
+    file = spec.init or spec.at_checkpoint
+    if file is not None:  # in place of the recipe's own method, wherever the recipe goes
+        vars(recipe)["initial_state"] = StateFile(uri=file, sha256=sha256_of(file))
+    if spec.at_checkpoint is not None:
+        recipe.epochs, recipe.max_steps = (
+            0,
+            None,
+        )  # trained already: every process has the model as it is in the file, and no steps
     if isinstance(spec, RunSpec):
         loop = loop_of(RunDirectory(spec.out or f"runs/{recipe.name}"))
         if loop is not None:
@@ -178,7 +200,8 @@ def survey(spec: RunSpec, *, trial: bool = True) -> Survey:
     """
     reset_peak()
     recipe = resolve_recipe(spec)
-    check_numbers(recipe)
+    check_numbers(recipe, least_epochs=0 if spec.at_checkpoint else 1)
+    run_uncompiled()
     with preserved_generators():
         return _survey(spec, recipe, trial)
 
@@ -194,6 +217,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     seed_everything(recipe.seed)
     model = _call(recipe, "model")
     check_layers(model)
+    compiled = compiled_parts(model)
     dtype = compute_of(spec).torch_dtype
     watch = OutputWatch(model)
     check_losses(recipe, model, train, dtype)
@@ -221,11 +245,9 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     with user_code("the first training step failed:", always=True):
         training = Training(recipe, compute)
         training.guarded = True
-        check_last_batch(training)
         made = made_of(training, data)
-        ways = tried_ways(training)
-        first = first_steps(training)
-        seconds = _time_steps(training, ways, first) if trial else None
+        with noticed() as autocast:
+            tried = _try_steps(training, trial=trial) if training.steps else _NO_STEPS
     return Survey(
         recipe=recipe,
         n_train=n_train,
@@ -236,24 +258,61 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         tested=tested,
         train_labels=_array(train_labels, n_train),
         test_labels=_array(test_labels, n_test),
-        conservation=not training.holds_statistics,
-        strategies={
-            e.name: s
-            for e, s in zip(training.layout.entries, ways.strategies, strict=True)
-            if s in ("func", "vjp")
-        },
-        step_seconds=seconds,
-        row_numbers=row_numbers(
-            training.layout,
-            kept_as_factors(training, ways),
-            training.epochs,
-        ),
+        conservation=tried.conservation,
+        strategies=tried.strategies,
+        step_seconds=tried.seconds,
+        row_numbers=tried.row_numbers,
         process_bytes=peak_bytes(),
-        made_of=with_first_steps(made, first),
-        notes=tuple(label_notes(labels, unpredicted)),
-        activation_bytes=activation_bytes(training) if spec.form == EXACT or spec.exact_rank else 0,
+        made_of=with_first_steps(made, tried.first),
+        notes=(*label_notes(labels, unpredicted), *_compiled_notes(compiled)),
+        activation_bytes=activation_bytes(training) if spec.form in CARRIED or spec.exact_rank else 0,
         warnings=tuple(unknown_names(recipe)),
+        optimizer_vectors=len(training.family.vectors),
+        moments=training.family.scaled or training.max_norm is not None,
+        autocast=tuple(sorted(autocast)),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tried:
+    """What the first training steps showed; fields as of `Survey`."""
+
+    first: FirstSteps
+    conservation: bool
+    strategies: dict[str, str]
+    row_numbers: int
+    seconds: tuple[float, float] | None
+
+
+_NO_STEPS = _Tried(
+    first=FirstSteps(settings={}, losses=[], seconds=[]),
+    conservation=False,
+    strategies={},
+    row_numbers=0,
+    seconds=None,
+)
+
+
+def _try_steps(training: Training, *, trial: bool) -> _Tried:
+    """Take the first steps, and see how per-sample gradients are had in them."""
+    check_last_batch(training)
+    ways = tried_ways(training)
+    first = first_steps(training)
+    epochs, entries = training.epochs, training.layout.entries
+    return _Tried(
+        first=first,
+        conservation=not training.holds_statistics,
+        strategies={e.name: s for e, s in zip(entries, ways.strategies, strict=True) if s in ("func", "vjp")},
+        row_numbers=row_numbers(training.layout, kept_as_factors(training, ways), epochs),
+        seconds=_time_steps(training, ways, first) if trial else None,
+    )
+
+
+def _compiled_notes(compiled: list[str]) -> list[str]:
+    if not compiled:
+        return []
+    more = f" and {len(compiled) - 1} more" if len(compiled) > 1 else ""
+    return [f"{compiled[0]}{more} is compiled: it is recorded and replayed as it is written, uncompiled"]
 
 
 def _call(recipe: Recipe, method: str, *arguments: Any) -> Any:

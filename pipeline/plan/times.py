@@ -13,10 +13,11 @@ from ..spec.groups import CurvatureSpec
 from ..spec.spec import RunSpec
 from ..vocabulary import (
     ADJOINT,
+    CARRIED,
     CORRECTION,
     CURVATURE,
     EKFAC,
-    EXACT,
+    GAUSS_NEWTON,
     PREFLIGHT,
     RECORD,
     REDUCE,
@@ -31,6 +32,9 @@ MATMUL_RATE = 40e9
 
 PRODUCT = 1.4
 """Plain steps that a Hessian product in a tile takes, with what surrounds it."""
+
+GAUSS_NEWTON_PRODUCT = 1.2
+"""The same of a Gauss-Newton product."""
 
 PREFLIGHT_TRAININGS = 13
 """Plain trainings that the preflight of the exact form takes."""
@@ -71,11 +75,12 @@ def seconds_of(
     if spec.form == EKFAC:
         sampled = math.ceil(min(spec.curvature_samples, surveyed.n_train) / batch)
         times[CURVATURE] = curvature_passes(spec) * sampled * tracked
-    exact = shards[-1].stop if spec.form == EXACT else spec.exact_rank
+    exact = shards[-1].stop if spec.form in CARRIED else spec.exact_rank
     if exact >= ENOUGH:
         times[PREFLIGHT] = PREFLIGHT_TRAININGS * steps * plain
-    if spec.form == EXACT:
-        one = steps * plain * (2 + PRODUCT * widest)
+    if spec.form in CARRIED:
+        product = GAUSS_NEWTON_PRODUCT if spec.form == GAUSS_NEWTON else PRODUCT
+        one = steps * plain * (2 + product * widest)
     elif spec.mode == ADJOINT or spec.form == EKFAC:
         one = steps * tracked
     else:

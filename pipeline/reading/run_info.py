@@ -166,6 +166,7 @@ class Trust:
         field: How an update that is no gradient was differentiated.
         differences: Whether products were held against differences of the gradient.
         running_statistics: Whether there are some, held constant.
+        matrix: What stands in the Hessian's place; None: nothing.
     """
 
     law: Law
@@ -176,6 +177,7 @@ class Trust:
     field: Any = null_field()  # noqa: RUF009 (the name of the attribute misleads the rule)
     differences: Any = None
     running_statistics: bool | None = None
+    matrix: str | None = None
     rest: Mapping[str, Any] = rest_field()
 
 

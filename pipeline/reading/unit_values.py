@@ -79,6 +79,7 @@ class ReplayValues(UnitValues):
         field: How an update that is no gradient was differentiated.
         differences: Whether products were held against differences of the gradient.
         running_statistics: Whether there are some.
+        matrix: What stands in the Hessian's place; None: nothing.
     """
 
     steps: int | None = None
@@ -89,6 +90,7 @@ class ReplayValues(UnitValues):
     field: Any = None
     differences: Any = None
     running_statistics: bool | None = None
+    matrix: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

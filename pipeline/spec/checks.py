@@ -94,6 +94,17 @@ def number(least: float, *, optional: bool = False, whole_above_one: bool = Fals
     return check
 
 
+def between(least: float, most: float) -> Check:
+    """Return the check of a number from ``least`` to ``most``."""
+
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise SpecError(f"{name} {value!r}: must be a number from {least:g} to {most:g}")
+        return float(value)
+
+    return check
+
+
 def size(*, optional: bool = False) -> Check:
     """Return the check of a size in memory; see `parse_bytes`."""
 

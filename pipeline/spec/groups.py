@@ -10,9 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ...storage.errors import SpecError
-from ..vocabulary import ADJOINT, FORMS, FORWARD, SAMPLES, Form, Hessian, Mode, Targets
+from ..vocabulary import (
+    ADJOINT,
+    FORMS,
+    FORWARD,
+    GAUSS_NEWTON,
+    MIXED,
+    SAMPLES,
+    Form,
+    Hessian,
+    Mode,
+    Targets,
+)
 from . import checks
 from .setting import Group, free, of_the_method, of_the_run
+from .state_file import identity_of, state_file
 
 Dtype = Literal["float32", "float64"]
 BatchNorm = Literal["constant", "coupled"]
@@ -35,6 +47,10 @@ class TrainingSpec(Group):
         seeds: Trainings with as many seeds, from ``seed`` on; contributions are averaged over them.
         dtype: ``float32`` or ``float64``, of training and hypergradients.
         checkpoint_every: Steps between checkpoints of the record; None: chosen by the plan.
+        init: File of weights that training starts from, ``.safetensors`` or ``.pt``; None: what the recipe's
+            ``initial_state()`` gives, or fresh ones.
+        at_checkpoint: File of weights of a model that is trained already: a run without training, for
+            estimators that need none; see ``drive.attribute``.
         visits: Whether the record keeps each sample's own loss and margin at its visits, which detectors read:
             ``on``, ``off``, or ``auto``: while they take at most 1 GiB. Changes nothing else of the run.
     """
@@ -53,6 +69,16 @@ class TrainingSpec(Group):
     seeds: int = field(default=1, metadata=free(checks.whole(1)))  # each has a record of its own
     dtype: Dtype = field(default="float32", metadata=of_the_run(checks.one_of(*get_args(Dtype))))
     checkpoint_every: int | None = field(default=None, metadata=of_the_run(checks.whole(1, optional=True)))
+    init: str | None = field(
+        default=None,
+        metadata=of_the_run(state_file, stored=lambda group: identity_of(group.init), unless_default=True),
+    )
+    at_checkpoint: str | None = field(
+        default=None,
+        metadata=of_the_run(
+            state_file, stored=lambda group: identity_of(group.at_checkpoint), unless_default=True
+        ),
+    )
     visits: VisitsKept = field(default="auto", metadata=free(checks.one_of(*get_args(VisitsKept))))
 
     def __post_init__(self) -> None:
@@ -62,6 +88,16 @@ class TrainingSpec(Group):
                 f"recipe_args {sorted(self.recipe_args)}: a Recipe instance takes none; "
                 "pass them to its constructor"
             )
+        asked = {"init": self.init, "epochs": self.epochs, "checkpoint_every": self.checkpoint_every}
+        asked |= {
+            "seeds": self.seeds if self.seeds > 1 else None,
+            "visits": self.visits if self.visits == "on" else None,
+        }
+        for name, value in asked.items() if self.at_checkpoint else ():
+            if value is not None:
+                raise SpecError(
+                    f"{name} {value!r}: with at_checkpoint nothing is trained or recorded; leave it out"
+                )
 
     @property
     def recipe_reference(self) -> str:
@@ -120,13 +156,14 @@ class CurvatureSpec(Group):
     """What becomes of the Hessian.
 
     Attributes:
-        hessian: ``none``, ``ekfac`` or ``exact``.
+        hessian: ``none``, ``ekfac``, ``exact``, ``gauss-newton`` or ``mixed``.
         exact_rank: With ``ekfac``: directions along which contributions are corrected exactly.
         curvature_checkpoints: With ``ekfac``: checkpoints of the record the curvature is taken at.
         curvature_at: With ``ekfac``: steps (or text such as ``"0,100"``) whose nearest checkpoints are taken
             instead; None: spread evenly.
         curvature_samples: With ``ekfac``: at most how many training samples it is averaged over.
         curvature_core: With ``ekfac``: leading coordinates that keep their full curvature; 0: none.
+        curvature_share: With ``mixed``: share of the Hessian; the rest is the Gauss-Newton matrix's.
     """
 
     hessian: Hessian = field(default="none", metadata=of_the_method(checks.one_of(*get_args(Hessian))))
@@ -135,6 +172,7 @@ class CurvatureSpec(Group):
     curvature_at: Sequence[int] | str | None = field(default=None, metadata=of_the_method(checks.steps))
     curvature_samples: int = field(default=4096, metadata=of_the_method(checks.whole(1)))
     curvature_core: int = field(default=256, metadata=of_the_method(checks.whole(0)))
+    curvature_share: float = field(default=0.5, metadata=of_the_method(checks.between(0.01, 0.99)))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,11 +181,21 @@ class CurvatureSpec(Group):
                 f"exact_rank {self.exact_rank}: only hessian='ekfac' is corrected, not {self.hessian!r}; "
                 "use hessian='ekfac' or exact_rank=0"
             )
+        if self.hessian != "mixed" and self.curvature_share != CurvatureSpec.curvature_share:
+            raise SpecError(
+                f"curvature_share {self.curvature_share:g}: only hessian='mixed' has a share, not {self.hessian!r}; "
+                "use hessian='mixed' or leave it out"
+            )
 
     @property
     def form(self) -> Form:
         """Name of this Hessian's form, and of the curvature that its methods share."""
         return FORMS[self.hessian]
+
+    @property
+    def share(self) -> float:
+        """Share of the Hessian in the products of a form that carries vectors; see ``HessianTiles``."""
+        return {GAUSS_NEWTON: 0.0, MIXED: self.curvature_share}.get(self.form, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +270,9 @@ class OutputSpec(Group):
     out: str | None = field(default=None, metadata=free(checks.out))
     overwrite: bool = field(default=False, metadata=free(checks.flag))
 
+
+FILES = ("init", "at_checkpoint")
+"""Fields of files: the run's identity knows which file, what was asked for last where it is."""
 
 KEPT = ("executor", "cpus_per_actor")
 """Free fields that a run goes on with unless others are given."""

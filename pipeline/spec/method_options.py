@@ -1,4 +1,4 @@
-"""What a method depends on beyond the run's identity: how its curvature is estimated."""
+"""What a method depends on beyond the run's identity: how its curvature is estimated, or mixed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from .setting import names
 
 _PREFIX = "curvature_"
 
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "ekfac": ("at", "checkpoints", "samples", "core"),
+    "mixed": ("share",),
+}
+"""Options by form of the Hessian."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurvatureOptions:
-    """The options of EKFAC's curvature; all None where the form of the Hessian has none.
+    """The options of a form of the Hessian: EKFAC's curvature, a mixture's share; None where it has none.
 
     Fields are in the order of ``options`` in ``run.json``, and called there as in `CurvatureSpec` without
     ``curvature_``.
@@ -25,19 +31,20 @@ class CurvatureOptions:
         checkpoints: Checkpoints of the record it is taken at.
         samples: At most how many training samples it is averaged over.
         core: Leading coordinates that keep their full curvature.
+        share: Share of the Hessian in a mixture.
     """
 
     at: tuple[int, ...] | None = None
     checkpoints: int | None = None
     samples: int | None = None
     core: int | None = None
+    share: float | None = None
 
     @classmethod
     def asked_by(cls, spec: CurvatureSpec) -> CurvatureOptions:
         """Return the options that a specification comes to."""
-        if spec.hessian != "ekfac":
-            return cls()
-        return cls(**{entry.name: getattr(spec, _PREFIX + entry.name) for entry in fields(cls)})
+        own = _OPTIONS.get(spec.hessian, ())
+        return cls(**{name: getattr(spec, _PREFIX + name) for name in own})
 
     @classmethod
     def from_json(cls, document: object, *, method: str) -> CurvatureOptions:
@@ -56,17 +63,18 @@ class CurvatureOptions:
             )
         known = [entry.name for entry in fields(cls)]
         for name, value in document.items():
-            if name not in known or not _whole(value if name == "at" else [value]):
+            fits = _share(value) if name == "share" else _whole(value if name == "at" else [value])
+            if name not in known or not fits:
                 raise CorruptStore(
                     f"run.json: option {name} {value!r} of method {method} is none of "
-                    f"{', '.join(known)} with whole numbers; restore run.json"
+                    f"{', '.join(known)} with whole numbers, or a share; restore run.json"
                 )
         values: dict[str, Any] = {**document}
         if "at" in values:
             values["at"] = tuple(values["at"])
         return cls(**values)
 
-    def to_json(self) -> dict[str, int | list[int]]:
+    def to_json(self) -> dict[str, float | list[int]]:
         """Return what ``run.json`` holds, and the keyword arguments of the estimate: what is not None."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {
@@ -75,7 +83,7 @@ class CurvatureOptions:
             if value is not None
         }
 
-    def as_fields(self) -> dict[str, int | tuple[int, ...]]:
+    def as_fields(self) -> dict[str, float | tuple[int, ...]]:
         """Return the fields of a `CurvatureSpec` that ask for these options."""
         values = {_PREFIX + entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
@@ -87,6 +95,10 @@ CURVATURE_FIELDS = tuple(
     if name in {_PREFIX + entry.name for entry in fields(CurvatureOptions)}
 )
 """Fields of `CurvatureSpec` that these options come from."""
+
+
+def _share(value: object) -> bool:
+    return type(value) is float and 0 < value < 1
 
 
 def _whole(values: object) -> bool:

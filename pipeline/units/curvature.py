@@ -63,13 +63,16 @@ class PreflightWork(TrainingWork):
 
     Attributes:
         tracked: Train indices asked for, (n,).
+        share: Of the Hessian in the products that carry them.
     """
 
     tracked: Integers
+    share: float = 1.0
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write nothing; the manifest says what was seen."""
-        return [], GrowthValues(**Growth(self.coupled(), recorded(run), self.tracked).run(report))
+        growth = Growth(self.coupled(), recorded(run), self.tracked, self.share)
+        return [], GrowthValues(**growth.run(report))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from ..executors.base import Report, Unit
 from ..plan.sharding import WRITE_CHUNKS
 from ..reading.unit_values import ReplayValues
 from ..spec.targets import store_of
-from ..vocabulary import ADJOINT, EKFAC, EXACT, FAST, FORWARD
+from ..vocabulary import ADJOINT, CARRIED, EKFAC, FAST, FORWARD
 from .reduce import bounds
 from .work import Result, TrainingWork, recorded, rows_of
 
@@ -36,12 +36,14 @@ class CarryingWork(TrainingWork):
         form: Name of the Hessian's form.
         tracked: Train indices asked for, (n,).
         targets: Kind of the targets.
+        share: Of the Hessian in the products of a form that carries vectors.
     """
 
     method: str
     form: str
     tracked: Integers
     targets: str
+    share: float = 1.0
 
     def basis(self, run: RunDirectory) -> Curvature | None:
         """Return the curvature of the form, where it has one."""
@@ -54,9 +56,16 @@ class CarryingWork(TrainingWork):
         return RowStore.open(run.path(store_of(self.targets)), "gradient")
 
     def finite(
-        self, values: npt.NDArray[np.floating], what: str, trajectory: Trajectory, *, exact: bool
+        self, values: npt.NDArray[np.floating], what: str, trajectory: Trajectory, *, exact: bool = False
     ) -> npt.NDArray[np.floating]:
-        """Return ``values``, unless one is not finite: nothing of that kind is ever stored."""
+        """Return ``values``, unless one is not finite: nothing of that kind is ever stored.
+
+        Args:
+            values: What is to be stored.
+            what: In words.
+            trajectory: The record.
+            exact: Whether they were carried by exact products whatever the form is.
+        """
         return check_finite(
             values,
             what=f"{what} of {self.method}",
@@ -64,7 +73,8 @@ class CarryingWork(TrainingWork):
             compute=self.compute,
             trajectory=trajectory,
             tracked=self.tracked,
-            exact=exact,
+            exact=exact or self.form in CARRIED,
+            share=1.0 if exact else self.share,
         )
 
     def lawful(self, training: Training) -> bool:
@@ -81,13 +91,15 @@ class ReplayWork(CarryingWork):
         start, stop = rows_of(unit)
         training, trajectory = self.training(), recorded(run)
         tracked, bent = self.tracked[start:stop], self.basis(run)
-        replay = make_replay(self.form, FORWARD, training, trajectory, tracked, curvature=bent).run(report)
+        replay = make_replay(
+            self.form, FORWARD, training, trajectory, tracked, curvature=bent, share=self.share
+        ).run(report)
         base = layout.hypergradients(self.method)
         store = RowStore.open(run.path(base), "hypergradient")
         sums = RowSums(training.layout.entries)
         for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
             rows = replay.numpy(first, last)
-            self.finite(rows, "hypergradients", trajectory, exact=self.form == EXACT)
+            self.finite(rows, "hypergradients", trajectory)
             store.write(start + first, rows)
             if self.lawful(training):
                 sums.add(rows)
@@ -115,6 +127,7 @@ class AdjointWork(CarryingWork):
             trajectory,
             self.tracked,
             curvature=self.basis(run),
+            share=self.share,
             targets=targets,
         )
         found, notes = back.run(report).contributions(), back.told()
@@ -124,6 +137,6 @@ class AdjointWork(CarryingWork):
             notes["lawful"] = True
         base = layout.by_test(self.method)
         store = RowStore.open(run.path(base), "contribution")
-        store.write(start, self.finite(found, "contributions", trajectory, exact=self.form == EXACT))
+        store.write(start, self.finite(found, "contributions", trajectory))
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)

@@ -3,10 +3,10 @@
 Without the Hessian and with every training sample tracked, per-sample gradients of a batch
 average to its gradient, hence, per parameter group,
 
-    sum_i hypergradient_i / N = w_T - phi_T w_0
+    sum_i hypergradient_i / N = w_T - phi_T w_0 - psi_T m_0
 
-where phi_T is the optimiser's scalar recursion started from 1 (1 when weight decay is 0). One
-wrong row, step or coefficient breaks it. Letters: N training samples, D parameters, G groups.
+where phi_T is the optimiser's scalar recursion started from 1 (1 when weight decay is 0), and psi_T the same
+started from momentum 1, where training began with momentum m_0. One wrong row, step or coefficient breaks it. Letters: N training samples, D parameters, G groups.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.recursion.coefficients import phi, recorded_settings
-from ...workers.recursion.conservation import BASE, UNIT
+from ...workers.recursion.conservation import BASE, UNIT, FromStart
 from ..vocabulary import ADJOINT, FAST, FORWARD, REPLAY
 
 if TYPE_CHECKING:
@@ -71,11 +70,11 @@ def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: 
 
     Returns:
         ``applicable`` (True), ``ok``, ``groups``: one mapping a parameter group with ``group``,
-        ``error`` = ||sum / N - (w_T - phi_T w_0)|| / ||w_T - phi_T w_0|| and its ``limit``.
+        ``error`` = ||sum / N - moved|| / ||moved||, moved = w_T - phi_T w_0 - psi_T m_0, and its ``limit``.
     """
-    kept = phi(recorded_settings(trajectory))
+    start = FromStart(trajectory)
     steps = int(trajectory.learning_rate.shape[0])
-    initial = trajectory.checkpoint(0).weights
+    initial = start.first.weights
     dtype = str(initial.dtype)
     first = initial.astype(np.float64)
     last = trajectory.checkpoint(len(trajectory.checkpoint_steps) - 1).weights.astype(np.float64)
@@ -85,12 +84,12 @@ def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: 
         here = slice(entry.start, entry.start + math.prod(entry.shape))
         # SGD leaves a parameter without a gradient alone, weight decay included: nothing is lost then.
         still = np.array_equal(first[here], last[here]) and not mean[here].any()
-        factor = 1.0 if entry.group < 0 or still else float(kept[entry.group])
-        expected = last[here] - factor * first[here]
+        held, pushed = (first[here], 0.0 * first[here]) if entry.group < 0 or still else start.of(entry)
+        expected = last[here] - held - pushed
         sums = squares.setdefault(entry.group, [0.0, 0.0, 0.0])
         sums[0] += float(((mean[here] - expected) ** 2).sum())
         sums[1] += float((expected**2).sum())
-        sums[2] += float((last[here] ** 2).sum() + (factor * first[here]) @ (factor * first[here]))
+        sums[2] += float((last[here] ** 2).sum() + held @ held + pushed @ pushed)
     groups = []
     for group, (error, moved, weight) in sorted(squares.items()):
         if moved == 0.0:

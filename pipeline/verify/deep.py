@@ -36,7 +36,8 @@ from ..plan.survey import compute_of, resolve_recipe
 from ..reading.panels import tested
 from ..reading.reader import Reader
 from ..reading.unit_values import UnitValues, all_values
-from ..vocabulary import ADJOINT, EKFAC, EXACT, FORMS, REPLAY, TEST_GRADIENTS
+from ..spec.method_options import CurvatureOptions
+from ..vocabulary import ADJOINT, EKFAC, EXACT, FORMS, GAUSS_NEWTON, MIXED, REPLAY, TEST_GRADIENTS
 from .deep_checks import DeepVerification, Findings, rows_of, spread
 
 HESSIANS: dict[str, Form] = {form: hessian for hessian, form in FORMS.items()}
@@ -164,7 +165,7 @@ class _Deep:
     def _say_cost(self, forms: Sequence[Form]) -> None:
         steps, rows = len(self.trajectory.loss), len(self.rows)
         work = f"{steps:,} training steps again, and a forward and backward pass in float64 each"
-        if "exact" in forms:
+        if any(form in tolerances.CARRIED for form in forms):
             work += f", with {rows} Hessian products each: {steps * rows:,} at most"
         self.observer(Note(message=f"verify --deep: {rows} training samples; {work}"))
 
@@ -190,7 +191,18 @@ class _Deep:
             curvature = read_curvature(self.run.directory.path(layout.curvature(EKFAC)))
         training = Training(self.recipe, self.compute)
         with self._stage("verify/reference", training.steps) as report:
-            return DenseReference(training, self.trajectory, self.samples, forms, curvature).run(report)
+            reference = DenseReference(
+                training, self.trajectory, self.samples, forms, curvature, share=self._share(MIXED)
+            )
+            return reference.run(report)
+
+    def _share(self, method: str) -> float:
+        """Return the share of the Hessian in the products of a method."""
+        if method == GAUSS_NEWTON:
+            return 0.0
+        options = self.run.noted.entry(method).options if method in self.covered else None
+        found = CurvatureOptions.from_json(options or {}, method=method).share
+        return 1.0 if found is None else found
 
     # ------------------------------------------------------------------ what it is held against
 
@@ -227,8 +239,8 @@ class _Deep:
             stored = rows_of(self.run.hypergradient_store(method), self.rows)
             self.found.rows(method, "hypergradients", stored, tangents, limits, self.found.sample)
             products = self._products(stored)
-            if form == "exact":
-                found = self._carried_back()
+            if form in tolerances.CARRIED:
+                found = self._carried_back(method)
                 self.found.numbers(
                     method, "forward = adjoint", found, expected[:, : found.shape[1]], limits, self.found.pair
                 )
@@ -254,12 +266,20 @@ class _Deep:
             method, "contributions in Parquet", self._table(method), whole, limits, self.found.pair
         )
 
-    def _carried_back(self) -> Floats:
+    def _carried_back(self, method: str) -> Floats:
         """Return the contributions of the samples to a few targets by the adjoint engine, (n, k)."""
         training = Training(self.recipe, replace(self.compute, batch_norm="coupled"))
         targets = self.gradients[:ADJOINTS].astype(self.compute.dtype)
         with self._stage("verify/adjoint", training.steps) as report:
-            back = make_replay(EXACT, ADJOINT, training, self.trajectory, self.samples, targets=targets)
+            back = make_replay(
+                method,
+                ADJOINT,
+                training,
+                self.trajectory,
+                self.samples,
+                targets=targets,
+                share=self._share(method),
+            )
             found = back.run(report).contributions()
         return found.T.astype(np.float64)
 

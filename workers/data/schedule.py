@@ -104,7 +104,7 @@ def schedule_of(recipe: ScheduledRecipe, n_train: int) -> Schedule:
     if recipe._schedule is not None:
         return _of_record(recipe._schedule, n_train)
     size, parts = _whole("batch_size", recipe.batch_size), _whole("accumulate", recipe.accumulate)
-    epochs = _whole("epochs", recipe.epochs)
+    epochs = _whole("epochs", recipe.epochs, least=0)  # 0: trained already, see `StateFile`
     limit = None if recipe.max_steps is None else _whole("max_steps", recipe.max_steps)
     rows: list[Indices] = []
     ends: list[int] = []
@@ -145,13 +145,13 @@ def _of_record(schedule: Schedule, n_train: int) -> Schedule:
     return schedule
 
 
-def _whole(name: str, value: object) -> int:
+def _whole(name: str, value: object, least: int = 1) -> int:
     try:
         found = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         found = -1
-    if found < 1:
-        raise RecipeError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    if found < least:
+        raise RecipeError(f"{name} is {value!r}; it must be a whole number of at least {least}")
     return found
 
 

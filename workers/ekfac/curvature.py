@@ -26,7 +26,7 @@ from ..determinism import derived_seed, seed_everything
 from ..persample.capture import Call
 from ..persample.engine import PerSampleGradients
 from ..persample.reference import constant_statistics
-from ..persample.rules import unfolded
+from ..persample.rules import AppliedLinear, is_transposed_linear, unfolded
 from ..persample.trials import choose_ways
 from ..recipe import Batch
 from ..training.fixed_pass import FixedPass, fixed_pass
@@ -206,17 +206,21 @@ class _Factors:
         self.sums: dict[int, tuple[Tensor | None, Tensor]] = {}
         self.layers: dict[int, tuple[int, ...]] = {}
         owners: dict[int, int] = {}
-        for module in engine.capture.rules:
-            for _name, parameter in module.named_parameters(recurse=False):
+        whole = [module for module in engine.capture.rules if not _in_part(module, "weight")]
+        self.in_part: set[int] = set()
+        for module in whole:
+            for name, parameter in module.named_parameters(recurse=False):
                 i = engine.index.get(id(parameter), -1)
-                owners[i] = owners.get(i, 0) + 1
-        for module in engine.capture.rules:
+                owners[i] = owners.get(i, 0) + (2 if _in_part(module, name) else 1)
+        for module in whole:
             weight = engine.index.get(id(getattr(module, "weight", None)), -1)
             if weight >= 0 and owners[weight] == 1 and _has_form(module):
                 self.layers[id(module)] = self._with_bias(module, weight, owners)
 
     def _with_bias(self, module: nn.Module, weight: int, owners: dict[int, int]) -> tuple[int, ...]:
-        """A bias joins its weight's block unless it is optimised in another group."""
+        """A bias joins its weight's block unless it is optimised in another group, or would be a row of it."""
+        if is_transposed_linear(module):
+            return (weight,)
         bias = self.engine.index.get(id(getattr(module, "bias", None)), -1)
         if bias >= 0 and owners[bias] == 1 and self.entries[bias].group == self.entries[weight].group:
             return (weight, bias)
@@ -224,6 +228,8 @@ class _Factors:
 
     def add(self, calls: Sequence[Call]) -> None:
         for call in calls:
+            if _in_part(call.module, "weight") and call.d_B is not None:
+                self.in_part.add(self.engine.index.get(id(call.module.weight), -1))
             layer = self.layers.get(id(call.module))
             if layer is None or call.d_B is None:
                 continue
@@ -231,6 +237,8 @@ class _Factors:
             if x is not None and len(layer) == 2:
                 x = torch.cat([x, x.new_ones(len(x), 1)], 1)
             left, right = None if x is None else (x.T @ x).double(), (d.T @ d).double()
+            if is_transposed_linear(call.module):
+                left, right = right, left
             before = self.sums.get(layer[0])
             if before is not None:
                 left = None if left is None or before[0] is None else left + before[0]
@@ -239,7 +247,11 @@ class _Factors:
 
     def blocks(self) -> tuple[BlockBasis, ...]:
         """Return one block a layer with a Kronecker form, and one for every parameter left over."""
-        joined = {layer[0]: layer for layer in self.layers.values() if layer[0] in self.sums}
+        joined = {
+            layer[0]: layer
+            for layer in self.layers.values()
+            if layer[0] in self.sums and layer[0] not in self.in_part
+        }
         taken = {i for layer in joined.values() for i in layer}
         out = []
         for i, entry in enumerate(self.entries):
@@ -267,14 +279,19 @@ class _Factors:
 def _has_form(module: nn.Module) -> bool:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return module.groups == 1
-    return isinstance(module, (nn.Linear, nn.Embedding))
+    return isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag)) or is_transposed_linear(module)
+
+
+def _in_part(module: nn.Module, name: str) -> bool:
+    """Whether a layer uses some rows of a parameter alone."""
+    return isinstance(module, AppliedLinear) and module.rows.get(name) is not None
 
 
 def _rows(module: nn.Module, x_B: Tensor, d_B: Tensor) -> tuple[Tensor | None, Tensor]:
     """Return what a layer saw and got back as (rows, I) and (rows, O); no inputs for embeddings."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return unfolded(module, x_B, d_B.shape[2:]), d_B.flatten(2).transpose(1, 2).reshape(-1, d_B.shape[1])
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return None, d_B.reshape(-1, d_B.shape[-1])
     return x_B.reshape(-1, x_B.shape[-1]), d_B.reshape(-1, d_B.shape[-1])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..model.layout import Layout
 from ..persample.capture import Call
 from ..persample.engine import PerSampleGradients, TakeFactors, TakeRows
-from ..persample.ways import Ways
+from ..persample.ways import RULED, Ways
 from ..recipe import Recipe
 from .eigenbasis import Eigenbasis
 
@@ -37,7 +37,7 @@ class EigenGradients(PerSampleGradients):
             for block in basis.blocks
             if ways.strategies[block.entries[0]] == "outer"
             and block.left is not None
-            and all(ways.strategies[i] in ("outer", "rule") for i in block.entries)
+            and all(ways.strategies[i] in RULED for i in block.entries)
         )
         super().__init__(recipe, model, layout, ways, outer)
         self.basis = basis

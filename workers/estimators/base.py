@@ -71,6 +71,8 @@ class Estimator(ABC):
     NAME: ClassVar[str]
     PREPARES: ClassVar[bool] = False
     """Whether ``prepare`` must have been done for every tracked sample first."""
+    FOLLOWS_TRAINING: ClassVar[bool] = False
+    """Whether it looks at the steps of the record, and not at the trained model alone."""
     BATCH_NORM: ClassVar[str | None] = None
     """How ``Training`` must treat batch statistics; None: as the run does."""
     VECTORS: ClassVar[int] = 4

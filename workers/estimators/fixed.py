@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -49,7 +50,7 @@ class FixedWeights:
         self.columns = Columns(training.layout.column_groups(), torch.float64, training.device)
         groups = trajectory.weight_decay.shape[1]
         self.optimised = self.columns.spread(np.ones(groups)).expand(training.layout.dimension)
-        self.decay = self.columns.spread(trajectory.weight_decay[-1])
+        self.decay = self.columns.spread(last_setting(training, trajectory, "weight_decay"))
         self._test: Dataset[Any] | None = None
         self.load(-1)
         with evaluating(training.model):
@@ -158,6 +159,16 @@ class FixedWeights:
                 _check_finite(losses_B, chosen)
                 found.append(losses_B.double())
         return torch.cat(found)
+
+
+def last_setting(training: Training, trajectory: Trajectory, name: str) -> npt.NDArray[np.float64]:
+    """Return a setting of the last step by group, (G,); without any steps, what the recipe's optimiser has."""
+    recorded: npt.NDArray[np.float64] = getattr(trajectory, name)
+    if len(recorded):
+        last: npt.NDArray[np.float64] = recorded[-1]
+        return last
+    key = {"learning_rate": "lr"}.get(name, name)
+    return np.array([float(group.get(key, 0.0)) for group in training.optimizer.param_groups])
 
 
 def _check_finite(losses_B: Tensor, chosen: Integers) -> None:

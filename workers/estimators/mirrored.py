@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .base import Estimator, Found, Ground, Report, Targets, flag, number, whole
-from .fixed import FixedWeights
+from .fixed import FixedWeights, last_setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class MirroredInfluence(Estimator):
     def contributions(self, ground: Ground, targets: Targets, report: Report) -> Found:
         """Step, look, and step back, for one test sample after the other; see ``Estimator``."""
         fixed = FixedWeights(ground.training, ground.trajectory)
-        rate = self.rate or _last_rate(ground.trajectory.learning_rate)
+        rate = self.rate or _last_rate(ground)
         dataset = ground.training.dataset
         trained = ground.training.weights()
         before = None if self.central else fixed.losses(dataset, ground.tracked)
@@ -84,8 +84,11 @@ class MirroredInfluence(Estimator):
         return fixed.losses(ground.training.dataset, ground.tracked)
 
 
-def _last_rate(learning_rate: np.ndarray) -> float:
+def _last_rate(ground: Ground) -> float:
     """Return the largest rate over the groups, of the last step where it is not 0."""
-    largest = learning_rate.max(axis=1)
+    rates = ground.trajectory.learning_rate
+    if not len(rates):
+        rates = last_setting(ground.training, ground.trajectory, "learning_rate")[None]
+    largest = rates.max(axis=1)
     used = largest[largest > 0]
     return float(used[-1]) if len(used) else 1.0

@@ -33,6 +33,7 @@ class SgdInfluence(Estimator):
     """
 
     NAME = "sgd-influence"
+    FOLLOWS_TRAINING = True
     BATCH_NORM = "coupled"
     VECTORS = 6
 

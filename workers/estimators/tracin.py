@@ -39,6 +39,7 @@ class TracIn(Estimator):
     """
 
     NAME = "tracin"
+    FOLLOWS_TRAINING = True
     VECTORS = 2
 
     checkpoints: int = 0

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ..data.batches import step_batch, to_device
 from ..data.cast import cast_model
 from ..determinism import derived_seed, seed_everything
+from ..model.autocast import full_precision
 from ..model.state import copied, unchanged_buffers
+from ..persample.wide import WideRecipe
 from ..recipe import Batch
 from ..training.training import Training
 from .second_order import (
@@ -98,6 +100,8 @@ class Probe:
 def moved_copy(training: Training, dtype: torch.dtype) -> Training:
     """Return a training of a copy of the model, its weights moved."""
     trial = copy.copy(training)
+    if dtype == torch.float64:
+        trial.recipe = WideRecipe(training.recipe)
     trial.model, trial.dtype = cast_model(copied(training.model), None, dtype), dtype
     trial.parameters = training.layout.parameters(trial.model)
     with torch.no_grad():
@@ -158,7 +162,7 @@ class moved:
 def weighted_gradient(trial: Training, batch: Batch, weights_B: Tensor) -> Tensor:
     """Return the gradient of the weighted sum of the losses as ``backward`` gives it, (D,)."""
     seed_everything(derived_seed(trial.recipe.seed, "step", 0))
-    with unchanged_buffers(trial.model):
+    with unchanged_buffers(trial.model), full_precision():
         losses_B = trial.losses(batch, trial.batch_size(0))
         found = torch.autograd.grad(losses_B, trial.parameters, weights_B, allow_unused=True)
     parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, trial.parameters, strict=True)]

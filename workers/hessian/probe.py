@@ -67,6 +67,8 @@ class Choice:
         fallback: What a step may use where ``kind`` fails; None: nothing.
         field: What the update is where it is no gradient; None where it is one.
         checked: Whether differences of the gradient could be taken.
+        alone: Whether ``kind`` works for one direction at a time alone.
+        matrix: What stands in the Hessian's place; None: nothing.
     """
 
     kind: Way
@@ -74,6 +76,8 @@ class Choice:
     fallback: type[SecondOrder] | None = SecondOrder
     field: str | None = None
     checked: bool = True
+    alone: bool = False
+    matrix: str | None = None
 
 
 def chosen_way(training: Training, *, transposed: bool, narrow: str | None) -> Choice:
@@ -87,10 +91,12 @@ def chosen_way(training: Training, *, transposed: bool, narrow: str | None) -> C
     Raises:
         RecipeError: No way is right, or the model cannot be copied.
     """
-    return _Judge(training, transposed, narrow).choice()
+    return Judge(training, transposed, narrow).choice()
 
 
-class _Judge(Probe):
+class Judge(Probe):
+    """Tries the ways to products with the derivative of the update; see the module."""
+
     def __init__(self, training: Training, transposed: bool, narrow: str | None) -> None:
         self.training, self.transposed, self.narrow = training, transposed, narrow
         self.checked = True
@@ -98,7 +104,7 @@ class _Judge(Probe):
             self._prepare(torch.float64)
         except RuntimeError as error:
             if training.dtype == torch.float64:
-                raise _refused(f"its gradient fails: {one_line(error)}") from error
+                raise self.refused(f"its gradient fails: {one_line(error)}") from error
             logger.debug("probe in float64 failed, trying the run's dtype: %s", error)
             self.checked = False  # differences in float32 say nothing
             self._prepare(training.dtype)
@@ -109,12 +115,13 @@ class _Judge(Probe):
         self.plain, self.error = self.double_backward(SecondOrder)
 
     def choice(self) -> Choice:
+        """Return the way that is right; see ``chosen_way``."""
         if self.training.keeps_state and self.checked:
             self._check_state()
         if self.plain is not None and (not self.checked or self.difference(self.plain[0]) is None):
             return self._symmetric(self.plain)
         if not self.checked:
-            raise _refused(f"it has no second derivative: {self.error}")
+            raise self.refused(f"it has no second derivative: {self.error}")
         return self._field()
 
     def _check_state(self) -> None:
@@ -136,7 +143,7 @@ class _Judge(Probe):
         name = self.unlike(carried[None] + self.right[0][:1], self.right[0][:1], STATE, SMALL)
         if name is not None:
             layers = sorted({f"{type(module).__name__}.{buffer}" for module, buffer, _copy in before})
-            raise _refused(
+            raise self.refused(
                 f"the model keeps a state ({', '.join(layers[:4])}) that past weights moved and the gradient of parameter "
                 f"{name!r} reads"
             )
@@ -155,7 +162,7 @@ class _Judge(Probe):
             return Choice(kind=SecondOrder, refusal=refusal, checked=self.checked)
         if self.narrow is not None and self._disagreement(TangentTile, right) is None:
             return Choice(kind=TangentTile, refusal=refusal, fallback=None, checked=self.checked)
-        raise _refused(f"{refusal}, and double backward fails: {self._fails(SecondOrder)}")
+        raise self.refused(f"{refusal}, and double backward fails: {self._fails(SecondOrder)}")
 
     def _disagreement(self, kind: type[TangentTile], right: tuple[Tensor, Tensor]) -> str | None:
         """Return why a fast way is not to be believed, or None."""
@@ -188,14 +195,16 @@ class _Judge(Probe):
                 break
         why = self._what()
         if found is None or self._fails(found) is not None:
-            raise _refused(f"{why}, and no way to differentiate it agrees with differences of the gradient")
+            raise self.refused(
+                f"{why}, and no way to differentiate it agrees with differences of the gradient"
+            )
         if not self.transposed:
             return Choice(kind=found, field=why, fallback=None)
         if self._is_symmetric(found):  # torch's double backward is wrong, or missing
             return Choice(kind=found, field=why, fallback=None)
         if self._is_transpose(FieldSecondOrder, found) and self._fails(FieldSecondOrder) is None:
             return Choice(kind=FieldSecondOrder, refusal=why, field=why, fallback=None)
-        raise _refused(f"{why}, and the transpose of its derivative cannot be had; forward mode can")
+        raise self.refused(f"{why}, and the transpose of its derivative cannot be had; forward mode can")
 
     def _what(self) -> str:
         if self.plain is None:
@@ -236,6 +245,12 @@ class _Judge(Probe):
     def _products(self, kind: type[TangentTile], directions: Tensor) -> Tensor:
         return both(kind(self.trial, 0, self.batch), directions)[0]
 
+    def refused(self, why: str) -> RecipeError:
+        """Return the error of a recipe for which no way is right."""
+        return RecipeError(
+            f"exact tangents of this recipe cannot be had: {why}; use --hessian none or ekfac, or change the operation"
+        )
+
     def _fails(self, kind: Way) -> str | None:
         """Return why a way does not work in the run itself: its dtype, its first and its last batch."""
         training = self.training
@@ -249,12 +264,6 @@ class _Judge(Probe):
                 what = "torch.func" if issubclass(kind, TangentTile) else "double backward"
                 return f"{what} fails: {one_line(error)}"
         return None
-
-
-def _refused(why: str) -> RecipeError:
-    return RecipeError(
-        f"exact tangents of this recipe cannot be had: {why}; use --hessian none or ekfac, or change the operation"
-    )
 
 
 def dependence(training: Training, kind: Way, width: int) -> set[int]:

@@ -25,8 +25,8 @@ and dropout draws the masks of the training step. Two ways, the same numbers to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from ..determinism import derived_seed, seed_everything
+from ..model.autocast import full_precision
 from ..model.state import own_parameters, unchanged_buffers
 from ..persample.reference import LossModule, differentiable_layers, twice_differentiable_layers
 from ..recipe import Batch
@@ -60,20 +61,23 @@ class SecondOrder:
         self.training = training
         size = training.batch_size(step)
         seed_everything(derived_seed(training.recipe.seed, "step", step))
-        # Fused attention kernels have no second derivative; the plain formula has.
-        with (
-            unchanged_buffers(training.model),
-            twice_differentiable_layers(training.model),
-            sdpa_kernel(SDPBackend.MATH),
-            self.through(),
-        ):
+        with unchanged_buffers(training.model), self._plainly(), self.through():
             losses_B = training.losses(batch, size)
         self.share = torch.full_like(losses_B, 1.0 / training.divisor(step), requires_grad=True)
-        with sdpa_kernel(SDPBackend.MATH):
+        with self._plainly():
             self.gradient = torch.autograd.grad(
                 losses_B, training.parameters, self.share, create_graph=True, allow_unused=True
             )
         self.used = [i for i, g in enumerate(self.gradient) if g is not None and g.requires_grad]
+
+    @contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """Compute by operations that have second derivatives, where fused kernels have none.
+
+        Backward passes run under it too: what is checkpointed computes there again.
+        """
+        with twice_differentiable_layers(self.training.model), sdpa_kernel(SDPBackend.MATH), full_precision():
+            yield
 
     def through(self) -> AbstractContextManager[None]:
         """Return what the losses are computed under."""
@@ -94,7 +98,7 @@ class SecondOrder:
         directions = [
             direction_D[starts[i] : starts[i] + layout.size(i)].view_as(parameters[i]) for i in self.used
         ]
-        with self.outer():
+        with self._plainly(), self.outer():
             found = torch.autograd.grad(
                 [self.gradient[i] for i in self.used],
                 [self.share, *parameters],
@@ -143,19 +147,20 @@ class TangentTile:
 
     def tile(self, directions_QD: Tensor, out_QD: Tensor) -> Tensor:
         """Write H v for each direction into ``out_QD`` and return the <g_i, v>, (Q, B)."""
-        training, count = self.training, len(directions_QD)
-        spans = [
-            (entry.start, entry.start + training.layout.size(i))
-            for i, entry in enumerate(training.layout.entries)
-        ]
-        tangents = {
-            name: directions_QD[:, start:stop].reshape(count, *entry.shape)
-            for name, (start, stop), entry in zip(self._names, spans, training.layout.entries, strict=True)
-        }
-        products, values_QB = self._tangents(tangents, count)
-        for name, (start, stop) in zip(self._names, spans, strict=True):
-            out_QD[:, start:stop] = products[name].reshape(count, -1)
+        count = len(directions_QD)
+        products, values_QB = self._tangents(self._named(directions_QD), count)
+        for name, entry in zip(self._names, self.training.layout.entries, strict=True):
+            product = products[name].reshape(count, -1)
+            out_QD[:, entry.start : entry.start + product.shape[1]] = product
         return values_QB
+
+    def _named(self, directions_QD: Tensor) -> Named:
+        """Return directions as tangents of the parameters by name, (Q, *shape)."""
+        layout, count = self.training.layout, len(directions_QD)
+        return {
+            name: directions_QD[:, entry.start : entry.start + layout.size(i)].reshape(count, *entry.shape)
+            for i, (name, entry) in enumerate(zip(self._names, layout.entries, strict=True))
+        }
 
     def _tangents(self, tangents: Named, count: int) -> tuple[Named, Tensor]:
         """Return (J v, <g_i, v>) for all directions."""
@@ -175,6 +180,7 @@ class TangentTile:
             unchanged_buffers(training.model),
             differentiable_layers(training.model),
             sdpa_kernel(SDPBackend.MATH),
+            full_precision(),
         ):
             if count == 1:
                 found = along({name: tangent[0] for name, tangent in tangents.items()})

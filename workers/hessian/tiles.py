@@ -18,6 +18,7 @@ from ..model.state import unchanged_buffers, uses_batch_statistics
 from ..recipe import Batch
 from ..training.training import Training
 from .differences import first_samples, one_line
+from .gauss_newton_probe import chosen_products
 from .probe import chosen_way, dependence
 from .second_order import SecondOrder, TangentTile
 
@@ -45,6 +46,7 @@ class HessianTiles:
         alone: Whether a row's bits may depend neither on its place in a tile nor on the others. Tiles are
             then padded, and batch sizes for which that is not enough go one direction at a time.
         transposed: Whether J^T v is wanted where the derivative J of the update is not symmetric.
+        share: Share of the Hessian in the products; the rest is the Gauss-Newton matrix's (``gauss_newton``).
 
     Attributes:
         refusal: Why the fast way is not taken; None where it is.
@@ -52,20 +54,29 @@ class HessianTiles:
         width: Directions worked on at a time.
         field: What the update is where it is not the gradient of its loss; None where it is.
         checked: Whether the way was held against differences of the gradient.
+        matrix: What stands in the Hessian's place; None: nothing.
     """
 
-    def __init__(self, training: Training, *, alone: bool = False, transposed: bool = False) -> None:
+    def __init__(
+        self, training: Training, *, alone: bool = False, transposed: bool = False, share: float = 1.0
+    ) -> None:
         self.training, self.alone = training, alone
         with preserved_generators():
             activations = activation_bytes(training)
             self.width = tile_width(activations)
-            found = chosen_way(training, transposed=transposed, narrow=_narrow(activations))
+            narrow = _narrow(activations)
+            if share == 1.0:
+                found = chosen_way(training, transposed=transposed, narrow=narrow)
+            else:
+                found = chosen_products(training, share=share, narrow=narrow)
             self.kind, self.refusal, self.fallback = found.kind, found.refusal, found.fallback
-            self.field, self.checked = found.field, found.checked
+            self.field, self.checked, self.matrix = found.field, found.checked, found.matrix
+            if found.alone:
+                self.width = 1
             self.slow_sizes: set[int] = set()
             if alone and issubclass(self.kind, TangentTile):
                 self.slow_sizes = dependence(training, self.kind, self.width)
-        logger.info("Hessian products: %s", self.choice)
+        logger.info("%s products: %s", self.matrix or "Hessian", self.choice)
 
     @property
     def choice(self) -> str:
@@ -83,12 +94,13 @@ class HessianTiles:
     def told(self) -> dict[str, Any]:
         """Return what a manifest says of the products."""
         norms = any(uses_batch_statistics(module) for module in self.training.model.modules())
-        return {
+        told = {
             "products": self.choice,
             "field": self.field,
             "differences": self.checked,
             "running_statistics": norms,
         }
+        return told if self.matrix is None else {**told, "matrix": self.matrix}
 
     def at(self, step: int, batch: Batch) -> StepTiles:
         """Return the products of one step, at the model's present weights."""

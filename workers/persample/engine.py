@@ -28,7 +28,7 @@ from ..model.state import buffers_from, kept_buffers, own_parameters
 from ..recipe import Batch, Recipe
 from .capture import Call, Capture
 from .reference import func, same_losses, vjp
-from .ways import Before, Ways, form_of
+from .ways import RULED, Before, Ways, form_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,7 @@ class PerSampleGradients:
             kind: [i for i, strategy in enumerate(self.strategies) if strategy == kind]
             for kind in ("func", "vjp")
         }
-        self._by["rule"] = [i for i, s in enumerate(self.strategies) if s in ("outer", "rule")]
-        names = [entry.name for entry in layout.entries]
+        self._by["rule"] = [i for i, s in enumerate(self.strategies) if s in RULED]
         like = self._parameters[0]
         self.tile = TILE if like.device.type == "cpu" else DEVICE_TILE
         self.factored = factored
@@ -89,7 +88,9 @@ class PerSampleGradients:
         self._ready: dict[int, Tensor] = {}
         self._divisor: float = 1
         self._dense = {i for i in self._by["rule"] if i not in factored}
-        self.capture = Capture(model, {id(self._parameters[i]): names[i] for i in self._by["rule"]})
+        self.capture = Capture(
+            model, {id(self._parameters[i]): RULED[self.strategies[i]] for i in self._by["rule"]}
+        )
         ruled = set(self._by["rule"])
         self._entries = {
             module: [
@@ -207,15 +208,13 @@ class PerSampleGradients:
         found: set[int] = set()
         seen: set[int] = set()
         for call in self.capture.calls:
-            whole = call.x_B.shape[:1] == (size,) == call.shape[:1]
+            whole = call.covers(size)
             for _name, i in self._entries[call.module]:
                 if not whole or (i in self.factored and (len(call.shape) != 2 or i in seen)):
                     found.add(i)
                 seen.add(i)
         if found:
-            self._repair(
-                sorted(found), "their layer does not see the batch on its leading axis in every step"
-            )
+            self._repair(sorted(found), "their layer does not see the batch on the same axis in every step")
         return sorted(found)
 
     def _unproven(self, batch: Batch, losses_B: Tensor, before: Before | None) -> frozenset[int]:
@@ -313,6 +312,11 @@ class PerSampleGradients:
         """Return (name in the layer, entry) of what a call's rule gives in this step."""
         owned = self._entries[call.module]
         return [(name, i) for name, i in owned if i not in self._ready] if self._ready else owned
+
+    def owners(self) -> Iterator[set[int]]:
+        """Yield the entries of each layer that has a rule."""
+        for owned in self._entries.values():
+            yield {i for _name, i in owned}
 
     def prepared(self, call: Call, batch_size: int) -> Tensor:
         """Return what a call's rule takes as input, for the whole batch, after checking shapes."""

@@ -6,9 +6,10 @@ sum over all samples against the gradient of the batch.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,9 +29,12 @@ from ..model.state import (
     uses_batch_statistics,
 )
 from ..recipe import Batch, Recipe
+from .capture import Call, lent, transposed
 from .engine import PerSampleGradients
 from .reference import constant_statistics, func, same_losses, vjp
+from .rules import AppliedLinear
 from .ways import Strategy, Ways, form_of
+from .wide import mode_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +50,7 @@ NOISE = 1e-4
 SAMPLES = 2
 """Samples of a batch that are differentiated one by one."""
 
-Verdict = Literal["zero", "outer", "rule", "func", "vjp"]
+Verdict = Strategy | Literal["zero"]
 """What a trial says of a parameter; ``zero``: no sample of the batch has a gradient for it."""
 
 
@@ -158,7 +162,7 @@ class OneBatch:
             if i not in self.moving:
                 verdicts.append("zero" if i in good and i not in self.unseen else "vjp")
             elif i in good:
-                verdicts.append("outer" if i in outer else "rule")
+                verdicts.append("outer" if i in outer and good[i] == "rule" else good[i])
             else:
                 verdicts.append("func" if i in alone else "vjp")
         return Trial(
@@ -221,26 +225,51 @@ class OneBatch:
                     calls.setdefault(self.engine.index[id(parameter)], []).append(flat and name == "weight")
         return {i for i, flat in calls.items() if flat == [True]}
 
-    def _by_rule(self) -> tuple[set[int], float]:
-        """Return the entries whose rows by rule agree, and how exactly they add up.
+    def _by_rule(self) -> tuple[dict[int, Verdict], float]:
+        """Return the entries whose rows by rule agree, with the form of their calls, and how exactly they add up."""
+        raw = self.engine.capture.take()
+        good, noise = self._agreeing(raw)
+        verdicts: dict[int, Verdict] = dict.fromkeys(good, "rule")
+        others: list[tuple[Verdict, Callable[[Call], Call | None]]] = [
+            ("second", transposed),
+            ("lent", lambda call: lent(call, raw)),
+        ]
+        for verdict, change in others:
+            missing = self.moving - verdicts.keys()
+            left = [call for call in raw if not isinstance(call.module, AppliedLinear)]
+            left = [call for call in left if missing & {i for _name, i in self.engine.owned(call)}]
+            calls = [other for call in left if (other := change(call)) is not None]
+            if calls:
+                also, more = self._agreeing(calls)
+                verdicts |= dict.fromkeys(also & missing, verdict)
+                noise = max(noise, more)
+        for owned in self.engine.owners():  # a layer's calls have one form
+            if len({verdicts[i] for i in owned if i in verdicts and i in self.moving}) > 1:
+                verdicts = {i: verdict for i, verdict in verdicts.items() if i not in owned}
+        return verdicts, noise
+
+    def _agreeing(self, raw: Sequence[Call]) -> tuple[set[int], float]:
+        """Return the entries whose rows agree, and how exactly they add up.
 
         One layer at a time, so that no misfit hides others.
         """
         engine, size = self.engine, self.size
         calls, inputs, bad = [], [], set()
-        for call in engine.capture.take():
+        for call in raw:
             if call.d_B is None:
                 continue
             owned = {i for _name, i in engine.owned(call)}
+            scaled = copy.copy(call)
             try:
-                x_B = engine.prepared(call, size)
-                call.d_B = call.d_B * size
-                engine.products(call, x_B, self.chosen[:1].expand(engine.tile), set())
+                with mode_of(self.recipe):
+                    x_B = engine.prepared(scaled, size)
+                scaled.d_B = call.d_B * size
+                engine.products(scaled, x_B, self.chosen[:1].expand(engine.tile), set())
             except (RecipeError, RuntimeError, AssertionError) as error:
                 logger.debug("rule of layer %s does not apply: %s", call.name, error)
                 bad |= owned
                 continue
-            calls.append(call)
+            calls.append(scaled)
             inputs.append(x_B)
         found = _Compared(self)
         device = self.chosen.device

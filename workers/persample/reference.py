@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from ..model.state import uses_batch_statistics
 from ..recipe import Batch, Recipe
+from . import recurrent
 from .rules import batch_statistics
 
 LOSSES_ALIKE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -133,13 +134,51 @@ def _weight_norm_forward(module: Any, weight_g: Tensor, weight_v: Tensor) -> Ten
     return weight_v * (weight_g / weight_v.square().sum(axes, keepdim=module.dim >= 0).sqrt())
 
 
-def _with_second_derivative(module: nn.Module) -> Callable[..., Tensor] | None:
+def _bag_forward(
+    module: Any, x: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+) -> Tensor:
+    """``nn.EmbeddingBag`` as an Embedding and a reduction: its kernel has neither forward mode nor a second derivative."""
+    if x.ndim != 2:
+        if module.include_last_offset:
+            offsets = None if offsets is None else offsets[:-1]
+        assert offsets is not None
+        x, inside, per_sample_weights = _bags(x, offsets, per_sample_weights)
+    else:
+        inside = torch.ones_like(x, dtype=torch.bool)
+    if module.padding_idx is not None:
+        inside = inside & (x != module.padding_idx)
+    rows, kept = F.embedding(x, module.weight), inside.unsqueeze(2)
+    if module.mode == "max":
+        highest = rows.masked_fill(~kept, -torch.inf).max(1).values
+        return torch.where(inside.any(1, keepdim=True), highest, torch.zeros_like(highest))
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(2)
+    summed = torch.where(kept, rows, torch.zeros_like(rows)).sum(1)
+    if module.mode == "mean":
+        summed = summed / inside.sum(1, keepdim=True).clamp(min=1)
+    return summed
+
+
+def _bags(x: Tensor, offsets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a flat list of bags as (B, L), where there is something, and their weights."""
+    ends = torch.cat([offsets[1:], offsets.new_tensor([len(x)])])
+    place = offsets.unsqueeze(1) + torch.arange(int((ends - offsets).max()), device=x.device)
+    inside = place < ends.unsqueeze(1)
+    place = place.clamp(max=max(len(x) - 1, 0))
+    return x[place], inside, None if weights is None else weights[place]
+
+
+def _with_second_derivative(module: nn.Module) -> Callable[..., Any] | None:
     if isinstance(module, _WeightNorm):  # torch._weight_norm's double backward is wrong (2.13)
         return _weight_norm_forward
+    if recurrent.known(module):
+        return recurrent.forward
+    if isinstance(module, nn.EmbeddingBag) and module.max_norm is None:
+        return _bag_forward
     return None
 
 
-def _as_backward_sees_it(module: nn.Module) -> Callable[..., Tensor] | None:
+def _as_backward_sees_it(module: nn.Module) -> Callable[..., Any] | None:
     if uses_batch_statistics(module):
         return _coupled_forward
     if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.max_norm is None:
@@ -162,9 +201,7 @@ def differentiable_layers(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _other_forwards(
-    model: nn.Module, of: Callable[[nn.Module], Callable[..., Tensor] | None]
-) -> Iterator[None]:
+def _other_forwards(model: nn.Module, of: Callable[[nn.Module], Callable[..., Any] | None]) -> Iterator[None]:
     found = [(module, of(module)) for module in model.modules()]
     changed = [(module, forward) for module, forward in found if forward is not None]
     for module, forward in changed:

@@ -9,7 +9,7 @@ Rules never touch the module's state. Whether a rule applies to a model is not b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,44 @@ def linear(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) 
     padded = aligned(right, *right.shape)
     padded[:, : right.shape[1], : right.shape[2]] = right
     out.copy_(products(left, padded)[:, :, : right.shape[1]])
+
+
+class AppliedLinear(nn.Linear):
+    """A stand-in for a Linear layer that another layer is in part; see ``applied``.
+
+    Args:
+        weight: (O, I), or more rows than are meant.
+        bias: (O,), likewise; None: there is none.
+        rows: Which rows of a parameter are meant; None: all.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, rows: Mapping[str, slice | None] | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        self.rows = dict(rows or {})
+
+
+def applied_linear(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
+    """As ``linear``, in the rows of the parameter that are meant."""
+    assert isinstance(module, AppliedLinear)
+    rows = module.rows.get(name)
+    if rows is not None:
+        out.zero_()
+        out = out[:, rows]
+    linear(module, name, x_R, d_R, out)
+
+
+def transposed_linear(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
+    """``y = x W + b`` with W (I, O): the ``Conv1D`` of transformers."""
+    if name == "bias":
+        out.copy_(d_R if d_R.ndim == 2 else d_R.flatten(1, -2).sum(1))
+        return
+    if d_R.ndim == 2:
+        x_R, d_R = x_R.unsqueeze(1), d_R.unsqueeze(1)
+    linear(module, name, d_R, x_R, out)
 
 
 def convolution(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
@@ -130,6 +168,30 @@ def embedding(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tenso
     out.copy_(table.view(rows, vocabulary, width))
 
 
+def embedding_bag(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
+    """``y = sum or mean`` of the rows of a bag: each position gets the output's gradient, or its share."""
+    assert isinstance(module, nn.EmbeddingBag)
+    assert x_R.ndim == 2
+    assert module.mode != "max"
+    d = d_R.unsqueeze(1).expand(-1, x_R.shape[1], -1)
+    kept = torch.ones_like(x_R) if module.padding_idx is None else x_R != module.padding_idx
+    weight = kept.to(d)
+    if module.mode == "mean":
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
+    rows, (vocabulary, width) = x_R.shape[0], module.weight.shape
+    table = d.new_zeros(rows * vocabulary, width)
+    offset = torch.arange(rows, device=x_R.device).unsqueeze(1) * vocabulary
+    table.index_add_(0, (x_R + offset).reshape(-1), (d * weight.unsqueeze(2)).reshape(-1, width))
+    out.copy_(table.view(rows, vocabulary, width))
+
+
+def scale(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
+    """``y = xhat * weight + ...`` along the last axis; ``x_R`` is xhat here."""
+    product = d_R * x_R
+    assert product.shape[-1:] == out.shape[1:]
+    out.copy_(product.flatten(1, -2).sum(1) if product.ndim > 2 else product)
+
+
 def layer_norm(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Tensor) -> None:
     """``y = xhat * weight + bias`` over the trailing axes; ``x_R`` is xhat here."""
     assert isinstance(module, nn.LayerNorm)
@@ -167,6 +229,30 @@ def _group_xhat(module: nn.Module, x_B: Tensor) -> Tensor:
     return F.group_norm(x_B, module.num_groups, None, None, module.eps)
 
 
+def _slope(module: nn.Module, x_B: Tensor) -> Tensor:
+    """Return d output / d weight of a layer that is affine in its only parameter, element by element.
+
+    Raises:
+        RuntimeError: It is not called with ``x_B`` alone.
+    """
+    ((name, parameter),) = module.named_parameters(recurse=False)
+    kept, ends = dict(vars(module)), []
+    with torch.no_grad():
+        try:
+            for value in (1.0, 0.0):
+                module._parameters[name] = nn.Parameter(torch.full_like(parameter, value), False)
+                ends.append(module.forward(x_B))
+        except Exception as error:
+            raise RuntimeError(
+                f"{type(module).__name__} is no function of its input alone: {error}"
+            ) from error
+        finally:
+            module._parameters[name] = parameter
+            vars(module).update(kept)  # what it may count
+    difference: Tensor = ends[0] - ends[1]
+    return difference
+
+
 def batch_statistics(module: nn.Module, x_B: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance that a BatchNorm layer normalises ``x_B`` with, shape (C,)."""
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -186,11 +272,13 @@ def _batch_xhat(module: nn.Module, x_B: Tensor) -> Tensor:
 
 
 RULES: tuple[tuple[type[nn.Module], Rule, Prepare | None], ...] = (
+    (AppliedLinear, applied_linear, None),
     (nn.Linear, linear, None),
     (nn.Conv1d, convolution, None),
     (nn.Conv2d, convolution, None),
     (nn.Conv3d, convolution, None),
     (nn.Embedding, embedding, None),
+    (nn.EmbeddingBag, embedding_bag, None),
     (nn.LayerNorm, layer_norm, _layer_xhat),
     (nn.RMSNorm, rms_norm, _rms_xhat),
     (nn.GroupNorm, channel_norm, _group_xhat),
@@ -203,4 +291,23 @@ def rule_for(module: nn.Module) -> tuple[Rule, Prepare | None] | None:
     for kind, rule, prepare in RULES:
         if isinstance(module, kind):
             return rule, prepare
+    if is_transposed_linear(module):
+        return transposed_linear, None
+    if _scales(module):
+        return scale, _slope
     return None
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a layer looks like the ``Conv1D`` of transformers: y = x W + b with W (I, O)."""
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if type(module).__name__ != "Conv1D" or weight is None or weight.ndim != 2:
+        return False
+    return bias is None or bias.shape == weight.shape[1:]
+
+
+def _scales(module: nn.Module) -> bool:
+    """Whether a layer looks as if it did no more than scale features: RMSNorm by any name, LayerScale."""
+    own = list(module.parameters(recurse=False))
+    inner = next(module.children(), None) is not None or next(module.buffers(recurse=False), None) is not None
+    return len(own) == 1 and own[0].ndim == 1 and not inner

@@ -17,15 +17,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...storage.errors import DoesNotFit, HydraError
+from ...storage.errors import DoesNotFit, HydraError, RecipeError
 from ..data.batches import batch_length, rows_of, to_device
 from ..data.cast import cast_model
 from ..determinism import preserved_generators
 from ..model.layout import Layout
 from ..model.state import buffers_from, copied
 from ..recipe import Batch, Recipe
-from .one_batch import LOOSE, TOLERANCE, OneBatch, Trial
+from .one_batch import LOOSE, TOLERANCE, OneBatch, Trial, Verdict
 from .ways import Before, Strategy, Ways
+from .wide import WideRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,17 @@ def with_judge(ways: Ways, recipe: Recipe, layout: Layout, *, constant: bool) ->
         return frozenset(
             i
             for i in fast
-            if trial.verdicts[i] == "vjp" or (trial.verdicts[i] == "func" != ways.strategies[i])
+            if trial.verdicts[i] == "vjp"
+            or (trial.verdicts[i] != "zero" and not _covered(trial.verdicts[i], ways.strategies[i]))
         )
 
     return replace(ways, judge=judge)
+
+
+def _covered(verdict: Verdict, strategy: Strategy) -> bool:
+    """Whether a strategy is right where a trial says ``verdict``: what a rule can give, ``func`` can too."""
+    same = verdict == strategy or {verdict, strategy} == {"outer", "rule"}
+    return same or strategy == "func"
 
 
 def try_batch(
@@ -94,20 +102,26 @@ def try_batch(
         random: State of torch's generator to begin with, in place of the seed.
     """
     parameter = next(model.parameters())
-    dtypes = [parameter.dtype] if as_run else [torch.float64, parameter.dtype]
+    own, wide = (recipe, parameter.dtype), (WideRecipe(recipe), torch.float64)
+    tries = [own] if as_run else [wide, own]
     with preserved_generators():
-        for dtype in dtypes:
-            tolerance = LOOSE if as_run and dtype == torch.float32 else TOLERANCE[dtype]
+        for using, dtype in tries:
+            tolerance = LOOSE if as_run else TOLERANCE[dtype]
             try:
                 trial = cast_model(copied(model), None, dtype)
                 moved = to_device(batch, parameter.device, dtype)
-                one = OneBatch(recipe, trial, layout, moved, seed, tolerance, first, random)
+                one = OneBatch(using, trial, layout, moved, seed, tolerance, first, random)
                 return one.trial(constant)
             except torch.OutOfMemoryError:
-                if dtype == dtypes[-1]:
+                if (using, dtype) == tries[-1]:
                     break
             except RuntimeError as error:
-                if dtype == dtypes[-1]:
+                if "use_reentrant=True" in str(error):
+                    raise RecipeError(
+                        "activations are checkpointed with use_reentrant=True, whose backward pass cannot be taken sample "
+                        "by sample; use torch.utils.checkpoint with use_reentrant=False (the same numbers)"
+                    ) from error
+                if (using, dtype) == tries[-1]:
                     raise
                 logger.debug("trial in float64 failed, trying the run's dtype: %s", error)
     size = batch_length(batch)
@@ -128,15 +142,17 @@ def combined(trials: Sequence[Trial], layout: Layout) -> Ways:
     untried: set[int] = set()
     drew = any(trial.random for trial in trials)
     for i in range(len(layout.entries)):
-        said = {trial.verdicts[i] for trial in trials} - {"zero"}
+        said: set[Strategy] = {v for trial in trials if (v := trial.verdicts[i]) != "zero"}
         if not said:
             untried.add(i)
         if not said or "vjp" in said or ("func" in said and drew):
             strategies.append("vjp")
         elif "func" in said:
             strategies.append("func")
+        elif len(said) == 1:
+            strategies += said
         else:
-            strategies.append("outer" if said == {"outer"} else "rule")
+            strategies.append("rule" if said == {"outer", "rule"} else "vjp")
     known = [trial.coupled for trial in trials if trial.coupled is not None]
     ways = Ways(
         strategies=tuple(strategies),

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from ..model.layout import Layout
 from ..model.state import Kept
 from ..recipe import Batch
+from .capture import Form
 
-Strategy = Literal["outer", "rule", "func", "vjp"]
-"""``outer``: a rule whose result is one outer product a row, so that it may be kept as factors."""
+Strategy = Literal["outer", "rule", "second", "lent", "func", "vjp"]
+"""``outer``: a rule whose result is one outer product a row, so that it may be kept as factors. ``second``: a rule
+of a layer whose batch is on the second axis; ``lent``: of one whose output all samples share (see ``capture``)."""
+
+RULED: Mapping[Strategy, Form] = {"outer": "first", "rule": "first", "second": "second", "lent": "lent"}
+"""Strategies that go by a layer's rule, and the form of its calls."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

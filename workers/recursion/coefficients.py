@@ -16,7 +16,7 @@ U steps of the optimiser, L lanes, T batches, G groups.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from .families import family_named
 from .scalars import Scalars
 from .settings import Float, Recorded, Settings, recorded_settings
 
-__all__ = ["Settings", "coefficients", "phi", "recorded_settings", "scalars", "stored_coefficients"]
+__all__ = ["Settings", "coefficients", "phi", "psi", "recorded_settings", "scalars", "stored_coefficients"]
 
 
 def scalars(settings: Settings) -> Scalars:
@@ -55,9 +55,18 @@ def coefficients(settings: Settings) -> Float:
 
 def stored_coefficients(trajectory: Trajectory | Recorded) -> Float:
     """Return c as a record keeps it, (T, G): of parameters that were stepped each time, from the first on."""
-    uncounted = {name: value for name, value in trajectory.optimizer.items() if name != "count"}
+    uncounted = {
+        name: value for name, value in trajectory.optimizer.items() if name not in ("count", "begun")
+    }
     kept = {one.name: getattr(trajectory, one.name) for one in fields(Recorded)}
     settings = recorded_settings(Recorded(**kept | {"active": None, "optimizer": uncounted}))
+    began = {
+        entry.group
+        for entry, there in zip(trajectory.parameters, trajectory.optimizer.get("begun", ()), strict=False)
+        if there
+    }
+    if began:  # of a group in which only some had momentum, those are meant
+        settings = replace(settings, begun=np.isin(np.arange(settings.learning_rate.shape[1]), list(began)))
     found = coefficients(settings)
     return found if settings.update_of is None else found[settings.update_of]
 
@@ -65,11 +74,26 @@ def stored_coefficients(trajectory: Trajectory | Recorded) -> Float:
 def phi(settings: Settings) -> Float:
     """Return phi_T, shape (L,): the weight that w_0 keeps in w_T (1 when weight decay is 0).
 
-    With every sample tracked, ``sum_i hypergradient_i / N = w_T - phi_T w_0`` per lane.
+    With every sample tracked, ``sum_i hypergradient_i / N = w_T - phi_T w_0 - psi_T m_0`` per lane.
     """
+    return _kept(settings, 1.0, 0.0)
+
+
+def psi(settings: Settings) -> Float:
+    """Return psi_T, shape (L,): what w_T holds of m_0, the momentum that SGD began with; 0 where it had none.
+
+    Without weight decay and with settings that stay, ``-h (p + p^2 + … + p^T)``.
+    """
+    if settings.begun is None:
+        return np.zeros(settings.learning_rate.shape[1])
+    return np.where(settings.begun, _kept(settings, 0.0, 1.0), 0.0)
+
+
+def _kept(settings: Settings, weight_0: float, momentum_0: float) -> Float:
+    """Return what the recursion without gradients makes of a weight and a momentum, (L,)."""
     form = scalars(settings)
     rate = form.rate
-    weight, momentum = np.ones(rate.shape[1]), np.zeros(rate.shape[1])
+    weight, momentum = np.full(rate.shape[1], weight_0), np.full(rate.shape[1], momentum_0)
     for t in range(rate.shape[0]):
         gradient = form.decay[t] * weight
         momentum = form.carry[t] * momentum + form.gain[t] * gradient

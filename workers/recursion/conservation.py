@@ -2,9 +2,9 @@
 
 Without the Hessian and with every training sample tracked
 
-    sum_i hypergradient_i / N = w_T - phi_T w_0
+    sum_i hypergradient_i / N = w_T - phi_T w_0 - psi_T m_0
 
-so a shard notes, for each parameter, the sum of its rows along `DIRECTIONS` random directions of +-1: the
+(m_0: the momentum that training began with, mostly none) so a shard notes, for each parameter, the sum of its rows along `DIRECTIONS` random directions of +-1: the
 sums of all shards must be what the record says along the same directions, and nothing is read again.
 Letters: n rows of a shard, D parameters, P parameter tensors.
 """
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ...storage.errors import ConservationBroken
 from ...storage.trajectory import ParameterEntry, Trajectory
-from .coefficients import phi, recorded_settings
+from .coefficients import phi, psi, recorded_settings
 
 DIRECTIONS = 2
 """Random directions a parameter; an error of norm e shows as about e along each."""
@@ -41,6 +41,28 @@ SPREAD = 6.0
 """Along a random direction an error of norm e may show as up to so many times e."""
 
 Float = npt.NDArray[np.float64]
+
+
+class FromStart:
+    """What w_T holds of the weights and the momentum that training began with, without any gradient.
+
+    Args:
+        trajectory: The record.
+    """
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        settings, self.first = recorded_settings(trajectory), trajectory.checkpoint(0)
+        self.phi, self.psi = phi(settings), psi(settings)
+        lanes = (
+            [entry.group for entry in trajectory.parameters] if settings.lane_of is None else settings.lane_of
+        )
+        self._lane = {entry.name: int(k) for entry, k in zip(trajectory.parameters, lanes, strict=True)}
+
+    def of(self, entry: ParameterEntry) -> tuple[Float, Float]:
+        """Return phi_T w_0 and psi_T m_0 of a parameter that training moved."""
+        here, lane = _span(entry), self._lane[entry.name]
+        weights, momentum = (v[here].astype(np.float64) for v in (self.first.weights, self.first.momentum))
+        return float(self.phi[lane]) * weights, float(self.psi[lane]) * momentum
 
 
 class RowSums:
@@ -111,18 +133,18 @@ def law_of(
     """
     sums = np.sum([np.asarray(s["sum"], dtype=np.float64) for s in shards], axis=0) / n_train
     sizes = np.sqrt(np.mean([np.square(np.asarray(s["size"], dtype=np.float64)) for s in shards], axis=0))
-    first, last = trajectory.checkpoint(0).weights, trajectory.checkpoint(-1).weights
+    start, last = FromStart(trajectory), trajectory.checkpoint(-1).weights
+    first = start.first.weights
     dtype, steps = str(first.dtype), len(trajectory.loss)
-    kept = phi(recorded_settings(trajectory))
     found = []
     for k, entry in enumerate(trajectory.parameters):
         here = _span(entry)
         before, after = first[here].astype(np.float64), last[here].astype(np.float64)
         # SGD leaves a parameter without a gradient alone, weight decay included: nothing is lost then.
         still = np.array_equal(before, after) and not np.any(sums[k])
-        factor = 1.0 if entry.group < 0 or still else float(kept[entry.group])
-        expected = after - factor * before
-        weights = math.sqrt(float(after @ after) + factor**2 * float(before @ before))
+        held, pushed = (before, 0.0 * before) if entry.group < 0 or still else start.of(entry)
+        expected = after - held - pushed
+        weights = math.sqrt(float(after @ after) + float(held @ held) + float(pushed @ pushed))
         scale = max(float(np.linalg.norm(expected)), float(sizes[k]))
         error = float(np.abs(sums[k] - projections(expected, k)).max())
         base = max(BASE[dtype], NOISY * noise)
@@ -141,20 +163,21 @@ def check_sums(
 ) -> None:
     """Hold the contributions of all samples to each target against the law.
 
-        sum_i C(i, j) = -<w_T - phi_T w_0, gradient of j>
+        sum_i C(i, j) = -<w_T - phi_T w_0 - psi_T m_0, gradient of j>
 
     Raises:
         ConservationBroken: They do not add up.
     """
-    first, last = trajectory.checkpoint(0).weights, trajectory.checkpoint(-1).weights
-    dtype, kept = str(first.dtype), phi(recorded_settings(trajectory))
+    start, last = FromStart(trajectory), trajectory.checkpoint(-1).weights
+    first = start.first.weights
+    dtype = str(first.dtype)
     moved = last.astype(np.float64)
     for entry in trajectory.parameters:
         here = _span(entry)
         if entry.group < 0 or np.array_equal(first[here], last[here]):
             moved[here] -= first[here]
         else:
-            moved[here] -= kept[entry.group] * first[here].astype(np.float64)
+            moved[here] -= sum(start.of(entry))
     targets, found = targets_QD.astype(np.float64), contributions_Qn.astype(np.float64)
     right = -targets @ moved
     size = (

@@ -53,6 +53,11 @@ def family_of(optimizer: torch.optim.Optimizer) -> Family:
     )
 
 
+def family_or_sgd(optimizer: torch.optim.Optimizer) -> Family:
+    """Return the family of an optimiser that takes no step; of one without a rule, SGD's."""
+    return next((family for family in FAMILIES if type(optimizer) in family.kinds), FAMILIES[0])
+
+
 def family_named(name: str) -> Family:
     """Return the family that a record names."""
     return next(family for family in FAMILIES if family.name == name)

@@ -37,6 +37,7 @@ class Settings:
         active: Whether the lane's parameters were stepped; None: all, always.
         clip_factor: (U,) what the gradient was multiplied with; None: not clipped.
         update_of: (T,) which step each batch belongs to; None: batch t is step t.
+        begun: (L,) whether the lane's parameters had momentum before SGD's first step; None: none had.
         lane_of: (P,) the lane of each parameter, -1: not optimised; None: its group.
     """
 
@@ -54,6 +55,7 @@ class Settings:
     active: Bool | None = None
     clip_factor: Float | None = None
     update_of: Integers | None = None
+    begun: Bool | None = None
     lane_of: Integers | None = None
 
     def updates_before(self, steps: Integers) -> Integers:
@@ -96,7 +98,8 @@ def recorded_settings(trajectory: Trajectory | Recorded) -> Settings:
     update_of = None if trajectory.updates is None else np.searchsorted(ends, np.arange(steps))
     noted = trajectory.optimizer
     before = np.asarray(noted.get("count", np.zeros(len(trajectory.parameters))), dtype=np.int64)
-    group_of, lane_of, active = _lanes(trajectory, ends, before)
+    begun = np.asarray(noted.get("begun", np.zeros(len(trajectory.parameters))), dtype=bool)
+    group_of, lane_of, active = _lanes(trajectory, ends, before, begun)
 
     def of(name: str) -> npt.NDArray[np.float64] | None:
         values = getattr(trajectory, name)
@@ -110,6 +113,8 @@ def recorded_settings(trajectory: Trajectory | Recorded) -> Settings:
             if lane >= 0:
                 first[lane] = before[p]
         count = first + np.cumsum(taken, axis=0)
+    began = np.zeros(len(group_of), dtype=bool)
+    began[lane_of[lane_of >= 0]] = begun[lane_of >= 0]
     decoupled = noted.get("decoupled")
     clip = None if trajectory.clip_factor is None else trajectory.clip_factor[ends]
     same = active is None and np.array_equal(group_of, np.arange(trajectory.learning_rate.shape[1]))
@@ -125,27 +130,29 @@ def recorded_settings(trajectory: Trajectory | Recorded) -> Settings:
         active=active,
         clip_factor=clip,
         update_of=update_of,
+        begun=began if began.any() else None,
         lane_of=None if same else lane_of,
     )
 
 
 def _lanes(
-    trajectory: Trajectory | Recorded, ends: Integers, before: Integers
+    trajectory: Trajectory | Recorded, ends: Integers, before: Integers, begun: Bool
 ) -> tuple[Integers, Integers, Bool | None]:
     """Return the group of each lane (L,), the lane of each parameter (P,), and which were stepped (U, L)."""
     groups = np.array([entry.group for entry in trajectory.parameters], dtype=np.int64)
     count = trajectory.learning_rate.shape[1]
-    if trajectory.active is None and len({*before[groups >= 0].tolist()}) <= 1:
+    alike = len({*zip(before[groups >= 0].tolist(), begun[groups >= 0].tolist(), strict=True)}) <= 1
+    if trajectory.active is None and alike:
         return np.arange(count), groups, None
     taken = np.ones((len(ends), len(groups)), dtype=bool)
     if trajectory.active is not None:
         taken = trajectory.active[ends]
-    found: dict[tuple[int, int, bytes], int] = {}
+    found: dict[tuple[int, int, bool, bytes], int] = {}
     lane_of = np.full(len(groups), -1, dtype=np.int64)
     for p, group in enumerate(groups):
         if group >= 0:
-            key = (int(group), int(before[p]), taken[:, p].tobytes())
+            key = (int(group), int(before[p]), bool(begun[p]), taken[:, p].tobytes())
             lane_of[p] = found.setdefault(key, len(found))
-    group_of = np.array([group for group, _before, _taken in found], dtype=np.int64)
-    active = np.stack([np.frombuffer(key, dtype=bool) for _group, _before, key in found], axis=1)
+    group_of = np.array([group for group, *_rest in found], dtype=np.int64)
+    active = np.stack([np.frombuffer(key, dtype=bool) for *_rest, key in found], axis=1)
     return group_of, lane_of, active

@@ -1,7 +1,7 @@
 """``torch.optim.SGD`` with learning rate h, momentum p, weight decay L:
 
     r_t = g_{t-1} + L w_{t-1}
-    m_t = r_t at the first step with momentum, else p m_{t-1} + (1 - dampening) r_t
+    m_t = r_t at the first step with momentum (unless training began with a buffer), else p m_{t-1} + (1 - dampening) r_t
     w_t = w_{t-1} - h m_t            (Nesterov: - h (r_t + p m_t); p = 0: - h r_t, m untouched)
 
 that is ``m' = p m + k r``, ``w' = w - h (s m' + q r)``: linear, so its derivative is itself.
@@ -75,6 +75,8 @@ class SGD(Family):
         uses = momentum != 0
         stepped = uses if settings.active is None else uses & settings.active
         first = stepped & (np.cumsum(stepped, axis=0) == 1)
+        if settings.begun is not None:
+            first &= ~settings.begun
         return Scalars(
             carry=np.where(uses, np.where(first, 0.0, momentum), 1.0),
             gain=np.where(uses, np.where(first, 1.0, 1.0 - settings.dampening), 0.0),

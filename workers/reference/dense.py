@@ -37,8 +37,9 @@ from ..recipe import Batch
 from ..training.training import Training
 from ..training.verified import Report, Rows, VerifiedReplay
 from .ekfac import DenseCurvature, step_settings
+from .gauss_newton import SeenOutputs
 from .noise import SameNoise
-from .tolerances import DIFFERENCES, Form
+from .tolerances import CARRIED, DIFFERENCES, Form
 
 Floats = npt.NDArray[np.float64]
 
@@ -59,6 +60,7 @@ class DenseReference(VerifiedReplay):
         samples: Train indices.
         forms: Which forms of the Hessian to carry.
         curvature: For ``ekfac``: the stored bases and eigenvalues.
+        share: For ``mixed``: of the Hessian.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class DenseReference(VerifiedReplay):
         samples: Rows,
         forms: Sequence[Form],
         curvature: Curvature | None = None,
+        *,
+        share: float = 0.5,
     ) -> None:
         super().__init__(training, trajectory, samples)
-        self.dense = DenseTangents(training, trajectory, len(samples), forms, curvature)
+        self.dense = DenseTangents(training, trajectory, len(samples), forms, curvature, share=share)
 
     def run(self, report: Report | None = None) -> DenseTangents:
         """Go through the whole record and return the tangents; raises as ``VerifiedReplay.replay``."""
@@ -93,6 +97,7 @@ class DenseTangents:
         forms: Which forms of the Hessian.
         curvature: For ``ekfac``.
         dtype: Of everything here but the training's own weights.
+        share: For ``mixed``: of the Hessian; the rest is the Gauss-Newton matrix's.
 
     Attributes:
         tangents: By form, n of them.
@@ -111,10 +116,15 @@ class DenseTangents:
         forms: Sequence[Form],
         curvature: Curvature | None = None,
         dtype: torch.dtype = torch.float64,
+        *,
+        share: float = 0.5,
     ) -> None:
         self.training, self.trajectory, self.dtype = training, trajectory, dtype
         self.forms = tuple(forms)
+        self.carried = [form for form in CARRIED if form in self.forms]
+        self.share = {"exact": 1.0, "gauss-newton": 0.0, "mixed": share}
         self.twin, self.parameters = _twin(training, dtype)
+        self.outputs = SeenOutputs(self.twin)
         self.frozen: tuple[nn.Module, list[nn.Parameter]] | None = None
         if training.holds_statistics and any(map(_normalizes, training.model.modules())):
             self.frozen = _twin(training, dtype)
@@ -122,7 +132,8 @@ class DenseTangents:
                 if _normalizes(module):
                     module.register_forward_pre_hook(_freeze_statistics)
         self.bend = None if curvature is None else DenseCurvature(trajectory, curvature, training.device)
-        self.tangents = {form: [Tangent(self.parameters) for _ in range(samples)] for form in forms}
+        begun = trajectory.checkpoint(0).has_momentum.tolist()
+        self.tangents = {form: [Tangent(self.parameters, begun) for _ in range(samples)] for form in forms}
         self.loss = np.zeros(training.steps)
         self.products = 0
         # A row at a padding_idx is a constant to double backward. Where a read-out shares it, it moves all the
@@ -147,22 +158,24 @@ class DenseTangents:
         wide = to_device(batch, self.training.device, self.dtype)
         _copy_state(self.training, self.twin, self.parameters)
         # Fused attention has no second derivative.
-        with sdpa_kernel(SDPBackend.MATH) if "exact" in self.forms else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if self.carried else nullcontext():
+            self.outputs.clear()
             losses = self._losses(self.twin, wide, step)
             self.loss[step] = float(losses.detach().mean())
-            moved = "exact" in self.forms and any(t.moved for t in self.tangents["exact"])
+            bending = [form for form in self.carried if self.share[form]]
+            moved = any(t.moved for form in bending for t in self.tangents[form])
             slope = _gradient(losses.mean(), self.parameters, graph=True) if moved else []
             own = self._own(losses, rows, self.parameters)
             fixed = own
-            if self.frozen is not None and own and self.forms != ("exact",):
+            if self.frozen is not None and own and self.carried != list(self.forms):
                 model, parameters = self.frozen
                 _copy_state(self.training, model, parameters)
                 fixed = self._own(self._losses(model, wide, step), rows, parameters)
             share = self.training.n_train / len(rows)
             for form in self.forms:
-                source = own if form == "exact" else fixed
+                source = own if form in self.carried else fixed
                 for row, tangent in enumerate(self.tangents[form]):
-                    bent = self._bent(form, step, slope, tangent)
+                    bent = self._bent(form, step, slope, losses, tangent)
                     if form == "exact" and tangent.moved:
                         bent = self._held_against_differences(step, wide, tangent, bent)
                     self._move(step, tangent, bent, source.get(row), share)
@@ -180,7 +193,9 @@ class DenseTangents:
             if row >= 0
         }
 
-    def _bent(self, form: Form, step: int, slope: list[Tensor], tangent: Tangent) -> list[Tensor] | None:
+    def _bent(
+        self, form: Form, step: int, slope: list[Tensor], losses: Tensor, tangent: Tangent
+    ) -> list[Tensor] | None:
         """Return H du, or what the form puts in its place; None for nothing."""
         if form == "none" or not tangent.moved:
             return None
@@ -188,6 +203,16 @@ class DenseTangents:
             assert self.bend is not None
             return self.bend.apply(step, tangent.du)
         self.products += 1
+        share = self.share[form]
+        hessian = self._hessian_product(slope, tangent) if share else None
+        if share == 1.0:
+            return hessian
+        found = self.outputs.product(losses.mean(), self.parameters, tangent.du)
+        if hessian is None:
+            return [(1.0 - share) * one for one in found]
+        return [share * h + (1.0 - share) * one for h, one in zip(hessian, found, strict=True)]
+
+    def _hessian_product(self, slope: list[Tensor], tangent: Tangent) -> list[Tensor] | None:
         along = sum((g * u).sum() for g, u in zip(slope, tangent.du, strict=True))
         if not (isinstance(along, Tensor) and along.requires_grad):  # the loss is linear in the weights
             return None
@@ -265,11 +290,19 @@ class DenseTangents:
 
 
 class Tangent:
-    """du and dm of one sample, a tensor a parameter; dm is None until momentum is first used."""
+    """du and dm of one sample, a tensor a parameter; dm is None until momentum is first used.
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    Args:
+        parameters: Their shapes.
+        begun: Of each, whether training began with momentum: then dm is 0, and the first step none of its own.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], begun: Sequence[bool]) -> None:
         self.du = [torch.zeros_like(p, requires_grad=False) for p in parameters]
-        self.dm: list[Tensor | None] = [None] * len(parameters)
+        self.dm: list[Tensor | None] = [
+            torch.zeros_like(p, requires_grad=False) if there else None
+            for p, there in zip(parameters, begun, strict=True)
+        ]
         self.moved = False
 
     def flat(self) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ..recipe import Batch, Recipe
 from ..training.training import Compute, Training
 from ..training.verified import Report, Rows, VerifiedReplay
 from .dense import DenseTangents
-from .tolerances import FORM
+from .tolerances import FORM, Form
 
 
 class Growth(VerifiedReplay):
@@ -34,17 +35,20 @@ class Growth(VerifiedReplay):
         training: A fresh ``Training`` of the recipe.
         trajectory: The record.
         tracked: Train indices of the run; the one that is visited first is carried.
+        share: Of the Hessian in the products; 1: exact, 0: Gauss-Newton.
     """
 
-    def __init__(self, training: Training, trajectory: Trajectory, tracked: Rows) -> None:
+    def __init__(self, training: Training, trajectory: Trajectory, tracked: Rows, share: float = 1.0) -> None:
         order = trajectory.batches[np.isin(trajectory.batches, tracked)]
         super().__init__(training, trajectory, order[:1].astype(np.int64))
         # Row 0 is the sample, row 1 the change of the first weights: no member of a batch is that.
-        self.own = DenseTangents(training, trajectory, 2, ("exact",), dtype=training.dtype)
+        self.form: Form = "exact" if share == 1.0 else "mixed" if share else "gauss-newton"
+        made = partial(DenseTangents, training, trajectory, forms=(self.form,), share=share)
+        self.own = made(samples=2, dtype=training.dtype)
         self.wide: DenseTangents | None = None
         if training.dtype != torch.float64:
-            self.wide = DenseTangents(training, trajectory, 1, ("exact",))
-        self.sample, self.change = self.own.tangents["exact"]
+            self.wide = made(samples=1)
+        self.sample, self.change = self.own.tangents[self.form]
         generator = np.random.default_rng(derived_seed(training.recipe.seed, "growth"))
         direction = torch.from_numpy(generator.standard_normal(training.layout.dimension))
         direction = (direction / direction.norm()).to(device=training.device, dtype=training.dtype)
@@ -70,7 +74,7 @@ class Growth(VerifiedReplay):
         dtype = self.training.compute.dtype
         deviation = None
         if self.wide is not None:
-            right = self.wide.tangents["exact"][0].flat()
+            right = self.wide.tangents[self.form][0].flat()
             scale = float(right.norm())
             deviation = float((self.sample.flat().double() - right).norm()) / scale if scale else 0.0
         peak = int(self.norms.argmax())
@@ -81,7 +85,7 @@ class Growth(VerifiedReplay):
             "peak_step": peak + 1 if self.norms[peak] > 1.0 else 0,
             "rounding": float(np.finfo(dtype).eps) * math.sqrt(len(self.norms)) * largest,
             "deviation": deviation,
-            "limit": FORM["exact"][dtype],
+            "limit": FORM[self.form][dtype],
             "train_index": int(self.tracked[0]),
         }
 
@@ -115,6 +119,7 @@ def check_finite(
     trajectory: Trajectory,
     tracked: Rows,
     exact: bool,
+    share: float = 1.0,
 ) -> npt.NDArray[np.floating]:
     """Return ``values``, unless one of them is not finite.
 
@@ -126,7 +131,7 @@ def check_finite(
     if np.isfinite(values).all():
         return values
     if exact:
-        Growth(Training(recipe, replace(compute, batch_norm="coupled")), trajectory, tracked).run()
+        Growth(Training(recipe, replace(compute, batch_norm="coupled")), trajectory, tracked, share).run()
     raise NonFiniteTangents(
         f"{what} are not finite in {compute.dtype}, though every loss is; "
         "use a lower learning rate or fewer epochs"

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-Form = Literal["none", "ekfac", "exact"]
+Form = Literal["none", "ekfac", "exact", "gauss-newton", "mixed"]
+
+CARRIED: tuple[Form, ...] = ("exact", "gauss-newton", "mixed")
+"""Forms with products of the batch's own matrix."""
 
 FORM: dict[Form, dict[str, float]] = {
     "none": {"float64": 1e-12, "float32": 1e-4},
     "ekfac": {"float64": 1e-11, "float32": 1e-4},
     "exact": {"float64": 1e-9, "float32": 1e-3},
+    "gauss-newton": {"float64": 1e-9, "float32": 1e-3},
+    "mixed": {"float64": 1e-9, "float32": 1e-3},
 }
 """Hypergradients, and contributions before they are stored as float32, by form of the Hessian and dtype."""
 

@@ -67,6 +67,7 @@ class Adjoint(VerifiedReplay):
         targets_QD: Gradients of the targets at w_T; left as they are. They are worked on ``TILE`` at a
             time from the first; the bits of a target are those of its tile.
         settings: Of the recursion, where they are not the record's; the training keeps those.
+        share: Of the Hessian in the products; see ``HessianTiles``.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class Adjoint(VerifiedReplay):
         tracked: Rows,
         targets_QD: npt.NDArray[np.floating],
         settings: Settings | None = None,
+        *,
+        share: float = 1.0,
     ) -> None:
         assert training.compute.batch_norm == "coupled"
         super().__init__(training, trajectory, tracked)
@@ -83,7 +86,7 @@ class Adjoint(VerifiedReplay):
         self._steps = Steps(
             settings or recorded_settings(trajectory), training.layout, training.dtype, training.device
         )
-        self.tiles = HessianTiles(training, transposed=True)
+        self.tiles = HessianTiles(training, transposed=True, share=share)
         # The weights; and the gradient and the optimiser's vectors where they matter.
         vectors = 2 + self._steps.vectors if self._steps.needs_moment else 1
         row = vectors * training.layout.dimension * training.dtype.itemsize

@@ -36,9 +36,15 @@ class ExactRows(RowSink):
 
     The training's ``batch_norm`` must be ``coupled``: the exact form differentiates through the
     batch statistics.
+
+    Args:
+        training: A fresh ``Training`` of the recipe.
+        trajectory: The record.
+        rows: n.
+        share: Of the Hessian in the products; see ``HessianTiles``.
     """
 
-    def __init__(self, training: Training, trajectory: Trajectory, rows: int) -> None:
+    def __init__(self, training: Training, trajectory: Trajectory, rows: int, *, share: float = 1.0) -> None:
         assert training.compute.batch_norm == "coupled"
         self.training, layout = training, training.layout
         self._steps = Steps(recorded_settings(trajectory), layout, training.dtype, training.device)
@@ -47,7 +53,7 @@ class ExactRows(RowSink):
         )
         self.weights = torch.zeros(rows, layout.dimension, dtype=training.dtype, device=training.device)
         self.state = [torch.zeros_like(self.weights) for _ in range(self._steps.vectors)]
-        self.tiles = HessianTiles(training, alone=True)
+        self.tiles = HessianTiles(training, alone=True, share=share)
         self._touched = torch.zeros(rows, dtype=torch.bool)
 
     @property
@@ -59,7 +65,8 @@ class ExactRows(RowSink):
         """Move every tangent by the linearised step, unless that was done when it was met."""
         if not self.deferred:
             self._linear = self._steps.linear(step)
-            self._move([self.tiles.at(step, batch)])
+            if self._touched.any():
+                self._move([self.tiles.at(step, batch)])
         # The graph of the products is gone with this call, before the optimiser moves the weights.
         self._touched[members] = True
         self._share = share(self.training, step)
@@ -69,6 +76,8 @@ class ExactRows(RowSink):
         if not self.deferred:
             return
         self._linear = self._steps.linear(step, moment() if self._steps.needs_moment else None)
+        if not self._touched.any():
+            return
         products = []
         for one in held:
             with buffers_from(one.kept):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...storage.curvature import Curvature
 from ...storage.trajectory import Trajectory
-from ..recursion.forms import ADJOINT, EKFAC, EXACT, FAST, FORWARD, Mode
+from ..recursion.forms import ADJOINT, CARRIED, EKFAC, FAST, FORWARD, Mode
 from ..training.training import Training
 from ..training.verified import Rows
 from .adjoint import Adjoint
@@ -30,6 +30,7 @@ def make_replay(
     tracked: Rows,
     *,
     curvature: Curvature | None = None,
+    share: float = 1.0,
 ) -> Replay[RowSink]: ...
 
 
@@ -42,6 +43,7 @@ def make_replay(
     tracked: Rows,
     *,
     curvature: Curvature | None = None,
+    share: float = 1.0,
     targets: npt.NDArray[np.floating],
 ) -> Replay[ProductSink] | Adjoint: ...
 
@@ -54,18 +56,20 @@ def make_replay(
     tracked: Rows,
     *,
     curvature: Curvature | None = None,
+    share: float = 1.0,
     targets: npt.NDArray[np.floating] | None = None,
 ) -> Replay[RowSink] | Replay[ProductSink] | Adjoint:
     """Return what replays the record in a form and a mode: ``run`` it, take the result, ``close`` it.
 
     Args:
-        form: ``hydra``, ``hydra-ekfac`` or ``hydra-exact``.
+        form: One of ``recursion.forms``.
         mode: ``forward``, whose result are rows ``numpy(start, stop)``, or ``adjoint``, whose result are
             ``contributions()``.
-        training: A fresh ``Training`` of the recipe; its ``batch_norm`` coupled for the exact form.
+        training: A fresh ``Training`` of the recipe; its ``batch_norm`` coupled for the forms that are ``CARRIED``.
         trajectory: The record.
         tracked: Train indices, (n,).
         curvature: For the EKFAC form: basis and eigenvalues.
+        share: For ``CARRIED`` forms: of the Hessian in the products, 1 exact, 0 Gauss-Newton; see ``HessianTiles``.
         targets: In adjoint mode the gradients of the targets at w_T, (Q, D).
 
     Raises:
@@ -74,14 +78,14 @@ def make_replay(
     given = (training, trajectory, tracked)
     assert (curvature is not None) == (form == EKFAC), form
     assert (targets is not None) == (mode == ADJOINT), mode
-    assert form in (FAST, EKFAC, EXACT), form
+    assert form in (FAST, EKFAC, *CARRIED), form
     assert mode in (FORWARD, ADJOINT), mode
     if targets is None:
         if curvature is not None:
             return Replay(*given, partial(EkfacRows, curvature=curvature))
-        return Replay(*given, ExactRows) if form == EXACT else Replay(*given, FastRows)
+        return Replay(*given, partial(ExactRows, share=share) if form in CARRIED else FastRows)
     if curvature is not None:
         return Replay(*given, partial(EkfacProducts, curvature=curvature, targets_QD=targets))
-    if form == EXACT:
-        return Adjoint(*given, targets)
+    if form in CARRIED:
+        return Adjoint(*given, targets, share=share)
     return Replay(*given, partial(FastProducts, targets_QD=targets))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...storage.errors import NonFiniteLoss, RecipeError
-from ...storage.trajectory import TrajectoryWriter
+from ...storage.trajectory import Checkpoint, TrajectoryWriter
 from ...storage.trajectory_format import LOOP
 from ..data.cast import raw_bytes
 from ..data.schedule import RecordedBatches, padded
@@ -31,7 +31,7 @@ from ..recursion.families import family_of
 from ..recursion.settings import Recorded
 from .kept import Kept
 from .record import CHECKED, CHECKPOINT_BYTES, CHECKPOINTS, DIGEST_EVERY, always_and_sometimes
-from .recorded import LoopRecord, Start, digest_of_frozen, loop_notes, schedule_of_batches
+from .recorded import LoopRecord, digest_of_frozen, loop_notes, schedule_of_batches
 from .training import clipped, max_norm_of, state_of
 from .update import TrainableSet, UpdateCheck, check_optimizer, check_owned
 
@@ -91,7 +91,7 @@ class LoopRecorder:
         after_step: Called when a step is done.
 
     Raises:
-        RecipeError: The optimiser has no rule or a state already, or the model is no single float32 or float64.
+        RecipeError: The optimiser has no rule, or the model is no single float32 or float64.
     """
 
     after_step: Callable[[], None] | None = None
@@ -110,8 +110,6 @@ class LoopRecorder:
         scaler: Any = None,
         checkpoint_every: int | None = None,
     ) -> None:
-        self.compiled = hasattr(model, "_orig_mod")
-        self.outer = model
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
         self.n_train, self.seed, self.accumulate = n_train, seed, accumulate
@@ -122,17 +120,13 @@ class LoopRecorder:
         check_optimizer(optimizer, self.model)
         check_owned(optimizer, self.model)
         self.family = family_of(optimizer)
-        if any(optimizer.state.values()):
-            raise RecipeError(
-                "the optimizer has a state already, and a record begins before its first step; make a fresh optimizer, or "
-                "enter the recording before the first step"
-            )
         self.layout = Layout.of(self.model, optimizer.param_groups)
         self.parameters = self.layout.parameters(self.model)
         self.trainable = TrainableSet(self.model)
         names = {id(p): e.name for p, e in zip(self.parameters, self.layout.entries, strict=True)}
         self.update = UpdateCheck(optimizer, names)
-        self.notes = loop_notes(optimizer, self.max_norm)
+        told = state_of(optimizer, self.family, self.parameters).told()
+        self.notes = {**loop_notes(optimizer, self.max_norm), **told}
         self.frozen = digest_of_frozen(self.model)
         dimension, itemsize = self.layout.dimension, self.dtype.itemsize
         self.digest_every = DIGEST_EVERY if dimension <= 5_000_000 else 5 * DIGEST_EVERY
@@ -168,8 +162,7 @@ class LoopRecorder:
 
     def watch(self) -> None:
         """Put the hooks on model and optimiser."""
-        seen = [self.outer] if self.compiled else list(self.model.modules())
-        self._hooks = [module.register_forward_pre_hook(self._forward) for module in seen]
+        self._hooks = [m.register_forward_pre_hook(self._forward) for m in self.model.modules()]
         self._hooks.append(self.optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
 
@@ -546,7 +539,7 @@ class LoopRecorder:
             parameters=self.layout.entries,
             frozen=self.frozen,
             seed=self.seed,
-            start=lambda: Start(weights=first["weights"], buffers=first["buffers"]),
+            start=lambda: Checkpoint(step=0, **first),
         )
 
     def _batches(self) -> Indices:
@@ -598,7 +591,7 @@ class LoopRecorder:
         """Write the trajectory."""
         schedule = self.so_far().schedule
         kept = sorted({*self.kept.steps, self.done})
-        notes = {**self.notes}
+        notes = self.notes
         settings, sometimes = always_and_sometimes(self._settings())
         sizes = (schedule.batches >= 0).sum(1)
         weighted = self._divided().divisors is not None

@@ -25,6 +25,7 @@ from ...storage.documents import plain
 from ..data.batches import holds_tensors
 from ..determinism import fingerprint, preserved_generators
 from ..recipe import Recipe
+from .initial import leaves_of_state
 from .same_data import leaves_of
 from .source import changed_files, source_difference, source_of
 from .training import Training
@@ -117,7 +118,8 @@ def made_of(training: Training, data: Mapping[str, Any]) -> dict[str, Any]:
         "environment": fingerprint(training.device),
         "dtype": training.compute.dtype,
     }
-    return dict(plain(made))
+    state = leaves_of_state(training.recipe)
+    return dict(plain({**made, "initial": signature(state)} if state else made))
 
 
 def _samples(recipe: Recipe, dataset: Dataset[Any]) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def with_first_steps(made: Mapping[str, Any], first: FirstSteps) -> dict[str, An
 
 def of_another_seed(made: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is the same with another seed, of the same data."""
-    return {name: value for name, value in made.items() if name not in ("weights", "losses")}
+    return {name: value for name, value in made.items() if name not in ("weights", "losses", "initial")}
 
 
 def structure(training: Training) -> dict[str, str]:
@@ -204,6 +206,8 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name, words in (("layers", "the model's layers"), ("parameters", "the model's parameters or groups")):
         if stored.get("model", {}).get(name) != now.get("model", {}).get(name):
             found.append(words)
+    if not _alike(stored.get("initial"), now.get("initial")):
+        found.append("the initial state")
     found += _settings(stored.get("settings", {}), now.get("settings", {}))
     if stored.get("environment") == now.get("environment") and stored.get("dtype") == now.get("dtype"):
         if "weights" in stored and "weights" in now and not _alike(stored["weights"], now["weights"]):

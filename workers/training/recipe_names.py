@@ -83,9 +83,7 @@ ELSEWHERE: dict[str, str] = {
 }
 """What other trainers call it -> what to do here."""
 
-LATER: dict[str, Any] = {
-    "initial_state": None,
-}
+LATER: dict[str, Any] = {}
 """Names of the contract that this version does not carry out yet -> the value that asks for nothing."""
 
 _READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_CONST")

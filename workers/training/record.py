@@ -24,6 +24,7 @@ from ..persample.reference import same_losses
 from ..recipe import Batch, Recipe
 from ..recursion.coefficients import stored_coefficients
 from ..recursion.settings import Recorded
+from .initial import initial_state, load_weights
 from .metrics import OutputWatch, defines_predictions, evaluate, evaluating, evaluation_size
 from .training import Training
 from .update import UpdateCheck, check_hooks
@@ -103,6 +104,7 @@ class Recorder:
         ]
         steps, groups = training.steps, len(training.optimizer.param_groups)
         self.settings = {name: np.zeros((steps, groups)) for name in training.family.settings}
+        self.optimizer_told = {**training.optimizer_told, **training.optimizer_state().told()}
         self.loss = np.zeros(steps)
         self.checked = 0
         self.noted = False
@@ -147,7 +149,7 @@ class Recorder:
         except BaseException:
             self.writer.abort()
             raise
-        closing = {name: float(values[-1]) for name, values in self.epochs.items()}
+        closing = {name: float(values[-1]) for name, values in self.epochs.items() if len(values)}
         known = {name: value for name, value in closing.items() if not math.isnan(value)}
         return {"checked_steps": self.checked, **known}
 
@@ -281,6 +283,7 @@ class Recorder:
         with preserved_generators():
             seed_everything(recipe.seed)
             rebuilt = cast_model(recipe.model(), training.device, training.dtype)
+            load_weights(recipe, rebuilt, initial_state(recipe))  # what is frozen is in no checkpoint
             load_flat(training.layout.parameters(rebuilt), training.weights())
             load_buffers(rebuilt, pack_buffers(training.model))
             losses = []
@@ -326,13 +329,13 @@ class Recorder:
     def _told(self) -> dict[str, Any]:
         """Return what the attributes say of the schedule and of the optimiser."""
         training, ends = self.training, self.training.epoch_ends
-        told: dict[str, Any] = {"epochs": training.epochs, "steps_per_epoch": ends[0]}
+        told: dict[str, Any] = {"epochs": training.epochs, "steps_per_epoch": ends[0] if ends else 0}
         if any(end != (epoch + 1) * ends[0] for epoch, end in enumerate(ends)):
             told["epoch_ends"] = list(ends)
         if training.weighted:
             told["weighted"] = True
-        if training.optimizer_told != {"family": "sgd", "class": "SGD"}:
-            told["optimizer"] = training.optimizer_told
+        if self.optimizer_told != {"family": "sgd", "class": "SGD"}:
+            told["optimizer"] = self.optimizer_told
         return told
 
     def _settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -354,7 +357,7 @@ class Recorder:
             Recorded(
                 parameters=self.training.layout.entries,
                 batches=self.training.batches,
-                optimizer=self.training.optimizer_told,
+                optimizer=self.optimizer_told,
                 **settings,
                 **sometimes,
             )

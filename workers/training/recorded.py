@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ...storage.errors import RecipeError
-from ...storage.trajectory import ParameterEntry, Trajectory, open_trajectory
+from ...storage.trajectory import Checkpoint, ParameterEntry, Trajectory, open_trajectory
 from ...storage.trajectory_format import LOOP
 from ..data.cast import raw_bytes
 from ..data.schedule import RecordedBatches, Schedule
@@ -27,20 +27,7 @@ from ..model.layout import load_flat
 from ..model.state import load_buffers, pack_buffers
 from ..recipe import Recipe
 from ..recursion.families import family_named
-from .training import told_of
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Start:
-    """Where a loop began.
-
-    Attributes:
-        weights: (D,).
-        buffers: Of its model, packed.
-    """
-
-    weights: npt.NDArray[Any]
-    buffers: bytes
+from .training import OptimizerState, put_state, told_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -54,7 +41,7 @@ class LoopRecord:
         parameters: What trains, in flattening order.
         frozen: Digest of the parameters that do not.
         seed: Keys the generators.
-        start: Gives the first weights.
+        start: Gives what it began with.
     """
 
     schedule: Schedule
@@ -63,7 +50,7 @@ class LoopRecord:
     parameters: Sequence[ParameterEntry]
     frozen: str
     seed: int
-    start: Callable[[], Start]
+    start: Callable[[], Checkpoint]
 
 
 def loop_record(uri: str) -> LoopRecord | None:
@@ -77,10 +64,6 @@ def loop_record(uri: str) -> LoopRecord | None:
     if trajectory.attrs.get("recorded") != LOOP:
         return None
 
-    def start() -> Start:
-        first = open_trajectory(uri).checkpoint(0)
-        return Start(weights=first.weights, buffers=first.buffers)
-
     return LoopRecord(
         schedule=_schedule(trajectory),
         settings={
@@ -90,7 +73,7 @@ def loop_record(uri: str) -> LoopRecord | None:
         parameters=trajectory.parameters,
         frozen=str(trajectory.attrs["frozen"]),
         seed=int(trajectory.attrs["seed"]),
-        start=start,
+        start=lambda: open_trajectory(uri).checkpoint(0),
     )
 
 
@@ -249,6 +232,11 @@ def rebuilt_optimizer(model: nn.Module, record: LoopRecord) -> torch.optim.Optim
     fused = record.optimizer["options"][0].get("fused")
     made: torch.optim.Optimizer = kind(groups, lr=float(record.settings["learning_rate"][0, 0]), fused=fused)
     _apply(made, record, 0)
+    if "begun" in record.optimizer or "count" in record.optimizer:
+        parameters = [own[entry.name] for entry in record.parameters]
+        put_state(
+            made, family_named(record.optimizer["family"]), parameters, OptimizerState.of(record.start())
+        )
     return made
 
 

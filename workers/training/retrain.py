@@ -96,7 +96,7 @@ class WeightedTraining(Training):
         losses_B = super().losses(batch, size)
         if self._members is None:
             return losses_B
-        self.visited[self._members.numpy()] += losses_B.detach().double().cpu().numpy()
+        np.add.at(self.visited, self._members.numpy(), losses_B.detach().double().cpu().numpy())
         return losses_B * self._weights[self._members.to(self.device)]
 
 
@@ -182,7 +182,25 @@ def only(recipe: Recipe, kept: Integers) -> Recipe:
         return Subset(full, kept.tolist())
 
     smaller.train_dataset = dataset  # type: ignore[method-assign]
+    smaller.order = _order_among(recipe, kept)  # type: ignore[method-assign]
     return smaller
+
+
+def _order_among(recipe: Recipe, kept: Integers) -> Callable[[int, torch.Generator], Integers | None]:
+    """Return the recipe's order without the samples that are gone, renumbered."""
+    order = recipe.order
+
+    def among(epoch: int, generator: torch.Generator) -> Integers | None:
+        found = order(epoch, generator)
+        if found is None:
+            return None
+        places = torch.as_tensor(found).numpy().astype(np.int64)
+        left = np.searchsorted(kept, places)
+        inside = (left < len(kept)) & (kept[np.minimum(left, len(kept) - 1)] == places)
+        result: Integers = left[inside]
+        return result
+
+    return among
 
 
 def _move(scheduler: Any, training: Training, train_loss: float) -> None:

@@ -49,9 +49,10 @@ from ..persample.one_batch import NOISE
 from ..persample.reference import constant_statistics, couples_samples
 from ..recipe import Batch, Recipe
 from ..recursion.clipping import EPSILON, Clip
-from ..recursion.families import family_of
+from ..recursion.families import family_of, family_or_sgd
 from ..recursion.family import Family, Moment
 from .finite import check_gradients
+from .initial import initial_state, load_optimizer, load_weights
 from .update import TrainableSet, check_optimizer, check_owned
 
 ADD_UP = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -120,12 +121,21 @@ class Training:
             self.n_train = len(self.dataset)  # type: ignore[arg-type]
         seed_everything(recipe.seed)
         with user_code(f"{recipe.name}.model() failed:"):
-            self.model: nn.Module = cast_model(recipe.model(), self.device, self.dtype)
+            model = recipe.model()
+        refuse_low_precision(model)
+        with user_code(f"{recipe.name}.model() failed:"):
+            self.model: nn.Module = cast_model(model, self.device, self.dtype)
+        start = initial_state(recipe)
+        load_weights(recipe, self.model, start)
         self.model.train()
         with user_code(f"{recipe.name}.optimizer() failed:", always=True):
             self.optimizer = recipe.optimizer(self.model)
-        self.family = family_of(self.optimizer)
-        check_optimizer(self.optimizer, self.model)
+        if recipe.epochs:
+            self.family = family_of(self.optimizer)
+            check_optimizer(self.optimizer, self.model)
+        else:  # nothing is trained, and the optimiser says only what it holds
+            self.family = family_or_sgd(self.optimizer)
+        load_optimizer(recipe, self.model, self.optimizer, start)
         self.trainable = TrainableSet(self.model)
         self.layout = Layout.of(self.model, self.optimizer.param_groups)
         check_owned(self.optimizer, self.model)
@@ -175,7 +185,7 @@ class Training:
     @cached_property
     def keeps_state(self) -> bool:
         """Whether a forward pass of the first batch moves a buffer of a layer that is no BatchNorm."""
-        if not kept_buffers(self.model, statistics=False):
+        if not self.steps or not kept_buffers(self.model, statistics=False):
             return False
         with preserved_generators(), torch.no_grad():
             found = step_batch(self.recipe, self.dataset, self.batches, self.recipe.seed, 0)
@@ -497,25 +507,7 @@ class Training:
 
     def load_optimizer(self, kept: OptimizerState) -> None:
         """Put a checkpoint's vectors into the optimiser."""
-        for i, (parameter, present) in enumerate(zip(self.parameters, kept.exists, strict=True)):
-            start = self.layout.entries[i].start
-            state = self.optimizer.state[parameter]
-            for key, vector in zip(self.family.vectors, kept.vectors, strict=True):
-                part = vector[start : start + parameter.numel()].view_as(parameter)
-                state[key] = part.to(device=self.device, dtype=self.dtype).clone() if present else None
-            if not present and self.family.counts:
-                del self.optimizer.state[parameter]
-            elif kept.counts is not None:
-                # Where torch keeps it unless the implementation is fused.
-                place = self.device if self._fused(parameter) else torch.device("cpu")
-                state["step"] = torch.tensor(float(kept.counts[i]), dtype=torch.float32, device=place)
-
-    def _fused(self, parameter: nn.Parameter) -> bool:
-        return any(
-            bool(group.get("fused"))
-            for group in self.optimizer.param_groups
-            if any(p is parameter for p in group["params"])
-        )
+        put_state(self.optimizer, self.family, self.parameters, kept)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -542,6 +534,12 @@ class OptimizerState:
             counts=None if kept.count is None else kept.count.tolist(),
         )
 
+    def told(self) -> dict[str, Any]:
+        """Return what a record notes of it where it is what training begins with; nothing where that is fresh."""
+        if self.counts is not None:
+            return {"count": self.counts} if any(self.counts) else {}
+        return {"begun": self.exists} if any(self.exists) else {}
+
     def stored(self) -> dict[str, Any]:
         """Return it by the names of ``Checkpoint``."""
         found = [vector.cpu().numpy() for vector in self.vectors]
@@ -549,6 +547,17 @@ class OptimizerState:
         if self.counts is not None:
             stored |= {"second_moment": found[1], "count": np.array(self.counts, dtype=np.int64)}
         return stored
+
+
+def refuse_low_precision(model: nn.Module) -> None:
+    """Raise RecipeError where weights are kept in 16 bits or fewer: training would be another in the run's type."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise RecipeError(
+                f"parameter {name!r} is {kind}, and training here keeps weights in float32 or float64; leave the model in "
+                f"float32 and compute in {kind} under torch.autocast inside losses()"
+            )
 
 
 def _max_norm(recipe: Recipe) -> float | None:
@@ -602,6 +611,29 @@ def state_of(
         exists=[state.get(family.vectors[0]) is not None for state in states],
         counts=[int(state.get("step", 0)) for state in states] if family.counts else None,
     )
+
+
+def put_state(
+    optimizer: torch.optim.Optimizer,
+    family: Family,
+    parameters: Sequence[nn.Parameter],
+    kept: OptimizerState,
+) -> None:
+    """Put vectors and counts into an optimiser; the inverse of `state_of`."""
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    start = 0
+    for i, (parameter, present) in enumerate(zip(parameters, kept.exists, strict=True)):
+        state = optimizer.state[parameter]
+        for key, vector in zip(family.vectors, kept.vectors, strict=True):
+            part = vector[start : start + parameter.numel()].view_as(parameter)
+            state[key] = part.to(device=parameter.device, dtype=parameter.dtype).clone() if present else None
+        start += parameter.numel()
+        if not present and family.counts:
+            del optimizer.state[parameter]
+        elif kept.counts is not None:
+            # Where torch keeps it unless the implementation is fused.
+            place = parameter.device if id(parameter) in fused else torch.device("cpu")
+            state["step"] = torch.tensor(float(kept.counts[i]), dtype=torch.float32, device=place)
 
 
 def clipped(norm: Tensor, most: float) -> tuple[float, float]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.data import IterableDataset, Subset
 
 from ...storage.errors import RecipeError
@@ -18,15 +20,19 @@ from ..recipe import Recipe
 from .recipe_names import nearest_defined, refuse_unsupported_names
 
 
-def check_numbers(recipe: Recipe) -> None:
+def check_numbers(recipe: Recipe, *, least_epochs: int = 1) -> None:
     """Check epochs, batch size and the other plain attributes of a recipe.
+
+    Args:
+        recipe: The recipe.
+        least_epochs: 0 where nothing is trained.
 
     Raises:
         RecipeError: One is out of range, or a required method is missing.
     """
-    for name in ("epochs", "batch_size"):
+    for name, least in (("epochs", least_epochs), ("batch_size", 1)):
         value = getattr(recipe, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise RecipeError(
                 f"recipe {recipe.name!r}: {name} is {value!r} and must be an integer of 1 or more"
             )
@@ -132,6 +138,13 @@ def check_layers(model: nn.Module) -> None:
                 f"layer {name!r} has track_running_stats=False and normalises with batch statistics in testing too, so that "
                 "test losses depend on how the test set is cut; use track_running_stats=True, or GroupNorm"
             )
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
+                raise RecipeError(
+                    f"layer {name!r} is under torch.nn.utils.{kind}, whose weight is no parameter and cannot be copied; "
+                    f"use torch.nn.utils.parametrizations.{kind}"
+                )
         if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
             raise RecipeError(f"layer {name!r} is lazy ({type(module).__name__}); give it its sizes")
     for name, parameter in model.named_parameters():

@@ -189,7 +189,7 @@ def test_batch_sizes_whose_rows_are_not_alone_go_one_by_one(monkeypatch):
     tiles = HessianTiles(training, alone=True)
     assert tiles.refusal is None
     assert "one in batches of 5" in tiles.choice
-    batches = list(training.loader(0, training.steps_per_epoch))
+    batches = list(training.loader(0, training.epoch_ends[0]))
     ways = [type(tiles.at(step, batch).way) for step, batch in enumerate(batches)]
     assert ways == [TangentTile] * 5 + [SecondOrder]
     assert HessianTiles(training).slow_sizes == set()

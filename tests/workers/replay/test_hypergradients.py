@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hydra_pipe.storage.trajectory import open_trajectory
-from hydra_pipe.workers.recursion.coefficients import Settings, phi
+from hydra_pipe.workers.recursion.coefficients import phi, recorded_settings
 from hydra_pipe.workers.replay.base import Replay
 from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.test_gradients import TestGradients
-from hydra_pipe.workers.training.training import SETTINGS, Compute, Training
+from hydra_pipe.workers.training.training import Compute, Training
 
 from tests import oracle
 from tests.recipes import TRACEABLE, Attention, BatchNormed, Images, Long, Sequences, Small, TwoGroups
@@ -80,7 +80,7 @@ def test_strategies_are_chosen_by_trying(tmp_path):
     chosen = dict(
         zip([e.name for e in replay.training.layout.entries], replay.sink.engine.strategies, strict=True)
     )
-    assert chosen["attention.out_proj.weight"] == "vjp"
+    assert chosen["attention.in_proj_weight"] == chosen["attention.out_proj.weight"] == "rule"
     assert chosen["out.weight"] == "outer"
 
 
@@ -103,7 +103,7 @@ def test_conservation_law(kind, tmp_path):
     recipe, compute = kind(), Compute(dtype="float64", device="cpu")
     trajectory = recorded(recipe, tmp_path, compute)
     rows, replay = replayed(recipe, trajectory, compute, range(45))
-    kept = phi(Settings(**{name: getattr(trajectory, name) for name in SETTINGS}))
+    kept = phi(recorded_settings(trajectory))
     groups = replay.training.layout.column_groups().numpy()
     kept = np.append(kept, 1.0)[groups]
     change = trajectory.checkpoint(-1).weights - kept * trajectory.checkpoint(0).weights

@@ -91,7 +91,7 @@ def test_a_loss_that_is_no_number_is_named_with_its_step_and_sample(at_once, tmp
     with pytest.raises(NonFiniteLoss, match=rf"nan at step 2 of \d+ \(train_index {sample}\)"):
         replay.run()
     later = [step for step in trajectory.digest_step.tolist() if step > replay.bad]
-    per_epoch = replay.training.steps_per_epoch
+    per_epoch = replay.training.epoch_ends[0]
     assert replay.done == (3 if at_once else min(later[0], -(-3 // per_epoch) * per_epoch))
 
 
@@ -130,7 +130,7 @@ def test_losses_are_not_looked_at_between_digests_on_an_accelerator(tmp_path, mo
     replay.at_once = False
     replay.run()
     assert sum(looks) == replay.training.steps
-    ends = range(replay.training.steps_per_epoch, replay.training.steps + 1, replay.training.steps_per_epoch)
+    ends = range(replay.training.epoch_ends[0], replay.training.steps + 1, replay.training.steps_per_epoch)
     assert len(looks) == len({*ends, *trajectory.digest_step.tolist()} - {0})
 
 

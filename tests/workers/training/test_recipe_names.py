@@ -114,7 +114,6 @@ def test_built_in_recipes_have_no_unknown_names(name):
         ("accumulate", 4, "accumulate = 4"),
         ("max_steps", 10, "max_steps = 10"),
         ("order", lambda self, epoch, generator: [0], "order()"),
-        ("initial_state", lambda self: {}, "initial_state()"),
     ],
 )
 @pytest.mark.parametrize("where", ["class", "instance"])

@@ -12,7 +12,7 @@ from hydra_pipe.workers.determinism import restored_process
 from hydra_pipe.workers.replay.base import Replay
 from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.record import Recorder, checkpoint_steps
-from hydra_pipe.workers.training.training import SETTINGS, Compute, Training
+from hydra_pipe.workers.training.training import Compute, OptimizerState, Training
 
 from tests.recipes import Augmented, BatchNormed, Images, OneCycle, Plateau, Small, TwoGroups
 
@@ -44,13 +44,13 @@ def test_batch_order_is_a_permutation_of_each_epoch():
 def test_training_goes_on_from_any_checkpoint_with_the_same_bits(kind, tmp_path):
     recipe = kind()
     trajectory = recorded(recipe, tmp_path, every=4)
-    settings = {name: getattr(trajectory, name) for name in SETTINGS}
+    settings = {name: getattr(trajectory, name) for name in Training(recipe, CPU).family.settings}
     for k in (1, 2):
         start = trajectory.checkpoint(k)
         stop = trajectory.checkpoint(k + 1)
         training = Training(recipe, CPU)
         training.load_weights(start.weights, start.buffers)
-        training.load_momentum(start.momentum, start.has_momentum.tolist())
+        training.load_optimizer(OptimizerState.of(start))
         for step, batch in zip(
             range(start.step, stop.step), training.loader(start.step, stop.step), strict=True
         ):

@@ -11,7 +11,7 @@ from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.determinism import derived_seed, seed_everything
 from hydra_pipe.workers.training import visits as kept
 from hydra_pipe.workers.training.record import Recorder
-from hydra_pipe.workers.training.training import SETTINGS, Compute, Training
+from hydra_pipe.workers.training.training import Compute, Training
 
 from tests.recipes import BatchNormed, Images, Small
 
@@ -70,13 +70,13 @@ def brute_force(recipe, compute, trajectory):
     loss, margin = (np.full((epochs, n), np.nan) for _ in range(2))
     other = np.full((epochs, n), -1)
     probability = np.zeros((n, recipe.classes))
-    settings = {name: getattr(trajectory, name) for name in SETTINGS}
+    settings = {name: getattr(trajectory, name) for name in training.family.settings}
     for step, batch in enumerate(training.loader()):
         training.apply_settings(settings, step)
         seed_everything(derived_seed(recipe.seed, "step", step))
         with torch.no_grad():
             outputs = training.model(batch[0]).double().numpy()
-        epoch = step // training.steps_per_epoch
+        epoch = step // training.epoch_ends[0]
         for i, output, y in zip(trajectory.batches[step], outputs, batch[1].tolist(), strict=False):
             ranked = [k for k in np.argsort(-output) if k != y]
             share = np.exp(output - output.max()) / np.exp(output - output.max()).sum()

@@ -94,6 +94,7 @@ class Form:
 
     Attributes:
         name: Of `FORMS`.
+        model: Class of the model.
         columns: What the model takes of an item; None: everything.
         with_labels: Whether the model needs the labels as an input (an encoder-decoder).
         counts: What the Trainer divides a step's loss by: ``items`` (those of all its batches), ``each``
@@ -105,6 +106,7 @@ class Form:
     """
 
     name: str
+    model: str
     columns: frozenset[str] | None
     with_labels: bool
     counts: str
@@ -204,6 +206,7 @@ def _find(model: nn.Module, inner: nn.Module, batch: Any, keep_all: bool) -> For
         if math.isclose(tried[name], float(own), rel_tol=AGREE, abs_tol=AGREE):
             return Form(
                 name=name,
+                model=kind,
                 columns=None if keep_all else columns_of(model),
                 with_labels=decoder,
                 counts=_counts(model, inner, batch, float(losses.sum())),

@@ -22,7 +22,7 @@ from ....storage.errors import RecipeError
 from ...determinism import preserved_generators, seed_everything
 from ...recipe import Batch, Recipe
 from .arguments import decisive, refuse
-from .forms import IGNORED, Form, bare, find_form
+from .forms import IGNORED, Form, columns_of, find_form
 
 __all__ = ["TrainerRecipe"]
 
@@ -32,12 +32,13 @@ LOOKED_AT = 8
 _REPLACED = (
     "compute_loss",
     "training_step",
-    "create_optimizer",
-    "create_scheduler",
+    "get_batch_samples",
     "get_train_dataloader",
-    "_get_train_sampler",
 )
 """Methods of a Trainer that decide what a step is."""
+
+_FOLLOWED = ("create_optimizer", "create_scheduler", "_get_train_sampler")
+"""Those whose outcome a record of its own training holds."""
 
 
 class TrainerRecipe(Recipe):
@@ -99,16 +100,22 @@ class TrainerRecipe(Recipe):
             self.max_steps = math.ceil(args.num_train_epochs * self._updates_per_epoch())
 
     @classmethod
-    def of(cls, trainer: Any) -> TrainerRecipe:
+    def of(cls, trainer: Any, *, recording: bool = False) -> TrainerRecipe:
         """Return the recipe of a ``transformers.Trainer`` that has not trained yet.
 
+        Args:
+            trainer: The Trainer.
+            recording: Whether its own training is recorded, which then knows optimizer, schedule and order.
+
         Raises:
-            RecipeError: It computes its loss, optimizer or order in a way of its own.
+            RecipeError: It computes its loss, optimizer or order in a way of its own, or an argument is refused.
         """
         from transformers import Trainer
 
-        refuse_own_ways(trainer, Trainer)
-        if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        refuse_own_ways(trainer, Trainer, recording=recording)
+        refuse(trainer.args, recording=recording)
+        given = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
+        if given and not recording:
             raise RecipeError(
                 "the Trainer was given an optimizer; name it in TrainingArguments(optim=...), or write a Recipe"
             )
@@ -140,6 +147,14 @@ class TrainerRecipe(Recipe):
         self._checked(model)
         return model
 
+    def divisors(self, batches: Sequence[Batch]) -> list[float]:
+        """Return what the Trainer divides the sum of each batch's losses by, for all batches of a step."""
+        form = self._known
+        own = [float(form.weights(batch["labels"]).sum()) for batch in batches]
+        if form.counts == "items":
+            return [sum(own)] * len(own)
+        return [one * (len(own) if form.counts == "each" else 1) for one in own]
+
     def _built(self) -> nn.Module:
         if self._init is not None:
             takes_trial = bool(inspect.signature(self._init).parameters)  # of a search, as Trainer hands it
@@ -163,7 +178,7 @@ class TrainerRecipe(Recipe):
         """Return the form of the model's loss after finding it once.
 
         Raises:
-            RecipeError: There is none, or with it the steps' losses are no sum over their samples.
+            RecipeError: There is none.
         """
         if self._form is None:
             dataset = self.train_dataset()
@@ -171,8 +186,6 @@ class TrainerRecipe(Recipe):
             keep_all = not self._args.remove_unused_columns
 
             def collate(some: Sequence[Any]) -> Any:
-                from .forms import columns_of
-
                 return self._collated(some, None if keep_all else columns_of(model))
 
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -184,13 +197,17 @@ class TrainerRecipe(Recipe):
                     items,
                     keep_all=keep_all,
                 )
-        self._check_steps(self._form, type(bare(model)).__name__)
         return self._form
 
-    def _check_steps(self, form: Form, kind: str) -> None:
+    def _check_steps(self, count: int) -> None:
+        """Refuse steps whose loss is no sum over their samples with weights that each batch knows.
+
+        Raises:
+            RecipeError: Says what does not go up.
+        """
+        form = self._known
         if self.accumulate == 1 or form.counts == "items":
             return
-        count = self._count()
         batches, left = divmod(count, self.batch_size)
         even = (left == 0 or self._args.dataloader_drop_last) and not form.over_tokens
         if form.counts == "sum":
@@ -198,8 +215,8 @@ class TrainerRecipe(Recipe):
         if not even:
             added = "adds" if form.counts == "sum" else "averages"
             raise RecipeError(
-                f"gradient_accumulation_steps={self.accumulate} with {kind}, whose loss does not use num_items_in_batch, so that "
-                f"the Trainer {added} batch means: {count:,} samples in batches of {self.batch_size} do not go up into equal "
+                f"gradient_accumulation_steps={self.accumulate} with a {form.model}, whose loss does not use num_items_in_batch, so "
+                f"that the Trainer {added} batch means: {count:,} samples in batches of {self.batch_size} do not go up into equal "
                 "steps; use 1 and a larger batch, or dataloader_drop_last with batches that go up"
             )
 
@@ -273,6 +290,7 @@ class TrainerRecipe(Recipe):
     def order(self, epoch: int, generator: torch.Generator) -> Sequence[int] | Tensor | None:
         """Return the order of the Trainer's sampler: a permutation drawn from ``data_seed`` (or ``seed``) + epoch."""
         count = self._count()
+        self._check_steps(count)
         if self._args.train_sampling_strategy == "sequential":
             found = torch.arange(count)
         else:
@@ -333,13 +351,13 @@ class TrainerRecipe(Recipe):
         return max(1, -(-batches // self.accumulate))
 
 
-def refuse_own_ways(trainer: Any, base: type) -> None:
+def refuse_own_ways(trainer: Any, base: type, *, recording: bool) -> None:
     """Refuse a Trainer that decides in a way of its own what a step is.
 
     Raises:
         RecipeError: Names the method or argument.
     """
-    for name in _REPLACED:
+    for name in _REPLACED if recording else (*_REPLACED, *_FOLLOWED):
         if getattr(type(trainer), name, None) is not getattr(base, name, None):
             raise RecipeError(
                 f"{type(trainer).__name__} has {name}() of its own, which is not followed; write a Recipe instead"

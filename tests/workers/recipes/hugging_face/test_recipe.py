@@ -128,7 +128,7 @@ def test_images_without_a_collator_are_those_of_the_trainer(tmp_path):
 def test_batches_that_a_model_adds_up_unevenly_are_refused(tmp_path):
     recipe = recipe_of(tmp_path, model=tiny_text.gpt2_classifier, count=21, labelled=True)
     with pytest.raises(RecipeError, match="21 samples in batches of 4 do not go up into equal steps"):
-        recipe.model()
+        recipe.order(0, torch.Generator())
 
 
 def adamw_contributions(recipe):

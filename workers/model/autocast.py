@@ -1,0 +1,53 @@
+"""``torch.autocast`` inside a recipe's losses: noticed, and left out where derivatives are taken twice.
+
+Training and its per-sample gradients run as the recipe says. A derivative of gradients that were rounded to
+bfloat16 is mostly rounding, so second derivatives are those of the same losses in the run's own precision: the
+function that autocast approximates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def _entering(change: Callable[[Any], None]) -> Iterator[None]:
+    enter = torch.autocast.__enter__
+
+    def entered(self: Any) -> Any:
+        change(self)
+        return enter(self)
+
+    torch.autocast.__enter__ = entered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let ``torch.autocast`` do nothing."""
+
+    def off(context: Any) -> None:
+        context._enabled = False
+
+    with _entering(off):
+        yield
+
+
+@contextmanager
+def noticed() -> Iterator[set[str]]:
+    """Give the names of the types that autocast computes in, as they are entered."""
+    found: set[str] = set()
+
+    def note(context: Any) -> None:
+        if context._enabled:
+            found.add(str(context.fast_dtype).removeprefix("torch."))
+
+    with _entering(note):
+        yield found

@@ -7,7 +7,6 @@ the losses of its sequences, with generators seeded by the batch, so that a repl
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -70,7 +69,7 @@ class HydraCallback(TrainerCallback):  # type: ignore[misc]
         trainer.get_batch_samples = self._batches
         trainer.training_step = self._step
         trainer._clip_grad_norm = self._clip
-        trainer._inner_training_loop = functools.wraps(self._loop)(self._watched)
+        trainer._inner_training_loop = self._watched
 
     def spec(self, **fields: Any) -> RunSpec:
         """Return the specification of a run that goes on from the record: ``run(callback.spec())``.

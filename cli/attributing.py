@@ -93,7 +93,7 @@ def _scalar(text: str) -> Any:
     return text if isinstance(value, (list, dict)) else value
 
 
-CHECKPOINT = ("out", "track", "test", "dtype", "recipe_args", "batch_norm", "per_sample", "threads", "device")
+CHECKPOINT = ("out", "track", "test", "dtype", "recipe_args", "threads", "device")
 """Options that say what a run of a trained model is; where there is a run, it has fixed them."""
 
 

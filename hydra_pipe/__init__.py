@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from .pipeline.opened_run import Run, open_run
     from .pipeline.reading.decisions import Decision, load_decision, read_decision
     from .pipeline.reading.detections import Detection
-    from .pipeline.run import run
+    from .pipeline.run import attribute_checkpoint, run
     from .pipeline.spec.spec import RunSpec
     from .pipeline.verify.deep import verify_deep
     from .pipeline.verify.deep_checks import DeepVerification
     from .pipeline.verify.verify import Verification, verify
     from .storage.errors import HydraError
-    from .workers.recipe import Recipe
+    from .workers.recipe import InitialState, Recipe
     from .workers.recipes.hugging_face.recipe import TrainerRecipe
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ __all__ = [
     "Explanation",
     "HydraCallback",
     "HydraError",
+    "InitialState",
     "Questions",
     "Recipe",
     "Recording",
@@ -55,6 +56,7 @@ __all__ = [
     "Verification",
     "__version__",
     "attribute",
+    "attribute_checkpoint",
     "by_epoch",
     "clean",
     "compare",
@@ -82,6 +84,7 @@ _HOMES = {
     "Explanation": ".pipeline.decide.explanation:Explanation",
     "HydraCallback": ".pipeline.drive.hugging_face:HydraCallback",
     "HydraError": ".storage.errors:HydraError",
+    "InitialState": ".workers.recipe:InitialState",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
     "Recording": ".pipeline.drive.recording:Recording",
@@ -90,6 +93,7 @@ _HOMES = {
     "TrainerRecipe": ".workers.recipes.hugging_face.recipe:TrainerRecipe",
     "Verification": ".pipeline.verify.verify:Verification",
     "attribute": ".pipeline.drive.attribute:attribute",
+    "attribute_checkpoint": ".pipeline.run:attribute_checkpoint",
     "by_epoch": ".pipeline.compare.by_epoch:by_epoch",
     "clean": ".pipeline.decide.clean:clean",
     "compare": ".pipeline.compare.compare:compare",

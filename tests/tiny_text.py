@@ -18,9 +18,9 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
-    TrainingArguments,
 )
 
 WORDS = 20
@@ -138,7 +138,11 @@ def images(count: int, seed: int) -> list[dict[str, Any]]:
     """Images of 4 x 4 with a class each, as a plain list: the Trainer's own collator joins them."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        {"pixel_values": torch.randn(1, 4, 4, generator=generator), "label": k % CLASSES, "source": f"row {k}"}
+        {
+            "pixel_values": torch.randn(1, 4, 4, generator=generator),
+            "label": k % CLASSES,
+            "source": f"row {k}",
+        }
         for k in range(count)
     ]
 

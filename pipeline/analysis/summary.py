@@ -74,7 +74,8 @@ def summary(run: Reader, method: str | None = None) -> dict[str, Any]:
             for entry in manifest.files
         }
         disk[layout.of_seed(seed)] = [sum(inside.values()), len(inside)]
-    helpful, harmful = (_extremes(run, method, harmful) for harmful in (False, True))
+    noisy = None if method is None else run.noisy()
+    helpful, harmful = (_extremes(run, method, harmful, noisy) for harmful in (False, True))
     zero = None if method is None else zero_warning(run.directory, method)
     trust = None if method is None else info.trust.get(method)
     return {
@@ -126,11 +127,12 @@ def _accuracy(run: Reader, key: str) -> float | None:
     return float(known[-1]) if len(known) else None
 
 
-def _extremes(run: Reader, method: str | None, harmful: bool) -> list[dict[str, Any]]:
+def _extremes(
+    run: Reader, method: str | None, harmful: bool, noisy: tuple[np.ndarray, np.ndarray] | None
+) -> list[dict[str, Any]]:
     if method is None:
         return []
     rows: list[dict[str, Any]] = top(run, k=EXTREMES, harmful=harmful, method=method).to_pylist()
-    noisy = run.noisy()
     original = {} if noisy is None else dict(zip(noisy[0].tolist(), noisy[1].tolist(), strict=True))
     for row in rows:
         row["original_label"] = original.get(row["train_index"])

@@ -139,9 +139,7 @@ class HydraCallback(TrainerCallback):  # type: ignore[misc]
         finally:
             trainer.train_dataset, trainer.data_collator = kept
 
-    def _batches(
-        self, rows: Iterator[Tensor], count: int, device: torch.device
-    ) -> tuple[list[_Batch], None]:
+    def _batches(self, rows: Iterator[Tensor], count: int, device: torch.device) -> tuple[list[_Batch], None]:
         """Fetch the batches of a step, as a replay will."""
         found: list[_Batch] = []
         for number, row in enumerate(itertools.islice(rows, count)):

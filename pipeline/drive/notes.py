@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -133,6 +134,7 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     """Return a package's version; None where it is not installed: the serial executor needs no Ray."""
     try:

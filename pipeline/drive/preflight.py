@@ -21,7 +21,7 @@ from ...storage.errors import NonFiniteTangents
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory, open_trajectory
 from ...workers.recursion.coefficients import recorded_settings
-from ...workers.recursion.eigencoefficients import stability_limit
+from ...workers.recursion.eigencoefficients import cut_directions
 from ..executors.base import Unit
 from ..plan.plan import Plan
 from ..plan.survey import compute_of
@@ -134,14 +134,13 @@ def settings_preflight(trajectory: Trajectory, dtype: str, curvature: Curvature 
 
 
 def clipped_eigenvalues(trajectory: Trajectory, curvature: Curvature) -> int:
-    """Return how many eigendirections are cut at ``stability_limit`` at some checkpoint."""
-    limits = np.append(stability_limit(recorded_settings(trajectory)), 0.0)
-    groups = [
-        np.full(block.rows * block.columns, trajectory.parameters[block.entries[0]].group)
-        for block in curvature.blocks
-    ]
-    limit = np.maximum(limits[np.concatenate(groups)], 0.0)
-    return int((curvature.eigenvalues > limit).any(0).sum())
+    """Return how many eigendirections are cut at what the steps bear at some checkpoint."""
+    settings = recorded_settings(trajectory)
+    lanes = settings.lane_of
+    if lanes is None:
+        lanes = np.array([entry.group for entry in trajectory.parameters], dtype=np.int64)
+    spread = [np.full(block.rows * block.columns, lanes[block.entries[0]]) for block in curvature.blocks]
+    return cut_directions(settings, np.concatenate(spread), curvature)
 
 
 def growth_preflight(directory: RunDirectory, stage: str, dtype: str, steps: int) -> Preflight:

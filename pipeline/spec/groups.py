@@ -181,11 +181,6 @@ class CurvatureSpec(Group):
                 f"exact_rank {self.exact_rank}: only hessian='ekfac' is corrected, not {self.hessian!r}; "
                 "use hessian='ekfac' or exact_rank=0"
             )
-        if self.hessian != "mixed" and self.curvature_share != CurvatureSpec.curvature_share:
-            raise SpecError(
-                f"curvature_share {self.curvature_share:g}: only hessian='mixed' has a share, not {self.hessian!r}; "
-                "use hessian='mixed' or leave it out"
-            )
 
     @property
     def form(self) -> Form:

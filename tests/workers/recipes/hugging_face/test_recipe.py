@@ -13,7 +13,6 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from hydra_pipe import RunSpec, TrainerRecipe, run
 from hydra_pipe.storage.errors import RecipeError
 from hydra_pipe.workers.determinism import restored_process
 from hydra_pipe.workers.training.training import Compute, Training
@@ -21,6 +20,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import DataCollatorForLanguageModeling, Trainer
 
+from hydra_pipe import RunSpec, TrainerRecipe, run
 from tests import tiny_text
 
 
@@ -175,7 +175,9 @@ def adamw_contributions(recipe):
                 seen = v[name] > 0
                 root = torch.where(seen, torch.where(seen, v[name], 1.0).sqrt(), 0.0)
                 down = root / math.sqrt(1 - b2**count) + group["eps"]
-                new[name] = before * (1 - rate * group["weight_decay"]) - rate / (1 - b1**count) * m[name] / down
+                new[name] = (
+                    before * (1 - rate * group["weight_decay"]) - rate / (1 - b1**count) * m[name] / down
+                )
             w, loss = new, torch.zeros((), dtype=torch.float64)
             scheduler.step()
         model.eval()
@@ -267,7 +269,12 @@ def test_masked_tokens_are_not_shifted(tmp_path):
         found["labels"][:, ::2] = -100
         return found
 
-    recipe = recipe_of(tmp_path, model=lambda: BertForMaskedLM(BertConfig(**config)), collator=masked, gradient_accumulation_steps=1)
+    recipe = recipe_of(
+        tmp_path,
+        model=lambda: BertForMaskedLM(BertConfig(**config)),
+        collator=masked,
+        gradient_accumulation_steps=1,
+    )
     batch = recipe.collate([recipe.train_dataset()[k] for k in range(4)])
     model = recipe.model().eval()
     own = model(**batch).loss * (batch["labels"] != -100).sum()
@@ -363,7 +370,12 @@ def test_the_usual_collator_of_language_models_is_taken(tmp_path):
             return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
 
     collator = DataCollatorForLanguageModeling.__new__(DataCollatorForLanguageModeling)
-    collator.tokenizer, collator.mlm, collator.pad_to_multiple_of, collator.return_tensors = Tokenizer(), False, None, "pt"
+    collator.tokenizer, collator.mlm, collator.pad_to_multiple_of, collator.return_tensors = (
+        Tokenizer(),
+        False,
+        None,
+        "pt",
+    )
     recipe = recipe_of(tmp_path, collator=collator.torch_call)
     batch = recipe.collate([recipe.train_dataset()[0], recipe.train_dataset()[1]])
     assert set(batch) >= {"input_ids", "labels"}

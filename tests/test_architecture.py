@@ -353,12 +353,14 @@ def test_the_public_face():
         "DetectOptions",
         "Detection",
         "Explanation",
+        "HydraCallback",
         "HydraError",
         "Questions",
         "Recipe",
         "Recording",
         "Run",
         "RunSpec",
+        "TrainerRecipe",
         "Verification",
     ]
     functions = [

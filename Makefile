@@ -17,7 +17,7 @@ run: $(STAMP)
 	$(BIN)/hydra-pipe run --shards 8
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(COUNTED)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(COUNTED)
 
 # The same tests, with the lines of the rooms that they run counted: nearly half more processor time.
 coverage: COUNTED := --cov --cov-fail-under=97

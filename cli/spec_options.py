@@ -30,6 +30,9 @@ CURVATURE = CURVATURE_FIELDS
 METHOD = names(RunSpec, Decides.METHOD)
 """What `replay` chooses; the record is the same whatever these are."""
 
+ELSEWHERE = ("at_checkpoint",)
+"""Fields that a run may have and that another command is for: `attribute`."""
+
 OF_THE_RUN = (*KEPT, *names(PlacementSpec, Decides.RUN))
 """Options that the run's own values stand for, where there is a run."""
 
@@ -83,15 +86,14 @@ _FIELDS = [field_of(option) for option in SPEC_OPTIONS]
 
 def spec_options(function: F) -> F:
     """Add the RECIPE argument and every option of a `RunSpec`; those of the curvature are hidden."""
-    return recipe_argument(
-        pick([name for name in _FIELDS if name not in CURVATURE], hidden=CURVATURE)(function)
-    )
+    hidden = (*CURVATURE, *ELSEWHERE)
+    return recipe_argument(pick([name for name in _FIELDS if name not in hidden], hidden=hidden)(function))
 
 
 def record_options(function: F) -> F:
     """Add what decides a record, and where it is made."""
-    shown = [name for name in _FIELDS if name not in METHOD]
-    return recipe_argument(pick(shown, hidden=METHOD)(function))
+    hidden = (*METHOD, *ELSEWHERE)
+    return recipe_argument(pick([name for name in _FIELDS if name not in hidden], hidden=hidden)(function))
 
 
 def stage_options(*own: str) -> Callable[[F], F]:

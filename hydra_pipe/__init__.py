@@ -19,18 +19,19 @@ if TYPE_CHECKING:
     from .pipeline.decide.explanation import Explanation
     from .pipeline.decide.report import report
     from .pipeline.drive.attribute import attribute
+    from .pipeline.drive.recording import Recording, recording
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
     from .pipeline.opened_run import Run, open_run
     from .pipeline.reading.decisions import Decision, load_decision, read_decision
     from .pipeline.reading.detections import Detection
-    from .pipeline.run import run
+    from .pipeline.run import attribute_checkpoint, run
     from .pipeline.spec.spec import RunSpec
     from .pipeline.verify.deep import verify_deep
     from .pipeline.verify.deep_checks import DeepVerification
     from .pipeline.verify.verify import Verification, verify
     from .storage.errors import HydraError
-    from .workers.recipe import Recipe
+    from .workers.recipe import InitialState, Recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,13 +43,16 @@ __all__ = [
     "Detection",
     "Explanation",
     "HydraError",
+    "InitialState",
     "Questions",
     "Recipe",
+    "Recording",
     "Run",
     "RunSpec",
     "Verification",
     "__version__",
     "attribute",
+    "attribute_checkpoint",
     "by_epoch",
     "clean",
     "compare",
@@ -59,6 +63,7 @@ __all__ = [
     "load_decision",
     "open_run",
     "read_decision",
+    "recording",
     "report",
     "run",
     "verify",
@@ -74,12 +79,15 @@ _HOMES = {
     "Detection": ".pipeline.reading.detections:Detection",
     "Explanation": ".pipeline.decide.explanation:Explanation",
     "HydraError": ".storage.errors:HydraError",
+    "InitialState": ".workers.recipe:InitialState",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
+    "Recording": ".pipeline.drive.recording:Recording",
     "Run": ".pipeline.opened_run:Run",
     "RunSpec": ".pipeline.spec.spec:RunSpec",
     "Verification": ".pipeline.verify.verify:Verification",
     "attribute": ".pipeline.drive.attribute:attribute",
+    "attribute_checkpoint": ".pipeline.run:attribute_checkpoint",
     "by_epoch": ".pipeline.compare.by_epoch:by_epoch",
     "clean": ".pipeline.decide.clean:clean",
     "compare": ".pipeline.compare.compare:compare",
@@ -90,6 +98,7 @@ _HOMES = {
     "load_decision": ".pipeline.reading.decisions:load_decision",
     "open_run": ".pipeline.opened_run:open_run",
     "read_decision": ".pipeline.reading.decisions:read_decision",
+    "recording": ".pipeline.drive.recording:recording",
     "report": ".pipeline.decide.report:report",
     "run": ".pipeline.run:run",
     "verify": ".pipeline.verify.verify:verify",

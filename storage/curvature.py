@@ -2,7 +2,8 @@
 
 A block is a matrix of parameters (O, I), usually a layer's weight with its bias as last column; its
 coordinates in the eigenbasis are ``left^T block right``. Some leading coordinates, the core, are then
-turned once more, together. K checkpoints, D coordinates in all, C of them in the core.
+turned once more, together. K checkpoints, D coordinates in all, C of them in the core, U steps of the
+optimiser, L lanes (see ``workers.recursion.settings``).
 """
 
 from __future__ import annotations
@@ -56,6 +57,22 @@ class CoreBasis:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Metric:
+    """What an optimiser multiplies gradients with, brought into the form ``rate_t scale``.
+
+    Attributes:
+        scale: (D,) in the order of the flat vector; 0 where no step ever moved anything.
+        rate: (U, L), a number a step of the optimiser and lane.
+        decay: (D,) what a decay of 1 that is part of the gradient adds to the eigenvalues, in their order;
+            None: there is no such decay.
+    """
+
+    scale: Matrix
+    rate: Matrix
+    decay: Matrix | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Curvature:
     """Bases and eigenvalues.
 
@@ -65,6 +82,7 @@ class Curvature:
         steps: (K,) steps of the checkpoints the eigenvalues belong to.
         eigenvalues: (K, D) float64, block after block, each row-major, the core as it is turned.
         attrs: How they were made.
+        metric: Where it is not None, basis and eigenvalues are those of ``scale^1/2 H scale^1/2``.
     """
 
     blocks: tuple[BlockBasis, ...]
@@ -72,6 +90,7 @@ class Curvature:
     steps: npt.NDArray[np.int64]
     eigenvalues: Matrix
     attrs: dict[str, Any]
+    metric: Metric | None = None
 
 
 def write_curvature(uri: str, curvature: Curvature) -> list[str]:
@@ -96,7 +115,15 @@ def write_curvature(uri: str, curvature: Curvature) -> list[str]:
     if curvature.core is not None:
         _put(uri, "core_coordinates", curvature.core.coordinates, "core")
         _put(uri, "core_vectors", curvature.core.vectors, "core", "core_eigenvector")
-    write_group(uri, {**curvature.attrs, MARK: {"blocks": described, "core": curvature.core is not None}})
+    mark: dict[str, Any] = {"blocks": described, "core": curvature.core is not None}
+    if curvature.metric is not None:
+        metric = curvature.metric
+        _put(uri, "metric_scale", metric.scale, "parameter")
+        _put(uri, "metric_rate", metric.rate, "update", "lane")
+        if metric.decay is not None:
+            _put(uri, "metric_decay", metric.decay, "coordinate")
+        mark["metric"] = {"decay": metric.decay is not None}
+    write_group(uri, {**curvature.attrs, MARK: mark})
     return files.list_files(uri)
 
 
@@ -137,6 +164,13 @@ def read_curvature(uri: str) -> Curvature:
         steps=StoredArray.open(uri, "steps").read(),
         eigenvalues=StoredArray.open(uri, "eigenvalues").read(),
         attrs=attrs,
+        metric=Metric(
+            scale=StoredArray.open(uri, "metric_scale").read(),
+            rate=StoredArray.open(uri, "metric_rate").read(),
+            decay=StoredArray.open(uri, "metric_decay").read() if mark["metric"]["decay"] else None,
+        )
+        if mark.get("metric")
+        else None,
     )
 
 

@@ -24,6 +24,8 @@ def plain(value: Any) -> Any:
     Raises:
         TypeError: It holds something else.
     """
+    if value is None or type(value) in (str, bool, int):  # most values
+        return value
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if value is None or isinstance(value, str | bool | int):

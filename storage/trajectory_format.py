@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 MARK = "hydra_pipe_trajectory"
+LOOP = "loop"
+"""What the attribute ``recorded`` says where a loop of the user's own made the record."""
 PER_STEP = {
     "batches": "int32",
     "learning_rate": "float64",

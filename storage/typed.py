@@ -79,6 +79,12 @@ def _fields(kind: Any) -> tuple[tuple[str, Any, bool, bool], ...]:
     )
 
 
+@functools.cache
+def _generic(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return origin and arguments of a type."""
+    return typing.get_origin(kind), typing.get_args(kind)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Reader:
     """Builds values; ``place`` is the field on the way, such as ``methods.hydra.shards``."""
@@ -87,11 +93,13 @@ class _Reader:
 
     def read(self, kind: Any, data: Any, place: str) -> Any:
         """Return a value of a type."""
+        if type(data) is kind:  # most values: texts and numbers
+            return data
         if kind is Any or kind is object:
             return data
         if dataclasses.is_dataclass(kind):
             return self._dataclass(kind, data, place)
-        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        origin, arguments = _generic(kind)
         if origin is Literal:
             return data if data in arguments else self._wrong(data, place, " or ".join(map(repr, arguments)))
         if origin in (Union, types.UnionType):
@@ -112,11 +120,11 @@ class _Reader:
         if not isinstance(data, Mapping):
             return self._wrong(data, place, "a mapping")
         fields = _fields(kind)
-        known = {name for name, _, rest, _ in fields if not rest}
         found: dict[str, Any] = {}
         for name, of, rest, needed in fields:
             inside = f"{place}.{name}" if place else name
             if rest:
+                known = {other for other, _, of_rest, _ in fields if not of_rest}
                 found[name] = {key: item for key, item in data.items() if key not in known}
             elif data.get(name) is not None:
                 found[name] = self.read(of, data[name], inside)

@@ -17,6 +17,7 @@ REMOTE_SCHEMES = ("s3", "gs", "az", "memory")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _USER_INFORMATION = re.compile(r"://[^/]*@")
 _ONE_SLASH = re.compile(r"(file|s3|gs|az|memory):", re.IGNORECASE)
+_NOT_INSIDE = frozenset({"", ".", ".."})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -86,7 +87,7 @@ def join(uri: str, *parts: str) -> str:
         SpecError: A part is absolute, empty, or climbs out with ``..``.
     """
     for part in parts:
-        if any(piece in ("", ".", "..") for piece in part.split("/")) or "\\" in part:
+        if not _NOT_INSIDE.isdisjoint(part.split("/")) or "\\" in part:
             raise SpecError(f"{part!r} is no path inside {uri}; give a relative path without '.' and '..'")
     return "/".join([uri.rstrip("/"), *parts]) if parts else uri
 

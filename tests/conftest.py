@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+TURNS = ("docs", "end_to_end", "pipeline", "workers", "test_", "deploy", "cli", "storage")
+"""Below tests/, in which order: files of minutes first, so that many short ones even out the end."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are cores: tests also wait, for Ray, for processes, for a signal to arrive."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files in the order of `TURNS`; pytest-xdist keeps it with ``--no-loadscope-reorder``."""
+    tests = Path(__file__).parent
+
+    def turn(item: pytest.Item) -> int:
+        first = item.path.relative_to(tests).parts[0] if item.path.is_relative_to(tests) else ""
+        return next((k for k, begins in enumerate(TURNS) if first.startswith(begins)), len(TURNS))
+
+    items.sort(key=turn)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def unsynced() -> Iterator[None]:
     """Do not wait for the disk: half of the time of a small run, and no test pulls the plug.
@@ -27,6 +51,24 @@ def unsynced() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def digits_read_once() -> None:
+    """Parse the text file of the digits once, as soon as something has imported what does it: a run does so 8 times."""
+    source = sys.modules.get("sklearn.datasets")
+    if source is not None and not hasattr(source.load_digits, "cache_info"):
+        source.load_digits = functools.cache(source.load_digits)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def digits_read_once() -> Iterator[None]:
+    """Parse the text file of the digits once; a run of the recipe does so eight times."""
+    import sklearn.datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
         yield
 
 

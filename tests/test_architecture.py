@@ -103,7 +103,7 @@ MAY_IMPORT = {
     "workers": {
         "estimators": "data determinism hessian model persample recipe recursion replay training",
         "replay": "ekfac hessian model persample recipe recursion training",
-        "reference": "data determinism recipe training",
+        "reference": "data determinism model recipe training",
         "hessian": "data determinism model persample recipe training",
         "ekfac": "data determinism model persample recipe training",
         "training": "data determinism model persample recipe recursion",
@@ -356,6 +356,7 @@ def test_the_public_face():
         "HydraError",
         "Questions",
         "Recipe",
+        "Recording",
         "Run",
         "RunSpec",
         "Verification",
@@ -369,6 +370,7 @@ def test_the_public_face():
         "evaluate",
         "explain",
         "open_run",
+        "recording",
         "report",
         "run",
     ]

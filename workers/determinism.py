@@ -142,6 +142,13 @@ def restored_process() -> Iterator[None]:
     A run uses the process it is called from (all of it with the serial executor, the survey of the
     recipe always); the user's script must not notice.
     """
+    with restored_switches(), preserved_generators():
+        yield
+
+
+@contextmanager
+def restored_switches() -> Iterator[None]:
+    """Do `restored_process` but for the generators, which a training of the caller's own moves."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -152,7 +159,7 @@ def restored_process() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32,
     )
     try:
-        with preserved_generators(), _kept_stance():
+        with _kept_stance():
             yield
     finally:
         torch.set_num_threads(threads)

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, default_collate
 
 from .data.labels import class_labels
 from .data.of_recipe import Batch, default_method
+from .data.schedule import Schedule
 from .data.show import Shown, default_look
 
 __all__ = ["Batch", "InitialState", "Recipe"]
@@ -63,6 +64,7 @@ class Recipe:
     """
 
     NAME: ClassVar[str | None] = None
+    _stop: int | None = None  # batches after which training is taken to have ended, see `RunSpec.at`
 
     epochs: int = 20
     batch_size: int = 64
@@ -74,6 +76,7 @@ class Recipe:
     accumulate: int = 1
     max_steps: int | None = None
     picture_shape: tuple[int, ...] | None = None
+    _schedule: Schedule | None = None  # of a record that a loop of the user's own made
 
     @property
     def name(self) -> str:

@@ -26,6 +26,7 @@ from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import MEAN, SAMPLES
 from .status import command_line
 from .top import top
+from .trained_lines import trained_lines
 from .trust_lines import trust_lines
 from .zeros import zero_warning
 
@@ -74,7 +75,8 @@ def summary(run: Reader, method: str | None = None) -> dict[str, Any]:
             for entry in manifest.files
         }
         disk[layout.of_seed(seed)] = [sum(inside.values()), len(inside)]
-    helpful, harmful = (_extremes(run, method, harmful) for harmful in (False, True))
+    noisy = None if method is None else run.noisy()
+    helpful, harmful = (_extremes(run, method, harmful, noisy) for harmful in (False, True))
     zero = None if method is None else zero_warning(run.directory, method)
     trust = None if method is None else info.trust.get(method)
     return {
@@ -95,7 +97,7 @@ def summary(run: Reader, method: str | None = None) -> dict[str, Any]:
             "predicted_bytes": info.summary.predicted_bytes or None,
         },
         "warnings": [*info.warnings(), *([zero] if zero else [])],
-        "trust": trust_lines(trust) if trust else [],
+        "trust": [*_trained(run), *(trust_lines(trust) if trust else [])],
         "stages": [
             {"stage": s.stage, "units": s.done, "rows": s.rows, "bytes": s.bytes, "seconds": s.seconds}
             for s in states
@@ -114,6 +116,13 @@ def _current_method(run: Reader, methods: list[str]) -> str | None:
     return methods[0] if methods else None
 
 
+def _trained(run: Reader) -> list[str]:
+    try:
+        return trained_lines(run.trajectory())
+    except HydraError:
+        return []
+
+
 def _accuracy(run: Reader, key: str) -> float | None:
     noted = run.noted.summary.closing.get(key)
     if noted is not None:
@@ -126,11 +135,12 @@ def _accuracy(run: Reader, key: str) -> float | None:
     return float(known[-1]) if len(known) else None
 
 
-def _extremes(run: Reader, method: str | None, harmful: bool) -> list[dict[str, Any]]:
+def _extremes(
+    run: Reader, method: str | None, harmful: bool, noisy: tuple[np.ndarray, np.ndarray] | None
+) -> list[dict[str, Any]]:
     if method is None:
         return []
     rows: list[dict[str, Any]] = top(run, k=EXTREMES, harmful=harmful, method=method).to_pylist()
-    noisy = run.noisy()
     original = {} if noisy is None else dict(zip(noisy[0].tolist(), noisy[1].tolist(), strict=True))
     for row in rows:
         row["original_label"] = original.get(row["train_index"])

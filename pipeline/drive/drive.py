@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ...storage.errors import SpecError
+from ...storage.errors import SpecError, SpecMismatch
 from ...storage.rundir import RunDirectory
+from ...workers.training.recorded import is_recorded
 from ..executors.base import Executor
 from ..executors.events import Observer, RunStarted
 from ..plan.compatibility import place, stored_run
+from ..plan.moment import check_moment
 from ..plan.plan import Plan, cut
 from ..plan.provenance import adopted, say_cosmetic
 from ..plan.survey import Survey, compute_of
@@ -72,9 +74,16 @@ def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observe
         DoesNotFit: See ``make_plan``.
     """
     directory = RunDirectory(place(spec, surveyed))
+    if spec.at is not None:
+        check_moment(spec, directory.uri, surveyed.made_of)
     session = Session(spec=spec, surveyed=surveyed, directory=directory, executor=executor, observer=observer)
     stored = stored_run(directory, spec, surveyed)
     replaced = stored is None and directory.exists()
+    if replaced and is_recorded(surveyed.recipe):
+        raise SpecMismatch(
+            f"{directory.uri} holds what a loop of its own recorded, which no command can make again; use another --out, or "
+            "leave out what differs"
+        )
     # A resumed run keeps the cut it began with, whatever `auto` would choose today.
     fixed = stored.entry(spec.base_method).shards if stored else None
     plan = cut(replace(spec, seeds=1), surveyed, executor.capacity(start=False), shards=fixed)
@@ -99,7 +108,7 @@ def drive(begun: Begun, stages: Sequence[str]) -> None:
     session, plan = begun.session, begun.plan
     session.directory.clear_litter()
     info = begun.info()
-    if set(stages) != {RECORD}:
+    if {REPLAY, REDUCE} & set(stages):
         for name, entry in info.methods.items():
             if entry.state == ASKED:
                 info = info.with_method(name, state=PARTIAL)

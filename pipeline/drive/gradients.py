@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from ...storage import layout
+from ...storage.errors import CorruptStore
+from ...storage.uri import is_local
+from ...workers.training.recorded import is_recorded
 from ..executors.base import Unit
 from ..plan.kept_visits import kept_bytes, why_not
+from ..plan.moment import is_of_this_record, recorded_at
 from ..plan.plan import Plan
 from ..plan.survey import compute_of
 from ..reading.unit_values import TestGradientValues, values_of
 from ..spec.targets import store_of
 from ..units.gradients import TargetGradientWork, TestGradientWork
-from ..units.record import RecordWork
+from ..units.record import CutWork, RecordWork
 from ..vocabulary import INDEX, RECORD, TEST_GRADIENTS, TRAJECTORY, stage_of
 from .stages import (
     Needed,
@@ -32,18 +36,46 @@ TESTED = Needed(stage=TEST_GRADIENTS, unit=INDEX, command="replay")
 
 def record(session: Session, plan: Plan) -> Stages:
     """Record the training; a new record makes everything computed from an older one void."""
-    unkept = why_not(session.spec, session.surveyed)
+    if is_recorded(session.surveyed.recipe):
+        _check_recorded(session)
+    step = session.spec.at
+    unkept = why_not(session.spec, session.surveyed) if step is None else None
+    if step is not None and not is_of_this_record(session.spec, session.directory):
+        session.note("the record was made again since: what was computed as of its step is done again")
+        session.directory.drop(RECORD, TRAJECTORY)
     if unkept is not None and session.directory.manifest(RECORD, TRAJECTORY) is None:
         session.note(unkept)
     yield Stage(
         name=RECORD,
         units=[Unit(stage=RECORD, name=TRAJECTORY)],
-        handler=lambda: record_work(session),
+        handler=lambda: record_work(session) if step is None else cut_work(session, step),
         total=plan.steps,
         label="step",
         closing=False,
         voids=after_the_record(session.directory),
     )
+
+
+def cut_work(session: Session, step: int) -> CutWork:
+    """Return the handler of a record that is the beginning of another."""
+    uri = session.directory.uri
+    return CutWork(uri=uri, source=recorded_at(uri, step), step=step)
+
+
+def _check_recorded(session: Session) -> None:
+    """Refuse to train what only a loop of the user's own can.
+
+    Raises:
+        CorruptStore: Its record is damaged.
+    """
+    directory = session.directory
+    manifest = directory.manifest(RECORD, TRAJECTORY)
+    assert manifest is not None  # else there were no batches to follow
+    problems = directory.check(manifest, digests=is_local(directory.uri))
+    if problems:
+        raise CorruptStore(
+            f"{directory.uri}: {problems[0]}; a loop of its own recorded this: restore the file, or run the loop again"
+        )
 
 
 def record_work(session: Session) -> RecordWork:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from ..plan.survey import Survey
 from ..reading.run_info import LayoutEntry, RunInfo, SummaryEntry
 from ..reading.unit_values import RecordValues, UnitValues, values_of
 from ..spec.method_options import CurvatureOptions
-from ..spec.spec import RunSpec
+from ..spec.spec import RunSpec, is_open
 from ..spec.targets import TargetSet
 from ..vocabulary import ASKED, RECORD, SAMPLES, SEEDS, TRAJECTORY
 
@@ -45,7 +46,7 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: RunInfo | Non
         dimension=plan.dimension,
         steps=plan.steps,
         conservation=surveyed.conservation,
-        identity=before.identity or spec.identity(),
+        identity=spec.identity() if is_open(before.identity) else before.identity or spec.identity(),
         spec=_spec_dict(spec),
         chosen=chosen(surveyed),
         made_of=made_of_notes(stored, surveyed.made_of),
@@ -68,7 +69,7 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: RunInfo | Non
                 "seed": recipe.seed,
             },
             "strategies": surveyed.strategies,
-            "versions": _versions(),
+            "versions": versions(),
             "plan": plan.as_dict(),
         },
     )
@@ -127,11 +128,13 @@ def _spec_dict(spec: RunSpec) -> dict[str, Any]:
     return values
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Return the versions of what a run is made with."""
     names = ("hydra-pipe", "torch", "ray", "zarr", "numcodecs", "pyarrow", "numpy")
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     """Return a package's version; None where it is not installed: the serial executor needs no Ray."""
     try:

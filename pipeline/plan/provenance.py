@@ -12,7 +12,7 @@ from ...storage.rundir import RunDirectory
 from ...workers.training.made_of import cosmetic, differences
 from ..executors.events import Note, Observer
 from ..reading.run_info import RunInfo
-from ..spec.spec import RunSpec
+from ..spec.spec import RunSpec, is_open
 from .survey import survey
 
 REMEDY = "bring that back, or make a run of its own: another --out, or hydra-pipe run --overwrite"
@@ -94,8 +94,9 @@ def made_of_notes(stored: RunInfo | None, made_of: Mapping[str, Any]) -> Mapping
 
 
 def adopted(directory: RunDirectory, stored: RunInfo, made_of: Mapping[str, Any]) -> RunInfo:
-    """Let a run of which nothing is committed yet be made from what is here now."""
-    return stored if directory.stages() else replace(stored, made_of=made_of)
+    """Let a run of which nothing is committed yet, or only the record of a loop, be made from what is here now."""
+    free = is_open(stored.identity) or not directory.stages()
+    return replace(stored, made_of=made_of) if free else stored
 
 
 @contextmanager

@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...storage.errors import RecipeError
+from ...storage import layout
+from ...storage.errors import RecipeError, SpecMismatch
+from ...storage.rundir import RunDirectory
 from ...workers.data.labels import ClassLabels, class_labels, label_notes
 from ...workers.data.user_code import user_code
 from ...workers.determinism import compiled_parts, preserved_generators, run_uncompiled, seed_everything
@@ -32,6 +34,7 @@ from ...workers.training.last_batch import check_last_batch
 from ...workers.training.made_of import FirstSteps, data_of, first_steps, made_of, with_first_steps
 from ...workers.training.metrics import OutputWatch, why_unpredicted
 from ...workers.training.recipe_names import unknown_names
+from ...workers.training.recorded import LoopRecord, loop_record, recorded_recipe
 from ...workers.training.training import Compute, Training
 from ...workers.training.trials import tried_ways
 from ...workers.training.validate import (
@@ -46,7 +49,7 @@ from ..spec.groups import TrainingSpec
 from ..spec.selection import select
 from ..spec.spec import RunSpec
 from ..spec.state_file import sha256_of
-from ..vocabulary import CARRIED
+from ..vocabulary import CARRIED, RECORD, TRAJECTORY
 
 Integers = npt.NDArray[np.int64]
 
@@ -124,12 +127,52 @@ def resolve_recipe(spec: TrainingSpec) -> Recipe:
     file = spec.init or spec.at_checkpoint
     if file is not None:  # in place of the recipe's own method, wherever the recipe goes
         vars(recipe)["initial_state"] = StateFile(uri=file, sha256=sha256_of(file))
+    recipe._stop = spec.at
     if spec.at_checkpoint is not None:
-        recipe.epochs, recipe.max_steps = (
-            0,
-            None,
-        )  # trained already: every process has the model as it is in the file, and no steps
+        # Trained already: every process has the model as it is in the file, and no steps.
+        recipe.epochs, recipe.max_steps = 0, None
+    if isinstance(spec, RunSpec):
+        loop = loop_of(RunDirectory(spec.out or f"runs/{recipe.name}"))
+        if loop is not None:
+            _check_loop(spec, recipe, loop)
+            return recorded_recipe(recipe, loop)
     return recipe
+
+
+def loop_of(directory: RunDirectory) -> LoopRecord | None:
+    """Return what a loop of the user's own recorded in a run; None: there is nothing, or the record of a recipe.
+
+    Raises:
+        IncompleteStage: Such a record was not finished.
+        CorruptStore: It is damaged.
+    """
+    if not directory.exists() or directory.manifest(RECORD, TRAJECTORY) is None:
+        return None
+    return loop_record(directory.path(layout.TRAJECTORY))
+
+
+def _check_loop(spec: RunSpec, recipe: Recipe, loop: LoopRecord) -> None:
+    """Refuse what another training would be needed for.
+
+    Raises:
+        SpecMismatch: Names the option.
+    """
+    fixed = {
+        "epochs": len(loop.schedule.epoch_ends),
+        "batch_size": loop.schedule.batches.shape[1],
+        "seed": loop.seed,
+    }
+    for name, value in fixed.items():
+        asked = getattr(spec, name)
+        if asked not in (None, value):
+            raise SpecMismatch(
+                f"{spec.out}: {name} is {asked}, and the loop that made this record had {value}; leave it out"
+            )
+    if spec.seeds > 1:
+        raise SpecMismatch(
+            f"{spec.out}: seeds is {spec.seeds}, and only its own loop can train again with another seed; leave it out, or record "
+            "each seed in a run of its own"
+        )
 
 
 def compute_of(spec: RunSpec) -> Compute:

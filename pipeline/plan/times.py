@@ -33,7 +33,7 @@ MATMUL_RATE = 40e9
 PRODUCT = 1.4
 """Plain steps that a Hessian product in a tile takes, with what surrounds it."""
 
-GAUSS_NEWTON_PRODUCT = 1.2
+GAUSS_NEWTON_PRODUCT = 1.3
 """The same of a Gauss-Newton product."""
 
 PREFLIGHT_TRAININGS = 13

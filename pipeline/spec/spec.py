@@ -69,6 +69,9 @@ class RunSpec(OutputSpec, ExecutionSpec, CurvatureSpec, QuestionSpec, TrainingSp
             stored: What :meth:`identity` returned for the stored run, after JSON.
         """
         asked = self.identity()
+        if is_open(stored):
+            asked = {name: value for name, value in asked.items() if name in stored}
+            stored = {name: stored[name] for name in asked}
         names = [*asked, *(name for name in stored if name not in asked)]
         return [
             f"{name}: stored {_short(stored, name)}, asked {_short(asked, name)}"
@@ -88,6 +91,19 @@ class RunSpec(OutputSpec, ExecutionSpec, CurvatureSpec, QuestionSpec, TrainingSp
         if "recipe_args" in values and "recipe_args" in overrides:
             overrides["recipe_args"] = {**values["recipe_args"], **overrides["recipe_args"]}
         return cls(**{**values, **overrides})
+
+
+_OPEN = "open"
+
+
+def first_identity(**known: Any) -> dict[str, Any]:
+    """Return the identity of a run that no specification made: what is ``known``; the first command says the rest."""
+    return {_OPEN: True, **known}
+
+
+def is_open(identity: Mapping[str, Any]) -> bool:
+    """Whether the first command that goes on with a run says what else decides its numbers."""
+    return bool(identity.get(_OPEN))
 
 
 def averaged(method: str, seeds: int) -> str:

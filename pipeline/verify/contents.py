@@ -10,6 +10,7 @@ import numpy as np
 
 from ...storage import layout
 from ...storage.rows import RowStore
+from ...storage.trajectory_format import LOOP
 from ...workers.replay.targets import mean_gradients
 from ..reading.panels import targets
 from ..spec.targets import store_of, target_of_each
@@ -41,7 +42,8 @@ class Contents:
     def trajectory(self) -> None:
         """Check the record: finite values, first and last checkpoint, digests of the checkpoints."""
         trajectory = self.run.trajectory()
-        self.finite(f"{layout.TRAJECTORY}/loss", trajectory.loss)
+        if trajectory.attrs.get("recorded") != LOOP:  # a loop need not tell its losses
+            self.finite(f"{layout.TRAJECTORY}/loss", trajectory.loss)
         steps = len(trajectory.loss)
         self.rows["trajectory steps"] = steps
         at = [int(step) for step in trajectory.checkpoint_steps]

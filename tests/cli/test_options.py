@@ -52,17 +52,19 @@ def test_nothing_given_is_the_default_spec() -> None:
     assert spec_of() == RunSpec()
 
 
-def test_every_field_of_the_spec_can_be_given() -> None:
+def test_every_field_of_the_spec_can_be_given(tmp_path: Any) -> None:
+    (tmp_path / "w.pt").touch()
     text = "mod:Recipe --out o --shards 3 --track 10% --test 0:5 --mode adjoint --hessian ekfac "
     text += "--targets classes --exact-rank 4 --dtype float64 --epochs 2 --batch-size 8 --seed 0 --seeds 3 "
     text += "--batch-norm coupled --per-sample vjp "
     text += "--executor serial --address 10.0.0.1:6379 --gpus-per-actor 0.5 --cpus-per-actor 2 "
     text += "--workers 3 --threads 1 --device cpu --memory 4GiB --reduce-memory 1GiB --overwrite "
-    text += "--checkpoint-every 7 --curvature-checkpoints 3 --curvature-at 0,5 --curvature-samples 9 --curvature-core 8 --max-attempts 5 --start-timeout 9 --visits off --set a=1"
-    spec = spec_of(*text.split())
+    text += "--checkpoint-every 7 --curvature-checkpoints 3 --curvature-at 0,5 --curvature-samples 9 --curvature-core 8 --curvature-share 0.3 --max-attempts 5 --start-timeout 9 --visits off --set a=1"
+    spec = spec_of(*text.split(), "--init", str(tmp_path / "w.pt"))
     default = RunSpec()
     same = [f.name for f in fields(RunSpec) if getattr(spec, f.name) == getattr(default, f.name)]
-    assert same == ["reduce_memory"]  # 1GiB is the default
+    assert same == ["at_checkpoint", "reduce_memory"]  # instead of a training; 1GiB is the default
+    assert spec_of("--at-checkpoint", str(tmp_path / "w.pt")).at_checkpoint == str(tmp_path / "w.pt")
     assert (spec.shards, spec.memory, spec.recipe_args) == (3, 4 << 30, {"a": 1})
 
 
@@ -162,6 +164,8 @@ def test_curvature_has_three_spellings(tmp_path: Any, monkeypatch: pytest.Monkey
         (["run", "--curvature-core", "3", "--option", "curvature-core=4"], 2, "given twice; keep one"),
         (["run", "--option", "curvature-core=many"], 1, "curvature_core 'many'"),
         (["run", "--option", "curvature-core=-1"], 1, "curvature_core -1"),
+        (["run", "--hessian", "mixed", "--curvature-share", "1"], 2, "not in the range 0.01<=x<=0.99"),
+        (["run", "--hessian", "mixed", "--option", "curvature-share=1"], 1, "a number from 0.01 to 0.99"),
     ],
 )
 def test_a_wrong_curvature_option_is_refused(words: list[str], code: int, says: str) -> None:

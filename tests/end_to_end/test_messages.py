@@ -182,21 +182,21 @@ def test_an_interrupt_stays_an_interrupt(tmp_path):
 # ---------------------------------------------------------------------- standard output
 
 
-@pytest.mark.parametrize("command", ["run", "plan"])
-def test_prints_of_a_recipe_never_reach_standard_output(command, tmp_path):
-    code = "from hydra_pipe.cli import main; main()"
-    words = [
-        command,
-        f"{BAD}:Says",
-        "--executor",
-        "serial",
-        "--out",
-        str(tmp_path / "out"),
-        "--format",
-        "json",
-    ]
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Standard output and error of a process that plans and then runs a recipe that prints."""
+    words = [f"{BAD}:Says", "--executor", "serial", "--format", "json"]
+    words += ["--out", str(tmp_path_factory.mktemp("said") / "out")]
+    code = f"""
+import sys
+from hydra_pipe.cli import main
+for command in ("plan", "run"):
+    print("COMMAND", file=sys.stderr, flush=True)
+    if main([command, *{words!r}], standalone_mode=False):
+        sys.exit(command)
+"""
     done = subprocess.run(
-        [sys.executable, "-c", code, *words],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -204,7 +204,18 @@ def test_prints_of_a_recipe_never_reach_standard_output(command, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert isinstance(json.loads(done.stdout), dict)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("at", [0, 1], ids=["plan", "run"])
+def test_prints_of_a_recipe_never_reach_standard_output(at, said):
+    stdout, stderr = said
+    reader, rest, found = json.JSONDecoder(), stdout, []
+    while rest.strip():
+        document, end = reader.raw_decode(rest.lstrip())
+        found.append(document)
+        rest = rest.lstrip()[end:]
+    assert [type(document) for document in found] == [dict, dict]
     for line in (
         "from losses",
         "from train_dataset",
@@ -212,7 +223,7 @@ def test_prints_of_a_recipe_never_reach_standard_output(command, tmp_path):
         "from a child",
         "from optimizer",
     ):
-        assert line in done.stderr
+        assert line in stderr.split("COMMAND\n")[1 + at]
 
 
 def test_prints_stay_off_captured_output_too(tmp_path, monkeypatch):

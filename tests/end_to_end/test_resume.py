@@ -81,7 +81,7 @@ class Nursery:
 import os, sys, json, signal
 import hydra_pipe.pipeline.run, hydra_pipe.workers.training.record, hydra_pipe.pipeline.units.reduce
 import hydra_pipe.storage.contributions, zarr, tests.end_to_end.slow_recipes
-import sympy, rich.console, rich.table  # what a run imports late, so that a child need not
+import torch._dynamo, rich.console, rich.table  # what a run imports late, so that a child need not
 from hydra_pipe.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell started with &
 print("ready", flush=True)
@@ -174,7 +174,8 @@ def test_a_driver_killed_again_and_again_ends_with_the_same_bits(nursery, right,
     seed = random.randrange(1 << 30)
     chance = random.Random(seed)
     out = tmp_path / "run"
-    words = ["run", *PAUSED, *OPTIONS, "--out", str(out)]
+    # Every unit takes a third of a second, and so does the survey before it: no attempt gets far.
+    words = ["run", PAUSED[0], "--set", "pause=0.02", *OPTIONS, "--out", str(out)]
     killed, before = 0, manifests(out)
     for _ in range(8):
         code = nursery.drive(words, after=chance.uniform(0.1, 0.8))
@@ -297,9 +298,15 @@ def whole(tmp_path_factory: Any) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def wholes(whole: Path) -> dict[str, Any]:
+    """The numbers of ``whole``."""
+    return numbers(whole)
+
+
 @pytest.mark.parametrize("how", ["flipped", "missing"])
 @pytest.mark.parametrize(("name", "stages"), DAMAGED.values(), ids=DAMAGED.keys())
-def test_damage_is_noticed_and_only_that_done_again(name, stages, how, whole, tmp_path):
+def test_damage_is_noticed_and_only_that_done_again(name, stages, how, whole, wholes, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     data = bytearray((out / name).read_bytes())
@@ -308,7 +315,7 @@ def test_damage_is_noticed_and_only_that_done_again(name, stages, how, whole, tm
     assert cli("verify", out, "--quiet").exit_code == 1
     before, heard = manifests(out), Heard()
     again(out, heard)
-    assert_same_bits(numbers(out), numbers(whole))
+    assert_same_bits(numbers(out), wholes)
     assert cli("verify", out, "--quiet").exit_code == 0
     if stages is None:
         return  # everything follows from the record
@@ -322,7 +329,7 @@ def test_damage_is_noticed_and_only_that_done_again(name, stages, how, whole, tm
         assert len(heard.skipped) == 1 + 1 + 3 + 1
 
 
-def test_a_damaged_manifest_is_no_reason_to_give_up(whole, tmp_path):
+def test_a_damaged_manifest_is_no_reason_to_give_up(whole, wholes, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     target = out / "manifests" / "hydra" / "replay" / "shard-00002.json"
@@ -330,7 +337,7 @@ def test_a_damaged_manifest_is_no_reason_to_give_up(whole, tmp_path):
     heard = Heard()
     again(out, heard)
     assert heard.done == [("hydra/replay", "shard-00002")]
-    assert_same_bits(numbers(out), numbers(whole))
+    assert_same_bits(numbers(out), wholes)
 
 
 def test_running_again_does_nothing(whole, tmp_path):
@@ -398,7 +405,7 @@ def test_a_changed_index_file_is_another_spec(tmp_path):
     assert numbers(out)["train_index"].tolist() == [1, 5]
 
 
-def test_stages_one_by_one_are_the_run(whole, tmp_path):
+def test_stages_one_by_one_are_the_run(wholes, tmp_path):
     out = tmp_path / "run"
     words = ("tests.recipes:Small", *OPTIONS, "--out", out)
     early = cli("reduce", *words)
@@ -407,7 +414,7 @@ def test_stages_one_by_one_are_the_run(whole, tmp_path):
     for command in ("record", "replay", "reduce"):
         done = cli(command, *words)
         assert done.exit_code == 0, done.stderr
-    assert_same_bits(numbers(out), numbers(whole))
+    assert_same_bits(numbers(out), wholes)
 
 
 # ---------------------------------------------------------------------- a full disk
@@ -461,7 +468,7 @@ def test_a_disk_that_fills_up_during_replay(small_disk, tmp_path):
 
 
 @pytest.mark.parametrize("leave", [0, 12 << 10, 120 << 10, 400 << 10, 600 << 10])
-def test_a_disk_that_is_full_anywhere(leave, small_disk, whole):
+def test_a_disk_that_is_full_anywhere(leave, small_disk, wholes):
     """From nothing at all to nearly enough: one line, and a run that goes on when there is space."""
     out = small_disk / "run"
     words = ("run", "tests.recipes:Small", *OPTIONS, "--out", out)
@@ -476,4 +483,4 @@ def test_a_disk_that_is_full_anywhere(leave, small_disk, whole):
     filler.unlink()
     again = cli(*words)
     assert again.exit_code == 0, again.stderr
-    assert_same_bits(numbers(out), numbers(whole))
+    assert_same_bits(numbers(out), wholes)

@@ -354,10 +354,15 @@ def test_one_value(place: str) -> None:
         a_store(place, rows=1, columns=1, chunk_rows=1, row_columns={"train_index": np.array([6], np.int32)})
 
 
-def test_a_full_disk(tmp_path: Path, full_writes: None) -> None:
-    array = StoredArray.create(
+@pytest.fixture
+def array(tmp_path: Path) -> StoredArray:
+    """Made while there is space."""
+    return StoredArray.create(
         str(tmp_path), "x", shape=(8, 4), dtype="float32", chunk=(2, 4), dimensions=("row", "column")
     )
+
+
+def test_a_full_disk(tmp_path: Path, array: StoredArray, full_writes: None) -> None:
     before = files.list_files(str(tmp_path))
     with pytest.raises(StorageFull, match=r"x/c/\d/0"):
         array.write(0, np.zeros((8, 4), np.float32))

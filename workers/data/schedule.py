@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -30,10 +30,34 @@ class ScheduledRecipe(Protocol):
     seed: int
     accumulate: int
     max_steps: int | None
+    _schedule: Schedule | None
 
     def order(self, epoch: int, generator: torch.Generator) -> Sequence[int] | torch.Tensor | None:
         """Return the training indices of an epoch."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RecordedBatches:
+    """What a loop that is not ours divided its losses by.
+
+    Attributes:
+        n_train: N, which the batches are indices of.
+        parts: (T,) what the mean of each batch was divided by; None: ``divisors`` hold.
+        divisors: (T,) what the sum of each batch's losses was divided by; None: ``parts`` hold.
+    """
+
+    n_train: int
+    parts: Integers | None = None
+    divisors: npt.NDArray[np.float64] | None = None
+
+    def until(self, stop: int) -> RecordedBatches:
+        """Return those of the first ``stop`` batches."""
+        return replace(
+            self,
+            parts=None if self.parts is None else self.parts[:stop],
+            divisors=None if self.divisors is None else self.divisors[:stop],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,6 +70,7 @@ class Schedule:
         first: (T,) the first batch of the optimiser's step that a batch belongs to.
         last: (T,) the last one.
         distinct: Whether every epoch holds each of the N samples once.
+        recorded: Of a loop that is not ours (``training.recorded``); None: drawn by the recipe.
     """
 
     batches: Indices
@@ -53,6 +78,7 @@ class Schedule:
     first: Integers
     last: Integers
     distinct: bool
+    recorded: RecordedBatches | None = None
 
     @property
     def updates(self) -> npt.NDArray[np.bool_]:
@@ -65,8 +91,23 @@ class Schedule:
         """Whether several batches make a step anywhere."""
         return bool((self.first != self.last).any())
 
+    def until(self, stop: int) -> Schedule:
+        """Return the schedule of a training that ended after ``stop`` batches, between two steps of the optimiser."""
+        ends = tuple(end for end in self.epoch_ends if end < stop)
+        return replace(
+            self,
+            batches=self.batches[:stop],
+            epoch_ends=(*ends, stop),
+            first=self.first[:stop],
+            last=self.last[:stop],
+            distinct=self.distinct and stop in self.epoch_ends,
+            recorded=None if self.recorded is None else self.recorded.until(stop),
+        )
+
     def parts(self, step: int) -> int:
-        """Return how many batches make the optimiser's step that a batch belongs to."""
+        """Return what the mean of a batch is divided by: how many batches make its step of the optimiser."""
+        if self.recorded is not None and self.recorded.parts is not None:
+            return int(self.recorded.parts[step])
         return int(self.last[step] - self.first[step]) + 1
 
 
@@ -81,6 +122,8 @@ def schedule_of(recipe: ScheduledRecipe, n_train: int) -> Schedule:
     Raises:
         RecipeError: A number is out of its range, or ``order`` returned no indices.
     """
+    if recipe._schedule is not None:
+        return _of_record(recipe._schedule, n_train)
     size, parts = _whole("batch_size", recipe.batch_size), _whole("accumulate", recipe.accumulate)
     epochs = _whole("epochs", recipe.epochs, least=0)  # 0: trained already, see `StateFile`
     limit = None if recipe.max_steps is None else _whole("max_steps", recipe.max_steps)
@@ -111,6 +154,16 @@ def schedule_of(recipe: ScheduledRecipe, n_train: int) -> Schedule:
         last=np.array(last, dtype=np.int64),
         distinct=distinct,
     )
+
+
+def _of_record(schedule: Schedule, n_train: int) -> Schedule:
+    assert schedule.recorded is not None
+    if schedule.recorded.n_train != n_train:
+        raise RecipeError(
+            f"the batches that a loop of its own recorded are of {schedule.recorded.n_train} training samples and this training set "
+            f"has {n_train}; give the recipe that of the loop (a training on other samples, such as evaluate's way subset, is the loop's to do)"
+        )
+    return schedule
 
 
 def _whole(name: str, value: object, least: int = 1) -> int:

@@ -41,6 +41,11 @@ class Core:
         self._taken = torch.zeros(TILE, width, dtype=dtype, device=device)
         self._turned = torch.empty_like(self._taken)
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the rows' type and place."""
+        return self._taken
+
     def turn(self, rows_nD: Tensor, *, back: bool = False) -> None:
         """Replace the core x of every row by ``x vectors``, or with ``back`` by ``x vectors^T``."""
         matrix = self._back if back else self._forth

@@ -7,11 +7,17 @@ outputs are class scores, which makes this the Gauss-Newton curvature; otherwise
 are used. Parameters without a Kronecker form (norm layers, single vectors, grouped convolutions)
 keep their own axes: a diagonal. The coordinates with the largest eigenvalues are then decoupled by
 the eigenvectors of their full matrix of second moments (see ``core``).
+
+With Adam all of this is done for gradients scaled by P^1/2 (see ``metric``). Such a gradient G_i is no
+outer product of d and x any more: the eigenvectors are then those of E[G_i G_i^T] and E[G_i^T G_i].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ...storage.curvature import BlockBasis, CoreBasis, Curvature
+from ...storage.curvature import BlockBasis, CoreBasis, Curvature, Metric
 from ...storage.trajectory import Trajectory
 from ..data.batches import fetch, to_device
 from ..determinism import derived_seed, seed_everything
@@ -29,13 +35,17 @@ from ..persample.reference import constant_statistics
 from ..persample.rules import AppliedLinear, is_transposed_linear, unfolded
 from ..persample.trials import choose_ways
 from ..recipe import Batch
+from ..recursion.coefficients import recorded_settings
+from ..recursion.eigencoefficients import coupled_decay
+from ..recursion.steps import lanes_of
 from ..training.fixed_pass import FixedPass, fixed_pass
 from ..training.metrics import evaluating
 from ..training.test_gradients import TEST_BATCH
 from ..training.training import Training
 from .core import axes, decoupled, leading
-from .eigenbasis import Eigenbasis
+from .eigenbasis import Eigenbasis, diagonal
 from .eigengradients import EigenGradients
+from .metric import metric_of
 
 SAMPLES = 4096
 """Training samples the curvature is averaged over, at most."""
@@ -93,6 +103,16 @@ class CurvatureEstimate:
     ) -> None:
         self.training, self.trajectory, self.core, self.most = training, trajectory, core, samples
         self.kept = chosen_checkpoints(trajectory, checkpoints, at)
+        self.settings = recorded_settings(trajectory)
+        self.lanes = lanes_of(self.settings, training.layout)
+        self.metric: Metric | None = None
+        self.root: Tensor | None = None
+        if training.family.scaled:
+            self.metric = metric_of(
+                trajectory, self.settings, training.layout.column_groups(self.lanes).numpy()
+            )
+            root = torch.from_numpy(np.sqrt(self.metric.scale))
+            self.root = root.to(device=training.device, dtype=training.dtype)
         count = min(samples, training.n_train)
         generator = np.random.default_rng(derived_seed(training.recipe.seed, "curvature"))
         self.samples = np.sort(generator.choice(training.n_train, count, replace=False))
@@ -108,16 +128,20 @@ class CurvatureEstimate:
         training, count = self.training, len(self.kept)
         total = passes(self.core) * count
         engine = PerSampleGradients(training.recipe, training.model, training.layout, self.ways)
-        factors = _Factors(training.layout.entries, engine)
+        factors = _Factors(training.layout.entries, engine, self.lanes)
         for done, k in enumerate(self.kept, start=1):
-            for _found in self._passes(engine, k):
-                factors.add(engine.capture.take())
+            for found in self._passes(engine, k):
+                root = self.root
+                if root is None:
+                    factors.add(engine.capture.take())
+                else:
+                    found.rows(partial(factors.take_scaled, root))
             if report:
                 report(done, total)
         engine.close()
         blocks = factors.blocks()
         basis = Eigenbasis(blocks, training.layout, training.dtype, training.device, None)
-        eigen = EigenGradients(training.recipe, training.model, training.layout, self.ways, basis)
+        eigen = EigenGradients(training.recipe, training.model, training.layout, self.ways, basis, self.root)
         rows = []
         for done, k in enumerate(self.kept, start=count + 1):
             rows.append(self._mean(eigen, k, lambda block: block.double().square().sum(0)))
@@ -125,19 +149,28 @@ class CurvatureEstimate:
                 report(done, total)
         eigenvalues, core = np.stack(rows), None
         if self.core:
-            groups = basis.groups().numpy()
+            groups = basis.lanes(self.lanes).numpy()
             chosen = leading(eigenvalues, groups, self.core)
             index = torch.from_numpy(chosen).to(training.device)
             moments = []
             draws = max(1, min(DRAWS, self.most // len(self.samples))) if self.sampled else 1
             for done, k in enumerate(self.kept, start=2 * count + 1):
-                found = [self._mean(eigen, k, lambda block: _moments(block, index), d) for d in range(draws)]
-                moments.append(np.mean(found, axis=0))
+                drawn = [self._mean(eigen, k, lambda block: _moments(block, index), d) for d in range(draws)]
+                moments.append(np.mean(drawn, axis=0))
                 if report:
                     report(done, total)
             vectors, eigenvalues[:, chosen] = decoupled(np.stack(moments), groups[chosen])
             core = CoreBasis(coordinates=chosen, vectors=vectors)
         eigen.close()
+        if training.weighted:  # what the steps divide by is not the number of samples
+            assert self.trajectory.divisor is not None
+            ends = training.updates.nonzero()[0]
+            visits = int((training.batches >= 0).sum())
+            eigenvalues *= visits / float(self.trajectory.divisor[ends].sum())
+        metric = self.metric
+        if metric is not None and coupled_decay(self.settings).any():
+            whole = Eigenbasis(blocks, training.layout, training.dtype, training.device, core)
+            metric = replace(metric, decay=diagonal(whole, metric.scale))
         steps = self.trajectory.checkpoint_steps[self.kept]
         return Curvature(
             blocks=blocks,
@@ -149,6 +182,7 @@ class CurvatureEstimate:
                 "targets": "sampled" if self.sampled else "given",
                 "core": 0 if core is None else len(core.coordinates),
             },
+            metric=metric,
         )
 
     def _mean(
@@ -201,10 +235,11 @@ class CurvatureEstimate:
 class _Factors:
     """Sums x x^T and d d^T over everything each layer saw."""
 
-    def __init__(self, entries: Sequence[Any], engine: PerSampleGradients) -> None:
-        self.entries, self.engine = entries, engine
+    def __init__(self, entries: Sequence[Any], engine: PerSampleGradients, lanes: Sequence[int]) -> None:
+        self.entries, self.engine, self.lanes = entries, engine, lanes
         self.sums: dict[int, tuple[Tensor | None, Tensor]] = {}
         self.layers: dict[int, tuple[int, ...]] = {}
+        self.modules: list[tuple[nn.Module, tuple[int, ...]]] = []
         owners: dict[int, int] = {}
         whole = [module for module in engine.capture.rules if not _in_part(module, "weight")]
         self.in_part: set[int] = set()
@@ -216,13 +251,14 @@ class _Factors:
             weight = engine.index.get(id(getattr(module, "weight", None)), -1)
             if weight >= 0 and owners[weight] == 1 and _has_form(module):
                 self.layers[id(module)] = self._with_bias(module, weight, owners)
+                self.modules.append((module, self.layers[id(module)]))
 
     def _with_bias(self, module: nn.Module, weight: int, owners: dict[int, int]) -> tuple[int, ...]:
-        """A bias joins its weight's block unless it is optimised in another group, or would be a row of it."""
+        """A bias joins its weight's block unless it is optimised otherwise, or would be a row of it."""
         if is_transposed_linear(module):
             return (weight,)
         bias = self.engine.index.get(id(getattr(module, "bias", None)), -1)
-        if bias >= 0 and owners[bias] == 1 and self.entries[bias].group == self.entries[weight].group:
+        if bias >= 0 and owners[bias] == 1 and self.lanes[bias] == self.lanes[weight]:
             return (weight, bias)
         return (weight,)
 
@@ -239,11 +275,39 @@ class _Factors:
             left, right = None if x is None else (x.T @ x).double(), (d.T @ d).double()
             if is_transposed_linear(call.module):
                 left, right = right, left
-            before = self.sums.get(layer[0])
-            if before is not None:
-                left = None if left is None or before[0] is None else left + before[0]
-                right = right + before[1]
-            self.sums[layer[0]] = (left, right)
+            self._sum(layer[0], left, right)
+
+    def take_scaled(self, root_D: Tensor, _start: int, block: Tensor) -> None:
+        """Take rows that are still to be scaled."""
+        self.add_scaled(block * root_D)
+
+    def add_scaled(self, rows_RD: Tensor) -> None:
+        """Take scaled gradients: sums of G^T G and G G^T in place of x x^T and d d^T."""
+        for module, layer in self.modules:
+            parts = []
+            for i in layer:
+                start = self.entries[i].start
+                width = math.prod(self.entries[i].shape)
+                parts.append(
+                    rows_RD[:, start : start + width].reshape(
+                        len(rows_RD), self.entries[layer[0]].shape[0], -1
+                    )
+                )
+            matrix = torch.cat(parts, 2)
+            across = matrix.reshape(-1, matrix.shape[2])
+            right = (across.T @ across).double()
+            if isinstance(module, nn.Embedding):
+                self._sum(layer[0], None, right)
+            else:
+                along = matrix.transpose(0, 1).reshape(matrix.shape[1], -1)
+                self._sum(layer[0], right, (along @ along.T).double())
+
+    def _sum(self, weight: int, left: Tensor | None, right: Tensor) -> None:
+        before = self.sums.get(weight)
+        if before is not None:
+            left = None if left is None or before[0] is None else left + before[0]
+            right = right + before[1]
+        self.sums[weight] = (left, right)
 
     def blocks(self) -> tuple[BlockBasis, ...]:
         """Return one block a layer with a Kronecker form, and one for every parameter left over."""

@@ -22,6 +22,9 @@ from .core import Core
 TURN_NUMBERS = 1 << 16
 """Numbers of rows that are rotated at a time: they stay in a core's cache."""
 
+TURNED_AXES = 8
+"""Axes of the core that are turned back at a time."""
+
 
 class Eigenbasis:
     """Rotates rows of D numbers between parameters and eigenbasis.
@@ -60,11 +63,11 @@ class Eigenbasis:
         """Return the coordinates of block ``k``."""
         return slice(self.starts[k], self.starts[k] + self.blocks[k].rows * self.blocks[k].columns)
 
-    def groups(self) -> Tensor:
-        """Return the optimiser group of every coordinate, (D,)."""
+    def lanes(self, lanes: Sequence[int]) -> Tensor:
+        """Return the lane of every coordinate, (D,), given that of every parameter."""
         out = torch.empty(self.layout.dimension, dtype=torch.int64)
         for k, block in enumerate(self.blocks):
-            out[self.span(k)] = self.layout.entries[block.entries[0]].group
+            out[self.span(k)] = lanes[block.entries[0]]
         return out
 
     def turn(self, k: int, parts: Sequence[Tensor], out_nOI: Tensor) -> None:
@@ -105,6 +108,29 @@ class Eigenbasis:
                 parts.append(part.unflatten(1, (block.rows, -1)))
             self._turns[k].back(rows_nD[:, self.span(k)].unflatten(1, (block.rows, block.columns)), parts)
         return out
+
+
+def diagonal(basis: Eigenbasis, values_D: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the diagonal of Q^T diag(values) Q, in the order of the eigenbasis, (D,) float64."""
+    out = np.empty(basis.layout.dimension)
+    for k, block in enumerate(basis.blocks):
+        parts = []
+        for i in block.entries:
+            start = basis.layout.entries[i].start
+            parts.append(values_D[start : start + basis.layout.size(i)].reshape(block.rows, -1))
+        matrix = np.concatenate(parts, 1)
+        matrix = matrix if block.left is None else np.square(block.left).T @ matrix
+        matrix = matrix if block.right is None else matrix @ np.square(block.right)
+        out[basis.span(k)] = matrix.reshape(-1)
+    if basis.core is not None:  # coordinates across blocks: their axes one after the other
+        index = basis.core.index.cpu().numpy()
+        like, values = basis.core.like, torch.from_numpy(values_D)
+        for start in range(0, len(index), TURNED_AXES):
+            some = index[start : start + TURNED_AXES]
+            axes = like.new_zeros(len(some), basis.layout.dimension)
+            axes[np.arange(len(some)), some] = 1.0
+            out[some] = (basis.to_parameters(axes).cpu().double().square() * values).sum(1).numpy()
+    return out
 
 
 class _Turn:

@@ -6,6 +6,8 @@ batch, costs far less than rotating the product. Everything else is rotated a ti
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,14 @@ class EigenGradients(PerSampleGradients):
 
     Args:
         basis: The eigenbasis.
+        scale: (D,) what gradients are multiplied with before they are turned; None: nothing.
+
+    Attributes:
+        changed: Called with gradients (R, D) before they are scaled, to change them in place; only where
+            there is a scale.
     """
+
+    changed: Callable[[Tensor], None] | None = None
 
     def __init__(
         self,
@@ -31,16 +40,22 @@ class EigenGradients(PerSampleGradients):
         layout: Layout,
         ways: Ways,
         basis: Eigenbasis,
+        scale: Tensor | None = None,
     ) -> None:
-        outer = frozenset(
-            block.entries[0]
-            for block in basis.blocks
-            if ways.strategies[block.entries[0]] == "outer"
-            and block.left is not None
-            and all(ways.strategies[i] in RULED for i in block.entries)
+        # A row that is scaled coordinate by coordinate is no outer product any more.
+        outer: frozenset[int] = (
+            frozenset()
+            if scale is not None
+            else frozenset(
+                block.entries[0]
+                for block in basis.blocks
+                if ways.strategies[block.entries[0]] == "outer"
+                and block.left is not None
+                and all(ways.strategies[i] in RULED for i in block.entries)
+            )
         )
         super().__init__(recipe, model, layout, ways, outer)
-        self.basis = basis
+        self.basis, self.scale = basis, scale
         self._block_of = {block.entries[0]: k for k, block in enumerate(basis.blocks)}
         self._rotated = torch.empty(
             self.tile, layout.dimension, dtype=self._block.dtype, device=self._block.device
@@ -61,6 +76,10 @@ class EigenGradients(PerSampleGradients):
                 self._factors[self._block_of[entry]] = (d_R, x_R)
 
         def rotate(start: int, block: Tensor) -> None:
+            if self.scale is not None:
+                if self.changed is not None:
+                    self.changed(block)
+                block *= self.scale
             sink(start, self._rotate(start, len(block)))
 
         super().hand_over(positions, size, rotate, keep)

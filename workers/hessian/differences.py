@@ -184,6 +184,7 @@ def unlike_differences(training: Training, batch: Batch, indices: npt.NDArray[np
     """
     trial = moved_copy(training, torch.float64)
     trial.batches = indices[None].astype(np.int32)
+    trial.divisors = np.array([float(len(indices))])  # its scale is the same on both sides
     wide = to_device(batch, training.device, torch.float64)
     try:
         probe = Probe(trial, wide)

@@ -8,17 +8,15 @@ those of transformers), of every call that ``losses`` makes, in order.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..determinism import generators, put_generators
+from ..model.returned import mapped
 
 Losses = Callable[[], Tensor]
 Answer = Callable[[int, Callable[[], Any]], Any]
@@ -140,24 +138,3 @@ class ModelCalls:
             del model.__dict__["forward"]
             if own is not None:
                 model.__dict__["forward"] = own
-
-
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a copy of what a model returned with a function of each tensor in its place."""
-
-    def leaf(held: Any) -> Any:
-        if isinstance(held, Tensor):
-            return function(held)
-        if dataclasses.is_dataclass(held) and not isinstance(held, type):
-            changed = copy.copy(held)
-            for entry in dataclasses.fields(held):
-                object.__setattr__(changed, entry.name, mapped(getattr(held, entry.name), function))
-            return changed
-        if isinstance(held, MutableMapping):
-            items = copy.copy(held)
-            for key in held:
-                items[key] = mapped(held[key], function)
-            return items
-        return held
-
-    return tree_map(leaf, value)

@@ -16,7 +16,7 @@ import torch
 
 @contextmanager
 def _entering(change: Callable[[Any], None]) -> Iterator[None]:
-    enter = torch.autocast.__enter__
+    enter: Callable[[Any], Any] = torch.autocast.__enter__
 
     def entered(self: Any) -> Any:
         change(self)

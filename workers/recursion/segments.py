@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Settings, scalars
+from .scalars import Scalars
 
 Spread = Callable[[npt.NDArray[np.float64]], Tensor]
 """Turns one value per parameter group, (G,), into (W,) float64."""
@@ -52,6 +53,7 @@ class Segments:
         spread: From groups to what the scalars are held for.
         curvature: Gives the Hessian's eigenvalues at a step of the optimiser, (W,); None drops the Hessian.
         dtype: Of the coefficients that are kept, one a step.
+        form: The steps as scalars; None: those of the settings.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class Segments:
         spread: Spread,
         curvature: Callable[[int], Tensor] | None = None,
         dtype: torch.dtype = torch.float64,
+        form: Scalars | None = None,
     ) -> None:
         self.settings, self.spread, self.curvature, self.dtype = settings, spread, curvature, dtype
         # Of the whole training: PyTorch's first step with momentum is another one.
-        self._form = scalars(settings)
+        self._form = form or scalars(settings)
 
     def between(self, first: int, stop: int) -> Segment:
         """Return the segment of batches ``first`` to ``stop``, both borders between two steps."""

@@ -124,7 +124,8 @@ class DenseTangents:
         self.carried = [form for form in CARRIED if form in self.forms]
         self.share = {"exact": 1.0, "gauss-newton": 0.0, "mixed": share}
         self.twin, self.parameters = _twin(training, dtype)
-        self.outputs = SeenOutputs(self.twin)
+        bent = any(self.share[form] < 1.0 for form in self.carried)
+        self.outputs = SeenOutputs(self.twin) if bent else None
         self.frozen: tuple[nn.Module, list[nn.Parameter]] | None = None
         if training.holds_statistics and any(map(_normalizes, training.model.modules())):
             self.frozen = _twin(training, dtype)
@@ -159,7 +160,8 @@ class DenseTangents:
         _copy_state(self.training, self.twin, self.parameters)
         # Fused attention has no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if self.carried else nullcontext():
-            self.outputs.clear()
+            if self.outputs is not None:
+                self.outputs.clear()
             losses = self._losses(self.twin, wide, step)
             self.loss[step] = float(losses.detach().mean())
             bending = [form for form in self.carried if self.share[form]]
@@ -207,6 +209,7 @@ class DenseTangents:
         hessian = self._hessian_product(slope, tangent) if share else None
         if share == 1.0:
             return hessian
+        assert self.outputs is not None
         found = self.outputs.product(losses.mean(), self.parameters, tangent.du)
         if hessian is None:
             return [(1.0 - share) * one for one in found]

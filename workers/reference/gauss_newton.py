@@ -6,16 +6,19 @@ noted by a hook. Nothing here comes from ``workers.hessian``.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..model.returned import mapped
+
 
 class SeenOutputs:
-    """Notes the tensors that a model returns, call after call.
+    """Notes the tensors that a model returns, call after call; what the caller gets are copies, in the same graph.
+
+    None of those noted is thereby made of another, and nothing that is done to them in place matters.
 
     Args:
         model: Gets a hook for good.
@@ -32,8 +35,14 @@ class SeenOutputs:
         """Forget them."""
         self.tensors = []
 
-    def _note(self, _model: nn.Module, _args: Any, returned: Any) -> None:
-        self.tensors += [found for found in _tensors(returned) if found.requires_grad]
+    def _note(self, _model: nn.Module, _args: Any, returned: Any) -> Any:
+        def note(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            self.tensors.append(tensor.clone())
+            return self.tensors[-1].clone()
+
+        return mapped(returned, note)
 
     def product(
         self, loss: Tensor, parameters: Sequence[Tensor], direction: Sequence[Tensor]
@@ -63,17 +72,3 @@ def _grad(
         list(values), list(inputs), weights, retain_graph=True, create_graph=graph, allow_unused=True
     )
     return [torch.zeros_like(one) if g is None else g for g, one in zip(found, inputs, strict=True)]
-
-
-def _tensors(returned: Any) -> Iterator[Tensor]:
-    if isinstance(returned, Tensor):
-        yield returned
-    elif isinstance(returned, Mapping):
-        for value in returned.values():
-            yield from _tensors(value)
-    elif isinstance(returned, (tuple, list)):
-        for value in returned:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(returned):
-        for entry in dataclasses.fields(returned):
-            yield from _tensors(getattr(returned, entry.name))

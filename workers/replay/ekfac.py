@@ -1,11 +1,15 @@
 """The recursion with curvature in EKFAC form: replay in the eigenbasis, forward or adjoint.
 
-In a fixed eigenbasis the recursion is diagonal and the closed form of ``fast`` holds with one
+In a fixed eigenbasis Q the recursion is diagonal and the closed form of ``fast`` holds with one
 coefficient an eigendirection: ``sum_t c_t(eigenvalue) (N / B_t) (rotated g_{t-1,i})``, rotated back
-at the end.
+at the end. With Adam Q is the basis of its metric (see ``ekfac.metric``): rotated are P^1/2 g, and back go
+the rows by P^1/2 Q. Clipping turns the gradients first into what it makes of them, G being the step's own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,37 +22,101 @@ from ..ekfac.eigenbasis import Eigenbasis
 from ..ekfac.eigengradients import EigenGradients
 from ..persample.engine import TILE, PerSampleGradients
 from ..recipe import Batch
-from ..recursion.coefficients import recorded_settings
+from ..recursion.clipping import Clip
+from ..recursion.coefficients import Settings, recorded_settings
 from ..recursion.eigencoefficients import EigenCoefficients
+from ..recursion.family import Moment
+from ..recursion.steps import lanes_of
 from ..training.training import Training
 from ..training.trials import tried_ways
-from .base import ProductSink, RowSink, share
+from .base import HeldBatch, ProductSink, RowSink, share
 from .projection import Projections
 
 
-class Turned:
-    """What both sinks share: the eigenbasis, its coefficients, and the engine that gives rotated rows.
+class TurnedGradients:
+    """Per-sample gradients of a replay in the eigenbasis, and rows from there back.
 
     Args:
         training: A fresh ``Training`` of the recipe.
         trajectory: The record.
-        curvature: Basis and eigenvalues.
+        curvature: Basis, eigenvalues, metric.
+
+    Attributes:
+        looks: Whether some step was clipped, so that each such step must be met.
     """
 
     def __init__(self, training: Training, trajectory: Trajectory, curvature: Curvature) -> None:
-        self.training, layout = training, training.layout
-        self.basis = Eigenbasis(curvature.blocks, layout, training.dtype, training.device, curvature.core)
+        layout, device, dtype = training.layout, training.device, training.dtype
+        self.settings: Settings = recorded_settings(trajectory)
+        self.basis = Eigenbasis(curvature.blocks, layout, dtype, device, curvature.core)
+        self.lanes = self.basis.lanes(lanes_of(self.settings, layout))
+        self.root: Tensor | None = None
+        if curvature.metric is not None:
+            self.root = torch.from_numpy(np.sqrt(curvature.metric.scale)).to(device=device, dtype=dtype)
+        ways = tried_ways(training, trajectory)
+        self.engine = EigenGradients(training.recipe, training.model, layout, ways, self.basis, self.root)
+        if self.root is not None:
+            self.engine.changed = self._clip_
+        clips = self.settings.clip_factor
+        self.looks = clips is not None and bool((clips < 1).any())
+        self._clip: Clip | None = None
+
+    def meet(self, step: int, moment: Callable[[], Moment]) -> None:
+        """Note how a step that is about to be taken clips."""
+        clips = self.settings.clip_factor
+        if clips is None or not clips[self.settings.update(step)] < 1:
+            self._clip = None
+            return
+        clip = moment().clip
+        # Clipping is of the gradient as it is; turning alone changes no product.
+        turned = clip.gradient if self.root is not None else self.basis.to_eigen(clip.gradient[None])[0]
+        self._clip = replace(clip, gradient=turned)
+
+    def take_(self, block: Tensor) -> None:
+        """Turn rows (R, D) that the engine handed over into what clipping makes of them, in place."""
+        if self.root is None:
+            self._clip_(block)
+
+    def _clip_(self, block: Tensor) -> None:
+        if self._clip is not None:
+            self._clip.map_(block)
+
+    def targets(self, targets_QD: Tensor) -> Tensor:
+        """Turn gradients of targets, (Q, D), left as they are."""
+        return self.basis.to_eigen(targets_QD if self.root is None else targets_QD * self.root)
+
+    def to_parameters(self, rows_nD: Tensor) -> Tensor:
+        """Turn rows back."""
+        out = self.basis.to_parameters(rows_nD)
+        return out if self.root is None else out.mul_(self.root)
+
+
+class Turned:
+    """What both sinks share: turned gradients and their coefficients.
+
+    Args:
+        training: A fresh ``Training`` of the recipe.
+        trajectory: The record.
+        curvature: Basis, eigenvalues, metric.
+    """
+
+    def __init__(self, training: Training, trajectory: Trajectory, curvature: Curvature) -> None:
+        self.training = training
+        self.turned = TurnedGradients(training, trajectory, curvature)
+        self.basis = self.turned.basis
+        self.engine: PerSampleGradients = self.turned.engine
         self.coefficients = EigenCoefficients(
-            recorded_settings(trajectory),
-            self.basis.groups(),
-            curvature.eigenvalues,
-            curvature.steps,
-            training.device,
-            training.dtype,
+            self.turned.settings, self.turned.lanes, curvature, training.device, training.dtype
         )
-        self.engine: PerSampleGradients = EigenGradients(
-            training.recipe, training.model, layout, tried_ways(training, trajectory), self.basis
-        )
+
+    @property
+    def looks(self) -> bool:
+        """Whether the step's own clipping is in the rows."""
+        return self.turned.looks
+
+    def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
+        """Note it."""
+        self.turned.meet(step, moment)
 
     def begin(self, step: int, batch: Batch, members: Tensor) -> None:
         """Note the step's coefficients, one an eigendirection."""
@@ -66,6 +134,7 @@ class EkfacRows(Turned, RowSink):
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled rows."""
+        self.turned.take_(block)
         if self.sums.device.type != "cpu":
             self.sums.index_add_(0, rows.to(self.sums.device), block.mul_(self.scale))
             return
@@ -76,7 +145,7 @@ class EkfacRows(Turned, RowSink):
         """Return hypergradient rows in parameter order, on the host; see ``Replay``."""
         parts = []
         for tile in range(start - start % TILE, stop, TILE):  # whole tiles: the same bits for any shard
-            turned = self.basis.to_parameters(self.sums[tile : tile + TILE])
+            turned = self.turned.to_parameters(self.sums[tile : tile + TILE])
             parts.append(turned[max(start - tile, 0) : stop - tile])
         array: npt.NDArray[np.floating] = torch.cat(parts).cpu().numpy()
         return array
@@ -99,10 +168,11 @@ class EkfacProducts(Turned, ProductSink):
     ) -> None:
         super().__init__(training, trajectory, curvature)
         targets = torch.from_numpy(np.array(targets_QD)).to(training.device)
-        self.sums = Projections(rows, self.basis.to_eigen(targets))
+        self.sums = Projections(rows, self.turned.targets(targets))
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the products of the scaled rows."""
+        self.turned.take_(block)
         self.sums.add(rows, block, self.scale)
 
     def contributions(self) -> npt.NDArray[np.floating]:

@@ -15,19 +15,18 @@ from torch import Tensor
 
 from ...storage.curvature import Curvature
 from ...storage.trajectory import Trajectory
-from ..ekfac.eigenbasis import Eigenbasis
-from ..ekfac.eigengradients import EigenGradients
 from ..persample.engine import TILE, PerSampleGradients
 from ..recipe import Batch
-from ..recursion.coefficients import Settings, recorded_settings
+from ..recursion.coefficients import Settings
 from ..recursion.columns import Columns
-from ..recursion.eigencoefficients import EigenCoefficients
+from ..recursion.eigencoefficients import BentSteps
 from ..recursion.family import Moment
 from ..recursion.segments import Segment, Segments
 from ..recursion.steps import lanes_of
 from ..training.training import Training
 from ..training.trials import tried_ways
 from .base import HeldBatch, Sink, share
+from .ekfac import TurnedGradients
 from .fast import StepScales
 
 TABLE_BYTES = 64 << 20
@@ -83,7 +82,7 @@ class SegmentRows(Sink):
         engine: Gives the rows.
         borders: Steps between which the buffers rest, ascending from 0.
         sums: The buffers of each recursion.
-        basis: What the rows are turned into; None: nothing.
+        turned: What the rows are turned into; None: nothing.
         steps: What each step makes of gradients beside the scalars; None: nothing.
     """
 
@@ -93,21 +92,22 @@ class SegmentRows(Sink):
         engine: PerSampleGradients,
         borders: Sequence[int],
         sums: Sequence[SegmentSums],
-        basis: Eigenbasis | None = None,
+        turned: TurnedGradients | None = None,
         steps: StepScales | None = None,
     ) -> None:
         self.training, self.engine, self.borders = training, engine, list(borders)
-        self.sums, self.basis, self.steps = list(sums), basis, steps
+        self.sums, self.turned, self.steps = list(sums), turned, steps
 
     @property
     def looks(self) -> bool:
         """Whether the step's own preconditioner or clipping is in the rows."""
-        return self.steps is not None and self.steps.looks
+        return any(one is not None and one.looks for one in (self.steps, self.turned))
 
     def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
         """Note them."""
-        if self.steps is not None:
-            self.steps.meet(step, moment)
+        for one in (self.steps, self.turned):
+            if one is not None:
+                one.meet(step, moment)
 
     def begin(self, step: int, batch: Batch, members: Tensor) -> None:
         """At a border move the buffers; note the step's factors."""
@@ -120,6 +120,8 @@ class SegmentRows(Sink):
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the members' gradients to every recursion."""
         chosen = rows.to(self.training.device)
+        if self.turned is not None:
+            self.turned.take_(block)
         if self.steps is not None:
             self.steps.clip_(block)
             if self.steps.preconditioner is not None:
@@ -130,11 +132,11 @@ class SegmentRows(Sink):
     def state(self, which: int = 0) -> Tensor:
         """Return the hypergradients (n, D) of a recursion; true at a border, and not between."""
         rows = self.sums[which].weights
-        if self.basis is None:
+        if self.turned is None:
             return rows
         out = torch.empty_like(rows)
         for start in range(0, len(rows), TILE):
-            out[start : start + TILE] = self.basis.to_parameters(rows[start : start + TILE])
+            out[start : start + TILE] = self.turned.to_parameters(rows[start : start + TILE])
         return out
 
 
@@ -178,17 +180,13 @@ def ekfac_segments(
 ) -> SegmentRows:
     """Return the sink with EKFAC curvature; see ``fast_segments`` and ``ekfac``."""
     layout, device, dtype = training.layout, training.device, training.dtype
-    settings = recorded_settings(trajectory)
-    basis = Eigenbasis(curvature.blocks, layout, dtype, device, curvature.core)
-    values = EigenCoefficients(
-        settings, basis.groups(), curvature.eigenvalues, curvature.steps, device, dtype
-    ).eigenvalues_at
-    columns = Columns(basis.groups(), torch.float64, device)
+    turned = TurnedGradients(training, trajectory, curvature)
+    bent = BentSteps(turned.settings, turned.lanes, curvature, device)
+    columns = Columns(turned.lanes, torch.float64, device)
     like = torch.empty(0, layout.dimension, dtype=dtype, device=device)
-    sums = SegmentSums(rows, like, Segments(settings, columns.whole, values, dtype), lambda on: on.to(dtype))
-    ways = tried_ways(training, trajectory)
-    engine = EigenGradients(training.recipe, training.model, layout, ways, basis)
+    segments = Segments(turned.settings, columns.whole, bent.curvature, dtype, bent.form)
+    sums = SegmentSums(rows, like, segments, lambda on: on.to(dtype))
     longest = max(1, TABLE_BYTES // (2 * layout.dimension * dtype.itemsize))
     pairs = itertools.pairwise([0, *borders])
     cut = [step for first, stop in pairs for step in range(first, stop, longest)]
-    return SegmentRows(training, engine, [*cut, borders[-1]], [sums], basis)
+    return SegmentRows(training, turned.engine, [*cut, borders[-1]], [sums], turned)

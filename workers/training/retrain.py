@@ -182,23 +182,22 @@ def only(recipe: Recipe, kept: Integers) -> Recipe:
         return Subset(full, kept.tolist())
 
     smaller.train_dataset = dataset  # type: ignore[method-assign]
-    smaller.order = _order_among(recipe, kept)  # type: ignore[method-assign]
+    smaller.order = _order_among(recipe, kept)  # type: ignore[method-assign, assignment]
     return smaller
 
 
-def _order_among(recipe: Recipe, kept: Integers) -> Callable[[int, torch.Generator], Integers | None]:
+def _order_among(recipe: Recipe, kept: Integers) -> Callable[[int, torch.Generator], Tensor | None]:
     """Return the recipe's order without the samples that are gone, renumbered."""
     order = recipe.order
 
-    def among(epoch: int, generator: torch.Generator) -> Integers | None:
+    def among(epoch: int, generator: torch.Generator) -> Tensor | None:
         found = order(epoch, generator)
         if found is None:
             return None
         places = torch.as_tensor(found).numpy().astype(np.int64)
         left = np.searchsorted(kept, places)
         inside = (left < len(kept)) & (kept[np.minimum(left, len(kept) - 1)] == places)
-        result: Integers = left[inside]
-        return result
+        return torch.from_numpy(left[inside])
 
     return among
 

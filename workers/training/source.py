@@ -10,7 +10,6 @@ depend on what this process has loaded.
 from __future__ import annotations
 
 import ast
-import copy
 import hashlib
 import inspect
 import os
@@ -302,8 +301,8 @@ def _imports(node: ast.AST) -> Iterator[tuple[str, Import]]:
 
 
 def _dump(tree: ast.AST) -> bytes:
-    """Return a syntax tree as text, without positions and docstrings."""
-    return ast.dump(_Undocumented().visit(copy.deepcopy(tree))).encode()
+    """Return a syntax tree as text, without positions and docstrings, which the tree loses."""
+    return ast.dump(_Undocumented().visit(tree)).encode()
 
 
 class _Undocumented(ast.NodeTransformer):

@@ -50,7 +50,7 @@ from ..persample.reference import constant_statistics, couples_samples
 from ..recipe import Batch, Recipe
 from ..recursion.clipping import EPSILON, Clip
 from ..recursion.families import family_of, family_or_sgd
-from ..recursion.family import Moment
+from ..recursion.family import Family, Moment
 from .finite import check_gradients
 from .initial import initial_state, load_optimizer, load_weights
 from .update import TrainableSet, check_optimizer, check_owned
@@ -141,6 +141,8 @@ class Training:
         check_owned(self.optimizer, self.model)
         self.parameters = self.layout.parameters(self.model)
         self.schedule = schedule_of(recipe, self.n_train)
+        if recipe._stop is not None:
+            self.schedule = self.schedule.until(recipe._stop)
         self.batches: Indices = self.schedule.batches
         self.epoch_ends = self.schedule.epoch_ends
         self.updates = self.schedule.updates
@@ -148,9 +150,14 @@ class Training:
         self.own_losses = torch.empty(0)  # of the last step
         self.weighted = not is_default(recipe, "weights")
         self.divisors = np.full(self.steps, np.nan)
-        if not self.weighted:
-            parts = self.schedule.last - self.schedule.first + 1
-            self.divisors = (self.batches >= 0).sum(1) * parts.astype(np.float64)
+        recorded = self.schedule.recorded
+        if recorded is not None:
+            self.weighted = recorded.divisors is not None
+        if recorded is not None and recorded.divisors is not None:
+            self.divisors = recorded.divisors
+        elif not self.weighted:
+            parts = np.array([self.schedule.parts(step) for step in range(self.steps)], dtype=np.float64)
+            self.divisors = (self.batches >= 0).sum(1) * parts
         self.max_norm = _max_norm(recipe)
         self.clips = None if self.max_norm is None else np.full((self.steps, 2), np.nan)
         self.active = np.ones((self.steps, len(self.parameters)), dtype=bool)
@@ -163,13 +170,7 @@ class Training:
     @property
     def optimizer_told(self) -> dict[str, Any]:
         """What a record notes of the optimiser beside its settings."""
-        told: dict[str, Any] = {"family": self.family.name, "class": type(self.optimizer).__name__}
-        if self.family.scaled:
-            groups = self.optimizer.param_groups
-            told["decoupled"] = [bool(group.get("decoupled_weight_decay", False)) for group in groups]
-        if self.max_norm is not None:
-            told["clip_grad_norm"] = self.max_norm
-        return told
+        return told_of(self.optimizer, self.max_norm)
 
     @cached_property
     def holds_statistics(self) -> bool:
@@ -199,7 +200,8 @@ class Training:
         """Yield the batches of steps ``first`` to ``stop`` on the device."""
         source = step_batches(self.recipe, self.dataset, self.batches, self.recipe.seed, first, stop)
         moved = (to_device(batch, self.device, self.dtype) for batch in source)
-        yield from self._with_divisors(first, moved) if self.weighted else moved
+        known = not self.weighted or self.schedule.recorded is not None
+        yield from moved if known else self._with_divisors(first, moved)
 
     def _with_divisors(self, first: int, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches once the weights of their whole step are known."""
@@ -332,7 +334,8 @@ class Training:
     def _weighted_mean(self, batch: Batch) -> Tensor:
         """Return the batch's losses over its own weights, for people to look at."""
         weights = self.recipe.weights(batch)
-        assert weights is not None
+        if weights is None:  # a loop's own divisors
+            return self.own_losses.mean()
         return self.own_losses.sum() / weights.sum().to(self.own_losses)
 
     def _losses(self, batch: Batch, size: int) -> Tensor:
@@ -371,7 +374,7 @@ class Training:
         norm, factor = math.nan, 1.0
         if self.max_norm is not None:
             found = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            norm, factor = _clipped(found, self.max_norm)
+            norm, factor = clipped(found, self.max_norm)
         return Moment(
             gradient=gradient,
             clip=Clip(gradient=gradient, norm=norm, factor=factor),
@@ -384,7 +387,7 @@ class Training:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
             assert self.clips is not None
             first = self.schedule.first[step]
-            self.clips[first : step + 1] = _clipped(norm, self.max_norm)
+            self.clips[first : step + 1] = clipped(norm, self.max_norm)
 
     def _second_pass(self, step: int, batch: Batch, size: int, watch: Watch, kept: Kept) -> None:
         """Run the batch again, same dropout and buffers, with BatchNorm statistics as constants."""
@@ -496,19 +499,7 @@ class Training:
 
     def optimizer_state(self) -> OptimizerState:
         """Return the optimiser's vectors as they are, flat."""
-        states = [self.optimizer.state.get(p, {}) for p in self.parameters]
-        vectors = []
-        for key in self.family.vectors:
-            found = [state.get(key) for state in states]
-            filled = [
-                torch.zeros_like(p) if v is None else v for p, v in zip(self.parameters, found, strict=True)
-            ]
-            vectors.append(flatten(filled))
-        return OptimizerState(
-            vectors=tuple(vectors),
-            exists=[state.get(self.family.vectors[0]) is not None for state in states],
-            counts=[int(state.get("step", 0)) for state in states] if self.family.counts else None,
-        )
+        return state_of(self.optimizer, self.family, self.parameters)
 
     def load_weights(self, weights_D: npt.NDArray[Any], buffers: bytes) -> None:
         """Put a checkpoint's weights and model buffers into the model."""
@@ -518,25 +509,7 @@ class Training:
 
     def load_optimizer(self, kept: OptimizerState) -> None:
         """Put a checkpoint's vectors into the optimiser."""
-        for i, (parameter, present) in enumerate(zip(self.parameters, kept.exists, strict=True)):
-            start = self.layout.entries[i].start
-            state = self.optimizer.state[parameter]
-            for key, vector in zip(self.family.vectors, kept.vectors, strict=True):
-                part = vector[start : start + parameter.numel()].view_as(parameter)
-                state[key] = part.to(device=self.device, dtype=self.dtype).clone() if present else None
-            if not present and self.family.counts:
-                del self.optimizer.state[parameter]
-            elif kept.counts is not None:
-                # Where torch keeps it unless the implementation is fused.
-                place = self.device if self._fused(parameter) else torch.device("cpu")
-                state["step"] = torch.tensor(float(kept.counts[i]), dtype=torch.float32, device=place)
-
-    def _fused(self, parameter: nn.Parameter) -> bool:
-        return any(
-            bool(group.get("fused"))
-            for group in self.optimizer.param_groups
-            if any(p is parameter for p in group["params"])
-        )
+        put_state(self.optimizer, self.family, self.parameters, kept)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -597,7 +570,15 @@ def _max_norm(recipe: Recipe) -> float | None:
     """
     if getattr(recipe, "clip_grad_value", None) is not None:
         raise RecipeError("clip_grad_value has no rule here; clip by norm instead: clip_grad_norm = 1.0")
-    value = recipe.clip_grad_norm
+    return max_norm_of(recipe.clip_grad_norm)
+
+
+def max_norm_of(value: object) -> float | None:
+    """Return a largest norm, checked.
+
+    Raises:
+        RecipeError: It is no positive number.
+    """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
@@ -605,7 +586,59 @@ def _max_norm(recipe: Recipe) -> float | None:
     return float(value)
 
 
-def _clipped(norm: Tensor, most: float) -> tuple[float, float]:
+def told_of(optimizer: torch.optim.Optimizer, max_norm: float | None) -> dict[str, Any]:
+    """Return what a record notes of an optimiser beside its settings."""
+    family = family_of(optimizer)
+    told: dict[str, Any] = {"family": family.name, "class": type(optimizer).__name__}
+    if family.scaled:
+        groups = optimizer.param_groups
+        told["decoupled"] = [bool(group.get("decoupled_weight_decay", False)) for group in groups]
+    if max_norm is not None:
+        told["clip_grad_norm"] = max_norm
+    return told
+
+
+def state_of(
+    optimizer: torch.optim.Optimizer, family: Family, parameters: Sequence[nn.Parameter]
+) -> OptimizerState:
+    """Return an optimiser's vectors as they are, flat."""
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    vectors = []
+    for key in family.vectors:
+        found = [state.get(key) for state in states]
+        filled = [torch.zeros_like(p) if v is None else v for p, v in zip(parameters, found, strict=True)]
+        vectors.append(flatten(filled))
+    return OptimizerState(
+        vectors=tuple(vectors),
+        exists=[state.get(family.vectors[0]) is not None for state in states],
+        counts=[int(state.get("step", 0)) for state in states] if family.counts else None,
+    )
+
+
+def put_state(
+    optimizer: torch.optim.Optimizer,
+    family: Family,
+    parameters: Sequence[nn.Parameter],
+    kept: OptimizerState,
+) -> None:
+    """Put vectors and counts into an optimiser; the inverse of `state_of`."""
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    start = 0
+    for i, (parameter, present) in enumerate(zip(parameters, kept.exists, strict=True)):
+        state = optimizer.state[parameter]
+        for key, vector in zip(family.vectors, kept.vectors, strict=True):
+            part = vector[start : start + parameter.numel()].view_as(parameter)
+            state[key] = part.to(device=parameter.device, dtype=parameter.dtype).clone() if present else None
+        start += parameter.numel()
+        if not present and family.counts:
+            del optimizer.state[parameter]
+        elif kept.counts is not None:
+            # Where torch keeps it unless the implementation is fused.
+            place = parameter.device if id(parameter) in fused else torch.device("cpu")
+            state["step"] = torch.tensor(float(kept.counts[i]), dtype=torch.float32, device=place)
+
+
+def clipped(norm: Tensor, most: float) -> tuple[float, float]:
     """Return a gradient's norm and what clipping multiplies it with."""
     found = float(norm)
     return found, min(1.0, most / (found + EPSILON))

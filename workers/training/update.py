@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ...storage.errors import RecipeError
-from ..recursion.families import family_of
+from ..recursion.families import family_of, family_or_sgd
 
 MOVES = 1e-3
 """How far a weight may be from its prediction, relative to the parameter's largest move: rounding."""
@@ -138,7 +138,7 @@ class UpdateCheck:
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
         self.optimizer, self.names = optimizer, names
-        self.family = family_of(optimizer)
+        self.family = family_or_sgd(optimizer)  # refused when training was built, if it has no rule
         self._before: list[tuple[dict[str, Any], nn.Parameter, Tensor, dict[str, Any]]] = []
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ def check_numbers(recipe: Recipe, *, least_epochs: int = 1) -> None:
     check_name(recipe.name, "recipe name")
     refuse_unsupported_names(recipe)
     for method in ("model", "train_dataset", "test_dataset", "losses", "optimizer"):
-        if getattr(type(recipe), method) is getattr(Recipe, method):
+        if method not in vars(recipe) and getattr(type(recipe), method) is getattr(Recipe, method):
             near = nearest_defined(recipe, method)
             hint = f"; is {near}() meant? rename it" if near else "; add it (see docs/tutorial.md)"
             raise RecipeError(f"recipe {recipe.name!r} does not define {method}(){hint}")

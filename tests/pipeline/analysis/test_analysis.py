@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ from hydra_pipe.storage.errors import CorruptStore, IncompleteStage, InputError
 from hydra_pipe.storage.rows import RowStore
 
 from tests.builders import Built, M, N
+from tests.end_to_end.support import cli
 
 
 @pytest.fixture(scope="module")
@@ -249,23 +251,30 @@ def test_the_summary_says_what_happened(run: Run, built: Built) -> None:
     assert found["next"][0] == f"hydra-pipe top {built.uri} --test 1 --harmful"
 
 
-def test_every_hint_of_the_summary_is_a_command_that_is_there(run: Run, tmp_path: Path) -> None:
+def test_every_hint_of_the_summary_is_a_command_that_is_there(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each is typed into a shell; the directory's name needs quotes, and DuckDB's sums are those of numpy."""
     place = tmp_path / 'it\'s a "run"'
     shutil.copytree(run.uri, place)
     hints = summary(open_run(str(place)))["next"]
     assert [shlex.split(hint)[1] for hint in hints[:4]] == ["top", "detect", "report", "verify"]
-    # The tests' own hydra-pipe, whether or not it is installed as a command.
-    program = shlex.join([sys.executable, "-c", "from hydra_pipe.cli import main; main()"])
+    # What a shell makes of the words is tried with a program that tells them; they are run in this process.
+    program = shlex.join([sys.executable, "-S", "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    monkeypatch.chdir(tmp_path)
     shown = []
     for hint in hints:
-        command = hint.replace("hydra-pipe", program, 1) if hint.startswith("hydra-pipe ") else hint
+        ours = hint.startswith("hydra-pipe ")
+        command = hint.replace("hydra-pipe", program, 1) if ours else hint
         done = subprocess.run(
-            command, shell=True, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
+            command, shell=True, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, (hint, done.stderr)
-        shown.append(done.stdout)
+        if ours:
+            found = cli(*json.loads(done.stdout))
+            assert found.exit_code == 0, (hint, found.stderr)
+        shown.append(found.stdout if ours else done.stdout)
     pairs = run.contributions().to_table().to_pandas()
     other = pairs[pairs.train_label != pairs.test_label].groupby("train_index").contribution.mean()
     order = [int(line.split("│")[1]) for line in shown[-1].splitlines() if re.match(r"│ +\d", line)]

@@ -46,6 +46,7 @@ OTHER: dict[str, Any] = {
     "curvature_at": (0, 5),
     "curvature_samples": 9,
     "curvature_core": 8,
+    "curvature_share": 0.3,
     "executor": "serial",
     "address": "10.0.0.1:6379",
     "gpus_per_actor": 0.5,

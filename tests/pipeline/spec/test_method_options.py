@@ -15,8 +15,8 @@ from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import CorruptStore
 
 
-def test_only_ekfac_has_options() -> None:
-    for hessian in ("none", "exact"):
+def test_ekfac_and_mixtures_have_options() -> None:
+    for hessian in ("none", "exact", "gauss-newton"):
         assert CurvatureOptions.asked_by(CurvatureSpec(hessian=hessian)) == CurvatureOptions()  # type: ignore[arg-type]
     assert CurvatureOptions().to_json() == CurvatureOptions().as_fields() == {}
     found = CurvatureOptions.asked_by(CurvatureSpec(hessian="ekfac")).to_json()
@@ -24,6 +24,8 @@ def test_only_ekfac_has_options() -> None:
     given = CurvatureSpec(hessian="ekfac", curvature_at="0,40", curvature_core=0)
     found = CurvatureOptions.asked_by(given).to_json()
     assert json.dumps(found) == '{"at": [0, 40], "checkpoints": 5, "samples": 4096, "core": 0}'
+    mixed = CurvatureSpec(hessian="mixed", curvature_share=0.25)
+    assert CurvatureOptions.asked_by(mixed).to_json() == {"share": 0.25}
 
 
 @pytest.mark.parametrize("given", [{}, {"curvature_at": (0, 40)}, {"curvature_core": 0}])
@@ -47,6 +49,8 @@ def test_options_come_back_from_json_and_as_fields(given: dict[str, Any]) -> Non
         {"samples": None},
         {"at": 3},
         {"at": [0, "x"]},
+        {"share": 1},
+        {"share": 1.5},
     ],
 )
 def test_what_cannot_be_options_is_named(document: dict[str, Any]) -> None:
@@ -78,5 +82,9 @@ def test_methods_of_one_form_share_their_options() -> None:
     ]
     assert method_differences(replace(spec, curvature_core=4), info(methods)) == []
     assert method_differences(replace(spec, hessian="exact"), info(methods)) == []
+    mixed = {"hydra-mixed": {"state": "complete", "mode": "adjoint", "options": {"share": 0.5}}}
+    assert method_differences(
+        RunSpec(hessian="mixed", mode="adjoint", curvature_share=0.25), info(mixed)
+    ) == ["options: stored {'share': 0.5}, asked {'share': 0.25} (method hydra-mixed)"]
     methods["hydra-ekfac"]["state"] = "asked"  # binds nobody
     assert method_differences(spec, info(methods)) == []

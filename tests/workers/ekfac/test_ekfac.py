@@ -62,12 +62,11 @@ def test_equals_the_dense_recursion_with_the_same_curvature(kind, core, tmp_path
         EKFAC, FORWARD, Training(recipe, DOUBLE), trajectory, tracked, curvature=curvature
     ).run()
     basis = replay.sink.basis
-    values = replay.sink.coefficients.eigenvalues
-    nearest = replay.sink.coefficients._nearest
+    values = replay.sink.coefficients.bent.curvature
 
     def bend(step, du):
         turned = basis.to_eigen(torch.from_numpy(du)[None])
-        return basis.to_parameters(turned * values[nearest[step]])[0].numpy()
+        return basis.to_parameters(turned * values(step))[0].numpy()
 
     right = oracle.dense(recipe, trajectory, tracked, curvature=bend).hypergradient
     assert oracle.relative_error(replay.numpy(0, 4), right) < 1e-11

@@ -354,6 +354,7 @@ def test_the_public_face():
         "Detection",
         "Explanation",
         "HydraError",
+        "InitialState",
         "Questions",
         "Recipe",
         "Recording",
@@ -363,6 +364,7 @@ def test_the_public_face():
     ]
     functions = [
         "attribute",
+        "attribute_checkpoint",
         "by_epoch",
         "clean",
         "compare",

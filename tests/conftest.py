@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,14 @@ def unsynced() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def digits_read_once() -> None:
+    """Parse the text file of the digits once, as soon as something has imported what does it: a run does so 8 times."""
+    source = sys.modules.get("sklearn.datasets")
+    if source is not None and not hasattr(source.load_digits, "cache_info"):
+        source.load_digits = functools.cache(source.load_digits)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

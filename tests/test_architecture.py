@@ -103,7 +103,7 @@ MAY_IMPORT = {
     "workers": {
         "estimators": "data determinism hessian model persample recipe recursion replay training",
         "replay": "ekfac hessian model persample recipe recursion training",
-        "reference": "data determinism recipe training",
+        "reference": "data determinism model recipe training",
         "hessian": "data determinism model persample recipe training",
         "ekfac": "data determinism model persample recipe training",
         "training": "data determinism model persample recipe recursion",

@@ -199,7 +199,7 @@ class CurvatureSpec(Group):
         return FORMS[self.hessian]
 
     @property
-    def share(self) -> float:
+    def hessian_share(self) -> float:
         """Share of the Hessian in the products of a form that carries vectors; see ``HessianTiles``."""
         return {GAUSS_NEWTON: 0.0, MIXED: self.curvature_share}.get(self.form, 1.0)
 

@@ -355,6 +355,7 @@ def test_the_public_face():
         "Explanation",
         "HydraCallback",
         "HydraError",
+        "InitialState",
         "Questions",
         "Recipe",
         "Recording",
@@ -365,6 +366,7 @@ def test_the_public_face():
     ]
     functions = [
         "attribute",
+        "attribute_checkpoint",
         "by_epoch",
         "clean",
         "compare",

@@ -19,7 +19,7 @@ from ..data.batches import step_batch, to_device
 from ..data.cast import cast_model
 from ..determinism import derived_seed, seed_everything
 from ..model.state import copied, unchanged_buffers
-from ..persample.wide import WideRecipe
+from ..persample.wide import widened
 from ..recipe import Batch
 from ..training.training import Training
 from .second_order import (
@@ -100,7 +100,7 @@ def moved_copy(training: Training, dtype: torch.dtype) -> Training:
     """Return a training of a copy of the model, its weights moved."""
     trial = copy.copy(training)
     if dtype == torch.float64:
-        trial.recipe = WideRecipe(training.recipe)
+        trial.recipe = widened(training.recipe)
     trial.model, trial.dtype = cast_model(copied(training.model), None, dtype), dtype
     trial.parameters = training.layout.parameters(trial.model)
     with torch.no_grad():

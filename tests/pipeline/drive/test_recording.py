@@ -312,3 +312,17 @@ def test_recipes_are_left_as_they_are(runs):
     hydra_pipe.run(RunSpec(recipe=recipe, out=runs[1].uri, **ASKED))
     assert vars(recipe) == before
     assert type(recipe).optimizer is Recipe.optimizer
+
+
+def test_contributions_as_of_a_step_are_those_of_a_recipe(runs):
+    found = []
+    for one, recipe in zip(runs, (Whole(), Bare()), strict=True):
+        cut = hydra_pipe.run(RunSpec(recipe=recipe, out=one.uri, at=10, **ASKED))
+        assert cut.trajectory().checkpoint_steps.tolist()[-1] == 10
+        table = (
+            cut.contributions()
+            .to_table()
+            .sort_by([("test_index", "ascending"), ("train_index", "ascending")])
+        )
+        found.append(table["contribution"].to_numpy())
+    assert np.array_equal(*found)

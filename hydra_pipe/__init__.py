@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .pipeline.decide.explanation import Explanation
     from .pipeline.decide.report import report
     from .pipeline.drive.attribute import attribute
+    from .pipeline.drive.hugging_face import HydraCallback
     from .pipeline.drive.recording import Recording, recording
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .pipeline.verify.verify import Verification, verify
     from .storage.errors import HydraError
     from .workers.recipe import InitialState, Recipe
+    from .workers.recipes.hugging_face.recipe import TrainerRecipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "DetectOptions",
     "Detection",
     "Explanation",
+    "HydraCallback",
     "HydraError",
     "InitialState",
     "Questions",
@@ -49,6 +52,7 @@ __all__ = [
     "Recording",
     "Run",
     "RunSpec",
+    "TrainerRecipe",
     "Verification",
     "__version__",
     "attribute",
@@ -78,6 +82,7 @@ _HOMES = {
     "DetectOptions": ".pipeline.decide.case:Options",
     "Detection": ".pipeline.reading.detections:Detection",
     "Explanation": ".pipeline.decide.explanation:Explanation",
+    "HydraCallback": ".pipeline.drive.hugging_face:HydraCallback",
     "HydraError": ".storage.errors:HydraError",
     "InitialState": ".workers.recipe:InitialState",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
@@ -85,6 +90,7 @@ _HOMES = {
     "Recording": ".pipeline.drive.recording:Recording",
     "Run": ".pipeline.opened_run:Run",
     "RunSpec": ".pipeline.spec.spec:RunSpec",
+    "TrainerRecipe": ".workers.recipes.hugging_face.recipe:TrainerRecipe",
     "Verification": ".pipeline.verify.verify:Verification",
     "attribute": ".pipeline.drive.attribute:attribute",
     "attribute_checkpoint": ".pipeline.run:attribute_checkpoint",

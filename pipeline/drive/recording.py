@@ -153,6 +153,11 @@ class Recording:
         """Batches whose steps are done."""
         return self._recorder.done
 
+    @property
+    def begun(self) -> int:
+        """Batches announced, those of no step yet included: the next one's number."""
+        return self._recorder.begun
+
     def __enter__(self) -> Self:
         if self._stack is not None:
             raise InputError("a recording is entered once; call recording() again for another training")

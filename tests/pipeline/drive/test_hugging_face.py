@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -114,3 +117,12 @@ def test_what_a_record_cannot_follow_is_refused(tmp_path, name):
     setattr(trainer.args, name, True)
     with pytest.raises(RecipeError, match=rf"TrainingArguments\.{name}=True is not supported"):
         HydraCallback(trainer, out=tmp_path / "run")
+
+
+def test_without_transformers_it_is_said_what_to_install(monkeypatch):
+    from hydra_pipe.pipeline.drive import hugging_face
+
+    place = importlib.util.spec_from_file_location("hydra_pipe.pipeline.drive.again", hugging_face.__file__)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'hydra-pipe\[hf\]'"):
+        place.loader.exec_module(importlib.util.module_from_spec(place))

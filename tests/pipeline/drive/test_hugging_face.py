@@ -47,7 +47,7 @@ def test_the_record_is_of_the_training(recorded):
     final = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).numpy()
     assert np.array_equal(trajectory.checkpoint(len(trajectory.checkpoint_steps) - 1).weights, final)
     assert trajectory.updates.tolist() == [False, True, True] * 2
-    assert trajectory.epoch_ends == (3, 6)
+    assert list(trajectory.epoch_ends) == [3, 6]
     assert (trajectory.clip_factor < 1).any()
     # The rows are those of the Trainer's own sampler.
     for epoch in range(2):

@@ -111,6 +111,12 @@ CHECKPOINT = ("out", "track", "test", "dtype", "recipe_args", "threads", "device
     help="Do so for K seeds and average: NAME-seedsK. Records that are missing are made.",
 )
 @pick(("at_checkpoint",))
+@click.option(
+    "--at",
+    type=click.IntRange(min=1),
+    metavar="STEP",
+    help="Do so as of a checkpoint of RUN's record, as if training had ended there: to the run RUN-at-STEP.",
+)
 @pick(CHECKPOINT, only_with="With --at-checkpoint")
 @pick((*PLACEMENT, "memory"), of_the_run=OF_THE_RUN)
 @format_option("table", "json")
@@ -126,6 +132,7 @@ def attribute(
     estimator_options: tuple[str, ...],
     overwrite: bool,
     seeds: int,
+    at: int | None,
     output_format: str,
     quiet: bool,
     **placement: Any,
@@ -166,6 +173,19 @@ def attribute(
             f"--{unused.replace('_', '-')}: RUN has fixed it; only with --at-checkpoint it is asked"
         )
     methods = read_methods(estimators, estimator_options)
+    if at is not None:
+        if seeds > 1:
+            raise click.UsageError(
+                f"--seeds {seeds}: one training has the checkpoint --at {at}; leave --seeds out"
+            )
+        from ..pipeline.run import attribute_at
+
+        with watching(quiet) as observer:
+            finished = attribute_at(
+                run, at, methods, recipe, observer=observer, overwrite=overwrite, **placement
+            )
+        _show(finished, list(methods)[-1], output_format)
+        return
     from ..pipeline.drive.attribute import attribute as add
     from ..pipeline.spec.spec import averaged
 

@@ -99,6 +99,14 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "trained or recorded.",
         metavar="FILE",
     ),
+    _saying(
+        "--at",
+        "its end",
+        "As if training had ended after STEP steps, at a checkpoint of the run at --out, which is recorded: a run "
+        "of its own beside it, OUT-at-STEP, from the same record.",
+        type=_POSITIVE,
+        metavar="STEP",
+    ),
     _option(
         "--seeds",
         "Train with K seeds, from --seed on, and average the contributions: METHOD-seedsK, with their spread.",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from ..storage.errors import SpecError
 from ..workers.determinism import restored_process
 from ..workers.estimators import make
+from ..workers.recipe import Recipe
 from .drive.attribute import attribute
 from .drive.drive import begin, drive
 from .drive.seeds import run_seeds
@@ -14,13 +17,14 @@ from .executors.events import Note, Observer, RunFinished, null, warn
 from .executors.ray import make_executor
 from .opened_run import Run, open_run
 from .plan.compatibility import place, refuse_unsupported
-from .plan.stored_spec import PLACEMENT
-from .plan.survey import survey
+from .plan.moment import check_moment
+from .plan.stored_spec import PLACEMENT, stored_spec
+from .plan.survey import resolve_recipe, survey
 from .plan.untrained import check_methods, needs_training
 from .spec.spec import RunSpec
 from .vocabulary import RECORD, REDUCE, REPLAY, STAGES, TEST_GRADIENTS
 
-__all__ = ["STAGES", "attribute_checkpoint", "run"]
+__all__ = ["STAGES", "attribute_at", "attribute_checkpoint", "run"]
 
 
 def run(spec: RunSpec, *, observer: Observer | None = None, stages: Sequence[str] | None = None) -> Run:
@@ -79,8 +83,41 @@ def attribute_checkpoint(
     return attribute(made.uri, methods, spec.recipe, observer=observer, overwrite=spec.overwrite, **placement)
 
 
+def attribute_at(
+    uri: str,
+    step: int,
+    methods: Mapping[str, Mapping[str, object]],
+    recipe: Recipe | str | None = None,
+    *,
+    observer: Observer | None = None,
+    overwrite: bool = False,
+    **placement: Any,
+) -> Run:
+    """Add estimators' contributions as of a recorded step, to the run ``URI-at-STEP`` beside the run, which is made.
+
+    Args:
+        uri: The recorded run.
+        step: One of its checkpoints.
+        methods: Options by estimator name.
+        recipe: See ``attribute``; so the others.
+        observer: So.
+        overwrite: So.
+        placement: So.
+
+    Raises:
+        SpecError: There is no such checkpoint; names the nearest.
+    """
+    for name, options in methods.items():
+        make(name, options)
+    stored = stored_spec(open_run(uri), recipe, placement, command="attribute")
+    made = run(replace(stored, at=step), observer=observer, stages=(RECORD, TEST_GRADIENTS))
+    return attribute(made.uri, methods, stored.recipe, observer=observer, overwrite=overwrite, **placement)
+
+
 def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
     refuse_unsupported(spec)
+    if spec.at is not None:  # a step that is not there is no training to look at
+        check_moment(spec, spec.out or f"runs/{resolve_recipe(spec).name}")
     surveyed = survey(spec)
     for note in surveyed.notes:
         warn(observer, note)

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.errors import NodeNotFoundError
 from zarr.registry import get_codec_class
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
@@ -58,14 +57,18 @@ def read_group(uri: str) -> dict[str, Any]:
         IncompleteStage: There is no group.
         CorruptStore: Its metadata cannot be read.
     """
-    if not files.exists(join(uri, "zarr.json")):
+    try:
+        data = files.read_bytes(join(uri, "zarr.json"))
+    except FileNotFoundError:
         raise IncompleteStage(
             f"{uri} is not there; run the stage that writes it (`hydra-pipe status` shows which)"
-        )
+        ) from None
     try:
-        group = zarr.open_group(open_store(uri, read_only=True), mode="r", use_consolidated=False)
-        return dict(group.attrs)
-    except (ValueError, TypeError, KeyError, NodeNotFoundError) as error:
+        metadata = json.loads(data)
+        if (metadata["zarr_format"], metadata["node_type"]) != (3, "group"):
+            raise ValueError("no group of Zarr format 3")
+        return dict(metadata.get("attributes", {}))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptStore(f"{uri}/zarr.json is damaged ({error}); run the stage again") from error
 
 

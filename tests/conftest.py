@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,14 +54,12 @@ def unsynced() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def digits_read_once() -> Iterator[None]:
-    """Parse the text file of the digits once; a run of the recipe does so eight times."""
-    import sklearn.datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
-        yield
+@pytest.fixture(autouse=True)
+def digits_read_once() -> None:
+    """Parse the text file of the digits once, as soon as something has imported what does it: a run does so 8 times."""
+    source = sys.modules.get("sklearn.datasets")
+    if source is not None and not hasattr(source.load_digits, "cache_info"):
+        vars(source)["load_digits"] = functools.cache(source.load_digits)
 
 
 @pytest.fixture(scope="session")

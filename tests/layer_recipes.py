@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hydra_pipe.workers.recipe import Recipe
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, rnn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
@@ -23,9 +23,9 @@ WIDTH, LENGTH, WORDS = 8, 5, 13
 
 
 class LayerRecipe(Recipe):
-    """Two passes over ten samples, the last batch smaller; SGD with momentum and decay."""
+    """One pass over ten samples, the last batch smaller; SGD with momentum and decay."""
 
-    epochs, batch_size, seed = 2, 4, 3
+    epochs, batch_size, seed = 1, 4, 3
     count = 10
 
     def __init__(self, case: str) -> None:
@@ -194,6 +194,29 @@ class Rolled(nn.Module):
         return self.layer(x)[0]
 
 
+class Packed(Rolled):
+    """An LSTM over sequences of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LSTM, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = 1 + (7 * x[:, 0, 0]).abs().long() % LENGTH
+        packed = rnn.pack_padded_sequence(x, length, batch_first=True, enforce_sorted=False)
+        return rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True, total_length=LENGTH)[0]
+
+
+class Decoder(nn.Module):
+    """Attention to itself and, across, to something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(WIDTH, 2, 12, dropout=0.0, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, x[:, :3] * 0.5)
+
+
 class Bag(nn.Module):
     def __init__(self, mode: str, **options: Any) -> None:
         super().__init__()
@@ -311,59 +334,64 @@ def llama(attention: str = "eager", *, tied: bool = False) -> nn.Module:
 
 
 CASES: dict[str, tuple[type[LayerRecipe], Callable[[], nn.Module]]] = {
-    "sdpa": (Vectors, lambda: Headed(FusedAttention())),
-    "sdpa, dropout": (Vectors, lambda: Headed(FusedAttention(0.2))),
-    "mha": (Vectors, lambda: Headed(Multihead(weights=False))),
-    "mha, weights": (Vectors, lambda: Headed(Multihead(weights=True))),
-    "mha, dropout": (Vectors, lambda: Headed(Multihead(weights=False, drop=0.2))),
-    "mha, kdim": (Vectors, lambda: Headed(Multihead(weights=False, kdim=6))),
-    "mha, seq-first": (
+    "scaled_dot_product_attention": (Vectors, lambda: Headed(FusedAttention())),
+    "scaled_dot_product_attention, dropout": (Vectors, lambda: Headed(FusedAttention(0.2))),
+    "MultiheadAttention": (Vectors, lambda: Headed(Multihead(weights=False))),
+    "MultiheadAttention, need_weights": (Vectors, lambda: Headed(Multihead(weights=True))),
+    "MultiheadAttention, dropout": (Vectors, lambda: Headed(Multihead(weights=False, drop=0.2))),
+    "MultiheadAttention, kdim and vdim": (Vectors, lambda: Headed(Multihead(weights=False, kdim=6))),
+    "MultiheadAttention, seq-first": (
         Vectors,
         lambda: Headed(Multihead(weights=False, batch_first=False), seq_first=True),
     ),
-    "encoder": (Vectors, lambda: encoder(batch_first=True)),
-    "encoder, dropout": (Vectors, lambda: encoder(batch_first=True, drop=0.1, norm_first=True)),
-    "encoder, seq-first": (Vectors, lambda: encoder(batch_first=False)),
-    "encoder, seq-first, dropout": (Vectors, lambda: encoder(batch_first=False, drop=0.1)),
-    "gpt2": (Unmasked, gpt2),
-    "gpt2, mask": (Language, gpt2),
-    "gpt2, mask, dropout": (Language, lambda: gpt2(0.1)),
-    "gpt2, mask, sdpa": (Language, lambda: gpt2(attention="sdpa")),
-    "bert, mask": (Classified, bert),
-    "bert, mask, dropout": (Classified, lambda: bert(0.1)),
-    "bert, mask, sdpa": (Classified, lambda: bert(attention="sdpa")),
-    "llama": (Unmasked, llama),
-    "llama, mask": (Language, llama),
-    "llama, mask, sdpa, tied": (Language, lambda: llama("sdpa", tied=True)),
-    "lstm": (Vectors, lambda: Headed(Rolled(nn.LSTM, batch_first=True), out=4)),
-    "lstm, bidirectional": (
+    "TransformerEncoderLayer": (Vectors, lambda: encoder(batch_first=True)),
+    "TransformerEncoderLayer, norm first, dropout": (
+        Vectors,
+        lambda: encoder(batch_first=True, drop=0.1, norm_first=True),
+    ),
+    "TransformerEncoderLayer, seq-first": (Vectors, lambda: encoder(batch_first=False)),
+    "TransformerEncoderLayer, seq-first, dropout": (Vectors, lambda: encoder(batch_first=False, drop=0.1)),
+    "TransformerDecoderLayer": (Vectors, lambda: Headed(Decoder())),
+    "GPT-2": (Unmasked, gpt2),
+    "GPT-2, mask": (Language, gpt2),
+    "GPT-2, mask, dropout": (Language, lambda: gpt2(0.1)),
+    "GPT-2, mask, sdpa": (Language, lambda: gpt2(attention="sdpa")),
+    "BERT, mask": (Classified, bert),
+    "BERT, mask, dropout": (Classified, lambda: bert(0.1)),
+    "BERT, mask, sdpa": (Classified, lambda: bert(attention="sdpa")),
+    "Llama": (Unmasked, llama),
+    "Llama, mask": (Language, llama),
+    "Llama, mask, sdpa, tied": (Language, lambda: llama("sdpa", tied=True)),
+    "LSTM": (Vectors, lambda: Headed(Rolled(nn.LSTM, batch_first=True), out=4)),
+    "LSTM, two layers both ways, dropout": (
         Vectors,
         lambda: Headed(
             Rolled(nn.LSTM, batch_first=True, bidirectional=True, num_layers=2, dropout=0.2), out=8
         ),
     ),
-    "lstm, seq-first": (Vectors, lambda: Headed(Rolled(nn.LSTM), seq_first=True, out=4)),
-    "gru": (Vectors, lambda: Headed(Rolled(nn.GRU, batch_first=True), out=4)),
-    "rnn": (Vectors, lambda: Headed(Rolled(nn.RNN, batch_first=True), out=4)),
-    "bag": (Tokens, lambda: Bag("mean")),
-    "bag, sum": (Tokens, lambda: Bag("sum", padding_idx=0)),
-    "bag, max": (Tokens, lambda: Bag("max")),
-    "weight_norm": (Vectors, lambda: wrapped(parametrizations.weight_norm)),
-    "old weight_norm": (Vectors, lambda: wrapped(torch.nn.utils.weight_norm)),
-    "spectral_norm": (Vectors, lambda: wrapped(parametrizations.spectral_norm)),
-    "orthogonal": (Vectors, lambda: wrapped(parametrizations.orthogonal)),
+    "LSTM, seq-first": (Vectors, lambda: Headed(Rolled(nn.LSTM), seq_first=True, out=4)),
+    "LSTM, packed": (Vectors, lambda: Headed(Packed(), out=4)),
+    "GRU": (Vectors, lambda: Headed(Rolled(nn.GRU, batch_first=True), out=4)),
+    "RNN": (Vectors, lambda: Headed(Rolled(nn.RNN, batch_first=True), out=4)),
+    "EmbeddingBag, mean": (Tokens, lambda: Bag("mean")),
+    "EmbeddingBag, sum": (Tokens, lambda: Bag("sum", padding_idx=0)),
+    "EmbeddingBag, max": (Tokens, lambda: Bag("max")),
+    "parametrizations.weight_norm": (Vectors, lambda: wrapped(parametrizations.weight_norm)),
+    "torch.nn.utils.weight_norm": (Vectors, lambda: wrapped(torch.nn.utils.weight_norm)),
+    "parametrizations.spectral_norm": (Vectors, lambda: wrapped(parametrizations.spectral_norm)),
+    "parametrizations.orthogonal": (Vectors, lambda: wrapped(parametrizations.orthogonal)),
     "channels_last": (Channels, lambda: pictures().to(memory_format=torch.channels_last)),
-    "compiled": (Vectors, lambda: torch.compile(Headed(nn.Linear(WIDTH, WIDTH)))),
-    "compiled part": (
+    "torch.compile": (Vectors, lambda: torch.compile(Headed(nn.Linear(WIDTH, WIDTH)))),
+    "torch.compile, a part": (
         Vectors,
         lambda: Headed(nn.Sequential(torch.compile(nn.Linear(WIDTH, WIDTH)), nn.Tanh())),
     ),
-    "compiled in place": (Vectors, lambda: compiled_in_place(Headed(nn.Linear(WIDTH, WIDTH)))),
+    "Module.compile": (Vectors, lambda: compiled_in_place(Headed(nn.Linear(WIDTH, WIDTH)))),
     "checkpoint": (Vectors, lambda: Headed(Checkpointed(reentrant=False))),
     "checkpoint, dropout": (Vectors, lambda: Headed(Checkpointed(reentrant=False, drop=0.2))),
     "checkpoint, attention": (Vectors, lambda: Headed(Checkpointed(reentrant=False, attention=True))),
-    "checkpoint, reentrant": (Vectors, lambda: Headed(Checkpointed(reentrant=True))),
-    "float loss": (Halved, lambda: Headed(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))),
+    "checkpoint, use_reentrant=True": (Vectors, lambda: Headed(Checkpointed(reentrant=True))),
+    ".float() in the loss": (Halved, lambda: Headed(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))),
 }
 
 
@@ -389,10 +417,10 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
     "checkpoint": lambda: Headed(Checkpointed(reentrant=None)),
     "checkpoint, dropout": lambda: Headed(Checkpointed(reentrant=None, drop=0.2)),
     "checkpoint, attention": lambda: Headed(Checkpointed(reentrant=None, attention=True)),
-    "weight_norm": _weight_norm_by_formula,
-    "bag": lambda: PlainBag("mean"),
-    "bag, sum": lambda: PlainBag("sum", padding_idx=0),
-    "bag, max": lambda: PlainBag("max"),
+    "parametrizations.weight_norm": _weight_norm_by_formula,
+    "EmbeddingBag, mean": lambda: PlainBag("mean"),
+    "EmbeddingBag, sum": lambda: PlainBag("sum", padding_idx=0),
+    "EmbeddingBag, max": lambda: PlainBag("max"),
 }
 """The same models for autograd through the whole training, where torch cannot differentiate the layer twice."""
 

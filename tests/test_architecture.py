@@ -103,7 +103,7 @@ MAY_IMPORT = {
     "workers": {
         "estimators": "data determinism hessian model persample recipe recursion replay training",
         "replay": "ekfac hessian model persample recipe recursion training",
-        "reference": "data determinism recipe training",
+        "reference": "data determinism model recipe training",
         "hessian": "data determinism model persample recipe training",
         "ekfac": "data determinism model persample recipe training",
         "training": "data determinism model persample recipe recursion",
@@ -355,6 +355,7 @@ def test_the_public_face():
         "Explanation",
         "HydraCallback",
         "HydraError",
+        "InitialState",
         "Questions",
         "Recipe",
         "Recording",
@@ -365,6 +366,7 @@ def test_the_public_face():
     ]
     functions = [
         "attribute",
+        "attribute_checkpoint",
         "by_epoch",
         "clean",
         "compare",

@@ -64,6 +64,7 @@ class Recipe:
     """
 
     NAME: ClassVar[str | None] = None
+    _stop: int | None = None  # batches after which training is taken to have ended, see `RunSpec.at`
 
     epochs: int = 20
     batch_size: int = 64

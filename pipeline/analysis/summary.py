@@ -26,6 +26,7 @@ from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import MEAN, SAMPLES
 from .status import command_line
 from .top import top
+from .trained_lines import trained_lines
 from .trust_lines import trust_lines
 from .zeros import zero_warning
 
@@ -96,7 +97,7 @@ def summary(run: Reader, method: str | None = None) -> dict[str, Any]:
             "predicted_bytes": info.summary.predicted_bytes or None,
         },
         "warnings": [*info.warnings(), *([zero] if zero else [])],
-        "trust": trust_lines(trust) if trust else [],
+        "trust": [*_trained(run), *(trust_lines(trust) if trust else [])],
         "stages": [
             {"stage": s.stage, "units": s.done, "rows": s.rows, "bytes": s.bytes, "seconds": s.seconds}
             for s in states
@@ -113,6 +114,13 @@ def _current_method(run: Reader, methods: list[str]) -> str | None:
     if run.noted.method in methods:
         return run.noted.method
     return methods[0] if methods else None
+
+
+def _trained(run: Reader) -> list[str]:
+    try:
+        return trained_lines(run.trajectory())
+    except HydraError:
+        return []
 
 
 def _accuracy(run: Reader, key: str) -> float | None:

@@ -17,6 +17,7 @@ from ...workers.training.recorded import is_recorded
 from ..executors.base import Executor
 from ..executors.events import Observer, RunStarted
 from ..plan.compatibility import place, stored_run
+from ..plan.moment import check_moment
 from ..plan.plan import Plan, cut
 from ..plan.provenance import adopted, say_cosmetic
 from ..plan.survey import Survey, compute_of
@@ -73,6 +74,8 @@ def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observe
         DoesNotFit: See ``make_plan``.
     """
     directory = RunDirectory(place(spec, surveyed))
+    if spec.at is not None:
+        check_moment(spec, directory.uri, surveyed.made_of)
     session = Session(spec=spec, surveyed=surveyed, directory=directory, executor=executor, observer=observer)
     stored = stored_run(directory, spec, surveyed)
     replaced = stored is None and directory.exists()
@@ -105,7 +108,7 @@ def drive(begun: Begun, stages: Sequence[str]) -> None:
     session, plan = begun.session, begun.plan
     session.directory.clear_litter()
     info = begun.info()
-    if set(stages) != {RECORD}:
+    if {REPLAY, REDUCE} & set(stages):
         for name, entry in info.methods.items():
             if entry.state == ASKED:
                 info = info.with_method(name, state=PARTIAL)

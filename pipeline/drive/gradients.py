@@ -10,12 +10,13 @@ from ...storage.uri import is_local
 from ...workers.training.recorded import is_recorded
 from ..executors.base import Unit
 from ..plan.kept_visits import kept_bytes, why_not
+from ..plan.moment import is_of_this_record, recorded_at
 from ..plan.plan import Plan
 from ..plan.survey import compute_of
 from ..reading.unit_values import TestGradientValues, values_of
 from ..spec.targets import store_of
 from ..units.gradients import TargetGradientWork, TestGradientWork
-from ..units.record import RecordWork
+from ..units.record import CutWork, RecordWork
 from ..vocabulary import INDEX, RECORD, TEST_GRADIENTS, TRAJECTORY, stage_of
 from .stages import (
     Needed,
@@ -37,18 +38,28 @@ def record(session: Session, plan: Plan) -> Stages:
     """Record the training; a new record makes everything computed from an older one void."""
     if is_recorded(session.surveyed.recipe):
         _check_recorded(session)
-    unkept = why_not(session.spec, session.surveyed)
+    step = session.spec.at
+    unkept = why_not(session.spec, session.surveyed) if step is None else None
+    if step is not None and not is_of_this_record(session.spec, session.directory):
+        session.note("the record was made again since: what was computed as of its step is done again")
+        session.directory.drop(RECORD, TRAJECTORY)
     if unkept is not None and session.directory.manifest(RECORD, TRAJECTORY) is None:
         session.note(unkept)
     yield Stage(
         name=RECORD,
         units=[Unit(stage=RECORD, name=TRAJECTORY)],
-        handler=lambda: record_work(session),
+        handler=lambda: record_work(session) if step is None else cut_work(session, step),
         total=plan.steps,
         label="step",
         closing=False,
         voids=after_the_record(session.directory),
     )
+
+
+def cut_work(session: Session, step: int) -> CutWork:
+    """Return the handler of a record that is the beginning of another."""
+    uri = session.directory.uri
+    return CutWork(uri=uri, source=recorded_at(uri, step), step=step)
 
 
 def _check_recorded(session: Session) -> None:

@@ -1,9 +1,9 @@
 """Preflight: before the expensive stage, is the run's dtype enough for what is asked?
 
 Without the Hessian, and with EKFAC, the recorded settings say it: one look at the coefficients. The
-exact form is asked itself (``workers.reference.growth``): two vectors are carried through it, for about the
-price of 13 trainings, in a unit of the stage ``<method>/preflight``, where enough vectors follow for
-that to be little.
+exact form, like the others that carry vectors, is asked itself (``workers.reference.growth``): two vectors
+are carried through it, for about the price of 13 trainings, in a unit of the stage ``<method>/preflight``,
+where enough vectors follow for that to be little.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def preflight(
                 label="step",
                 closing=False,
             )
-        found = growth_preflight(directory, stage, spec.dtype, plan.steps)
+        found = growth_preflight(
+            directory, stage, spec.dtype, plan.steps, "exact" if share == 1.0 else spec.hessian
+        )
     session.update(lambda info: info.with_method(method, preflight=found))
     for text in found.warnings:
         session.note(f"warning: {text}")
@@ -143,8 +145,8 @@ def clipped_eigenvalues(trajectory: Trajectory, curvature: Curvature) -> int:
     return cut_directions(settings, np.concatenate(spread), curvature)
 
 
-def growth_preflight(directory: RunDirectory, stage: str, dtype: str, steps: int) -> Preflight:
-    """Judge what the exact form was seen to do; see ``workers.reference.growth.Growth.run`` for the numbers."""
+def growth_preflight(directory: RunDirectory, stage: str, dtype: str, steps: int, hessian: str) -> Preflight:
+    """Judge what a form was seen to do; see ``workers.reference.growth.Growth.run`` for the numbers."""
     manifest = directory.manifest(stage, PREFLIGHT)
     if manifest is None:
         why = f"fewer than {ENOUGH} vectors follow: measuring first would not be cheap beside them"
@@ -155,13 +157,13 @@ def growth_preflight(directory: RunDirectory, stage: str, dtype: str, steps: int
     peak, rounding = (math.inf if value is None else value for value in (seen.peak, seen.rounding))
     if seen.deviation is not None and not seen.deviation <= limit:
         warnings.append(
-            f"{dtype} is not enough for exact hypergradients here: that of train_index {seen.train_index} "
+            f"{dtype} is not enough for {hessian} hypergradients here: that of train_index {seen.train_index} "
             f"is {seen.deviation:.1e} from float64, the limit is {limit:.0e}; "
             f"use {wider}a lower learning rate or fewer epochs"
         )
     if not rounding <= limit:
         warnings.append(
-            f"exact tangents grow: a change of the first weights is {peak:.1e} times as large after step "
+            f"{hessian} tangents grow: a change of the first weights is {peak:.1e} times as large after step "
             f"{seen.peak_step} of {steps}, so that rounding alone moves the final weights by about "
             f"{rounding:.0e} in {dtype}, the limit is {limit:.0e}; use {wider}a lower learning rate or fewer epochs"
         )

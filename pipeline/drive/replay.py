@@ -48,7 +48,7 @@ def replay(session: Session, plan: Plan) -> Stages:
         yield curvature(session, voids=(stage, f"{spec.method}/{REDUCE}"))
     units = units_of(stage, plan.shards)
     vectors = sum(shard.rows for shard in plan.shards)
-    share = spec.share if spec.form in CARRIED else None
+    share = spec.hessian_share if spec.form in CARRIED else None
     yield from preflight(session, plan, method=spec.base_method, later=units, vectors=vectors, share=share)
 
     def note(info: RunInfo) -> RunInfo:
@@ -117,7 +117,7 @@ def _work(session: Session) -> ReplayWork | AdjointWork:
         form=spec.form,
         tracked=session.surveyed.tracked,
         targets=spec.targets,
-        share=spec.share,
+        share=spec.hessian_share,
     )
 
 

@@ -15,6 +15,7 @@ from ..spec.groups import PlacementSpec
 from ..spec.method_options import CurvatureOptions
 from ..spec.spec import RunSpec
 from ..vocabulary import ASKED, KINDS, RECORD, TRAJECTORY
+from .moment import place_at
 from .provenance import adopted, recipe_differences
 from .survey import Survey
 
@@ -36,6 +37,8 @@ def place(spec: RunSpec, surveyed: Survey) -> str:
         SpecError: Its results would be lost there.
     """
     out = spec.out or f"runs/{surveyed.recipe.name}"
+    if spec.at is not None:
+        out = place_at(out, spec.at)
     if inside_ray_job() and "://" not in out and not out.startswith("/"):
         raise SpecError(
             f"--out {out}: a relative path inside a submitted Ray job is lost with the job's working copy; "

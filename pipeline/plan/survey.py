@@ -127,11 +127,10 @@ def resolve_recipe(spec: TrainingSpec) -> Recipe:
     file = spec.init or spec.at_checkpoint
     if file is not None:  # in place of the recipe's own method, wherever the recipe goes
         vars(recipe)["initial_state"] = StateFile(uri=file, sha256=sha256_of(file))
+    recipe._stop = spec.at
     if spec.at_checkpoint is not None:
-        recipe.epochs, recipe.max_steps = (
-            0,
-            None,
-        )  # trained already: every process has the model as it is in the file, and no steps
+        # Trained already: every process has the model as it is in the file, and no steps.
+        recipe.epochs, recipe.max_steps = 0, None
     if isinstance(spec, RunSpec):
         loop = loop_of(RunDirectory(spec.out or f"runs/{recipe.name}"))
         if loop is not None:

@@ -51,6 +51,8 @@ class TrainingSpec(Group):
             ``initial_state()`` gives, or fresh ones.
         at_checkpoint: File of weights of a model that is trained already: a run without training, for
             estimators that need none; see ``drive.attribute``.
+        at: As if training had ended after so many steps, at a checkpoint of the run at ``out``, which is recorded:
+            a run of its own beside it, ``OUT-at-STEP``, from the same record. None: at its end.
         visits: Whether the record keeps each sample's own loss and margin at its visits, which detectors read:
             ``on``, ``off``, or ``auto``: while they take at most 1 GiB. Changes nothing else of the run.
     """
@@ -79,6 +81,9 @@ class TrainingSpec(Group):
             state_file, stored=lambda group: identity_of(group.at_checkpoint), unless_default=True
         ),
     )
+    at: int | None = field(
+        default=None, metadata=of_the_run(checks.whole(1, optional=True), unless_default=True)
+    )
     visits: VisitsKept = field(default="auto", metadata=free(checks.one_of(*get_args(VisitsKept))))
 
     def __post_init__(self) -> None:
@@ -90,6 +95,7 @@ class TrainingSpec(Group):
             )
         asked = {"init": self.init, "epochs": self.epochs, "checkpoint_every": self.checkpoint_every}
         asked |= {
+            "at": self.at,
             "seeds": self.seeds if self.seeds > 1 else None,
             "visits": self.visits if self.visits == "on" else None,
         }
@@ -98,6 +104,11 @@ class TrainingSpec(Group):
                 raise SpecError(
                     f"{name} {value!r}: with at_checkpoint nothing is trained or recorded; leave it out"
                 )
+
+        if self.at is not None and self.seeds > 1:
+            raise SpecError(
+                f"at {self.at}: one training has this checkpoint, not {self.seeds}; leave seeds out"
+            )
 
     @property
     def recipe_reference(self) -> str:
@@ -188,7 +199,7 @@ class CurvatureSpec(Group):
         return FORMS[self.hessian]
 
     @property
-    def share(self) -> float:
+    def hessian_share(self) -> float:
         """Share of the Hessian in the products of a form that carries vectors; see ``HessianTiles``."""
         return {GAUSS_NEWTON: 0.0, MIXED: self.curvature_share}.get(self.form, 1.0)
 

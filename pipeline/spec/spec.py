@@ -96,12 +96,12 @@ class RunSpec(OutputSpec, ExecutionSpec, CurvatureSpec, QuestionSpec, TrainingSp
 _OPEN = "open"
 
 
-def first_identity(**known: Any) -> dict[str, Any]:
+def first_identity(**known: object) -> dict[str, object]:
     """Return the identity of a run that no specification made: what is ``known``; the first command says the rest."""
     return {_OPEN: True, **known}
 
 
-def is_open(identity: Mapping[str, Any]) -> bool:
+def is_open(identity: Mapping[str, object]) -> bool:
     """Whether the first command that goes on with a run says what else decides its numbers."""
     return bool(identity.get(_OPEN))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ...storage import layout
 from ...storage.files import list_files
 from ...storage.rundir import RunDirectory
 from ...workers.training.record import Recorder
+from ...workers.training.truncated import ended_at_checkpoint, write_ended
 from ..executors.base import Report, Unit
 from ..reading.unit_values import RecordValues
-from .work import Result, TrainingWork
+from .work import Result, TrainingWork, Work, recorded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,4 +41,30 @@ class RecordWork(TrainingWork):
             checked_steps=checked,
             visits=recorder.visit_arrays,
             closing=closing,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutWork(Work):
+    """Handler of a record that is the beginning of another run's.
+
+    Attributes:
+        source: The run whose record is cut off.
+        step: At which checkpoint.
+    """
+
+    source: str
+    step: int
+
+    def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
+        """Write what was recorded until the checkpoint."""
+        whole = recorded(RunDirectory(self.source))
+        ended = ended_at_checkpoint(whole, whole.checkpoint_steps.tolist().index(self.step))
+        uri = run.path(layout.TRAJECTORY)
+        write_ended(ended, uri)
+        closing = {name: float(values[-1]) for name, values in ended.epochs.items()}
+        return [f"{layout.TRAJECTORY}/{name}" for name in list_files(uri)], RecordValues(
+            steps=self.step,
+            dimension=len(ended.last.weights),
+            closing={name: value for name, value in closing.items() if not math.isnan(value)},
         )

@@ -15,7 +15,7 @@ from tests.docs.blocks import COMPUTING, OTHERS, REFERENCE, Block, arguments, bl
 
 RUNNABLE = [page for page in pages() if page != REFERENCE and page not in OTHERS and blocks(page)]
 pytestmark = pytest.mark.usefixtures("digits_read_once")
-MAKES_ITS_OWN = {"how-to-run.md", "tutorial.md"}
+MAKES_ITS_OWN = {"how-to-run.md", "own-loop.md", "tutorial.md"}
 
 
 def call(given: list[str], where: str, code: int = 0) -> str:
@@ -37,7 +37,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_blocks_of_a_page_run_in_order(page, prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # as of a script beside the files
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if page.name not in MAKES_ITS_OWN:
         shutil.copytree(prepared, tmp_path / "runs" / "digits")

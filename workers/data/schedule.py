@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -51,6 +51,14 @@ class RecordedBatches:
     parts: Integers | None = None
     divisors: npt.NDArray[np.float64] | None = None
 
+    def until(self, stop: int) -> RecordedBatches:
+        """Return those of the first ``stop`` batches."""
+        return replace(
+            self,
+            parts=None if self.parts is None else self.parts[:stop],
+            divisors=None if self.divisors is None else self.divisors[:stop],
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Schedule:
@@ -82,6 +90,19 @@ class Schedule:
     def accumulates(self) -> bool:
         """Whether several batches make a step anywhere."""
         return bool((self.first != self.last).any())
+
+    def until(self, stop: int) -> Schedule:
+        """Return the schedule of a training that ended after ``stop`` batches, between two steps of the optimiser."""
+        ends = tuple(end for end in self.epoch_ends if end < stop)
+        return replace(
+            self,
+            batches=self.batches[:stop],
+            epoch_ends=(*ends, stop),
+            first=self.first[:stop],
+            last=self.last[:stop],
+            distinct=self.distinct and stop in self.epoch_ends,
+            recorded=None if self.recorded is None else self.recorded.until(stop),
+        )
 
     def parts(self, step: int) -> int:
         """Return what the mean of a batch is divided by: how many batches make its step of the optimiser."""

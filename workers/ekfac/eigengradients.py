@@ -43,16 +43,13 @@ class EigenGradients(PerSampleGradients):
         scale: Tensor | None = None,
     ) -> None:
         # A row that is scaled coordinate by coordinate is no outer product any more.
-        outer: frozenset[int] = (
-            frozenset()
-            if scale is not None
-            else frozenset(
-                block.entries[0]
-                for block in basis.blocks
-                if ways.strategies[block.entries[0]] == "outer"
-                and block.left is not None
-                and all(ways.strategies[i] in RULED for i in block.entries)
-            )
+        blocks = basis.blocks if scale is None else ()
+        outer = frozenset(
+            block.entries[0]
+            for block in blocks
+            if ways.strategies[block.entries[0]] == "outer"
+            and block.left is not None
+            and all(ways.strategies[i] in RULED for i in block.entries)
         )
         super().__init__(recipe, model, layout, ways, outer)
         self.basis, self.scale = basis, scale

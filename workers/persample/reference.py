@@ -178,11 +178,29 @@ def _with_second_derivative(module: nn.Module) -> Callable[..., Any] | None:
     return None
 
 
+def _dropout_forward(module: Any, x: Tensor) -> Tensor:
+    """``nn.Dropout`` with its masks drawn in the memory order of its input; ``torch.func`` forgets that (2.13)."""
+    if not module.training or not 0 < module.p < 1 or x.device.type != "cpu":
+        return F.dropout(x, module.p, module.training)
+    like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    noise = torch.empty_like(like).bernoulli_(1 - module.p).div_(1 - module.p)
+    return x * noise
+
+
+def _group_norm_forward(module: Any, x: Tensor) -> Tensor:
+    """``nn.GroupNorm``, whose forward mode refuses channels_last (2.13)."""
+    return F.group_norm(x.contiguous(), module.num_groups, module.weight, module.bias, module.eps)
+
+
 def _as_backward_sees_it(module: nn.Module) -> Callable[..., Any] | None:
     if uses_batch_statistics(module):
         return _coupled_forward
     if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.max_norm is None:
         return _embedding_forward
+    if type(module) is nn.Dropout:
+        return _dropout_forward
+    if type(module) is nn.GroupNorm:
+        return _group_norm_forward
     return _with_second_derivative(module)
 
 

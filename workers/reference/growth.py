@@ -1,9 +1,9 @@
 """How exact tangents grow along a record, and what float32 makes of them: measured before the work.
 
-Two vectors are carried through the exact recursion, as ``dense`` does it: a random change
-of the first weights of norm 1, whose norm says how fast tangents grow, and the tangent of one tracked
-sample, in the run's dtype and in float64 along the same weights, whose difference is what rounding
-does to a hypergradient here.
+Two vectors are carried through the recursion of the exact form, or of another that carries vectors, as
+``dense`` does it: a random change of the first weights of norm 1, whose norm says how fast tangents grow, and
+the tangent of one tracked sample, in the run's dtype and in float64 along the same weights, whose difference
+is what rounding does to a hypergradient here.
 """
 
 from __future__ import annotations
@@ -97,15 +97,15 @@ class Growth(VerifiedReplay):
         self.norms[step] = norm = float(self.change.flat().double().norm())
         size = norm + float(self.sample.flat().double().norm())
         if not math.isfinite(size):
-            raise NonFiniteTangents(overflow(step + 1, self.training, self.norms[:step]))
+            raise NonFiniteTangents(overflow(step + 1, self.training, self.norms[:step], self.form))
         return self.training.step(step, batch)
 
 
-def overflow(step: int, training: Training, norms: npt.NDArray[np.float64]) -> str:
+def overflow(step: int, training: Training, norms: npt.NDArray[np.float64], form: str) -> str:
     """Say where tangents stopped being numbers, and what to do."""
     grown = f" (a change of the first weights had grown {norms.max():.1e} times)" if len(norms) else ""
     return (
-        f"exact tangents are not finite in {training.compute.dtype} after step {step} of {training.steps}"
+        f"{form} tangents are not finite in {training.compute.dtype} after step {step} of {training.steps}"
         f"{grown}; use a lower learning rate or fewer epochs"
     )
 
@@ -123,7 +123,7 @@ def check_finite(
 ) -> npt.NDArray[np.floating]:
     """Return ``values``, unless one of them is not finite.
 
-    Only then the exact form is followed step by step, so that the message can name the step.
+    Only then the form is followed step by step, so that the message can name the step.
 
     Raises:
         NonFiniteTangents: One is not.

@@ -186,24 +186,25 @@ class LoopRecorder:
     def begin(self, indices: Any, parts: int | None, divisor: float | None) -> Indices:
         """Begin a batch before its forward pass; return its indices."""
         found = self._indices(indices)
-        if len(self._group) >= self.accumulate:
+        if self._group:
             self._unstepped()
         self._open()
         self._announce(found, parts, divisor)
         return found
 
     def _unstepped(self) -> None:
-        """Forget a step that the scaler skipped.
+        """Forget a step that the scaler skipped; batches that accumulate wait for theirs.
 
         Raises:
-            RecipeError: It was no scaler that left the step out.
+            RecipeError: The loop said neither.
         """
-        scale = self._scale_now()
-        count = len(self._group)
+        scale, count = self._scale_now(), len(self._group)
         if scale is None or self._scale is None or not scale < self._scale:
+            if self.accumulate > 1:
+                return
             raise RecipeError(
-                f"batch {self.begun} begins and the {count} before it made no step of the optimizer, where accumulate is {self.accumulate}; "
-                "say accumulate=K for K batches a step, or scaler=... where a GradScaler skips steps"
+                f"batch {self.begun} begins and the one before it made no step of the optimizer, where accumulate is 1; say accumulate=K "
+                "for K batches a step, or scaler=... where a GradScaler skips steps"
             )
         if pack_buffers(self.model) != self._packed_before():
             raise RecipeError(

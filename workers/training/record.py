@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..data.cast import cast_model
 from ..data.labels import Accuracy, Labels
 from ..data.user_code import user_code
 from ..determinism import derived_seed, fingerprint, preserved_generators, seed_everything
+from ..model.autocast import noticed
 from ..model.layout import checksum, load_flat
 from ..model.state import load_buffers, pack_buffers
 from ..persample.reference import same_losses
@@ -108,6 +110,7 @@ class Recorder:
         self.loss = np.zeros(steps)
         self.checked = 0
         self.noted = False
+        self.autocast: set[str] = set()
         self.sizes: dict[str, int] = {}
         self.digests: dict[int, int] = {0: training.weight_checksum()}
         self.epoch_digest: list[str] = []
@@ -190,7 +193,9 @@ class Recorder:
                 self.update.before()
         checked = self.noted and ends
         self.checked += checked
-        self.loss[step] = float(training.step(step, batch))
+        with noticed() if step == 0 else nullcontext(self.autocast) as found:
+            self.loss[step] = float(training.step(step, batch))
+        self.autocast = found
         training.check_finite(step, float(self.loss[step]))
         if checked:
             self.update.after(step)
@@ -334,6 +339,8 @@ class Recorder:
             told["epoch_ends"] = list(ends)
         if training.weighted:
             told["weighted"] = True
+        if self.autocast:
+            told["autocast"] = sorted(self.autocast)
         if self.optimizer_told != {"family": "sgd", "class": "SGD"}:
             told["optimizer"] = self.optimizer_told
         return told

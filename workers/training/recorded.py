@@ -145,6 +145,7 @@ def recorded_recipe(recipe: Recipe, record: LoopRecord) -> Recipe:
     other.model = model  # type: ignore[method-assign]
     other.optimizer = lambda model: rebuilt_optimizer(model, record)  # type: ignore[method-assign]
     other.scheduler = lambda optimizer: RecordedSettings(optimizer, record)  # type: ignore[method-assign]
+    other.initial_state = lambda: None  # type: ignore[method-assign]  # the record has the first weights
     other.scheduler_interval = "step"
     other.clip_grad_norm = record.optimizer.get("clip_grad_norm")
     other.seed = record.seed

@@ -141,6 +141,8 @@ class Training:
         check_owned(self.optimizer, self.model)
         self.parameters = self.layout.parameters(self.model)
         self.schedule = schedule_of(recipe, self.n_train)
+        if recipe._stop is not None:
+            self.schedule = self.schedule.until(recipe._stop)
         self.batches: Indices = self.schedule.batches
         self.epoch_ends = self.schedule.epoch_ends
         self.updates = self.schedule.updates

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from ...storage.trajectory import Checkpoint, Trajectory
+from ...storage.trajectory import Checkpoint, Trajectory, TrajectoryWriter
 from ...storage.trajectory_format import PER_STEP, SOMETIMES
 from ..model.state import pack_buffers
 from ..recursion.coefficients import stored_coefficients
@@ -56,6 +58,65 @@ def ended_at(trajectory: Trajectory, epoch: int, last: Checkpoint) -> EndedTraje
     kept = {field.name: getattr(trajectory, field.name) for field in fields(Trajectory)} | changes
     ended = EndedTrajectory(**kept, last=last)
     return replace(ended, coefficient=stored_coefficients(ended))
+
+
+def ended_at_checkpoint(trajectory: Trajectory, k: int) -> EndedTrajectory:
+    """Return the record as if training had ended at its checkpoint ``k``, in the middle of an epoch or at its end."""
+    last = trajectory.checkpoint(k)
+    whole = [end for end in trajectory.epoch_ends if end <= last.step]
+    ended = ended_at(trajectory, len(whole), last)
+    if last.step not in ended.digest_step:
+        crc = np.uint32(zlib.crc32(np.ascontiguousarray(last.weights).tobytes()))
+        ended = replace(
+            ended,
+            digest_step=np.append(ended.digest_step, last.step),
+            digest=np.append(ended.digest, crc),
+        )
+    if whole and whole[-1] == last.step:
+        return ended
+    # An epoch that was begun: as ``Training.state_digest``, and no losses at its end.
+    state = hashlib.sha256(np.ascontiguousarray(last.weights).tobytes() + last.buffers).hexdigest()
+    ends = [*whole, last.step]
+    return replace(
+        ended,
+        epoch_digest=[*ended.epoch_digest, state],
+        epochs={name: np.append(values, np.nan) for name, values in ended.epochs.items()},
+        attrs={**ended.attrs, "epochs": len(ends), "epoch_ends": ends},
+    )
+
+
+def write_ended(ended: EndedTrajectory, uri: str) -> None:
+    """Write a record that was cut off as one of its own, without visits."""
+    with TrajectoryWriter(
+        uri,
+        dimension=len(ended.last.weights),
+        dtype=str(ended.last.weights.dtype),
+        checkpoint_steps=ended.checkpoint_steps.tolist(),
+        buffer_bytes=len(ended.last.buffers),
+        parameter_count=len(ended.parameters),
+        moments=ended.last.second_moment is not None,
+    ) as writer:
+        for k in range(len(ended.checkpoint_steps)):
+            kept = ended.checkpoint(k)
+            writer.write_checkpoint(k, **{one.name: getattr(kept, one.name) for one in fields(Checkpoint)})
+        rows = (
+            "batches",
+            "coefficient",
+            "loss",
+            "learning_rate",
+            "momentum",
+            "weight_decay",
+            "dampening",
+            "nesterov",
+        )
+        own = (*rows, "digest_step", "digest", "epoch_digest", "parameters", "epochs", "noisy")
+        sometimes = {name: getattr(ended, name) for name in SOMETIMES}
+        attrs = {name: value for name, value in ended.attrs.items() if name not in ("dimension", "dtype")}
+        writer.finish(
+            **{name: getattr(ended, name) for name in own},
+            sometimes={name: value for name, value in sometimes.items() if value is not None},
+            attrs=attrs,
+        )
 
 
 def standing(training: Training, step: int) -> Checkpoint:

@@ -85,17 +85,19 @@ def test_gradients_that_are_zero_in_the_loop_alone(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.unused.grad = torch.zeros(2)
     watched = recording(model, optimizer, out=tmp_path / "run", recipe=Half(), check=1)
-    with (
-        pytest.raises(
-            RecipeError,
-            match=r"parameter 'unused' has a gradient at batch 0 .* has none in the replay: zero_grad",
-        ),
-        watched as rec,
+
+    def loop():
+        with watched as rec:
+            rec.batch(range(6))
+            optimizer.zero_grad(set_to_none=False)
+            losses_of(model, range(6)).mean().backward()
+            optimizer.step()
+
+    with pytest.raises(
+        RecipeError,
+        match=r"parameter 'unused' has a gradient at batch 0 .* has none in the replay: zero_grad",
     ):
-        rec.batch(range(6))
-        optimizer.zero_grad(set_to_none=False)
-        losses_of(model, range(6)).mean().backward()
-        optimizer.step()
+        loop()
 
 
 def test_a_recipe_that_is_not_deterministic(tmp_path):

@@ -13,7 +13,7 @@ from hydra_pipe.workers.data.schedule import schedule_of
 
 
 def recipe(order=lambda epoch, generator: None, **changes):
-    known = {"epochs": 3, "batch_size": 4, "seed": 7, "accumulate": 1, "max_steps": None}
+    known = {"epochs": 3, "batch_size": 4, "seed": 7, "accumulate": 1, "max_steps": None, "_schedule": None}
     return SimpleNamespace(order=order, **known | changes)
 
 

@@ -128,13 +128,17 @@ class CurvatureEstimate:
         total = passes(self.core) * count
         engine = PerSampleGradients(training.recipe, training.model, training.layout, self.ways)
         factors = _Factors(training.layout.entries, engine, self.lanes)
+
+        def add_scaled(_start: int, block: Tensor) -> None:
+            assert self.root is not None
+            factors.add_scaled(block * self.root)
+
         for done, k in enumerate(self.kept, start=1):
             for found in self._passes(engine, k):
-                root = self.root
-                if root is None:
+                if self.root is None:
                     factors.add(engine.capture.take())
                 else:
-                    found.rows(lambda _start, block, root=root: factors.add_scaled(block * root))
+                    found.rows(add_scaled)
             if report:
                 report(done, total)
         engine.close()

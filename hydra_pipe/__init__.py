@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .pipeline.compare.compare import compare
     from .pipeline.decide.case import Options as DetectOptions
     from .pipeline.decide.clean import Cleaned, clean
+    from .pipeline.decide.columns import with_columns
     from .pipeline.decide.detect import detect
     from .pipeline.decide.explain import explain
     from .pipeline.decide.explanation import Explanation
@@ -72,6 +73,7 @@ __all__ = [
     "run",
     "verify",
     "verify_deep",
+    "with_columns",
 ]
 
 _HOMES = {
@@ -109,6 +111,7 @@ _HOMES = {
     "run": ".pipeline.run:run",
     "verify": ".pipeline.verify.verify:verify",
     "verify_deep": ".pipeline.verify.deep:verify_deep",
+    "with_columns": ".pipeline.decide.columns:with_columns",
 }
 
 

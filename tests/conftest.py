@@ -59,17 +59,7 @@ def digits_read_once() -> None:
     """Parse the text file of the digits once, as soon as something has imported what does it: a run does so 8 times."""
     source = sys.modules.get("sklearn.datasets")
     if source is not None and not hasattr(source.load_digits, "cache_info"):
-        source.load_digits = functools.cache(source.load_digits)  # type: ignore[attr-defined]
-
-
-@pytest.fixture(scope="session")
-def digits_read_once() -> Iterator[None]:
-    """Parse the text file of the digits once; a run of the recipe does so eight times."""
-    import sklearn.datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
-        yield
+        vars(source)["load_digits"] = functools.cache(source.load_digits)
 
 
 @pytest.fixture(scope="session")

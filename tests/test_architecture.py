@@ -355,6 +355,7 @@ def test_the_public_face():
         "Explanation",
         "HydraCallback",
         "HydraError",
+        "InitialState",
         "Questions",
         "Recipe",
         "Recording",
@@ -365,6 +366,7 @@ def test_the_public_face():
     ]
     functions = [
         "attribute",
+        "attribute_checkpoint",
         "by_epoch",
         "clean",
         "compare",
@@ -376,7 +378,7 @@ def test_the_public_face():
         "report",
         "run",
     ]
-    functions += ["verify", "verify_deep", "load_decision", "read_decision"]
+    functions += ["verify", "verify_deep", "load_decision", "read_decision", "with_columns"]
     assert sorted(hydra_pipe.__all__) == sorted([*classes, *functions, "__version__", "events"])
     assert all(isinstance(getattr(hydra_pipe, name), type) for name in classes)
     assert all(inspect.isfunction(getattr(hydra_pipe, name)) for name in functions)

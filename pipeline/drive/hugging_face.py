@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
 
 from ...storage.errors import InputError
 from ...workers.data.batches import fetch, to_device
@@ -23,6 +22,11 @@ from ...workers.determinism import derived_seed, preserved_generators, seed_ever
 from ...workers.recipes.hugging_face.recipe import TrainerRecipe
 from ..spec.spec import RunSpec
 from .recording import Recording, recording
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError("HydraCallback needs transformers: pip install 'hydra-pipe[hf]'") from error
 
 __all__ = ["HydraCallback"]
 
@@ -59,7 +63,11 @@ class HydraCallback(TrainerCallback):  # type: ignore[misc]
         self.recipe = TrainerRecipe.of(trainer, recording=True)
         self.notes: list[str] = []
         self._trainer, self._out, self._threads = trainer, os.fspath(out), threads
-        self._given = {"checkpoint_every": checkpoint_every, "check": check, "overwrite": overwrite}
+        self._given: dict[str, Any] = {
+            "checkpoint_every": checkpoint_every,
+            "check": check,
+            "overwrite": overwrite,
+        }
         self._recording: Recording | None = None
         self._data: Dataset[Any] = self.recipe.train_dataset()
         self._ended = False

@@ -12,7 +12,9 @@ from ...storage import layout
 from ...storage.errors import ConservationBroken
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import open_trajectory
+from ...workers.recursion.coefficients import recorded_settings
 from ...workers.recursion.conservation import REMEDY, law_of
+from ...workers.recursion.rest import leaves_a_rest
 from ..reading.run_info import Law, Trust
 from ..reading.unit_values import RecordValues, ReplayValues, TestGradientValues, all_values, values_of
 from ..vocabulary import CLOSING_UNITS, RECORD, TEST_GRADIENTS, TRAJECTORY
@@ -56,7 +58,10 @@ def _law(directory: RunDirectory, units: Sequence[ReplayValues], n_train: int) -
         reason = "shards of an older version did not note it; verify reads the store"
         return Law(checked=False, reason=reason)
     noise = max((unit.ways.get("noise", 0.0) for unit in units if unit.ways is not None), default=0.0)
-    law = law_of(open_trajectory(directory.path(layout.TRAJECTORY)), shards, n_train, noise)
+    trajectory = open_trajectory(directory.path(layout.TRAJECTORY))
+    if leaves_a_rest(recorded_settings(trajectory)) and not all("rest" in shard for shard in shards):
+        return Law(checked=False, reason="shards did not note what clipping or Adam leave out of their rows")
+    law = law_of(trajectory, shards, n_train, noise)
     if not law.ok:
         raise ConservationBroken(
             f"the hypergradients of all samples do not add up to what training did to parameter {law.worst!r} "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from ...storage import layout
 from ...storage.errors import RunNotFound, SpecError, SpecMismatch
@@ -27,7 +26,7 @@ def recorded_at(out: str, step: int) -> str:
     return out.removesuffix(f"-at-{step}")
 
 
-def check_moment(spec: RunSpec, out: str, made_of: Mapping[str, Any] | None = None) -> None:
+def check_moment(spec: RunSpec, out: str, made_of: Mapping[str, object] | None = None) -> None:
     """Refuse a moment that the run at ``out`` has not recorded, or that is asked of another recipe.
 
     Args:

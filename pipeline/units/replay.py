@@ -14,6 +14,7 @@ from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory
 from ...workers.recursion.conservation import RowSums, check_sums
 from ...workers.reference.growth import check_finite
+from ...workers.replay.base import Replay
 from ...workers.replay.make import make_replay
 from ...workers.training.training import Training
 from ..executors.base import Report, Unit
@@ -107,7 +108,7 @@ class ReplayWork(CarryingWork):
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         notes = replay.told()
         if self.lawful(training):
-            notes["law"] = sums.values()
+            notes["law"] = sums.values(replay.sink.rest)
         return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)
 
 
@@ -133,7 +134,8 @@ class AdjointWork(CarryingWork):
         found, notes = back.run(report).contributions(), back.told()
         back.close()
         if self.lawful(training):
-            check_sums(found, targets, trajectory, notes["ways"]["noise"])
+            rest = back.sink.rest if isinstance(back, Replay) else None
+            check_sums(found, targets, trajectory, notes["ways"]["noise"], rest)
             notes["lawful"] = True
         base = layout.by_test(self.method)
         store = RowStore.open(run.path(base), "contribution")

@@ -3,26 +3,36 @@
 Without the Hessian and with every training sample tracked, per-sample gradients of a batch
 average to its gradient, hence, per parameter group,
 
-    sum_i hypergradient_i / N = w_T - phi_T w_0 - psi_T m_0
+    sum_i hypergradient_i / N = w_T - phi_T w_0 - psi_T m_0 - rest
 
 where phi_T is the optimiser's scalar recursion started from 1 (1 when weight decay is 0), and psi_T the same
-started from momentum 1, where training began with momentum m_0. One wrong row, step or coefficient breaks it. Letters: N training samples, D parameters, G groups.
+started from momentum 1, where training began with momentum m_0. The rest is 0 but for clipped steps and Adam: each
+shard followed it beside the training and noted it along a few random directions, along which the sums
+are then compared. One wrong row, step or coefficient breaks the law. Letters: N training samples, D parameters,
+G groups.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.recursion.conservation import BASE, UNIT, FromStart
-from ..vocabulary import ADJOINT, FAST, FORWARD, REPLAY
+from ...storage.trajectory import Trajectory
+from ...workers.recursion.coefficients import recorded_settings
+from ...workers.recursion.conservation import BASE, FromStart, RowSums, laws_of, worst_of
+from ...workers.recursion.rest import UNIT, leaves_a_rest
+from ..reading.unit_values import ReplayValues, values_of
+from ..vocabulary import ADJOINT, CLOSING_UNITS, FAST, FORWARD, REPLAY
 
 if TYPE_CHECKING:
-    from ...storage.trajectory import Trajectory
     from ..reading.reader import Reader
+
+Found: TypeAlias = dict[str, Any]
+"""What the law came to, JSON-able."""
 
 METHOD = FAST
 BLOCK_BYTES = 64 << 20
@@ -43,7 +53,7 @@ def not_applicable(run: Reader) -> str | None:
     return None
 
 
-def conservation(run: Reader) -> dict[str, Any]:
+def conservation(run: Reader) -> Found:
     """Stream the hypergradient store and compare its sum with the weights of the record.
 
     Returns:
@@ -57,10 +67,42 @@ def conservation(run: Reader) -> dict[str, Any]:
     rows = block_rows(store.chunk_rows, store.columns, np.dtype(store.dtype).itemsize)
     for start in range(0, store.rows, rows):
         total += store.read(start, min(start + rows, store.rows)).sum(0, dtype=np.float64)
-    return compare(run.trajectory(), total, n_train=run.noted.training_size)
+    return judged(run, total)
 
 
-def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: int) -> dict[str, Any]:
+def judged(run: Reader, total: npt.NDArray[np.float64]) -> Found:
+    """Hold the sum of all hypergradients, (D,), against the law; returns as `conservation`."""
+    trajectory, n_train = run.trajectory(), run.noted.training_size
+    if not leaves_a_rest(recorded_settings(trajectory)):
+        return compare(trajectory, total, n_train=n_train)
+    manifests = run.directory.manifests(f"{METHOD}/{REPLAY}")
+    shards = [values_of(ReplayValues, m) for m in manifests if m.unit not in CLOSING_UNITS]
+    if not all(shard.law is not None and "rest" in shard.law for shard in shards):
+        reason = "the shards did not note what clipping or Adam leave out of the hypergradients"
+        return {"applicable": False, "reason": reason}
+    return _compare_along(trajectory, total, shards, n_train)
+
+
+def _compare_along(
+    trajectory: Trajectory, total: npt.NDArray[np.float64], shards: Sequence[ReplayValues], n_train: int
+) -> Found:
+    """Compare along the directions that the shards noted; returns as `compare`, of each group its worst parameter.
+
+    Errors are relative to what the parameter moved or, where that is more, to the size of a row.
+    """
+    sums = np.asarray(RowSums(trajectory.parameters).along(total))
+    noise = max((shard.ways.get("noise", 0.0) for shard in shards if shard.ways is not None), default=0.0)
+    noted = [shard.law for shard in shards if shard.law is not None]
+    laws = laws_of(trajectory, sums, noted, n_train, noise)
+    groups = []
+    for group in sorted({entry.group for entry in trajectory.parameters}):
+        of_group = [one for one, e in zip(laws, trajectory.parameters, strict=True) if e.group == group]
+        worst = worst_of(of_group)
+        groups.append({"group": group, "error": worst.error, "limit": worst.limit})
+    return {"applicable": True, "ok": all(one.ok for one in laws), "groups": groups}
+
+
+def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: int) -> Found:
     """Compare the sum of all hypergradients with what the record says it must be.
 
     Args:

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from hydra_pipe.pipeline.drive.attribute import attribute
 from hydra_pipe.pipeline.opened_run import open_run
 from hydra_pipe.pipeline.run import run
@@ -16,6 +17,7 @@ from hydra_pipe.storage.errors import ReplayDiverged, RunNotFound, SpecError, Sp
 from tests import oracle
 from tests.end_to_end.support import Heard, cli
 from tests.recipes import OneCycle, Small
+from tests.workers.training.test_initial import Adaptive, adam_by_hand
 
 RECIPE = "tests.recipes:OneCycle"
 SERIAL = ("--executor", "serial", "--device", "cpu", "--dtype", "float64", "--quiet")
@@ -105,3 +107,33 @@ def test_a_record_made_again_makes_what_was_computed_of_it_void(tmp_path):
     with pytest.raises(ReplayDiverged):  # since it is the record of another seed
         run(RunSpec(**fields, at=5), observer=lambda event: notes.append(getattr(event, "message", "")))
     assert any("the record was made again since" in note for note in notes)
+
+
+def test_attribute_makes_the_run_as_of_a_step(place):
+    words = ("attribute", place, RECIPE, "--method", "gradient-dot", "--executor", "serial", "--quiet")
+    found = cli(*words, "--at", 15)
+    assert found.exit_code == 0, found.output
+    opened = open_run(f"{place}-at-15")
+    assert opened.methods() == ["gradient-dot"]
+    found = cli(*words, "--at", 16)
+    assert (found.exit_code, found.output.count("\n")) == (1, 1)
+    assert "at 16: " in found.output
+    assert cli(*words, "--at", 15, "--seeds", 2).exit_code == 2
+
+
+def test_moments_and_counts_of_adam_are_cut_off_too(tmp_path):
+    fields = {**FIELDS, "out": str(tmp_path / "run"), "recipe": Adaptive(), "test": "2"}
+    run(RunSpec(**fields), stages=("record",))
+    opened = run(RunSpec(**fields, at=10, mode="adjoint", hessian="exact"))
+    ended = opened.trajectory()
+    assert ended.checkpoint(-1).count.tolist() == [10] * 4
+    none = {
+        k: {"exp_avg": torch.zeros(e.shape), "exp_avg_sq": torch.zeros(e.shape), "step": 0}
+        for k, e in enumerate(ended.parameters)
+    }
+    end, eps = adam_by_hand(Adaptive(), ended, {"state": none}, range(45))
+    assert np.allclose(end.detach().numpy(), ended.checkpoint(-1).weights, rtol=1e-12, atol=1e-13)
+    store = opened.test_gradients()
+    for j, gradient in enumerate(store.read(0, store.rows)):
+        right = torch.autograd.grad(end, eps, torch.from_numpy(gradient), retain_graph=True)[0].numpy()
+        assert np.abs(-table(opened)[:, j] * 45 - right).max() <= 1e-6 * np.abs(right).max()

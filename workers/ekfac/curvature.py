@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -128,17 +129,13 @@ class CurvatureEstimate:
         total = passes(self.core) * count
         engine = PerSampleGradients(training.recipe, training.model, training.layout, self.ways)
         factors = _Factors(training.layout.entries, engine, self.lanes)
-
-        def add_scaled(_start: int, block: Tensor) -> None:
-            assert self.root is not None
-            factors.add_scaled(block * self.root)
-
         for done, k in enumerate(self.kept, start=1):
             for found in self._passes(engine, k):
-                if self.root is None:
+                root = self.root
+                if root is None:
                     factors.add(engine.capture.take())
                 else:
-                    found.rows(add_scaled)
+                    found.rows(partial(factors.take_scaled, root))
             if report:
                 report(done, total)
         engine.close()
@@ -279,6 +276,10 @@ class _Factors:
             if is_transposed_linear(call.module):
                 left, right = right, left
             self._sum(layer[0], left, right)
+
+    def take_scaled(self, root_D: Tensor, _start: int, block: Tensor) -> None:
+        """Take rows that are still to be scaled."""
+        self.add_scaled(block * root_D)
 
     def add_scaled(self, rows_RD: Tensor) -> None:
         """Take scaled gradients: sums of G^T G and G G^T in place of x x^T and d d^T."""

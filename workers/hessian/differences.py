@@ -20,7 +20,7 @@ from ..data.cast import cast_model
 from ..determinism import derived_seed, seed_everything
 from ..model.autocast import full_precision
 from ..model.state import copied, unchanged_buffers
-from ..persample.wide import WideRecipe
+from ..persample.wide import widened
 from ..recipe import Batch
 from ..training.training import Training
 from .second_order import (
@@ -101,7 +101,7 @@ def moved_copy(training: Training, dtype: torch.dtype) -> Training:
     """Return a training of a copy of the model, its weights moved."""
     trial = copy.copy(training)
     if dtype == torch.float64:
-        trial.recipe = WideRecipe(training.recipe)
+        trial.recipe = widened(training.recipe)
     trial.model, trial.dtype = cast_model(copied(training.model), None, dtype), dtype
     trial.parameters = training.layout.parameters(trial.model)
     with torch.no_grad():

@@ -26,7 +26,7 @@ from ..model.state import buffers_from, copied
 from ..recipe import Batch, Recipe
 from .one_batch import LOOSE, TOLERANCE, OneBatch, Trial, Verdict
 from .ways import Before, Strategy, Ways
-from .wide import WideRecipe
+from .wide import widened
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +102,10 @@ def try_batch(
         random: State of torch's generator to begin with, in place of the seed.
     """
     parameter = next(model.parameters())
-    own, wide = (recipe, parameter.dtype), (WideRecipe(recipe), torch.float64)
+    own, wide = (recipe, parameter.dtype), (widened(recipe), torch.float64)
     tries = [own] if as_run else [wide, own]
     with preserved_generators():
-        for using, dtype in tries:
+        for left, (using, dtype) in zip(range(len(tries))[::-1], tries, strict=True):
             tolerance = LOOSE if as_run else TOLERANCE[dtype]
             try:
                 trial = cast_model(copied(model), None, dtype)
@@ -113,7 +113,7 @@ def try_batch(
                 one = OneBatch(using, trial, layout, moved, seed, tolerance, first, random)
                 return one.trial(constant)
             except torch.OutOfMemoryError:
-                if (using, dtype) == tries[-1]:
+                if not left:
                     break
             except RuntimeError as error:
                 if "use_reentrant=True" in str(error):
@@ -121,7 +121,7 @@ def try_batch(
                         "activations are checkpointed with use_reentrant=True, whose backward pass cannot be taken sample "
                         "by sample; use torch.utils.checkpoint with use_reentrant=False (the same numbers)"
                     ) from error
-                if (using, dtype) == tries[-1]:
+                if not left:
                     raise
                 logger.debug("trial in float64 failed, trying the run's dtype: %s", error)
     size = batch_length(batch)

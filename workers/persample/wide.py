@@ -7,6 +7,7 @@ right. Rounding has no part in a derivative: a rule or a product that is right w
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -37,22 +38,21 @@ class _Wide(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_MARK = "_hydra_wide"
+
+
+def widened(recipe: Recipe) -> Recipe:
+    """Return a recipe that differs from the given one in that its losses are computed in float64 throughout."""
+    other, plain = copy.copy(recipe), recipe.losses
+
+    def losses(model: nn.Module, batch: Batch) -> Tensor:
+        with _Wide():
+            return plain(model, batch)
+
+    vars(other).update({"losses": losses, _MARK: True})
+    return other
+
+
 def mode_of(recipe: Recipe) -> AbstractContextManager[object]:
     """Return what layers are called under outside of the losses, where they are computed as these are."""
-    return _Wide() if isinstance(recipe, WideRecipe) else nullcontext()
-
-
-class WideRecipe(Recipe):
-    """A recipe whose losses are computed in float64 throughout; else it is the recipe that it is given."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the losses (B,), see ``Recipe.losses``."""
-        with _Wide():
-            return self._recipe.losses(model, batch)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what the recipe has."""
-        return getattr(self._recipe, name)
+    return _Wide() if vars(recipe).get(_MARK) else nullcontext()

@@ -2,10 +2,12 @@
 
 Without the Hessian and with every training sample tracked
 
-    sum_i hypergradient_i / N = w_T - phi_T w_0 - psi_T m_0
+    sum_i hypergradient_i / N = w_T - phi_T w_0 - psi_T m_0 - rest
 
-(m_0: the momentum that training began with, mostly none) so a shard notes, for each parameter, the sum of its rows along `DIRECTIONS` random directions of +-1: the
-sums of all shards must be what the record says along the same directions, and nothing is read again.
+(m_0: the momentum that training began with, mostly none; the rest: 0 but for clipped steps and Adam, where each
+replay follows it, see ``rest``). So a shard notes, for each parameter, the sum of its rows along `DIRECTIONS` random
+directions of +-1: the sums of all shards must be what the record says along the same directions, and
+nothing is read again.
 Letters: n rows of a shard, D parameters, P parameter tensors.
 """
 
@@ -21,6 +23,7 @@ import numpy.typing as npt
 from ...storage.errors import ConservationBroken
 from ...storage.trajectory import ParameterEntry, Trajectory
 from .coefficients import phi, psi, recorded_settings
+from .rest import NOISE, UNIT, Rest
 
 DIRECTIONS = 2
 """Random directions a parameter; an error of norm e shows as about e along each."""
@@ -30,9 +33,6 @@ SAMPLED_ROWS = 64
 
 BASE = {"float32": 1e-5, "float64": 1e-12}
 """Error allowed for the rounding of per-sample gradients, relative to the size of a row."""
-
-UNIT = {"float32": 2.0**-20, "float64": 2.0**-49}
-"""Eight units in the last place: times sqrt(T) the drift that T rounded updates of the weights allow."""
 
 NOISY = 4.0
 """How many times as much as in the trials rows may add up to something else."""
@@ -90,14 +90,29 @@ class RowSums:
             self.squares = squares if self.squares is None else self.squares + squares
             self.sampled += len(some)
 
-    def values(self) -> dict[str, list[list[float]] | list[float]]:
-        """Return what a manifest keeps: ``sum`` (P, DIRECTIONS) and ``size`` (P,), root mean square of a row."""
+    def values(self, rest: Rest | None = None) -> dict[str, list[list[float]] | list[float]]:
+        """Return what a manifest keeps.
+
+        Returns:
+            ``sum`` (P, DIRECTIONS) and ``size`` (P,), root mean square of a row; and where rows leave something
+            out ``rest`` (P, DIRECTIONS), its norm ``rest_size`` (P,), and ``slack`` (P,), see ``Rest``.
+        """
         assert self.total is not None
         assert self.squares is not None
-        return {
-            "sum": [projections(self.total[_span(e)], k) for k, e in enumerate(self.parameters)],
+        found: dict[str, list[list[float]] | list[float]] = {
+            "sum": self.along(self.total),
             "size": np.sqrt(self.squares / max(self.sampled, 1)).tolist(),
         }
+        vector = None if rest is None else rest.vector
+        if rest is not None and vector is not None:
+            found["rest"] = self.along(vector)
+            found["rest_size"] = [float(np.linalg.norm(vector[_span(e)])) for e in self.parameters]
+            found["slack"] = rest.slack.tolist()
+        return found
+
+    def along(self, vector_D: Float) -> list[list[float]]:
+        """Return the products of each parameter's values with its directions, (P, DIRECTIONS)."""
+        return [projections(vector_D[_span(e)], k) for k, e in enumerate(self.parameters)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,12 +146,53 @@ def law_of(
         n_train: N.
         noise: How exactly rows of a batch added up in the trials, relative; see ``Ways``.
     """
-    sums = np.sum([np.asarray(s["sum"], dtype=np.float64) for s in shards], axis=0) / n_train
-    sizes = np.sqrt(np.mean([np.square(np.asarray(s["size"], dtype=np.float64)) for s in shards], axis=0))
+    sums = np.sum([np.asarray(s["sum"], dtype=np.float64) for s in shards], axis=0)
+    return worst_of(laws_of(trajectory, sums, shards, n_train, noise))
+
+
+def worst_of(laws: Sequence[Law]) -> Law:
+    """Return the one that is farthest from its limit; NaN counts as farthest."""
+
+    def used(law: Law) -> float:
+        if not law.error <= law.limit:
+            return law.error / law.limit if law.limit and law.error <= math.inf else math.inf
+        return law.error / law.limit if law.limit else 0.0
+
+    return max(laws, key=used)
+
+
+def laws_of(
+    trajectory: Trajectory,
+    sums_PK: npt.NDArray[np.float64],
+    shards: Sequence[Mapping[str, Sequence[object]]],
+    n_train: int,
+    noise: float = 0.0,
+) -> list[Law]:
+    """Compare the sum of all rows with the record, by parameter.
+
+    Args:
+        trajectory: The record.
+        sums_PK: Products of the sum with each parameter's directions.
+        shards: See ``law_of``; for the sizes of rows and what they leave out.
+        n_train: N.
+        noise: See ``law_of``.
+    """
+
+    def of(name: str) -> Float:
+        # Every replay follows the same training: the shards say the same.
+        return np.mean([np.asarray(s[name], dtype=np.float64) for s in shards], axis=0)  # type: ignore[no-any-return]
+
+    sums, sizes = (
+        sums_PK / n_train,
+        np.sqrt(np.mean([np.square(np.asarray(s["size"], dtype=np.float64)) for s in shards], axis=0)),
+    )
+    rest, rest_size, slack = np.zeros_like(sums), np.zeros_like(sizes), np.zeros_like(sizes)
+    if all("rest" in shard for shard in shards):
+        rest, rest_size, slack = of("rest"), of("rest_size"), of("slack")
     start, last = FromStart(trajectory), trajectory.checkpoint(-1).weights
     first = start.first.weights
     dtype, steps = str(first.dtype), len(trajectory.loss)
-    found = []
+    found, base = [], max(BASE[dtype], NOISY * noise)
     for k, entry in enumerate(trajectory.parameters):
         here = _span(entry)
         before, after = first[here].astype(np.float64), last[here].astype(np.float64)
@@ -144,15 +200,19 @@ def law_of(
         still = np.array_equal(before, after) and not np.any(sums[k])
         held, pushed = (before, 0.0 * before) if entry.group < 0 or still else start.of(entry)
         expected = after - held - pushed
-        weights = math.sqrt(float(after @ after) + float(held @ held) + float(pushed @ pushed))
+        squares = float(after @ after) + float(held @ held) + float(pushed @ pushed)
+        drift = UNIT[dtype] * math.sqrt(steps * (squares + float(rest_size[k]) ** 2))
         scale = max(float(np.linalg.norm(expected)), float(sizes[k]))
-        error = float(np.abs(sums[k] - projections(expected, k)).max())
-        base = max(BASE[dtype], NOISY * noise)
-        allowed = SPREAD * (base * scale + UNIT[dtype] * math.sqrt(steps) * weights)
-        found.append((entry.name, error / scale if scale else error, allowed / scale if scale else 0.0))
-    # NaN counts as farthest.
-    name, error, limit = max(found, key=lambda f: math.inf if not f[1] <= math.inf else f[1] - f[2])
-    return Law(worst=name, error=error, limit=limit)
+        error = float(np.abs(sums[k] + rest[k] - projections(expected, k)).max())
+        found.append((entry.name, error, base * scale + drift + float(slack[k]), scale))
+    largest = max((scale for *_rest, scale in found), default=0.0)
+    laws = []
+    for name, error, rounding, scale in found:
+        # What moved by so much less than others may be what rounding of theirs leaves of zero.
+        more = UNIT[dtype] * largest if scale < NOISE * largest else 0.0
+        allowed, per = SPREAD * (rounding + more), scale or 1.0
+        laws.append(Law(worst=name, error=error / per, limit=allowed / per if scale else 0.0))
+    return laws
 
 
 def check_sums(
@@ -160,10 +220,11 @@ def check_sums(
     targets_QD: npt.NDArray[np.floating],
     trajectory: Trajectory,
     noise: float = 0.0,
+    rest: Rest | None = None,
 ) -> None:
     """Hold the contributions of all samples to each target against the law.
 
-        sum_i C(i, j) = -<w_T - phi_T w_0 - psi_T m_0, gradient of j>
+        sum_i C(i, j) = -<w_T - phi_T w_0 - psi_T m_0 - rest, gradient of j>
 
     Raises:
         ConservationBroken: They do not add up.
@@ -178,16 +239,17 @@ def check_sums(
             moved[here] -= first[here]
         else:
             moved[here] -= sum(start.of(entry))
+    vector = None if rest is None else rest.vector
+    weights, slack = float(np.linalg.norm(last.astype(np.float64))), np.zeros(len(trajectory.parameters))
+    if rest is not None and vector is not None:
+        moved -= vector
+        weights, slack = math.hypot(weights, float(np.linalg.norm(vector))), rest.slack
     targets, found = targets_QD.astype(np.float64), contributions_Qn.astype(np.float64)
     right = -targets @ moved
-    size = (
-        np.abs(found).sum(1)
-        + np.linalg.norm(targets, axis=1)
-        * np.linalg.norm(last.astype(np.float64))
-        * UNIT[dtype]
-        * math.sqrt(len(trajectory.loss))
-        / BASE[dtype]
-    )
+    norms = np.stack([np.linalg.norm(targets[:, _span(e)], axis=1) for e in trajectory.parameters], 1)
+    drift = UNIT[dtype] * math.sqrt(len(trajectory.loss)) * weights
+    rounding = np.linalg.norm(targets, axis=1) * drift + norms @ slack
+    size = np.abs(found).sum(1) + rounding / BASE[dtype]
     error = np.abs(found.sum(1) - right)
     allowed = SPREAD * max(BASE[dtype], NOISY * noise) * size
     if not (error <= allowed).all():

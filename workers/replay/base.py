@@ -20,6 +20,7 @@ from ..model.state import Kept
 from ..persample.engine import PerSampleGradients, Watch
 from ..recipe import Batch
 from ..recursion.family import Moment
+from ..recursion.rest import Rest
 from ..training.training import Training
 from ..training.verified import Report, Rows, VerifiedReplay
 
@@ -79,6 +80,11 @@ class Sink(Protocol):
     def deferred(self) -> bool:
         """Whether all rows must come after ``meet``, in passes of their own."""
         return False
+
+    @property
+    def rest(self) -> Rest | None:
+        """What all rows together leave out of what training did; None: no law is known for the rows."""
+        return None
 
     @abstractmethod
     def add(self, rows: Tensor, block: Tensor) -> None:

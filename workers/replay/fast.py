@@ -6,6 +6,7 @@ g taken from the hooks of the very step that trains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..recursion.clipping import Clip
 from ..recursion.coefficients import coefficients, recorded_settings
 from ..recursion.columns import Columns
 from ..recursion.family import Moment
+from ..recursion.rest import Rest
 from ..recursion.steps import Steps, lanes_of
 from ..training.training import Training
 from ..training.trials import tried_ways
@@ -56,6 +58,11 @@ class FastRows(RowSink):
     def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
         """Note them."""
         self._scales.steps.meet(step, moment)
+
+    @property
+    def rest(self) -> Rest:
+        """See ``Sink``."""
+        return self._scales.steps.rest
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled gradients to the dense rows."""
@@ -133,8 +140,7 @@ class StepScales:
     Attributes:
         looks: Whether there is more than c_t, so that each step must be met.
         preconditioner: D_t of the step that was met last, (D,); None: 1.
-        lost: (D,) what clipping took from the sum of all rows over N, and coupled decay added to the weights;
-            None while nothing. See ``recursion.conservation``.
+        rest: What the rows leave out of what training did.
     """
 
     def __init__(self, training: Training, trajectory: Trajectory) -> None:
@@ -146,7 +152,8 @@ class StepScales:
         self.looks = self._steps.needs_moment
         self.preconditioner: Tensor | None = None
         self._clip: Clip | None = None
-        self.lost: Tensor | None = None
+        spans = [slice(e.start, e.start + math.prod(e.shape)) for e in training.layout.entries]
+        self.rest = Rest(self._steps, self._coefficients, spans, self.lanes)
 
     def coefficient(self, step: int) -> npt.NDArray[np.float64]:
         """Return c_t of the step that a batch belongs to, (L,)."""
@@ -160,26 +167,12 @@ class StepScales:
         now = moment()
         self.preconditioner = self._steps.preconditioner(step, now)
         self._clip = now.clip if now.clip.active else None
-        self._lose(step, now)
+        self.rest.add(step, now, self.preconditioner)
 
     def clip_(self, block: Tensor) -> None:
         """Turn rows (R, D) of gradients into what clipping makes of them, in place."""
         if self._clip is not None:
             self._clip.map_(block)
-
-    def _lose(self, step: int, now: Moment) -> None:
-        lost = now.clip.lost()
-        pull = self._steps.family.coupled_pull(
-            self._steps.settings, self._steps.columns, self._steps.settings.update(step), now
-        )
-        if pull is not None:
-            lost = pull if lost is None else lost + pull
-        if lost is None:
-            return
-        part = lost * self._steps.columns.spread(self.coefficient(step))
-        if self.preconditioner is not None:
-            part *= self.preconditioner
-        self.lost = part if self.lost is None else self.lost + part
 
 
 def kept_as_factors(training: Training, ways: Ways) -> frozenset[int]:

@@ -18,6 +18,7 @@ from ...storage.trajectory import Trajectory
 from ..persample.engine import PerSampleGradients
 from ..recipe import Batch
 from ..recursion.family import Moment
+from ..recursion.rest import Rest
 from ..training.training import Training
 from ..training.trials import tried_ways
 from .base import HeldBatch, ProductSink
@@ -88,6 +89,11 @@ class FastProducts(ProductSink):
     def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
         """Note them."""
         self._scales.steps.meet(step, moment)
+
+    @property
+    def rest(self) -> Rest:
+        """See ``Sink``."""
+        return self._scales.steps.rest
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the products of the scaled gradients."""

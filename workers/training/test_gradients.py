@@ -23,6 +23,7 @@ from ..model.state import copied, unchanged_buffers
 from ..persample.engine import PerSampleGradients
 from ..persample.trials import choose_ways
 from ..persample.ways import Ways, always_vjp
+from ..persample.wide import widened
 from ..recipe import Batch
 from .finite import check_own_gradients
 from .fixed_pass import fixed_pass
@@ -98,6 +99,7 @@ class TestGradients:
     def _is_derivative(self, *, through: bool) -> bool | None:
         """Whether the gradient is the derivative of the loss, by differences; None where they say nothing."""
         training = self.training
+        recipe = widened(training.recipe)  # differences say nothing of what is rounded on its way
         with preserved_generators(), evaluating(training.model):
             try:
                 model = cast_model(copied(training.model), None, torch.float64)
@@ -106,7 +108,7 @@ class TestGradients:
                 found = fetch(training.recipe, self.dataset, range(count))
                 batch = to_device(found, training.device, torch.float64)
                 with seen_through() if through else nullcontext():
-                    loss = training.recipe.losses(model, batch).mean()
+                    loss = recipe.losses(model, batch).mean()
                 slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
             except RuntimeError:
                 return None
@@ -122,7 +124,7 @@ class TestGradients:
                     with torch.no_grad():
                         for p, v in zip(parameters, moves, strict=True):
                             p.add_(v, alpha=step)
-                        ends.append(float(training.recipe.losses(model, batch).mean()))
+                        ends.append(float(recipe.losses(model, batch).mean()))
                 if fresh != generator_states():
                     return None  # random losses
                 if abs((ends[0] - ends[1]) / (2 * width) - along) <= DERIVATIVE * max(size, 1e-3):

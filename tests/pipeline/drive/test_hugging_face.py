@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -44,7 +47,7 @@ def test_the_record_is_of_the_training(recorded):
     final = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).numpy()
     assert np.array_equal(trajectory.checkpoint(len(trajectory.checkpoint_steps) - 1).weights, final)
     assert trajectory.updates.tolist() == [False, True, True] * 2
-    assert trajectory.epoch_ends == (3, 6)
+    assert list(trajectory.epoch_ends) == [3, 6]
     assert (trajectory.clip_factor < 1).any()
     # The rows are those of the Trainer's own sampler.
     for epoch in range(2):
@@ -114,3 +117,12 @@ def test_what_a_record_cannot_follow_is_refused(tmp_path, name):
     setattr(trainer.args, name, True)
     with pytest.raises(RecipeError, match=rf"TrainingArguments\.{name}=True is not supported"):
         HydraCallback(trainer, out=tmp_path / "run")
+
+
+def test_without_transformers_it_is_said_what_to_install(monkeypatch):
+    from hydra_pipe.pipeline.drive import hugging_face
+
+    place = importlib.util.spec_from_file_location("hydra_pipe.pipeline.drive.again", hugging_face.__file__)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'hydra-pipe\[hf\]'"):
+        place.loader.exec_module(importlib.util.module_from_spec(place))

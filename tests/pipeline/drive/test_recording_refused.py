@@ -330,6 +330,28 @@ def test_a_scaler_that_moved_batch_statistics(tmp_path):
     )
 
 
+def test_a_fused_step_that_unscales_by_itself(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model = Mine().model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    watched = recording(model, optimizer, out=tmp_path / "run", n_train=N, scaler=scaler)
+    with (  # noqa: PT012
+        pytest.raises(RecipeError, match=r"call scaler.unscale_\(optimizer\) before scaler.step\(\)"),
+        watched as rec,
+    ):
+        rec.batch(range(6))
+        scaler.scale(losses_of(model, range(6)).mean()).backward()
+        scaler.step(optimizer)
+
+
+def test_sparse_gradients(tmp_path):
+    model = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = recording(model, optimizer, out=tmp_path / "run", n_train=N, clip_grad_norm=1.0)
+    with pytest.raises(RecipeError, match=r"parameter '0.weight' has a sparse gradient"), watched as rec:
+        rec.step(range(2), model(torch.tensor([1, 2])).flatten())
+
+
 def test_what_a_recording_is_asked(tmp_path):
     def given(message, kind=RecipeError, **arguments):
         with pytest.raises(kind, match=message):

@@ -240,41 +240,27 @@ def test_forms_share_the_targets_and_targets_share_the_curvature(tmp_path):
         go(Small(), tmp_path / "a", hessian="ekfac", targets="classes", curvature_samples=9)
 
 
-KILLS = {"targets-00001": "kill@3", "block-00000": "kill-after"}
 KILLED = """
-import os, sys
-import torch._dynamo  # what a run imports late, so that it is imported once
+import sys
 from hydra_pipe.pipeline.executors.serial import SerialExecutor
 from tests.faults import FaultPlan, spoiled
-from tests.pipeline.spec.test_targets import KILLS, Many, go
-for unit, action in KILLS.items():
-    child = os.fork()
-    if child == 0:
-        os.mkdir(f"{sys.argv[1]}/{unit}")
-        plan = FaultPlan(directory=f"{sys.argv[1]}/{unit}", script={unit: [action]})
-        SerialExecutor.run = spoiled(SerialExecutor.run, plan)
-        go(Many(), f"{sys.argv[1]}/{unit}/run", hessian="exact", targets="classes", shards=3)
-        os._exit(0)
-    print(unit, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+from tests.pipeline.spec.test_targets import Many, go
+plan = FaultPlan(directory=sys.argv[2], script={sys.argv[3]: [sys.argv[4]]})
+SerialExecutor.run = spoiled(SerialExecutor.run, plan)
+go(Many(), sys.argv[1], hessian="exact", targets="classes", shards=3)
 """
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Runs that were killed, each in a process of its own, in a unit of the directory's name."""
-    place = tmp_path_factory.mktemp("killed")
-    words = [sys.executable, "-c", KILLED, str(place)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f"{unit} {-signal.SIGKILL}" for unit in KILLS], done.stderr
-    return place
-
-
-@pytest.mark.parametrize("unit", KILLS)
-def test_a_killed_run_goes_on_with_the_same_bits(unit, undisturbed, killed):
+@pytest.mark.parametrize(("unit", "action"), [("targets-00001", "kill@3"), ("block-00000", "kill-after")])
+def test_a_killed_run_goes_on_with_the_same_bits(unit, action, undisturbed, tmp_path):
     right = undisturbed
+    (tmp_path / "faults").mkdir()
+    words = [sys.executable, "-c", KILLED, str(tmp_path / "run"), str(tmp_path / "faults"), unit, action]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run(words, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     heard = Heard()
-    found = go(Many(), killed / unit / "run", heard, hessian="exact", targets="classes", shards=3)
+    found = go(Many(), tmp_path / "run", heard, hessian="exact", targets="classes", shards=3)
     if unit == "targets-00001":
         assert ("hydra-exact-classes/adjoint", "targets-00000") in heard.skipped
         assert ("hydra-exact-classes/adjoint", "targets-00001") in heard.done

@@ -14,6 +14,7 @@ from hydra_pipe.workers.determinism import compiled_parts, restored_process
 from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate
 from hydra_pipe.workers.ekfac.eigenbasis import Eigenbasis
 from hydra_pipe.workers.persample.capture import Capture
+from hydra_pipe.workers.persample.wide import mode_of, widened
 from hydra_pipe.workers.recursion.forms import ADJOINT, EKFAC, EXACT, FAST, FORWARD
 from hydra_pipe.workers.replay.make import make_replay
 from hydra_pipe.workers.training.record import Recorder
@@ -157,15 +158,46 @@ def test_any_subset_gives_the_same_bits(case, recorded):
 
 
 @pytest.mark.parametrize(
-    "case", ["TransformerEncoderLayer, norm first, dropout", "LSTM, seq-first", "BERT, mask"]
+    "case", ["TransformerEncoderLayer, norm first, dropout", "LSTM, seq-first", "BERT, mask", "Llama, mask"]
 )
 def test_test_gradients_go_the_same_ways(case, recorded):
     recipe, trajectory = recorded(case)
     found = TestGradients(Training(recipe, DOUBLE), trajectory)
     assert set(found.engine.strategies) <= {"outer", "rule", "second", "lent"}
+    assert found.derivative is True
     rows = found.rows(np.arange(4)).gradient
     right = oracle.test_gradients(recipe, oracle.dense(recipe, trajectory, [0]).model, range(4))
     assert np.abs(rows - right).max() < 1e-12 * np.abs(right).max()
+
+
+def test_a_trial_in_float64_is_one_throughout_and_else_the_recipe():
+    recipe = recipe_of(".float() in the loss")
+    recipe.seed, recipe.note = 77, "kept"
+    other = widened(recipe)
+    assert (other.seed, other.note, other.arguments()) == (77, "kept", recipe.arguments())
+    assert other.collate.__func__ is recipe.collate.__func__
+    model, batch = recipe.model().double(), next(iter(Training(recipe, DOUBLE).loader()))
+    assert recipe.losses(model, batch).dtype == torch.float32
+    assert other.losses(model, batch).dtype == torch.float64
+    assert torch.allclose(other.losses(model, batch), recipe.losses(model, batch).double(), rtol=1e-6)
+    x = torch.ones(3, dtype=torch.float64) / 3
+    with mode_of(other):
+        for cast in (
+            x.float(),
+            x.half(),
+            x.bfloat16(),
+            x.to(torch.float32),
+            x.to("cpu", torch.float16),
+            x.to(torch.ones(1)),
+            x.type_as(torch.ones(1)),
+            x.type(torch.float32),
+            torch.softmax(x, 0, dtype=torch.float32),
+            torch.arange(3).float(),
+        ):
+            assert cast.dtype == torch.float64
+        assert torch.equal(x.float(), x)
+    with mode_of(recipe):
+        assert x.float().dtype == torch.float32
 
 
 # ---------------------------------------------------------------------- the exact form, and all forms

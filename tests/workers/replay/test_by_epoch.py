@@ -236,7 +236,6 @@ def test_single_precision_is_close_to_the_dense_form(kind, tmp_path):
 @pytest.mark.parametrize("kind", [Small, Images, BatchNormed], ids=lambda k: k.__name__)
 def test_any_cut_gives_the_same_bits(kind, tmp_path):
     recipe = kind()
-    recipe.batch_size = 16  # half the steps
     trajectory = recorded(recipe, tmp_path, SINGLE)
     curvature = CurvatureEstimate(Training(recipe, SINGLE), trajectory, checkpoints=2).run()
     given = {"compute": SINGLE, "exact": Compute(device="cpu", batch_norm="coupled")}

@@ -135,11 +135,13 @@ class TrainerRecipe(Recipe):
 
     def train_dataset(self) -> Dataset[Any]:
         """Return the training dataset as it was given."""
-        return _made(self._train)
+        found: Dataset[Any] = _made(self._train)
+        return found
 
     def test_dataset(self) -> Dataset[Any]:
         """Return the evaluation dataset as it was given."""
-        return _made(self._eval)
+        found: Dataset[Any] = _made(self._eval)
+        return found
 
     def model(self) -> nn.Module:
         """Return the model that training starts from."""
@@ -158,7 +160,7 @@ class TrainerRecipe(Recipe):
     def _built(self) -> nn.Module:
         if self._init is not None:
             takes_trial = bool(inspect.signature(self._init).parameters)  # of a search, as Trainer hands it
-            model = self._init(None) if takes_trial else self._init()
+            model: Any = self._init(None) if takes_trial else self._init()
         else:
             model = copy.deepcopy(self._model)
         if not isinstance(model, nn.Module):
@@ -382,6 +384,7 @@ def _default_collator(tokenizer: Any) -> Callable[[list[Any]], Any]:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return DataCollatorWithPadding(tokenizer)
-    found: Callable[[list[Any]], Any] = default_data_collator
+        found: Callable[[list[Any]], Any] = DataCollatorWithPadding(tokenizer)
+    else:
+        found = default_data_collator
     return found

@@ -189,13 +189,13 @@ def adamw_contributions(recipe):
 
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory):
-    """The recipe, its exact run forwards, and what autograd through the training says."""
+    """An exact run forwards, one backwards, and what autograd through the training says."""
     folder = tmp_path_factory.mktemp("causal")
     recipe = recipe_of(folder, count=10, num_train_epochs=2, warmup_steps=1, max_grad_norm=0.9)
     spec = {"recipe": recipe, "dtype": "float64", "executor": "serial", "shards": 1, "hessian": "exact"}
     done = run(RunSpec(out=str(folder / "forward"), **spec))
     backward = run(RunSpec(out=str(folder / "adjoint"), mode="adjoint", **spec))
-    return recipe, done, backward, adamw_contributions(recipe)
+    return done, backward, adamw_contributions(recipe)
 
 
 def table(done, shape):
@@ -206,7 +206,7 @@ def table(done, shape):
 
 
 def test_contributions_are_those_of_autograd_through_the_training(causal):
-    recipe, done, backward, truth = causal
+    done, backward, truth = causal
     joined = -(done.hypergradients("hydra-exact")[:] @ done.test_gradients().read(0, 5).T) / 10
     assert np.abs(joined - truth).max() <= 1e-9 * np.abs(truth).max()
     for one in (done, backward):  # stored in float32
@@ -289,7 +289,7 @@ def test_a_loss_without_a_form_is_refused(tmp_path):
             return found
 
     recipe = recipe_of(tmp_path, model=lambda: Odd(tiny_text.gpt2().config))
-    with pytest.raises(RecipeError, match="Odd has a loss of .* write a Recipe with losses"):
+    with pytest.raises(RecipeError, match=r"Odd has a loss of .* write a Recipe with losses"):
         recipe.model()
     headless = recipe_of(tmp_path, model=lambda: tiny_text.gpt2().transformer)
     with pytest.raises(RecipeError, match="GPT2Model"):
@@ -301,7 +301,7 @@ def test_a_loss_without_a_form_is_refused(tmp_path):
 
 def test_low_precision_weights_are_refused(tmp_path):
     recipe = recipe_of(tmp_path, model=lambda: tiny_text.gpt2().to(torch.bfloat16))
-    with pytest.raises(RecipeError, match="'transformer.wte.weight' is bfloat16"):
+    with pytest.raises(RecipeError, match=r"'transformer\.wte\.weight' is bfloat16"):
         recipe.model()
 
 

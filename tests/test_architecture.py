@@ -109,7 +109,7 @@ MAY_IMPORT = {
         "training": "data determinism model persample recipe recursion",
         "actor": "recipes",
         "persample": "data determinism model recipe",
-        "recipes": "recipe",
+        "recipes": "determinism recipe",
         "recipe": "data",
         "recursion": "model",
         "model": "data",

@@ -173,7 +173,7 @@ class HydraCallback(TrainerCallback):  # type: ignore[misc]
         return self._entered.clip()
 
 
-class _Batch(dict[str, Any]):
+class _Batch(dict[str, object]):
     """A batch that knows which rows it is of, and what the sum of its losses is divided by."""
 
     indices: Any = None

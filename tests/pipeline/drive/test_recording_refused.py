@@ -245,7 +245,7 @@ def test_the_order_of_calls(tmp_path):
         tmp_path, r"no forward pass of the model in train mode was seen before step\(\) of batch 0", unseen
     )
     refused(tmp_path, r"step\(\) was given other indices than batch\(\) before it \(batch 0\)", other)
-    refused(tmp_path, r"batch 1 begins and the 1 before it made no step .*accumulate is 1", twice)
+    refused(tmp_path, r"batch 1 begins and the one before it made no step .*accumulate is 1", twice)
     refused(tmp_path, r"end_epoch\(\) was called after 1 batches without a step", unfinished)
     refused(tmp_path, r"no parameter that is optimised has a gradient at the step of batch 0", backwardless)
     refused(tmp_path, r"optimizer.step\(closure\) is not followed", closure)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ...storage.trajectory import Trajectory
 from ...workers.recursion.coefficients import recorded_settings
-from ...workers.recursion.conservation import BASE, FromStart, RowSums, laws_of, worst_of
+from ...workers.recursion.conservation import BASE, NOISY, FromStart, RowSums, laws_of, worst_of
 from ...workers.recursion.rest import UNIT, leaves_a_rest
 from ..reading.unit_values import ReplayValues, values_of
 from ..vocabulary import ADJOINT, CLOSING_UNITS, FAST, FORWARD, REPLAY
@@ -73,10 +73,10 @@ def conservation(run: Reader) -> Found:
 def judged(run: Reader, total: npt.NDArray[np.float64]) -> Found:
     """Hold the sum of all hypergradients, (D,), against the law; returns as `conservation`."""
     trajectory, n_train = run.trajectory(), run.noted.training_size
-    if not leaves_a_rest(recorded_settings(trajectory)):
-        return compare(trajectory, total, n_train=n_train)
     manifests = run.directory.manifests(f"{METHOD}/{REPLAY}")
     shards = [values_of(ReplayValues, m) for m in manifests if m.unit not in CLOSING_UNITS]
+    if not leaves_a_rest(recorded_settings(trajectory)):
+        return compare(trajectory, total, n_train=n_train, noise=_noise(shards))
     if not all(shard.law is not None and "rest" in shard.law for shard in shards):
         reason = "the shards did not note what clipping or Adam leave out of the hypergradients"
         return {"applicable": False, "reason": reason}
@@ -91,9 +91,8 @@ def _compare_along(
     Errors are relative to what the parameter moved or, where that is more, to the size of a row.
     """
     sums = np.asarray(RowSums(trajectory.parameters).along(total))
-    noise = max((shard.ways.get("noise", 0.0) for shard in shards if shard.ways is not None), default=0.0)
     noted = [shard.law for shard in shards if shard.law is not None]
-    laws = laws_of(trajectory, sums, noted, n_train, noise)
+    laws = laws_of(trajectory, sums, noted, n_train, _noise(shards))
     groups = []
     for group in sorted({entry.group for entry in trajectory.parameters}):
         of_group = [one for one, e in zip(laws, trajectory.parameters, strict=True) if e.group == group]
@@ -102,13 +101,21 @@ def _compare_along(
     return {"applicable": True, "ok": all(one.ok for one in laws), "groups": groups}
 
 
-def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: int) -> Found:
+def _noise(shards: Sequence[ReplayValues]) -> float:
+    """Return how exactly rows of a batch added up in the trials: not far under autocast, for one."""
+    return max((shard.ways.get("noise", 0.0) for shard in shards if shard.ways is not None), default=0.0)
+
+
+def compare(
+    trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: int, noise: float = 0.0
+) -> Found:
     """Compare the sum of all hypergradients with what the record says it must be.
 
     Args:
         trajectory: The record.
         total: Sum of the hypergradients of all samples, shape (D,).
         n_train: N.
+        noise: See ``workers.recursion.conservation.law_of``.
 
     Returns:
         ``applicable`` (True), ``ok``, ``groups``: one mapping a parameter group with ``group``,
@@ -138,7 +145,7 @@ def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: 
             relative, limit = (0.0 if error == 0.0 else math.inf), 0.0
         else:
             relative = math.sqrt(error / moved)
-            limit = BASE[dtype] + UNIT[dtype] * math.sqrt(steps * weight / moved)
+            limit = max(BASE[dtype], NOISY * noise) + UNIT[dtype] * math.sqrt(steps * weight / moved)
         groups.append({"group": group, "error": relative, "limit": limit})
     return {"applicable": True, "ok": all(g["error"] <= g["limit"] for g in groups), "groups": groups}
 

@@ -1,6 +1,6 @@
 """What keeping the Hessian costs: EKFAC against the fast replay, the exact adjoint against training.
 
-Fashion-MNIST on LeNet-5, batch 64, all samples tracked. The exact adjoint answers for all training
+Fashion-MNIST on LeNet-5, batch 64, all samples tracked, with SGD; with AdamW the same and the digits on an MLP. The exact adjoint answers for all training
 samples; its cost counts the segment replay it needs. Exact forward follows samples of the first batch,
 which move in all steps but the first. Objects are built before the clock starts.
 """
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate
+from hydra_pipe.workers.recipe import Recipe
 from hydra_pipe.workers.recursion.forms import EKFAC, FORWARD
 from hydra_pipe.workers.replay.adjoint import Adjoint
 from hydra_pipe.workers.replay.base import Replay
@@ -23,6 +25,7 @@ from hydra_pipe.workers.replay.make import make_replay
 from hydra_pipe.workers.training.training import Compute
 
 from .cases import Clothes, Prefetched, record
+from .digits_mlp import DigitsAdamWClipped
 from .report import Result
 from .timing import clock, ratio
 
@@ -32,6 +35,7 @@ SIZES: Mapping[str, Any] = {
     "threads": 2,
     "targets": (1, 8, 16),
     "forward": 16,
+    "adamw_targets": 8,
     "rounds": 5,
 }
 QUICK: Mapping[str, Any] = {
@@ -40,14 +44,73 @@ QUICK: Mapping[str, Any] = {
     "threads": 1,
     "targets": (1, 2),
     "forward": 2,
+    "adamw_targets": 2,
     "rounds": 1,
 }
+
+
+class ClothesAdamW(Clothes):
+    """The same with AdamW, its gradients clipped now and then."""
+
+    NAME = "clothes-adamw"
+    clip_grad_norm = 1.0
+
+    def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """Return AdamW over all parameters."""
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
 def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     """Measure, all candidates in turns."""
     result = Result(name="hessian", sizes=sizes)
     recipe = Clothes(train_size=sizes["samples"], test_size=8, epochs=1, batch_size=sizes["batch"])
+    _measure(result, sizes, folder / "sgd", recipe)
+    lenet = ClothesAdamW(train_size=sizes["samples"], test_size=8, epochs=1, batch_size=sizes["batch"])
+    mlp = DigitsAdamWClipped(train_size=min(1000, sizes["samples"]), test_size=8, epochs=1)
+    for name, found in (("LeNet-5", lenet), ("MLP", mlp)):
+        _measure_adamw(result, sizes, folder / found.NAME, found, f"AdamW, {name}: ")
+    return result
+
+
+def _measure_adamw(
+    result: Result, sizes: Mapping[str, Any], folder: Path, recipe: Recipe, prefix: str
+) -> None:
+    """Measure what AdamW's state and metric add: EKFAC's replay and the adjoint of one tile."""
+    compute = Compute(threads=sizes["threads"], device="cpu")
+    coupled = replace(compute, batch_norm="coupled")
+    batches, trajectory = record(recipe, compute, folder)
+    curvature = CurvatureEstimate(Prefetched(recipe, compute, batches), trajectory, checkpoints=1).run()
+    tracked = np.arange(int(trajectory.attrs["n_train"]))
+    count, dimension = sizes["adamw_targets"], len(trajectory.checkpoint(0).weights)
+    targets = np.random.default_rng(0).standard_normal((count, dimension)).astype(np.float32)
+
+    def plain() -> Callable[[], object]:
+        training = Prefetched(recipe, compute, batches)
+        return lambda: [training.step(step, batch) for step, batch in enumerate(batches)]
+
+    def ekfac() -> Callable[[], object]:
+        fresh = Prefetched(recipe, compute, batches)
+        return make_replay(EKFAC, FORWARD, fresh, trajectory, tracked, curvature=curvature).run
+
+    def adjoint() -> Callable[[], object]:
+        return Adjoint(Prefetched(recipe, coupled, batches), trajectory, tracked, targets).run
+
+    candidates = {"plain": plain, "ekfac": ekfac, "adjoint": adjoint}
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(1 + sizes["rounds"]):
+        for name, build in candidates.items():
+            seconds = clock(build())
+            if turn:
+                taken[name].append(seconds)
+    result.add(
+        f"{prefix}EKFAC replay / plain training", ratio(taken["ekfac"], taken["plain"]), "x", at_most=1.6
+    )
+    each = [value / count for value in ratio(taken["adjoint"], taken["plain"])]
+    name = f"{prefix}exact adjoint, {count} targets: one target / plain training"
+    result.add(name, each, "x", at_most=1.6 if count >= 8 else None)
+
+
+def _measure(result: Result, sizes: Mapping[str, Any], folder: Path, recipe: Recipe) -> None:
     compute = Compute(threads=sizes["threads"], device="cpu")
     coupled = replace(compute, batch_norm="coupled")
     batches, trajectory = record(recipe, compute, folder)
@@ -105,4 +168,3 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     each = [(value - 1) / moves for value in ratio(taken["forward"], taken["plain"])]
     name = f"exact forward, {sizes['forward']} tracked: one sample moved one step / plain step"
     result.add(name, each, "x")
-    return result

@@ -101,11 +101,11 @@ MAY_IMPORT = {
         "vocabulary": "",
     },
     "workers": {
-        "estimators": "data determinism hessian model persample recipe recursion replay training",
+        "estimators": "data determinism ekfac hessian model persample recipe recursion replay training",
         "replay": "ekfac hessian model persample recipe recursion training",
         "reference": "data determinism model recipe training",
         "hessian": "data determinism model persample recipe training",
-        "ekfac": "data determinism model persample recipe training",
+        "ekfac": "data determinism model persample recipe recursion training",
         "training": "data determinism model persample recipe recursion",
         "actor": "recipes",
         "persample": "data determinism model recipe",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import fidelity
-from benchmarks.digits_mlp import DigitsMLP
+from benchmarks.digits_mlp import DigitsAdamWClipped, DigitsMLP
 
 MAKE_DIAL = Path(__file__).parents[1] / "docs" / "images" / "make_dial.py"
 
@@ -22,12 +22,26 @@ def test_the_task_is_the_one_described():
     assert recipe.epochs * -(-len(train) // recipe.batch_size) == 300
     assert len(recipe.noisy_labels(train)[0]) == 100
     assert np.unique(recipe.labels(test)).tolist() == list(range(10))
+    adamw = DigitsAdamWClipped(seed=1)
+    assert (len(adamw.test_dataset()), adamw.seed, adamw.clip_grad_norm) == (80, 1, 0.4)
+    optimizer = adamw.optimizer(adamw.model())
+    scheduler = adamw.scheduler(optimizer)
+    rates = []
+    for _step in range(300):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) == rates[29] == 5e-3
+    assert rates[0] < 2e-4
+    assert rates[-1] < 1e-6
 
 
 def test_goals_are_set_for_every_share():
     """The share is what the benchmark asks for, or no goal would ever be judged."""
     assert set(fidelity.GOALS) == {"hydra-exact", "hydra-ekfac"}
-    for goals in fidelity.GOALS.values():
+    ranks = {f"hydra-ekfac-rank{rank}" for rank in fidelity.SIZES["adamw_ranks"]}
+    assert set(fidelity.ADAMW_GOALS) == {"hydra-exact", "hydra-ekfac", *ranks}
+    for goals in (*fidelity.GOALS.values(), *fidelity.ADAMW_GOALS.values()):
         assert set(goals) == set(fidelity.SIZES["fractions"])
 
 
@@ -50,8 +64,17 @@ def test_the_dial_is_read_from_the_result_and_drawn(tmp_path):
 def test_it_runs(tmp_path):
     tiny = {"hessians": ("none", "exact"), "train_size": 60, "test_size": 8, "epochs": 2}
     tiny |= {"ranks": (), "subsets": 4, "fractions": (0.5, 0.9)}
+    tiny |= {
+        "adamw_hessians": ("ekfac", "exact"),
+        "adamw_seeds": (0,),
+        "adamw_ranks": (),
+        "adamw_subsets": 4,
+        "adamw_test_size": 8,
+    }
     result = fidelity.run({**fidelity.SIZES, **tiny}, tmp_path)
     scores = [line for line in result.lines if line.unit == "LDS"]
     assert [line.what for line in scores][:2] == ["hydra, 50% kept", "hydra-exact, 50% kept"]
+    assert [line.what for line in scores][-1] == "AdamW, clipped, seed 0: hydra-exact, 90% kept"
+    assert len(scores) == 12
     assert scores[-1].value > 0.5
     assert all(line.met is None for line in scores)  # goals are those of the full sizes

@@ -183,6 +183,12 @@ def _asked(run: Reader, surveyed: Survey, course: Course) -> _Asked:
             f"{run.uri} has no curvature for {EKFAC}; add it: hydra-pipe run ... --hessian ekfac on the same "
             "--out, or leave it out of --methods"
         )
+    noted = run.trajectory().optimizer
+    if course.raw_decay and noted["family"] != "sgd":
+        raise SpecError(
+            f"raw decay is N times the weight decay of SGD, as the paper's first code had it, and the record is of "
+            f"{noted['class']}; leave --decay-as-published out"
+        )
     last = surveyed.recipe.epochs
     begin = course.influence_from if course.influence_from is not None else max(1, last // 2)
     influence = {

@@ -36,9 +36,9 @@ TESTED = Needed(stage=TEST_GRADIENTS, unit=INDEX, command="replay")
 
 def record(session: Session, plan: Plan) -> Stages:
     """Record the training; a new record makes everything computed from an older one void."""
-    if is_recorded(session.surveyed.recipe):
-        _check_recorded(session)
     step = session.spec.at
+    if step is None and is_recorded(session.surveyed.recipe):
+        _check_recorded(session)
     unkept = why_not(session.spec, session.surveyed) if step is None else None
     if step is not None and not is_of_this_record(session.spec, session.directory):
         session.note("the record was made again since: what was computed as of its step is done again")

@@ -99,7 +99,8 @@ def settings_preflight(trajectory: Trajectory, dtype: str, curvature: Curvature 
     """
     precision = np.finfo(dtype)
     used = sorted({entry.group for entry in trajectory.parameters if entry.group >= 0})
-    share = int(trajectory.attrs["n_train"]) / (trajectory.batches >= 0).sum(1)
+    divisor = (trajectory.batches >= 0).sum(1) if trajectory.divisor is None else trajectory.divisor
+    share = int(trajectory.attrs["n_train"]) / divisor
     with np.errstate(over="ignore", invalid="ignore"):
         sizes = np.abs(trajectory.coefficient[:, used]) * share[:, None]
     fine = np.isfinite(sizes) & (sizes <= float(precision.max))

@@ -277,6 +277,15 @@ class Recording:
         if directory.exists():
             directory.delete_results()
         directory.write(self._info().to_json())
+        try:
+            self._write()
+        except BaseException:
+            directory.delete_results()
+            raise
+
+    def _write(self) -> None:
+        """Write and commit the trajectory."""
+        recorder, directory = self._recorder, self._directory
         uri = directory.path(layout.TRAJECTORY)
         recorder.write(uri)
         seconds = time.monotonic() - self._begun

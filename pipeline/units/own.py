@@ -17,7 +17,7 @@ from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory
 from ...workers.data.labels import with_labels
-from ...workers.estimators.tracin import TracIn
+from ...workers.estimators.tracin import TracIn, checkpoints_used
 from ...workers.training.outputs import TrainingOutputs
 from ...workers.training.own_gradients import OwnGradients, Projection, norms, products
 from ...workers.training.training import Training
@@ -171,7 +171,7 @@ class SelfTracInWork(OwnGradientWork):
 
     def chosen(self, trajectory: Trajectory) -> list[int]:
         """Return the numbers of the checkpoints looked at, K of them."""
-        return self.estimator.chosen(trajectory)
+        return checkpoints_used(trajectory, self.estimator.checkpoints)
 
     def ask(self, run: RunDirectory, gradients: OwnGradients, rows: slice, report: Report) -> Arrays:
         """Return the terms of the sum, (R, K)."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from ..vocabulary import ADJOINT, CLOSING_UNITS, FAST, FORWARD, REPLAY
 
 if TYPE_CHECKING:
     from ..reading.reader import Reader
+
+Found: TypeAlias = dict[str, Any]
+"""What the law came to, JSON-able."""
 
 METHOD = FAST
 BLOCK_BYTES = 64 << 20
@@ -50,7 +53,7 @@ def not_applicable(run: Reader) -> str | None:
     return None
 
 
-def conservation(run: Reader) -> dict[str, Any]:
+def conservation(run: Reader) -> Found:
     """Stream the hypergradient store and compare its sum with the weights of the record.
 
     Returns:
@@ -67,7 +70,7 @@ def conservation(run: Reader) -> dict[str, Any]:
     return judged(run, total)
 
 
-def judged(run: Reader, total: npt.NDArray[np.float64]) -> dict[str, Any]:
+def judged(run: Reader, total: npt.NDArray[np.float64]) -> Found:
     """Hold the sum of all hypergradients, (D,), against the law; returns as `conservation`."""
     trajectory, n_train = run.trajectory(), run.noted.training_size
     if not leaves_a_rest(recorded_settings(trajectory)):
@@ -82,7 +85,7 @@ def judged(run: Reader, total: npt.NDArray[np.float64]) -> dict[str, Any]:
 
 def _compare_along(
     trajectory: Trajectory, total: npt.NDArray[np.float64], shards: Sequence[ReplayValues], n_train: int
-) -> dict[str, Any]:
+) -> Found:
     """Compare along the directions that the shards noted; returns as `compare`, of each group its worst parameter.
 
     Errors are relative to what the parameter moved or, where that is more, to the size of a row.
@@ -99,7 +102,7 @@ def _compare_along(
     return {"applicable": True, "ok": all(one.ok for one in laws), "groups": groups}
 
 
-def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: int) -> dict[str, Any]:
+def compare(trajectory: Trajectory, total: npt.NDArray[np.float64], *, n_train: int) -> Found:
     """Compare the sum of all hypergradients with what the record says it must be.
 
     Args:

@@ -18,6 +18,7 @@ from hydra_pipe.storage.errors import InputError, SpecError, SpecMismatch
 
 from tests.end_to_end.support import assert_same_bits, cli, numbers, serial
 from tests.recipes import TwoGroups
+from tests.workers.training.test_initial import Adaptive, starting, trained
 
 RECIPE = "tests.recipes:TwoGroups"
 
@@ -119,3 +120,10 @@ def test_workers_on_ray_start_from_the_same_file_and_check_it(place, tmp_path, r
     shutil.copy(place / "base.safetensors", file)
     run(spec)
     assert_same_bits(numbers(tmp_path / "run", shard=False), numbers(place / "run", shard=False))
+
+
+def test_adam_from_given_moments_adds_up_to_what_training_did_beyond_them(tmp_path):
+    finished = serial(tmp_path / "run", starting(Adaptive, *trained(Adaptive)), dtype="float64", test="2")
+    checked = verify(finished)
+    assert checked.ok, checked.problems
+    assert checked.conservation["ok"]

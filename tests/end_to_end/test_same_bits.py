@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hydra_pipe.pipeline.executors.ray import RayExecutor
 from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 
 from tests.end_to_end.support import assert_same_bits, numbers, serial
+from tests.faults import FaultPlan, spoiled
 from tests.recipes import BatchNormed, Images, Long, Small
+from tests.workers.replay.test_optimisers import Stepped
 
 TEST = "1:11"
 
@@ -90,3 +93,52 @@ def test_ray_and_this_process_agree(workers, shards, ray_cluster, right, tmp_pat
     # 45 rows in chunks of ceil(45 / (4 shards)) rows.
     assert finished.info["layout"]["shards"] == shards
     assert_same_bits(numbers(tmp_path / "run", shard=False), right)
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: Any) -> dict[str, Any]:
+    """AdamW, clipped steps of three batches, parameters without a gradient in some: in one piece."""
+    out = tmp_path_factory.mktemp("stepped") / "run"
+    finished = serial(out, Stepped("adamw", 0.3, 3, "late"), shards=1)
+    assert (finished.trajectory().clip_factor < 1).any()
+    assert finished.trajectory().active is not None
+    return numbers(out, shard=False)
+
+
+@pytest.mark.parametrize("shards", [3, 8])
+def test_shards_change_no_bit_of_adamw_clipped_and_accumulated(shards, stepped, tmp_path):
+    finished = serial(tmp_path / "run", Stepped("adamw", 0.3, 3, "late"), shards=shards)
+    assert finished.info["layout"]["shards"] > 2
+    assert_same_bits(numbers(tmp_path / "run", shard=False), stepped)
+
+
+@pytest.mark.ray
+def test_killed_workers_change_no_bit_of_adamw_clipped_and_accumulated(
+    ray_cluster, stepped, tmp_path, monkeypatch
+):
+    (tmp_path / "faults").mkdir()
+    plan = FaultPlan(
+        directory=str(tmp_path / "faults"),
+        script={"trajectory": ["kill@5"], "shard-00000": ["kill@4"], "shard-00002": ["kill-after"]},
+    )
+    monkeypatch.setattr(RayExecutor, "run", spoiled(RayExecutor.run, plan))
+    fields = {"executor": "ray", "address": ray_cluster, "workers": 2, "shards": 3}
+    serial(tmp_path / "run", Stepped("adamw", 0.3, 3, "late"), **fields)
+    assert [plan.attempts(name) for name in plan.script] == [2, 2, 2]
+    assert_same_bits(numbers(tmp_path / "run", shard=False), stepped)
+
+
+@pytest.mark.parametrize("mode", ["forward", "adjoint"])
+def test_shards_change_no_bit_of_exact_adamw(mode, tmp_path):
+    found = []
+    for shards in (1, 3):
+        out = tmp_path / str(shards)
+        recipe = Stepped("adamw", 0.3, 3, "late")
+        finished = serial(out, recipe, hessian="exact", mode=mode, shards=shards)
+        found.append(
+            finished.contributions()
+            .to_table()
+            .sort_by([("test_index", "ascending"), ("train_index", "ascending")])
+        )
+    columns = ["train_index", "test_index", "contribution"]
+    assert found[0].select(columns).equals(found[1].select(columns))

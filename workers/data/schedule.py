@@ -160,8 +160,8 @@ def _of_record(schedule: Schedule, n_train: int) -> Schedule:
     assert schedule.recorded is not None
     if schedule.recorded.n_train != n_train:
         raise RecipeError(
-            f"the batches that a loop of its own recorded are of {schedule.recorded.n_train} training samples and this training set "
-            f"has {n_train}; give the recipe that of the loop (a training on other samples, such as evaluate's way subset, is the loop's to do)"
+            f"a loop's batches were recorded of {schedule.recorded.n_train} training samples and this training set has {n_train}; give the "
+            "recipe that of the loop (to train on other samples, as the way subset does, is the loop's to do: use rescaled)"
         )
     return schedule
 

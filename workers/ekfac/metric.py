@@ -63,19 +63,28 @@ def preconditioners(
     trajectory: Trajectory, settings: Settings, lanes_D: npt.NDArray[np.int64]
 ) -> Iterator[tuple[int, Floats, npt.NDArray[np.bool_]]]:
     """Yield (step of the optimiser, log D, v > 0) of each checkpoint after the first step, (D,) each."""
+    for k in range(len(trajectory.checkpoint_steps)):
+        found = preconditioner_at(trajectory, settings, lanes_D, k)
+        if found is not None:
+            yield found
+
+
+def preconditioner_at(
+    trajectory: Trajectory, settings: Settings, lanes_D: npt.NDArray[np.int64], k: int
+) -> tuple[int, Floats, npt.NDArray[np.bool_]] | None:
+    """Return (step of the optimiser, log D, v > 0) of checkpoint ``k``; None before the first step."""
     assert settings.beta2 is not None
     assert settings.eps is not None
+    update = int(settings.updates_before(trajectory.checkpoint_steps[k : k + 1])[0]) - 1
+    if update < 0:
+        return None
     sizes = [int(np.prod(entry.shape)) for entry in trajectory.parameters]
-    for k, step in enumerate(trajectory.checkpoint_steps):
-        update = int(settings.updates_before(np.array([step]))[0]) - 1
-        if update < 0:
-            continue
-        kept = trajectory.checkpoint(k)
-        assert kept.second_moment is not None
-        assert kept.count is not None
-        second = kept.second_moment.astype(np.float64)
-        moved = (second > 0) & (lanes_D >= 0)
-        count = np.repeat(kept.count, sizes).astype(np.float64)
-        beta2, eps = (np.append(values[update], 0.5)[lanes_D] for values in (settings.beta2, settings.eps))
-        unbiased = second / np.where(moved, 1.0 - beta2**count, 1.0)
-        yield update, -np.log(np.sqrt(unbiased) + eps), moved
+    kept = trajectory.checkpoint(k)
+    assert kept.second_moment is not None
+    assert kept.count is not None
+    second = kept.second_moment.astype(np.float64)
+    moved = (second > 0) & (lanes_D >= 0)
+    count = np.repeat(kept.count, sizes).astype(np.float64)
+    beta2, eps = (np.append(values[update], 0.5)[lanes_D] for values in (settings.beta2, settings.eps))
+    unbiased = second / np.where(moved, 1.0 - beta2**count, 1.0)
+    return update, -np.log(np.sqrt(unbiased) + eps), moved

@@ -27,6 +27,7 @@ ESTIMATORS: dict[str, str] = {
     "gif": f"{__name__}.gif:GeneralizedInfluence",
     "gradient-dot": f"{__name__}.gradient_dot:GradientDot",
     "tracin": f"{__name__}.tracin:TracIn",
+    "less": f"{__name__}.less:Less",
     "sgd-influence": f"{__name__}.sgd_influence:SgdInfluence",
     "mirrored-influence": f"{__name__}.mirrored:MirroredInfluence",
 }

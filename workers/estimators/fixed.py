@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...storage.errors import NonFiniteLoss
+from ...storage.errors import EstimatorError, NonFiniteLoss
 from ...storage.trajectory import Trajectory
 from ..data.batches import fetch, to_device
 from ..determinism import derived_seed, preserved_generators, seed_everything
+from ..ekfac.metric import preconditioner_at
 from ..model.layout import load_flat
 from ..persample.engine import PerSampleGradients, TakeRows
 from ..persample.trials import choose_ways
 from ..recipe import Batch
+from ..recursion.coefficients import recorded_settings
 from ..recursion.columns import Columns
+from ..recursion.steps import lanes_of
 from ..training.fixed_pass import fixed_pass
 from ..training.metrics import evaluating
 from ..training.training import Training
@@ -77,6 +80,25 @@ class FixedWeights:
         """Put checkpoint ``k`` into the model."""
         kept = self.trajectory.checkpoint(k)
         self.training.load_weights(kept.weights, kept.buffers)
+
+    def preconditioner(self, k: int) -> Tensor:
+        """Return D = 1 / (sqrt(vhat) + eps) of the optimiser at checkpoint ``k``, (D,) float64; 0 where v is 0.
+
+        Raises:
+            EstimatorError: The record is not one of Adam.
+        """
+        trajectory, layout = self.trajectory, self.training.layout
+        if trajectory.beta1 is None or not len(trajectory.batches):
+            raise EstimatorError(
+                f"the record is of {trajectory.optimizer['class']}, whose steps have no preconditioner; leave preconditioned "
+                "out, or use gradient-dot or tracin"
+            )
+        settings = recorded_settings(trajectory)
+        lanes = layout.column_groups(lanes_of(settings, layout)).numpy()
+        found = preconditioner_at(trajectory, settings, lanes, k % len(trajectory.checkpoint_steps))
+        assert found is not None
+        _update, logarithm, moved = found
+        return torch.from_numpy(np.where(moved, np.exp(logarithm), 0.0)).to(self.training.device)
 
     def move(self, weights_D: Tensor) -> None:
         """Put other weights into the model."""
@@ -135,6 +157,21 @@ class FixedWeights:
 
     def products(self, indices: Integers, directions_QD: Tensor) -> Tensor:
         """Return <g_i, v_k> for training samples i and directions v_k: (Q, n) float64."""
+        return self._products(indices, directions_QD, None)
+
+    def scaled_products(
+        self, indices: Integers, directions_QD: Tensor, scale_D: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return <scale g_i, v_k>, (Q, n), and the lengths of ``scale g_i``, (n,), float64."""
+        lengths = torch.zeros(len(indices), dtype=torch.float64, device=self.training.device)
+        scale = scale_D.to(self.training.dtype)
+
+        def measure(start: int, block: Tensor) -> None:
+            lengths[start : start + len(block)] = (block * scale).norm(dim=1)
+
+        return self._products(indices, directions_QD * scale_D, measure), lengths
+
+    def _products(self, indices: Integers, directions_QD: Tensor, also: TakeRows | None) -> Tensor:
         count = len(directions_QD)
         directions = directions_QD.to(device=self.training.device, dtype=self.training.dtype)
         missing = -count % TARGETS
@@ -144,6 +181,8 @@ class FixedWeights:
         def multiply(start: int, block: Tensor) -> None:
             for k, tile in enumerate(tiles):
                 out[k * TARGETS : (k + 1) * TARGETS, start : start + len(block)] = (block @ tile.T).T
+            if also is not None:
+                also(start, block)
 
         self.gradients(self.training.dataset, indices, multiply)
         return out[:count]

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from ...storage.errors import EstimatorError
 from ..recursion.coefficients import Settings, recorded_settings
 from ..replay.adjoint import Adjoint
 from .base import Estimator, Found, Ground, Report, Targets, one_of
@@ -43,7 +44,17 @@ class SgdInfluence(Estimator):
         one_of("momentum", self.momentum, "plain", "effective")
 
     def contributions(self, ground: Ground, targets: Targets, report: Report) -> Found:
-        """Carry the block's gradients back through the record; see ``Estimator``."""
+        """Carry the block's gradients back through the record; see ``Estimator``.
+
+        Raises:
+            EstimatorError: The record is not one of SGD.
+        """
+        noted = ground.trajectory.optimizer
+        if noted["family"] != "sgd":
+            raise EstimatorError(
+                f"sgd-influence linearises steps of SGD and the record is of {noted['class']}; "
+                "use run --hessian exact --mode adjoint, which follows the optimizer"
+            )
         settings = self.settings(recorded_settings(ground.trajectory))
         back = Adjoint(ground.training, ground.trajectory, ground.tracked, targets.gradient, settings)
         found = back.run(report).contributions()

@@ -12,6 +12,9 @@ the expected sum of eta_t / B over the visits of one sample in that stretch. Wit
 epoch, a constant rate and B dividing N it is the published sum divided by B. Momentum p multiplies
 what a gradient ends up moving by (1 - dampening) / (1 - p); that factor is ours, and is left out of
 ``published``. Parameter groups keep their own rates.
+
+A step of Adam moves the weights by D = 1 / (sqrt(vhat) + eps) times the gradient: ``preconditioned`` puts D of
+the checkpoint between the two gradients, <g_i(w_k), D_k g_j(w_k)>. Without it the form is that of SGD.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 from ...storage.trajectory import Trajectory
-from .base import Estimator, Found, Ground, Report, Targets, one_of, whole
+from .base import Estimator, Found, Ground, Report, Targets, flag, one_of, whole
 from .fixed import FixedWeights
 
 
@@ -36,6 +39,7 @@ class TracIn(Estimator):
         checkpoints: How many, spread evenly, the last one always w_T; 0: all that the record keeps
             (``--checkpoint-every`` says how often). Step 0 is not among them.
         scale: ``contribution`` or ``published``, see above.
+        preconditioned: Whether Adam's preconditioner stands between the gradients.
     """
 
     NAME = "tracin"
@@ -44,15 +48,17 @@ class TracIn(Estimator):
 
     checkpoints: int = 0
     scale: Literal["contribution", "published"] = "contribution"
+    preconditioned: bool = False
 
     def __post_init__(self) -> None:
+        flag("preconditioned", self.preconditioned)
         whole("checkpoints", self.checkpoints, 0)
         one_of("scale", self.scale, "contribution", "published")
 
     def contributions(self, ground: Ground, targets: Targets, report: Report) -> Found:
         """Add up the products; see ``Estimator``."""
         fixed = FixedWeights(ground.training, ground.trajectory)
-        chosen = self.chosen(ground.trajectory)
+        chosen = checkpoints_used(ground.trajectory, self.checkpoints)
         weights = self.weights(ground.trajectory, chosen, ground.training.n_train)
         total = torch.zeros(
             len(targets.index), len(ground.tracked), dtype=torch.float64, device=ground.training.device
@@ -60,16 +66,12 @@ class TracIn(Estimator):
         for done, (k, weight) in enumerate(zip(chosen, weights, strict=True), start=1):
             fixed.load(k)
             gradient = fixed.targets(targets.index)
+            if self.preconditioned:
+                gradient *= fixed.preconditioner(k)
             total += fixed.products(ground.tracked, gradient * fixed.columns.spread(weight))
             report(done, len(chosen))
         fixed.close()
         return Found(values=total.cpu().numpy(), notes={"checkpoints": len(chosen)})
-
-    def chosen(self, trajectory: Trajectory) -> list[int]:
-        """Return the numbers of the checkpoints that are used."""
-        after = len(trajectory.checkpoint_steps) - 1
-        count = min(self.checkpoints, after) if self.checkpoints else after
-        return [round(after * (k + 1) / count) for k in range(count)]
 
     def weights(
         self, trajectory: Trajectory, chosen: list[int], n_train: int
@@ -82,3 +84,10 @@ class TracIn(Estimator):
         rate = trajectory.learning_rate * np.where(trajectory.momentum != 0, gain, 1.0)
         borders = zip([0, *steps[:-1]], steps, strict=True)
         return [rate[start:stop].sum(axis=0) / n_train for start, stop in borders]
+
+
+def checkpoints_used(trajectory: Trajectory, asked: int) -> list[int]:
+    """Return the numbers of so many checkpoints, spread evenly, the last one among them; 0: of all but the first."""
+    after = len(trajectory.checkpoint_steps) - 1
+    count = min(asked, after) if asked else after
+    return [round(after * (k + 1) / count) for k in range(count)]

@@ -8,6 +8,7 @@ weights, one sample after the other:
     dm <- p dm + (1 - dampening) r      (first time: r)
     du <- du - h dm                     (Nesterov: h (r + p dm); p = 0: h r)
 
+Other optimisers, clipping and accumulation: see ``optimisers``; tangents then move where the optimiser steps.
 Per-sample gradients are autograd of one loss at a time, Hessian products are backward through
 backward, rotations are matrix products. Nothing here comes from the engines that a run uses: no
 coefficients, layer rules, factors, tiles or eigencoefficients.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -36,9 +37,10 @@ from ..determinism import derived_seed, seed_everything
 from ..recipe import Batch
 from ..training.training import Training
 from ..training.verified import Report, Rows, VerifiedReplay
-from .ekfac import DenseCurvature, step_settings
+from .ekfac import DenseCurvature
 from .gauss_newton import SeenOutputs
 from .noise import SameNoise
+from .optimisers import StepMove, Tangent
 from .tolerances import CARRIED, DIFFERENCES, Form
 
 Floats = npt.NDArray[np.float64]
@@ -135,6 +137,7 @@ class DenseTangents:
         self.bend = None if curvature is None else DenseCurvature(trajectory, curvature, training.device)
         begun = trajectory.checkpoint(0).has_momentum.tolist()
         self.tangents = {form: [Tangent(self.parameters, begun) for _ in range(samples)] for form in forms}
+        self.gradient: list[Tensor | None] = []
         self.loss = np.zeros(training.steps)
         self.products = 0
         # A row at a padding_idx is a constant to double backward. Where a read-out shares it, it moves all the
@@ -163,24 +166,50 @@ class DenseTangents:
             if self.outputs is not None:
                 self.outputs.clear()
             losses = self._losses(self.twin, wide, step)
-            self.loss[step] = float(losses.detach().mean())
+            self.loss[step] = self._mean(wide, losses)
+            whole = self._part(losses, step)
             bending = [form for form in self.carried if self.share[form]]
             moved = any(t.moved for form in bending for t in self.tangents[form])
-            slope = _gradient(losses.mean(), self.parameters, graph=True) if moved else []
+            found = _raw_gradient(whole, self.parameters, graph=moved)
+            if self.training.schedule.first[step] == step:
+                self.gradient = [None] * len(self.parameters)
+                for tangent in self._all():
+                    tangent.source = None
+            self.gradient = [_plus(a, b) for a, b in zip(self.gradient, found, strict=True)]
+            slope = _filled(found, self.parameters)
             own = self._own(losses, rows, self.parameters)
             fixed = own
             if self.frozen is not None and own and self.carried != list(self.forms):
                 model, parameters = self.frozen
                 _copy_state(self.training, model, parameters)
                 fixed = self._own(self._losses(model, wide, step), rows, parameters)
-            share = self.training.n_train / len(rows)
+            share = self.training.n_train / self.training.divisor(step)
             for form in self.forms:
                 source = own if form in self.carried else fixed
                 for row, tangent in enumerate(self.tangents[form]):
-                    bent = self._bent(form, step, slope, losses, tangent)
+                    bent = self._bent(form, step, slope, whole, tangent)
                     if form == "exact" and tangent.moved:
                         bent = self._held_against_differences(step, wide, tangent, bent)
-                    self._move(step, tangent, bent, source.get(row), share)
+                    tangent.take(bent, source.get(row), share)
+        if self.training.updates[step]:
+            self._move(step)
+
+    def _all(self) -> Iterator[Tangent]:
+        for tangents in self.tangents.values():
+            yield from tangents
+
+    def _mean(self, batch: Batch, losses: Tensor) -> float:
+        """Return what the record calls the loss of a batch."""
+        if not self.training.weighted:
+            return float(losses.detach().mean())
+        weights = self.training.recipe.weights(batch)
+        assert weights is not None
+        return float(losses.detach().sum() / weights.sum())
+
+    def _part(self, losses: Tensor, step: int) -> Tensor:
+        """Return what a batch adds to the loss of its step."""
+        divisor = self.training.divisor(step)
+        return losses.mean() if divisor == len(losses) else losses.sum() / divisor
 
     def _losses(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         seed_everything(derived_seed(self.training.recipe.seed, "step", step))
@@ -188,29 +217,32 @@ class DenseTangents:
             return self.training.recipe.losses(model, batch)
 
     def _own(self, losses: Tensor, rows: Rows, parameters: Sequence[nn.Parameter]) -> dict[int, list[Tensor]]:
-        """Return the gradient of each member's own loss, by row, one backward pass each."""
-        return {
-            int(row): [g.detach() for g in _gradient(losses[position], parameters)]
-            for position, row in enumerate(rows)
-            if row >= 0
-        }
+        """Return the gradient of each member's own loss, by row, one backward pass each; twice what is there twice."""
+        found: dict[int, list[Tensor]] = {}
+        for position, row in enumerate(rows.tolist()):
+            if row >= 0:
+                part = [g.detach() for g in _gradient(losses[position], parameters)]
+                before = found.get(row)
+                found[row] = part if before is None else [a + b for a, b in zip(before, part, strict=True)]
+        return found
 
     def _bent(
-        self, form: Form, step: int, slope: list[Tensor], losses: Tensor, tangent: Tangent
+        self, form: Form, step: int, slope: list[Tensor], whole: Tensor, tangent: Tangent
     ) -> list[Tensor] | None:
         """Return H du, or what the form puts in its place; None for nothing."""
         if form == "none" or not tangent.moved:
             return None
         if form == "ekfac":
             assert self.bend is not None
-            return self.bend.apply(step, tangent.du)
+            # That of the step's loss as a whole.
+            return self.bend.apply(step, tangent.du) if self.training.updates[step] else None
         self.products += 1
         share = self.share[form]
         hessian = self._hessian_product(slope, tangent) if share else None
         if share == 1.0:
             return hessian
         assert self.outputs is not None
-        found = self.outputs.product(losses.mean(), self.parameters, tangent.du)
+        found = self.outputs.product(whole, self.parameters, tangent.du)
         if hessian is None:
             return [(1.0 - share) * one for one in found]
         return [share * h + (1.0 - share) * one for h, one in zip(hessian, found, strict=True)]
@@ -262,55 +294,15 @@ class DenseTangents:
                 for p, u in zip(parameters, direction, strict=True):
                     p.add_(u, alpha=sign)
             losses = self._losses(model, batch, step)
-            ends.append(_gradient(losses.mean(), parameters))
+            ends.append(_gradient(self._part(losses, step), parameters))
         return [(a.detach() - b.detach()) / (2.0 * h) for a, b in zip(*ends, strict=True)]
 
-    def _move(
-        self,
-        step: int,
-        tangent: Tangent,
-        bent: list[Tensor] | None,
-        own: list[Tensor] | None,
-        share: float,
-    ) -> None:
-        tangent.moved = tangent.moved or own is not None
-        for k, entry in enumerate(self.trajectory.parameters):
-            if entry.group < 0:
-                continue
-            h, p, decay, damp, nesterov = step_settings(self.trajectory, step, entry.group)
-            source = decay * tangent.du[k]
-            if bent is not None:
-                source = source + bent[k]
-            if own is not None:
-                source = source + share * own[k]
-            direction = source
-            if p != 0:
-                before = tangent.dm[k]
-                after = source if before is None else p * before + (1 - damp) * source
-                tangent.dm[k] = after
-                direction = source + p * after if nesterov else after
-            tangent.du[k] = tangent.du[k] - h * direction
-
-
-class Tangent:
-    """du and dm of one sample, a tensor a parameter; dm is None until momentum is first used.
-
-    Args:
-        parameters: Their shapes.
-        begun: Of each, whether training began with momentum: then dm is 0, and the first step none of its own.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], begun: Sequence[bool]) -> None:
-        self.du = [torch.zeros_like(p, requires_grad=False) for p in parameters]
-        self.dm: list[Tensor | None] = [
-            torch.zeros_like(p, requires_grad=False) if there else None
-            for p, there in zip(parameters, begun, strict=True)
-        ]
-        self.moved = False
-
-    def flat(self) -> Tensor:
-        """Return du as one vector, (D,)."""
-        return torch.cat([u.reshape(-1) for u in self.du])
+    def _move(self, step: int) -> None:
+        """Move all tangents by the step of the optimiser that the batch ends."""
+        move = StepMove(self.training, self.trajectory, step, self.gradient, self.dtype)
+        for form, tangents in self.tangents.items():
+            for tangent in tangents:
+                move.of(tangent, frozen=form not in self.carried)
 
 
 def dense_test_gradients(
@@ -352,12 +344,28 @@ def _copy_state(training: Training, twin: nn.Module, parameters: Sequence[nn.Par
             buffer.copy_(recorded_buffers[name])
 
 
-def _gradient(value: Tensor, parameters: Sequence[nn.Parameter], graph: bool = False) -> list[Tensor]:
+def _gradient(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Return d value / d parameters by autograd, zeros where there is no path; the graph is kept."""
+    return _filled(_raw_gradient(value, parameters), parameters)
+
+
+def _raw_gradient(
+    value: Tensor, parameters: Sequence[nn.Parameter], graph: bool = False
+) -> list[Tensor | None]:
     found = torch.autograd.grad(
         value, list(parameters), retain_graph=True, create_graph=graph, allow_unused=True
     )
+    return list(found)
+
+
+def _filled(found: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def _plus(before: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if part is None:
+        return before
+    return part.detach() if before is None else before + part.detach()
 
 
 def _shares_padding(model: nn.Module) -> bool:

@@ -421,22 +421,24 @@ class LoopRecorder:
         self._void = found_inf is not None and float(found_inf) > 0
         if self._void:
             return
+        for name, p in zip((e.name for e in self.layout.entries), self.parameters, strict=True):
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise RecipeError(f"parameter {name!r} has a sparse gradient; use Embedding(sparse=False)")
         if self._clipped is None:
             self._check_gradients()
             if self.max_norm is not None:
                 self.clip()
         self.trainable.check(self.done, self.done + 1)
-        for name, p in zip((e.name for e in self.layout.entries), self.parameters, strict=True):
-            if p.grad is not None and p.grad.layout is not torch.strided:
-                raise RecipeError(f"parameter {name!r} has a sparse gradient; use Embedding(sparse=False)")
-        self._present = [p.grad is not None for p in self.parameters]
+        present = [p.grad is not None for p in self.parameters]
+        self._present = self._present if present == self._present else present  # held once, not T times
         optimised = [e.group >= 0 for e in self.layout.entries]
         if not any(m and o for m, o in zip(self._present, optimised, strict=True)):
             raise RecipeError(
                 f"no parameter that is optimised has a gradient at the step of batch {self.begun - 1}; call backward() before step()"
             )
         groups = [self.family.read(group) for group in self.optimizer.param_groups]
-        self._values = {name: [group[name] for group in groups] for name in self.family.settings}
+        values = {name: [group[name] for group in groups] for name in self.family.settings}
+        self._values = self._values if values == self._values else values
 
     def _after_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
         if self._void:  # the next batch finds a group without a step

@@ -588,7 +588,7 @@ def max_norm_of(value: object) -> float | None:
 
 def told_of(optimizer: torch.optim.Optimizer, max_norm: float | None) -> dict[str, Any]:
     """Return what a record notes of an optimiser beside its settings."""
-    family = family_of(optimizer)
+    family = family_or_sgd(optimizer)
     told: dict[str, Any] = {"family": family.name, "class": type(optimizer).__name__}
     if family.scaled:
         groups = optimizer.param_groups

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from hydra_pipe.cli import main
 from hydra_pipe.pipeline.analysis.status import status
@@ -365,3 +366,14 @@ def test_the_command(followed, tmp_path):
 )
 def test_options_that_do_not_go_together(followed, words, message):
     assert message in call("compare", str(followed[0]), *words, code=2).stderr
+
+
+class Adamic(Small):
+    def optimizer(self, model):
+        return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def test_published_decay_is_of_sgd(tmp_path):
+    run(spec(tmp_path / "run", recipe=Adamic()))
+    with pytest.raises(SpecError, match="the record is of AdamW; leave --decay-as-published out"):
+        by_epoch(str(tmp_path / "run"), Course(every=1, raw_decay=True), recipe=Adamic())

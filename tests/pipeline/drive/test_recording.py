@@ -6,11 +6,25 @@ import copy
 import logging
 import os
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
-from hydra_pipe.storage.errors import CorruptStore, InputError, RecipeError, SpecMismatch, StoreError
+from click.testing import CliRunner
+from hydra_pipe.cli import main
+from hydra_pipe.pipeline.plan.survey import resolve_recipe
+from hydra_pipe.storage.errors import (
+    CorruptStore,
+    InputError,
+    RecipeError,
+    RunNotFound,
+    SpecMismatch,
+    StorageFull,
+    StoreError,
+)
+from hydra_pipe.storage.trajectory import TrajectoryWriter
 from hydra_pipe.workers.determinism import seed_everything
+from hydra_pipe.workers.training.training import Compute, Training
 
 import hydra_pipe
 from hydra_pipe import Questions, Recipe, RunSpec, open_run, recording, verify
@@ -208,9 +222,11 @@ def test_what_is_left_over_makes_no_step_or_a_smaller_one(tmp_path):
     assert found.epoch_ends == [3]
 
 
-def test_a_step_that_the_scaler_skips_is_left_out(tmp_path):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_left_out(tmp_path, fused):
+    """Fused optimisers are stepped all the same, and leave the weights alone themselves."""
     model = Whole().model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
     with recording(
         model, optimizer, out=tmp_path / "run", recipe=Bare(), scaler=scaler, clip_grad_norm=0.5
@@ -221,6 +237,7 @@ def test_a_step_that_the_scaler_skips_is_left_out(tmp_path):
             scaler.scale(losses_of(model, indices).mean()).backward()
             if k == 1:
                 model[0].weight.grad[0, 0] = torch.inf
+            scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
     assert rec.notes == ["1 batches whose step the scaler skipped are not in the record"]
@@ -242,6 +259,19 @@ def test_a_block_that_raises_leaves_nothing(tmp_path):
     optimizer.step()  # nobody watches
     with pytest.raises(InputError, match=r"a recording watches inside of its block"):
         rec.batch(range(6))
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_args, **_given):
+        raise StorageFull("no space left")
+
+    monkeypatch.setattr(TrajectoryWriter, "finish", full)
+    model, _, watched = simple(tmp_path / "run")
+    with pytest.raises(StorageFull), watched as rec:
+        rec.step(range(6), losses_of(model, range(6)))
+    assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
+    with pytest.raises(RunNotFound):
+        open_run(tmp_path / "run")
 
 
 def test_a_place_that_holds_something_is_refused(tmp_path):
@@ -285,7 +315,9 @@ def test_a_damaged_record_is_not_trained_again(runs, tmp_path):
 
 def test_a_smaller_training_set_cannot_follow(runs):
     """Evaluate's way ``subset`` trains anew, which only the loop can."""
-    with pytest.raises(RecipeError, match=r"are of 22 training samples and this training set has 11"):
+    with pytest.raises(
+        RecipeError, match=r"were recorded of 22 training samples and this training set has 11"
+    ):
         hydra_pipe.evaluate(
             runs[1],
             Bare(),
@@ -306,9 +338,45 @@ def test_a_recipe_of_another_model_is_refused(runs):
         hydra_pipe.run(RunSpec(recipe=Wide(), out=runs[1].uri, **ASKED))
 
 
+def test_workers_elsewhere_get_the_recipe_with_its_record(runs):
+    spec = RunSpec(recipe=Bare(), out=runs[1].uri, **ASKED)
+    there = cloudpickle.loads(cloudpickle.dumps(resolve_recipe(spec)))
+    training = Training(there, Compute())
+    assert training.weight_checksum() == runs[1].trajectory().digest[0]
+    assert np.array_equal(training.batches, runs[1].trajectory().batches)
+    assert [group["weight_decay"] for group in training.optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_status_and_commands_of_a_record_that_nothing_went_on_from(tmp_path):
+    model, _, watched = simple(tmp_path / "run")
+    with watched as rec:
+        for indices in batches():
+            rec.step(indices, losses_of(model, indices))
+    done = CliRunner().invoke(main, ["status", rec.uri])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(main, ["replay", "digits", "--out", rec.uri, "--executor", "serial"])
+    assert done.exit_code == 1
+    assert "parameter '0.weight' of shape (6, 5) was trained by the loop" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_recipes_are_left_as_they_are(runs):
     recipe = Bare()
     before = copy.copy(vars(recipe))
     hydra_pipe.run(RunSpec(recipe=recipe, out=runs[1].uri, **ASKED))
     assert vars(recipe) == before
     assert type(recipe).optimizer is Recipe.optimizer
+
+
+def test_contributions_as_of_a_step_are_those_of_a_recipe(runs):
+    found = []
+    for one, recipe in zip(runs, (Whole(), Bare()), strict=True):
+        cut = hydra_pipe.run(RunSpec(recipe=recipe, out=one.uri, at=10, **ASKED))
+        assert cut.trajectory().checkpoint_steps.tolist()[-1] == 10
+        table = (
+            cut.contributions()
+            .to_table()
+            .sort_by([("test_index", "ascending"), ("train_index", "ascending")])
+        )
+        found.append(table["contribution"].to_numpy())
+    assert np.array_equal(*found)

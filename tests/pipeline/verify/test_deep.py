@@ -22,6 +22,7 @@ from hydra_pipe.workers.reference import tolerances
 
 from hydra_pipe import Run, RunSpec, open_run, run
 from tests.recipes import Augmented, BatchNormed, Images, Small
+from tests.workers.replay.test_optimisers import Stepped
 
 
 def spec(recipe, out, **changes):
@@ -228,3 +229,21 @@ def test_gradients_of_sure_predictions_may_lose_what_float32_loses(tmp_path, mon
     assert verify_deep(done).ok
     monkeypatch.setattr(tolerances, "ROUNDINGS", 0.0)
     assert not by_name(verify_deep(done))["all", "test gradients"].ok
+
+
+def test_adamw_clipped_and_accumulated_is_made_again(tmp_path):
+    recipe = Stepped("adamw", 0.3, 3, "late")
+    run(spec(recipe, tmp_path / "run"))
+    found = verify_deep(run(spec(recipe, tmp_path / "run", hessian="exact")), recipe, rows=3)
+    assert found.problems == found.notes == ()
+    assert {check.method for check in found.checks} >= {"hydra", "hydra-exact"}
+    assert found.products > 0
+
+
+def test_ekfac_of_a_clipped_training_is_not_covered_and_said(tmp_path):
+    recipe = Stepped("sgd", 0.3)
+    run(spec(recipe, tmp_path / "run"))
+    found = verify_deep(run(spec(recipe, tmp_path / "run", hessian="ekfac")), recipe, rows=2)
+    assert found.problems == ()
+    (note,) = found.notes
+    assert note.startswith("hydra-ekfac: not covered; the reference knows EKFAC of SGD")

@@ -14,7 +14,8 @@ from hydra_pipe.workers.ekfac.eigenbasis import Eigenbasis, diagonal
 from hydra_pipe.workers.ekfac.metric import preconditioners
 from hydra_pipe.workers.recursion.coefficients import recorded_settings
 from hydra_pipe.workers.recursion.eigencoefficients import cut_directions
-from hydra_pipe.workers.recursion.forms import ADJOINT, EKFAC, FORWARD
+from hydra_pipe.workers.recursion.forms import ADJOINT, EKFAC, EXACT, FAST, FORWARD
+from hydra_pipe.workers.replay.by_epoch import ByEpoch
 from hydra_pipe.workers.replay.make import make_replay
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.training import Compute, Training
@@ -311,3 +312,29 @@ def test_eigenvalues_beyond_what_a_step_bears_are_counted_and_cut(tmp_path):
         x = float(replay.sink.coefficients.bent.curvature(t)[3])
         roots = np.roots([1.0, -(1 - e - push * x + p), p * (1 - e)])
         assert 0.9 < np.abs(roots).max() < 1.0
+
+
+@pytest.mark.parametrize("kind", [ClippedCoupled, AccumulatedSGD], ids=lambda k: k.__name__)
+def test_states_by_epoch_end_where_the_closed_forms_do(kind, tmp_path):
+    recipe = kind()
+    trajectory = recorded(recipe, tmp_path)
+    curvature = estimated(recipe, trajectory)
+    coupled = replace(DOUBLE, batch_norm="coupled")
+    tested, epochs = np.array([1, 4]), [1, recipe.epochs]
+    followed = ByEpoch(
+        recipe,
+        DOUBLE,
+        coupled,
+        trajectory,
+        tracked=TRACKED,
+        first_row=0,
+        tested=tested,
+        epochs=epochs,
+        curvature=curvature,
+    )
+    assert [epoch for epoch, _states in followed.run()] == epochs
+    for form in (FAST, EKFAC, EXACT):
+        training = Training(recipe, coupled if form == EXACT else DOUBLE)
+        bent = curvature if form == EKFAC else None
+        whole = make_replay(form, FORWARD, training, trajectory, TRACKED, curvature=bent).run().numpy(0, 4)
+        assert np.abs(followed.forms[form]().numpy() - whole).max() < 1e-11 * np.abs(whole).max()

@@ -10,6 +10,7 @@ from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers import estimators
 from hydra_pipe.workers.estimators.base import Ground, Targets
 from hydra_pipe.workers.estimators.solvers import least_eigenvalue
+from hydra_pipe.workers.estimators.tracin import checkpoints_used
 from hydra_pipe.workers.replay.adjoint import Adjoint
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.test_gradients import TestGradients
@@ -312,11 +313,10 @@ def test_tracin_scale_and_choice_of_checkpoints(tmp_path):
     case = Case(Plain(), tmp_path, every=6)  # one checkpoint an epoch: the published setting
     ratio = case.find("tracin", scale="published").values / case.find("tracin").values
     assert ratio == pytest.approx(np.full_like(ratio, 45 / 6))  # B, were 45 a multiple of it
-    kind = estimators.load("tracin")
-    assert kind().chosen(case.trajectory) == [1, 2, 3]
-    assert kind(checkpoints=2).chosen(case.trajectory) == [2, 3]
-    assert kind(checkpoints=1).chosen(case.trajectory) == [3]
-    assert kind(checkpoints=9).chosen(case.trajectory) == [1, 2, 3]
+    assert checkpoints_used(case.trajectory, 0) == [1, 2, 3]
+    assert checkpoints_used(case.trajectory, 2) == [2, 3]
+    assert checkpoints_used(case.trajectory, 1) == [3]
+    assert checkpoints_used(case.trajectory, 9) == [1, 2, 3]
 
 
 def test_gradient_dot_and_its_ensemble(convex):

@@ -44,10 +44,8 @@ EXACT_QUICKLY = [
     "GPT-2, mask, sdpa",
     "Llama, mask",
     "LSTM, two layers both ways, dropout",
-    "GRU",
     "EmbeddingBag, max",
     "parametrizations.weight_norm",
-    "channels_last",
     "checkpoint, attention",
     ".float() in the loss",
 ]

@@ -33,6 +33,7 @@ from tests.recipes import (
     Small,
     TwoGroups,
 )
+from tests.workers.replay.test_optimisers import Sampled, Stepped
 
 KINDS = [Small, Plain, Nesterov, Dampened, TwoGroups, OneCycle, Images, BatchNormed, Sequences, Attention]
 KINDS.append(Augmented)
@@ -203,3 +204,28 @@ def test_the_reference_uses_none_of_the_engines():
                 rooms.add(node.module.split(".")[0])
     assert "training" in rooms
     assert not rooms & {"persample", "recursion", "ekfac", "hessian", "replay", "estimators"}
+
+
+STEPPED = [
+    Stepped("adamw", 0.3, 3, "late"),
+    Stepped("adam", None, 1, "one-cycle"),
+    Stepped("adam", 0.3, 1, "groups"),
+    Stepped("sgd", 0.3, 3, "late"),
+    Sampled("sgd"),
+    Sampled("adamw"),
+]
+
+
+@pytest.mark.parametrize("recipe", STEPPED, ids=lambda r: f"{type(r).__name__}-{r.kind}-{r.around}")
+def test_every_optimiser_and_what_surrounds_its_step(recipe, tmp_path):
+    trajectory = recorded(recipe, tmp_path, double())
+    samples = np.array([0, 3, 8, 12])
+    found = DenseReference(Training(recipe, double()), trajectory, samples, ("none", "exact")).run()
+    right = oracle.dense(recipe, trajectory, samples)
+    assert oracle.relative_error(found.hypergradients("none"), right.hypergradient) < oracle.DENSE_FLOAT64
+    assert np.abs(found.loss - trajectory.loss).max() < 1e-12
+    assert found.deviation < 1e-4
+    vectors = np.random.default_rng(0).standard_normal((3, right.hypergradient.shape[1]))
+    exact = oracle.unrolled(recipe, trajectory, samples).along(vectors)
+    along = vectors @ found.hypergradients("exact").T
+    assert np.abs(along - exact).max() < oracle.EXACT_FLOAT64 * np.abs(exact).max()

@@ -7,6 +7,7 @@ the losses of its sequences, with generators seeded by the batch, so that a repl
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -63,11 +64,14 @@ class HydraCallback(TrainerCallback):  # type: ignore[misc]
         self.recipe = TrainerRecipe.of(trainer, recording=True)
         self.notes: list[str] = []
         self._trainer, self._out, self._threads = trainer, os.fspath(out), threads
-        self._given: dict[str, Any] = {
-            "checkpoint_every": checkpoint_every,
-            "check": check,
-            "overwrite": overwrite,
-        }
+        self._record = functools.partial(
+            recording,
+            out=self._out,
+            threads=threads,
+            checkpoint_every=checkpoint_every,
+            check=check,
+            overwrite=overwrite,
+        )
         self._recording: Recording | None = None
         self._data: Dataset[Any] = self.recipe.train_dataset()
         self._ended = False
@@ -90,16 +94,13 @@ class HydraCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the record: the optimizer is there, and has taken no step."""
         optimizer = self._trainer.optimizer
-        entered = recording(
+        entered = self._record(
             self._trainer.model,
             getattr(optimizer, "optimizer", optimizer),  # inside of accelerate's
-            out=self._out,
             recipe=self.recipe,
             clip_grad_norm=self.recipe.clip_grad_norm,
             accumulate=args.gradient_accumulation_steps + 1,  # the Trainer steps, never the recording
             seed=self.recipe.seed,
-            threads=self._threads,
-            **self._given,
         )
         self._recording = entered.__enter__()
 

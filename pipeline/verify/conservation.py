@@ -23,7 +23,15 @@ import numpy.typing as npt
 
 from ...storage.trajectory import Trajectory
 from ...workers.recursion.coefficients import recorded_settings
-from ...workers.recursion.conservation import BASE, NOISY, FromStart, RowSums, laws_of, worst_of
+from ...workers.recursion.conservation import (
+    BASE,
+    NOISY,
+    FromStart,
+    RowSums,
+    autocast_rounding,
+    laws_of,
+    worst_of,
+)
 from ...workers.recursion.rest import UNIT, leaves_a_rest
 from ..reading.unit_values import ReplayValues, values_of
 from ..vocabulary import ADJOINT, CLOSING_UNITS, FAST, FORWARD, REPLAY
@@ -145,7 +153,9 @@ def compare(
             relative, limit = (0.0 if error == 0.0 else math.inf), 0.0
         else:
             relative = math.sqrt(error / moved)
-            limit = max(BASE[dtype], NOISY * noise) + UNIT[dtype] * math.sqrt(steps * weight / moved)
+            limit = max(BASE[dtype], NOISY * max(noise, autocast_rounding(trajectory))) + UNIT[
+                dtype
+            ] * math.sqrt(steps * weight / moved)
         groups.append({"group": group, "error": relative, "limit": limit})
     return {"applicable": True, "ok": all(g["error"] <= g["limit"] for g in groups), "groups": groups}
 

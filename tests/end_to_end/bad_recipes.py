@@ -24,9 +24,9 @@ class Empty(Recipe):
     """Defines nothing."""
 
 
-class UsesAdam(Small):
+class UsesAdagrad(Small):
     def optimizer(self, model):
-        return torch.optim.Adam(model.parameters())
+        return torch.optim.Adagrad(model.parameters())
 
 
 class OwnSgd(Small):
@@ -203,15 +203,6 @@ class ModelRaises(Small):
         raise RuntimeError("no such layer")
 
 
-class Unused(Small):
-    """A parameter that no forward pass uses."""
-
-    def model(self):
-        model = super().model()
-        model.register_parameter("spare", nn.Parameter(torch.zeros(2)))
-        return model
-
-
 class NoEpochs(Small):
     epochs = 0
 
@@ -281,7 +272,7 @@ class Left(Small):
 
 
 class Clipped(Small):
-    clip_grad_norm = 1.0
+    clip_grad_norm = -1.0
 
 
 class ConstructorExits(Small):

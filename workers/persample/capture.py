@@ -255,6 +255,8 @@ class Capture:
                 )
         for one in rolled:
             one.fill()
+        for call in calls:
+            _widen(call)
         return [_formed(call, calls) for call in calls]
 
     def close(self) -> None:
@@ -270,6 +272,17 @@ class Capture:
     def resume(self) -> None:
         """Go on noting gradients."""
         self.listening = True
+
+
+def _widen(call: Call) -> None:
+    """Give what a layer saw under autocast the type of its parameters: products need one type."""
+    wanted = next((p.dtype for p in call.module.parameters(recurse=False)), None)
+    if wanted is None:
+        return
+    if call.x_B.is_floating_point() and call.x_B.dtype != wanted:
+        call.x_B = call.x_B.to(wanted)
+    if call.d_B is not None and call.d_B.dtype != wanted:
+        call.d_B = call.d_B.to(wanted)
 
 
 def _formed(call: Call, calls: list[Call]) -> Call:

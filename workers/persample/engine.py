@@ -28,7 +28,7 @@ from ..model.state import buffers_from, kept_buffers, own_parameters
 from ..recipe import Batch, Recipe
 from .capture import Call, Capture
 from .reference import func, same_losses, vjp
-from .ways import RULED, Before, Ways, form_of
+from .ways import RULED, Before, Strategy, Ways, form_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,9 @@ class PerSampleGradients:
         factored: frozenset[int] = frozenset(),
     ) -> None:
         self.recipe, self.model, self.layout, self.ways = recipe, model, layout, ways
-        self.strategies = ways.strategies
         self._parameters = layout.parameters(model)
         self.index = {id(p): i for i, p in enumerate(self._parameters)}
+        self.strategies = _with_lenders(ways.strategies, model, self.index)
         self._by = {
             kind: [i for i, strategy in enumerate(self.strategies) if strategy == kind]
             for kind in ("func", "vjp")
@@ -390,6 +390,16 @@ class Watch:
     positions: Tensor
     sink: TakeRows
     factors: TakeFactors | None = None
+
+
+def _with_lenders(
+    strategies: Sequence[Strategy], model: nn.Module, index: dict[int, int]
+) -> tuple[Strategy, ...]:
+    """Return the strategies; tables that borrow another's gradients go by ``vjp`` where no other is caught."""
+    tables = {index.get(id(m.weight), -1) for m in model.modules() if isinstance(m, nn.Embedding)} - {-1}
+    if any(strategies[i] in RULED and strategies[i] != "lent" for i in tables):
+        return tuple(strategies)
+    return tuple("vjp" if strategy == "lent" else strategy for strategy in strategies)
 
 
 def _columns(layout: Layout, factored: frozenset[int]) -> tuple[list[int | None], int]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ...storage.errors import ConservationBroken
 from ...storage.trajectory import ParameterEntry, Trajectory
@@ -192,7 +193,7 @@ def laws_of(
     start, last = FromStart(trajectory), trajectory.checkpoint(-1).weights
     first = start.first.weights
     dtype, steps = str(first.dtype), len(trajectory.loss)
-    found, base = [], max(BASE[dtype], NOISY * noise)
+    found, base = [], max(BASE[dtype], NOISY * max(noise, autocast_rounding(trajectory)))
     for k, entry in enumerate(trajectory.parameters):
         here = _span(entry)
         before, after = first[here].astype(np.float64), last[here].astype(np.float64)
@@ -251,13 +252,19 @@ def check_sums(
     rounding = np.linalg.norm(targets, axis=1) * drift + norms @ slack
     size = np.abs(found).sum(1) + rounding / BASE[dtype]
     error = np.abs(found.sum(1) - right)
-    allowed = SPREAD * max(BASE[dtype], NOISY * noise) * size
+    allowed = SPREAD * max(BASE[dtype], NOISY * max(noise, autocast_rounding(trajectory))) * size
     if not (error <= allowed).all():
         k = int(np.argmax(np.where(np.isnan(error), np.inf, error - allowed)))
         raise ConservationBroken(
             f"the contributions of all samples to target {k} of this block add up to {found[k].sum():.6e} and the recorded "
             f"weights say {right[k]:.6e}; {REMEDY}"
         )
+
+
+def autocast_rounding(trajectory: Trajectory) -> float:
+    """Return how exactly a batch's gradient is the sum of its samples', each rounded under autocast; 0 without."""
+    kinds = trajectory.attrs.get("autocast", ())
+    return max((float(torch.finfo(getattr(torch, kind)).eps) for kind in kinds), default=0.0)
 
 
 REMEDY = "use --per-sample vjp, which differentiates every sample by itself, and please report the recipe"

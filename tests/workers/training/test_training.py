@@ -179,9 +179,23 @@ class Unused(Small):
         return model
 
 
-def test_a_parameter_without_gradient_is_named(tmp_path):
-    with pytest.raises(RecipeError, match="'spare' got no gradient at step 0"):
-        recorded(Unused(), tmp_path)
+def test_a_parameter_without_gradient_is_left_alone_and_noted(tmp_path):
+    record = recorded(Unused(), tmp_path)
+    assert record.parameters[0].name == "spare"
+    assert not record.active[:, 0].any()
+    assert record.active[:, 1:].all()
+    assert not record.checkpoint(-1).weights[:2].any()
+
+
+def test_losses_that_no_optimised_parameter_reaches_are_refused(tmp_path):
+    class Apart(Unused):
+        def optimizer(self, model):
+            return torch.optim.SGD([model.spare], lr=0.1)
+
+    with pytest.raises(
+        RecipeError, match="no parameter that is optimised got a gradient at step 0; use the model"
+    ):
+        recorded(Apart(), tmp_path)
 
 
 def test_the_callers_process_comes_back_as_it_was():

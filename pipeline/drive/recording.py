@@ -295,6 +295,7 @@ class Recording:
             checked_steps=recorder.checked,
             seconds=seconds,
             peak_bytes=peak_bytes(),
+            loop=True,
         )
         files = [f"{layout.TRAJECTORY}/{name}" for name in list_files(uri)]
         directory.commit(RECORD, TRAJECTORY, files, to_json(values))

@@ -45,6 +45,7 @@ from ...workers.training.validate import (
     check_overlap,
     check_scheduler,
 )
+from ..reading.unit_values import RecordValues, values_of
 from ..spec.groups import TrainingSpec
 from ..spec.selection import select
 from ..spec.spec import RunSpec
@@ -146,8 +147,9 @@ def loop_of(directory: RunDirectory) -> LoopRecord | None:
         IncompleteStage: Such a record was not finished.
         CorruptStore: It is damaged.
     """
-    if not directory.exists() or directory.manifest(RECORD, TRAJECTORY) is None:
-        return None
+    record = directory.manifest(RECORD, TRAJECTORY) if directory.exists() else None
+    if record is None or not values_of(RecordValues, record).loop:
+        return None  # not asked of the trajectory itself: one of a recipe may be damaged, and is made again
     return loop_record(directory.path(layout.TRAJECTORY))
 
 

@@ -39,6 +39,7 @@ class RecordValues(UnitValues):
         dimension: D.
         checked_steps: Steps on which the optimiser's formula was held against what it did.
         visits: Which arrays of the samples' visits there are; empty: none.
+        loop: Whether a loop of the user's own was recorded, which no command can train again.
         closing: Final losses and accuracies, by name; None where there is none.
     """
 
@@ -46,6 +47,7 @@ class RecordValues(UnitValues):
     dimension: int | None = None
     checked_steps: int | None = None
     visits: tuple[str, ...] = ()
+    loop: bool = False
     closing: Mapping[str, Any] = rest_field()
 
 

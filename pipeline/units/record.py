@@ -66,5 +66,6 @@ class CutWork(Work):
         return [f"{layout.TRAJECTORY}/{name}" for name in list_files(uri)], RecordValues(
             steps=self.step,
             dimension=len(ended.last.weights),
+            loop="recorded" in whole.attrs,
             closing={name: value for name, value in closing.items() if not math.isnan(value)},
         )

@@ -19,7 +19,7 @@ import pyarrow.dataset as pa_dataset
 
 from ...storage import layout
 from ...storage.curvature import read_curvature
-from ...storage.errors import IncompleteStage, SpecError
+from ...storage.errors import IncompleteStage, InputError, SpecError
 from ...storage.rows import RowStore
 from ...workers.determinism import derived_seed, restored_process
 from ...workers.recipe import Recipe
@@ -79,7 +79,7 @@ def verify_deep(
 
     Raises:
         SpecError: No rows are asked for.
-        InputError: The recipe has to be named.
+        InputError: The recipe has to be named, or the run was trained under autocast.
         IncompleteStage: The run has no complete method.
         ReplayDiverged: Training does not give the recorded weights: another recipe, or machine.
     """
@@ -108,6 +108,11 @@ class _Deep:
         methods = run.methods()
         if not methods:
             raise IncompleteStage(f"{run.uri} has no complete method to verify; finish the run first")
+        if kinds := run.trajectory().attrs.get("autocast"):
+            raise InputError(
+                f"{run.uri} was trained under autocast ({', '.join(kinds)}), whose rounding float64 does not follow, so that nothing can be "
+                "held against the reference; verify without --deep checks files, contents and the conservation law"
+            )
         spec = stored_spec(run, recipe, overrides, command="verify --deep", free=REPEATED)
         look_and_check(run.uri, run.noted, spec, observer)
         self.recipe, self.compute = resolve_recipe(spec), compute_of(spec)

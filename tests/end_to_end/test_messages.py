@@ -300,8 +300,8 @@ def test_unknown_names_are_said_once(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     right = [
         "warning: recipe 'misspelt' has 'epoch', which nothing reads: did you mean epochs?",
-        "warning: recipe 'misspelt' has 'sampler', which nothing reads: every epoch is a random "
-        + "permutation of the training dataset",
+        "warning: recipe 'misspelt' has 'sampler', which nothing reads: say order(epoch, generator), "
+        + "which returns the training indices of an epoch",
     ]
     assert notes(tmp_path / "run", bad.Misspelt(), test="4") == right
     planned = cli("plan", f"{BAD}:Misspelt", "--executor", "serial", "--format", "json")

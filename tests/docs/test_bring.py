@@ -10,6 +10,7 @@ from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.training import Compute, Training
 
+from hydra_pipe import InitialState, recording
 from tests.docs.blocks import ROOT
 from tests.recipes import Small
 
@@ -94,6 +95,46 @@ def late(place):
     assert recorded(place, model=Gated).active.sum(0).tolist() == [12, 12, 8, 8]
 
 
+def given_weights(place):
+    start = Brought().model().state_dict()
+    record = recorded(place, initial_state=lambda: InitialState(weights=start))
+    assert record.checkpoint(0).weights.tolist() == torch.cat([v.flatten() for v in start.values()]).tolist()
+
+
+def own_loop(place):
+    recipe = Brought()
+    model = recipe.model()
+    with recording(model, recipe.optimizer(model), out=place / "run", recipe=recipe) as rec:
+        for indices in ([0, 1, 2], [3, 4, 2]):
+            inputs, targets = recipe.train_dataset()[indices]
+            rec.step(indices, F.cross_entropy(model(inputs), targets, reduction="none"))
+    batches = open_trajectory(str(place / "run" / "trajectory.zarr")).batches
+    assert batches.tolist() == [[0, 1, 2], [3, 4, 2]]
+
+
+def trainer(place):
+    pytest.importorskip("transformers")
+    from transformers import TrainerCallback
+
+    from hydra_pipe import HydraCallback
+
+    assert issubclass(HydraCallback, TrainerCallback)  # tests/docs runs its page's script
+
+
+class Attending(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.TransformerEncoderLayer(6, 2, 8, dropout=0.1, batch_first=True)
+        self.last = torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.layer(x[:, None, :]).mean(1))
+
+
+def layers(place):
+    assert len(recorded(place, model=Attending).loss) == 12
+
+
 def no_rule(place):
     for make in (torch.optim.Adafactor, lambda ps: torch.optim.AdamW(ps, amsgrad=True)):
         with pytest.raises(RecipeError, match="AdamW"):
@@ -119,6 +160,10 @@ ROWS = {
     "losses that are means over tokens": tokens,
     "mixed precision": autocast,
     "parameters used late, or not in every step": late,
+    "weights to start from, or a model trained elsewhere": given_weights,
+    "a training loop of your own": own_loop,
+    "a `transformers.Trainer`": trainer,
+    "attention, recurrent nets, GPT-2, BERT, Llama, LoRA, …": layers,
     "optimizers or options without a rule (Adafactor, Lion, 8-bit, `amsgrad`, …)": no_rule,
     "clipping by value": by_value,
     "weights in bfloat16 or float16": low,

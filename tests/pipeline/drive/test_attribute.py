@@ -224,7 +224,10 @@ def digits(tmp_path_factory):
 
 def test_run_adds_methods_and_attribute_knows_a_built_in_recipe(digits):
     assert open_run(str(digits)).methods() == ["hydra", "tracin", "gradient-dot"]
-    assert open_run(str(digits)).info["methods"]["gradient-dot"]["options"] == {"ensemble": 2, "preconditioned": False}
+    assert open_run(str(digits)).info["methods"]["gradient-dot"]["options"] == {
+        "ensemble": 2,
+        "preconditioned": False,
+    }
     done = call("attribute", digits, "--method", "mirrored-influence", "--option", "central=true", "-q")
     assert done.exit_code == 0, done.output
     assert "method             mirrored-influence" in done.output

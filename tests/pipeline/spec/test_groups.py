@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,9 @@ OTHER: dict[str, Any] = {
     "seeds": 4,
     "dtype": "float64",
     "checkpoint_every": 7,
+    "init": "w.pt",
+    "at_checkpoint": "w.pt",
+    "at": 4,
     "visits": "off",
     "track": "10%",
     "test": "0:5",
@@ -103,7 +107,11 @@ def test_every_field_belongs_to_one_group_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("name", names(RunSpec))
-def test_identity_changes_with_what_decides_the_run_alone(name: str) -> None:
+def test_identity_changes_with_what_decides_the_run_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(OTHER["init"]).write_bytes(b"weights")
     spec = RunSpec(threads=1, mode="adjoint", hessian="ekfac")
     changed = replace(spec, **{name: OTHER[name]})
     differing = [line.partition(":")[0] for line in changed.differences(spec.identity())]

@@ -146,7 +146,7 @@ class Adjoint(VerifiedReplay):
             product, part = torch.empty_like(v), torch.empty_like(v)
             for k, (columns, share, second) in enumerate(products):
                 values = second.tile(v, part if k else product)
-                out[tile].index_add_(1, columns, values * -share)
+                out[tile].index_add_(1, columns, (values * -share).to(out.dtype))
                 if k:
                     product.add_(part)
             linear.pulled(a_u, state, product)

@@ -1,4 +1,4 @@
-"""Names on a recipe that hydra-pipe does not know: mistakes are said, what a later version knows is refused.
+"""Names on a recipe that hydra-pipe does not know: likely mistakes are said.
 
 A recipe may have attributes and methods of its own. One is taken for a mistake when nothing in the
 recipe's code reads it and it is either a name that other trainers give such a thing (``sampler``,
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
-from ...storage.errors import RecipeError
 from ..recipe import Recipe
 
 NEAR = 0.8
@@ -83,35 +82,16 @@ ELSEWHERE: dict[str, str] = {
 }
 """What other trainers call it -> what to do here."""
 
-LATER: dict[str, Any] = {}
-"""Names of the contract that this version does not carry out yet -> the value that asks for nothing."""
-
 _READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_CONST")
 
 HARMLESS = frozenset({"show"})
 """Names of the contract that change no number."""
 
 
-def refuse_unsupported_names(recipe: Recipe) -> None:
-    """Refuse what a later version would carry out and this one would ignore.
-
-    Raises:
-        RecipeError: Names it.
-    """
-    for name, nothing in LATER.items():
-        value = getattr(recipe, name, nothing)
-        if value is not nothing and not (isinstance(value, (int, float)) and value == nothing):
-            shown = f"{name}()" if callable(value) else f"{name} = {value!r}"
-            raise RecipeError(
-                f"recipe {recipe.name!r} has {shown}, which this version does not support and would ignore; "
-                f"remove it, or give it another name if it is meant for the recipe's own code"
-            )
-
-
 def unknown_names(recipe: Recipe) -> list[str]:
     """Return one warning for each name on the recipe that is likely to be a mistake."""
     known = [name for name in dir(Recipe) if not name.startswith("_")]
-    own = [name for name in _own_names(recipe) if name not in {*known, *LATER, *HARMLESS}]
+    own = [name for name in _own_names(recipe) if name not in {*known, *HARMLESS}]
     read = _names_read(recipe) if own else set()
     found = []
     for name in own:

@@ -17,7 +17,7 @@ from ..data.batches import batch_length, fetch, to_device
 from ..data.cast import cast_model
 from ..data.user_code import user_code
 from ..recipe import Recipe
-from .recipe_names import nearest_defined, refuse_unsupported_names
+from .recipe_names import nearest_defined
 
 
 def check_numbers(recipe: Recipe, *, least_epochs: int = 1) -> None:
@@ -48,7 +48,6 @@ def check_numbers(recipe: Recipe, *, least_epochs: int = 1) -> None:
                 f"recipe {recipe.name!r}: {name} is {getattr(recipe, name)!r}; use one of {', '.join(allowed)}"
             )
     check_name(recipe.name, "recipe name")
-    refuse_unsupported_names(recipe)
     for method in ("model", "train_dataset", "test_dataset", "losses", "optimizer"):
         if method not in vars(recipe) and getattr(type(recipe), method) is getattr(Recipe, method):
             near = nearest_defined(recipe, method)

@@ -18,6 +18,7 @@ from hydra_pipe.cli.headings import headed
 from hydra_pipe.cli.spec_options import (
     BUDGET,
     CURVATURE,
+    ELSEWHERE,
     METHOD,
     OF_THE_RUN,
     PLACEMENT,
@@ -63,7 +64,12 @@ def test_every_field_of_the_spec_can_be_given(tmp_path: Any) -> None:
     spec = spec_of(*text.split(), "--init", str(tmp_path / "w.pt"))
     default = RunSpec()
     same = [f.name for f in fields(RunSpec) if getattr(spec, f.name) == getattr(default, f.name)]
-    assert same == ["at_checkpoint", "reduce_memory"]  # instead of a training; 1GiB is the default
+    assert same == [
+        "at_checkpoint",
+        "at",
+        "reduce_memory",
+    ]  # instead of a training; its middle; 1GiB is the default
+    assert spec_of("--at", "4").at == 4
     assert spec_of("--at-checkpoint", str(tmp_path / "w.pt")).at_checkpoint == str(tmp_path / "w.pt")
     assert (spec.shards, spec.memory, spec.recipe_args) == (3, 4 << 30, {"a": 1})
 
@@ -239,7 +245,8 @@ def test_every_option_of_the_spec_stands_below_the_heading_of_its_group() -> Non
     assert "Options" not in found
     for heading in HEADINGS_TABLE:
         shown = {option.name for option in found[heading.title] if "--help" not in option.opts}
-        assert shown - set(heading.more) == set(names(heading.group)) - {"recipe", *CURVATURE}
+        elsewhere = {"recipe", *ELSEWHERE, *CURVATURE}
+        assert shown - set(heading.more) == set(names(heading.group)) - elsewhere
 
 
 def test_who_takes_what_follows_from_the_fields() -> None:

@@ -580,7 +580,7 @@ def test_attribute_records_the_seeds_that_are_missing(tmp_path, monkeypatch):
     found = status(open_run(place))
     assert found["state"] == "partial"
     assert found["resume"].endswith(
-        "--method tracin --option checkpoints=3 --option scale=contribution --seeds 2"
+        "--method tracin --option checkpoints=3 --option scale=contribution --option preconditioned=false --seeds 2"
     )
     found = attribute(place, {"tracin": {"checkpoints": 3}}, Small(), seeds=2)
     check_average(found, "tracin", [3, 4])

@@ -156,10 +156,16 @@ def _add(session: Session, chosen: Mapping[str, Estimator], overwrite: bool) -> 
         run_stages(session, _estimate(session, estimator))
 
 
+def _stored_options(info: RunInfo, estimator: Estimator) -> dict[str, object] | None:
+    """Return the options that a run has a method with; what it says nothing of was not there yet, and is the default."""
+    stored = info.entry(estimator.NAME).options
+    return None if stored is None else {**type(estimator)().options(), **stored}
+
+
 def _check_options(session: Session, estimator: Estimator, overwrite: bool) -> None:
     """Refuse options that differ from what is there; with ``overwrite`` forget what is there."""
     directory, name = session.directory, estimator.NAME
-    before = session.info().entry(name).options
+    before = _stored_options(session.info(), estimator)
     asked = estimator.options()
     if before is None or before == asked:
         return
@@ -203,7 +209,8 @@ def _estimate(session: Session, estimator: Estimator) -> Stages:
 
     def note(info: RunInfo) -> RunInfo:
         before = info.entry(method)
-        state = before.state if before.options == options else PARTIAL  # done again: also its state
+        # Done again: also its state.
+        state = before.state if _stored_options(info, estimator) == options else PARTIAL
         return info.with_method(
             method, state=state, mode=ATTRIBUTE, options=options, shards=len(blocks.shards)
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +146,19 @@ def test_other_options_are_refused_by_name_or_replace_on_request(place):
     finished = attribute(place, other, Plain(), overwrite=True)
     assert not table(place, "influence-cg").equals(before)
     assert verify(finished).ok
+
+
+def test_an_option_that_an_older_run_says_nothing_of_was_its_default(place):
+    attribute(place, {"tracin": {}}, Plain())
+    note = Path(place, "run.json")
+    document = json.loads(note.read_text())
+    del document["methods"]["tracin"]["options"]["preconditioned"]
+    note.write_text(json.dumps(document))
+    seen = Events()
+    attribute(place, {"tracin": {}}, Plain(), observer=seen.append)
+    assert not seen.of(UnitFinished)
+    with pytest.raises(SpecMismatch, match="scale: stored 'contribution', asked 'published'"):
+        attribute(place, {"tracin": {"scale": "published"}}, Plain())
 
 
 def test_options_may_change_while_nothing_is_done(tmp_path):

@@ -60,6 +60,19 @@ class ClothesAdamW(Clothes):
         return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
+def _in_turns(
+    candidates: Mapping[str, Callable[[], Callable[[], object]]], rounds: int
+) -> dict[str, list[float]]:
+    """Return the seconds of each candidate, taken in turns, the first round dropped."""
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(1 + rounds):
+        for name, build in candidates.items():
+            seconds = clock(build())
+            if turn:
+                taken[name].append(seconds)
+    return taken
+
+
 def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     """Measure, all candidates in turns."""
     result = Result(name="hessian", sizes=sizes)
@@ -96,12 +109,7 @@ def _measure_adamw(
         return Adjoint(Prefetched(recipe, coupled, batches), trajectory, tracked, targets).run
 
     candidates = {"plain": plain, "ekfac": ekfac, "adjoint": adjoint}
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(1 + sizes["rounds"]):
-        for name, build in candidates.items():
-            seconds = clock(build())
-            if turn:
-                taken[name].append(seconds)
+    taken = _in_turns(candidates, sizes["rounds"])
     result.add(
         f"{prefix}EKFAC replay / plain training", ratio(taken["ekfac"], taken["plain"]), "x", at_most=1.6
     )
@@ -150,12 +158,7 @@ def _measure(result: Result, sizes: Mapping[str, Any], folder: Path, recipe: Rec
 
     candidates = {"plain": plain, "fast": fast, "ekfac": ekfac, "rows": rows, "forward": forward}
     candidates |= {f"adjoint {count}": adjoint(count) for count in sizes["targets"]}
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(1 + sizes["rounds"]):
-        for name, build in candidates.items():
-            seconds = clock(build())
-            if turn:
-                taken[name].append(seconds)
+    taken = _in_turns(candidates, sizes["rounds"])
     result.add("fast replay / plain training", ratio(taken["fast"], taken["plain"]), "x")
     result.add("EKFAC replay / fast replay", ratio(taken["ekfac"], taken["fast"]), "x", at_most=1.5)
     visits = ratio(taken["rows"], taken["ekfac"])  # one epoch: as many rows as visits

@@ -17,7 +17,7 @@ from hydra_pipe.pipeline.opened_run import open_run
 from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.errors import NonFiniteLoss, NonFiniteTangents, RecipeError
-from hydra_pipe.workers.data.batches import batch_order
+from hydra_pipe.workers.data.schedule import schedule_of
 
 from tests.conftest import ROOT
 from tests.end_to_end import bad_recipes as bad
@@ -60,7 +60,7 @@ def test_a_gradient_that_is_no_number_names_step_and_samples(tmp_path):
     with pytest.raises(NonFiniteTangents) as caught:
         serial(tmp_path / "run", recipe)
     step = int(re.search(r"at step (\d+) of 36", str(caught.value))[1])  # type: ignore[index]
-    assert 11 in batch_order(45, 4, 3, recipe.seed)[step]
+    assert 11 in schedule_of(recipe, 45).batches[step]
     assert step < 12  # its first visit
     check_line(
         str(caught.value),

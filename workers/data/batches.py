@@ -21,24 +21,6 @@ from .user_code import listed, user_code
 Indices = npt.NDArray[np.int32]
 
 
-def batch_order(n_train: int, batch_size: int, epochs: int, seed: int) -> Indices:
-    """Return the training samples of every step, shape (T, B), padded with -1.
-
-    Each epoch is a permutation of the N samples drawn from (seed, epoch); its last batch holds
-    the remaining ``N % batch_size`` samples.
-    """
-    steps = -(-n_train // batch_size)
-    order = np.full((epochs * steps, batch_size), -1, dtype=np.int32)
-    generator = torch.Generator()
-    for epoch in range(epochs):
-        generator.manual_seed(derived_seed(seed, "order", epoch))
-        permutation = torch.randperm(n_train, generator=generator).numpy().astype(np.int32)
-        padded = np.full(steps * batch_size, -1, dtype=np.int32)
-        padded[:n_train] = permutation
-        order[epoch * steps : (epoch + 1) * steps] = padded.reshape(steps, batch_size)
-    return order
-
-
 def holds_tensors(dataset: Any) -> TypeGuard[TensorDataset]:
     """Whether the items are rows of a ``TensorDataset``'s tensors and nothing else."""
     return isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__

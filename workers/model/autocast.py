@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+
+from ...storage.errors import RecipeError
 
 
 @contextmanager
@@ -51,3 +54,14 @@ def noticed() -> Iterator[set[str]]:
 
     with _entering(note):
         yield found
+
+
+def refuse_low_precision(model: nn.Module) -> None:
+    """Raise RecipeError where weights are kept in 16 bits or fewer: training would be another in the run's type."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise RecipeError(
+                f"parameter {name!r} is {kind}, and training here keeps weights in float32 or float64; leave the model in "
+                f"float32 and compute in {kind} under torch.autocast inside losses()"
+            )

@@ -7,10 +7,13 @@ The derivative is symmetric: the same map takes tangents forwards and adjoint ve
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ...storage.errors import RecipeError
 
 EPSILON = 1e-6
 """What torch adds to the norm."""
@@ -52,3 +55,22 @@ class Clip:
             return None
         share = float(torch.dot(self.gradient, self.gradient)) / (self.norm * (self.norm + EPSILON))
         return self.gradient * (self.factor * share)
+
+
+def max_norm_of(value: object) -> float | None:
+    """Return a largest norm, checked.
+
+    Raises:
+        RecipeError: It is no positive number.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise RecipeError(f"clip_grad_norm is {value!r}; it must be a positive number, or None")
+    return float(value)
+
+
+def clipped(norm: Tensor, most: float) -> tuple[float, float]:
+    """Return a gradient's norm and what clipping multiplies it with."""
+    found = float(norm)
+    return found, min(1.0, most / (found + EPSILON))

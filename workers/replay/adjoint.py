@@ -30,7 +30,8 @@ from ..recipe import Batch
 from ..recursion.coefficients import Settings, recorded_settings
 from ..recursion.family import Moment
 from ..recursion.steps import Steps
-from ..training.training import OptimizerState, Training
+from ..training.optimizer_state import OptimizerState
+from ..training.training import Training
 from ..training.verified import Report, Rows, VerifiedReplay
 from .base import HeldBatch
 

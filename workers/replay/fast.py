@@ -31,19 +31,10 @@ from .base import HeldBatch, RowSink, share
 from .buffers import HypergradientBuffers, factor_slots
 
 
-class FastRows(RowSink):
-    """Sums of scaled gradients, Linear weights as factors where that is less; see ``Replay``."""
+class Scaled:
+    """What sinks share whose rows are scaled by their step; ``_scales`` says with what."""
 
-    def __init__(self, training: Training, trajectory: Trajectory, rows: int) -> None:
-        ways = tried_ways(training, trajectory)
-        layout, epochs = training.layout, training.epochs
-        scaling = StepScales(training, trajectory)
-        factored = kept_as_factors(training, ways)
-        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored)
-        self.buffers = HypergradientBuffers(
-            rows, layout, factored, self.engine.columns, epochs, training.dtype, training.device
-        )
-        self._scales = Scales(training, scaling, factored)
+    _scales: Scales
 
     def begin(self, step: int, batch: Batch, members: Tensor) -> None:
         """Note the step's coefficients."""
@@ -63,6 +54,21 @@ class FastRows(RowSink):
     def rest(self) -> Rest:
         """See ``Sink``."""
         return self._scales.steps.rest
+
+
+class FastRows(Scaled, RowSink):
+    """Sums of scaled gradients, Linear weights as factors where that is less; see ``Replay``."""
+
+    def __init__(self, training: Training, trajectory: Trajectory, rows: int) -> None:
+        ways = tried_ways(training, trajectory)
+        layout, epochs = training.layout, training.epochs
+        scaling = StepScales(training, trajectory)
+        factored = kept_as_factors(training, ways)
+        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored)
+        self.buffers = HypergradientBuffers(
+            rows, layout, factored, self.engine.columns, epochs, training.dtype, training.device
+        )
+        self._scales = Scales(training, scaling, factored)
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled gradients to the dense rows."""

@@ -7,8 +7,6 @@ mode would add to its buffers are multiplied with the targets instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,13 +14,10 @@ from torch import Tensor
 
 from ...storage.trajectory import Trajectory
 from ..persample.engine import PerSampleGradients
-from ..recipe import Batch
-from ..recursion.family import Moment
-from ..recursion.rest import Rest
 from ..training.training import Training
 from ..training.trials import tried_ways
-from .base import HeldBatch, ProductSink
-from .fast import Scales, StepScales
+from .base import ProductSink
+from .fast import Scaled, Scales, StepScales
 
 TARGET_TILE = 64
 """Targets multiplied at a time, padded: a contribution's bits do not depend on the other targets."""
@@ -53,7 +48,7 @@ class Projections:
         return result
 
 
-class FastProducts(ProductSink):
+class FastProducts(Scaled, ProductSink):
     """Products of the scaled gradients with a block of targets; see ``Replay``.
 
     Args:
@@ -75,25 +70,6 @@ class FastProducts(ProductSink):
         self.engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
         self.sums = Projections(rows, torch.from_numpy(np.array(targets_QD)).to(training.device))
         self._scales = Scales(training, StepScales(training, trajectory))
-
-    def begin(self, step: int, batch: Batch, members: Tensor) -> None:
-        """Note the step's coefficients."""
-        if len(members):
-            self._scales.begin(step)
-
-    @property
-    def looks(self) -> bool:
-        """Whether the step's own preconditioner or clipping is in the rows."""
-        return self._scales.steps.looks
-
-    def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
-        """Note them."""
-        self._scales.steps.meet(step, moment)
-
-    @property
-    def rest(self) -> Rest:
-        """See ``Sink``."""
-        return self._scales.steps.rest
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the products of the scaled gradients."""

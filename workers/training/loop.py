@@ -26,13 +26,14 @@ from ..data.user_code import listed
 from ..determinism import derived_seed, fingerprint, seed_everything
 from ..model.layout import Layout, checksum, flatten
 from ..model.state import pack_buffers
+from ..recursion.clipping import clipped, max_norm_of
 from ..recursion.coefficients import stored_coefficients
 from ..recursion.families import family_of
 from ..recursion.settings import Recorded
 from .kept import Kept
+from .optimizer_state import state_of
 from .record import CHECKED, CHECKPOINT_BYTES, CHECKPOINTS, DIGEST_EVERY, always_and_sometimes
 from .recorded import LoopRecord, digest_of_frozen, loop_notes, schedule_of_batches
-from .training import clipped, max_norm_of, state_of
 from .update import TrainableSet, UpdateCheck, check_optimizer, check_owned
 
 Indices = npt.NDArray[np.int32]

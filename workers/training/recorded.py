@@ -27,7 +27,7 @@ from ..model.layout import load_flat
 from ..model.state import load_buffers, pack_buffers
 from ..recipe import Recipe
 from ..recursion.families import family_named
-from .training import OptimizerState, put_state, told_of
+from .optimizer_state import OptimizerState, put_state, told_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

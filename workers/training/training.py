@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...storage.errors import DoesNotFit, NonFiniteLoss, RecipeError
-from ...storage.trajectory import Checkpoint
 from ..data.batches import Indices, step_batch, step_batches, to_device
 from ..data.cast import cast_model, raw_bytes
 from ..data.of_recipe import is_default
@@ -34,6 +33,7 @@ from ..determinism import (
     resolve_device,
     seed_everything,
 )
+from ..model.autocast import refuse_low_precision
 from ..model.layout import Layout, checksum, flatten, load_flat
 from ..model.state import (
     Kept,
@@ -48,11 +48,12 @@ from ..persample.engine import Watch
 from ..persample.one_batch import NOISE
 from ..persample.reference import constant_statistics, couples_samples
 from ..recipe import Batch, Recipe
-from ..recursion.clipping import EPSILON, Clip
+from ..recursion.clipping import Clip, clipped, max_norm_of
 from ..recursion.families import family_of, family_or_sgd
-from ..recursion.family import Family, Moment
+from ..recursion.family import Moment
 from .finite import check_gradients
 from .initial import initial_state, load_optimizer, load_weights
+from .optimizer_state import OptimizerState, put_state, state_of, told_of
 from .update import TrainableSet, check_optimizer, check_owned
 
 ADD_UP = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -512,56 +513,6 @@ class Training:
         put_state(self.optimizer, self.family, self.parameters, kept)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class OptimizerState:
-    """What an optimiser keeps beside the weights.
-
-    Attributes:
-        vectors: (D,) each, in the order of its family's ``vectors``; 0 where a parameter has none yet.
-        exists: Per parameter, whether it has.
-        counts: Per parameter, the steps taken with it; None where the family does not count.
-    """
-
-    vectors: tuple[Tensor, ...]
-    exists: list[bool]
-    counts: list[int] | None = None
-
-    @classmethod
-    def of(cls, kept: Checkpoint) -> OptimizerState:
-        """Return that of a checkpoint."""
-        vectors = [kept.momentum] if kept.second_moment is None else [kept.momentum, kept.second_moment]
-        return cls(
-            vectors=tuple(torch.from_numpy(np.ascontiguousarray(vector)) for vector in vectors),
-            exists=kept.has_momentum.tolist(),
-            counts=None if kept.count is None else kept.count.tolist(),
-        )
-
-    def told(self) -> dict[str, Any]:
-        """Return what a record notes of it where it is what training begins with; nothing where that is fresh."""
-        if self.counts is not None:
-            return {"count": self.counts} if any(self.counts) else {}
-        return {"begun": self.exists} if any(self.exists) else {}
-
-    def stored(self) -> dict[str, Any]:
-        """Return it by the names of ``Checkpoint``."""
-        found = [vector.cpu().numpy() for vector in self.vectors]
-        stored: dict[str, Any] = {"momentum": found[0], "has_momentum": np.array(self.exists)}
-        if self.counts is not None:
-            stored |= {"second_moment": found[1], "count": np.array(self.counts, dtype=np.int64)}
-        return stored
-
-
-def refuse_low_precision(model: nn.Module) -> None:
-    """Raise RecipeError where weights are kept in 16 bits or fewer: training would be another in the run's type."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
-            kind = str(parameter.dtype).removeprefix("torch.")
-            raise RecipeError(
-                f"parameter {name!r} is {kind}, and training here keeps weights in float32 or float64; leave the model in "
-                f"float32 and compute in {kind} under torch.autocast inside losses()"
-            )
-
-
 def _max_norm(recipe: Recipe) -> float | None:
     """Return ``clip_grad_norm``, checked.
 
@@ -571,74 +522,3 @@ def _max_norm(recipe: Recipe) -> float | None:
     if getattr(recipe, "clip_grad_value", None) is not None:
         raise RecipeError("clip_grad_value has no rule here; clip by norm instead: clip_grad_norm = 1.0")
     return max_norm_of(recipe.clip_grad_norm)
-
-
-def max_norm_of(value: object) -> float | None:
-    """Return a largest norm, checked.
-
-    Raises:
-        RecipeError: It is no positive number.
-    """
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise RecipeError(f"clip_grad_norm is {value!r}; it must be a positive number, or None")
-    return float(value)
-
-
-def told_of(optimizer: torch.optim.Optimizer, max_norm: float | None) -> dict[str, Any]:
-    """Return what a record notes of an optimiser beside its settings."""
-    family = family_or_sgd(optimizer)
-    told: dict[str, Any] = {"family": family.name, "class": type(optimizer).__name__}
-    if family.scaled:
-        groups = optimizer.param_groups
-        told["decoupled"] = [bool(group.get("decoupled_weight_decay", False)) for group in groups]
-    if max_norm is not None:
-        told["clip_grad_norm"] = max_norm
-    return told
-
-
-def state_of(
-    optimizer: torch.optim.Optimizer, family: Family, parameters: Sequence[nn.Parameter]
-) -> OptimizerState:
-    """Return an optimiser's vectors as they are, flat."""
-    states = [optimizer.state.get(p, {}) for p in parameters]
-    vectors = []
-    for key in family.vectors:
-        found = [state.get(key) for state in states]
-        filled = [torch.zeros_like(p) if v is None else v for p, v in zip(parameters, found, strict=True)]
-        vectors.append(flatten(filled))
-    return OptimizerState(
-        vectors=tuple(vectors),
-        exists=[state.get(family.vectors[0]) is not None for state in states],
-        counts=[int(state.get("step", 0)) for state in states] if family.counts else None,
-    )
-
-
-def put_state(
-    optimizer: torch.optim.Optimizer,
-    family: Family,
-    parameters: Sequence[nn.Parameter],
-    kept: OptimizerState,
-) -> None:
-    """Put vectors and counts into an optimiser; the inverse of `state_of`."""
-    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    start = 0
-    for i, (parameter, present) in enumerate(zip(parameters, kept.exists, strict=True)):
-        state = optimizer.state[parameter]
-        for key, vector in zip(family.vectors, kept.vectors, strict=True):
-            part = vector[start : start + parameter.numel()].view_as(parameter)
-            state[key] = part.to(device=parameter.device, dtype=parameter.dtype).clone() if present else None
-        start += parameter.numel()
-        if not present and family.counts:
-            del optimizer.state[parameter]
-        elif kept.counts is not None:
-            # Where torch keeps it unless the implementation is fused.
-            place = parameter.device if id(parameter) in fused else torch.device("cpu")
-            state["step"] = torch.tensor(float(kept.counts[i]), dtype=torch.float32, device=place)
-
-
-def clipped(norm: Tensor, most: float) -> tuple[float, float]:
-    """Return a gradient's norm and what clipping multiplies it with."""
-    found = float(norm)
-    return found, min(1.0, most / (found + EPSILON))

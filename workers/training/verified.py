@@ -13,7 +13,8 @@ from ...storage.errors import ReplayDiverged
 from ...storage.trajectory import Trajectory
 from ..determinism import fingerprint, fingerprint_differences
 from ..recipe import Batch
-from .training import OptimizerState, Training
+from .optimizer_state import OptimizerState
+from .training import Training
 
 Report = Callable[[int, int], None]
 Rows = npt.NDArray[np.int64]

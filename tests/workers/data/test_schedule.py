@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from hydra_pipe.storage.errors import RecipeError
-from hydra_pipe.workers.data.batches import batch_order
 from hydra_pipe.workers.data.schedule import schedule_of
+from hydra_pipe.workers.determinism import derived_seed
 
 
 def recipe(order=lambda epoch, generator: None, **changes):
@@ -17,9 +17,20 @@ def recipe(order=lambda epoch, generator: None, **changes):
     return SimpleNamespace(order=order, **known | changes)
 
 
-def test_without_more_it_is_the_order_there_was():
+def permutations(count, size, epochs, seed):
+    """A permutation an epoch, drawn from (seed, epoch) and cut into batches."""
+    rows = []
+    for epoch in range(epochs):
+        order = torch.randperm(
+            count, generator=torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
+        )
+        rows += [part.tolist() + [-1] * (size - len(part)) for part in order.split(size)]
+    return np.array(rows)
+
+
+def test_without_more_it_is_a_permutation_an_epoch():
     found = schedule_of(recipe(), 10)
-    assert np.array_equal(found.batches, batch_order(10, 4, 3, 7))
+    assert np.array_equal(found.batches, permutations(10, 4, 3, 7))
     assert found.epoch_ends == (3, 6, 9)
     assert found.updates.all()
     assert found.distinct
@@ -31,7 +42,7 @@ def test_what_is_left_of_an_epoch_makes_a_smaller_step():
     assert found.updates.tolist() == [False, True, True] * 3
     assert found.first.tolist() == [0, 0, 2, 3, 3, 5, 6, 6, 8]
     assert [found.parts(t) for t in range(3)] == [2, 2, 1]
-    assert np.array_equal(found.batches, batch_order(10, 4, 3, 7))
+    assert np.array_equal(found.batches, permutations(10, 4, 3, 7))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +53,7 @@ def test_max_steps_counts_steps_of_the_optimiser_and_stands_in_for_epochs(steps,
     assert found.updates.sum() == steps
     assert len(found.batches) == batches
     assert found.epoch_ends == ends
-    assert np.array_equal(found.batches, batch_order(10, 4, 5, 7)[:batches])
+    assert np.array_equal(found.batches, permutations(10, 4, 5, 7)[:batches])
 
 
 def test_an_order_may_repeat_and_leave_out():

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hydra_pipe.storage.errors import DoesNotFit, NonFiniteLoss, RecipeError, ReplayDiverged
 from hydra_pipe.storage.trajectory import open_trajectory
-from hydra_pipe.workers.data.batches import batch_order
+from hydra_pipe.workers.data.schedule import schedule_of
 from hydra_pipe.workers.determinism import restored_process
 from hydra_pipe.workers.replay.base import Replay
 from hydra_pipe.workers.replay.fast import FastRows
+from hydra_pipe.workers.training.optimizer_state import OptimizerState
 from hydra_pipe.workers.training.record import Recorder, checkpoint_steps
-from hydra_pipe.workers.training.training import Compute, OptimizerState, Training
+from hydra_pipe.workers.training.training import Compute, Training
 
 from tests.recipes import Augmented, BatchNormed, Images, OneCycle, Plateau, Small, TwoGroups
 
@@ -26,16 +27,21 @@ def recorded(recipe, tmp_path, compute=CPU, every=None):
 
 
 def test_batch_order_is_a_permutation_of_each_epoch():
-    order = batch_order(45, 8, 3, seed=1)
-    assert order.shape == (18, 8)
-    assert order.dtype == np.int32
+    def order(**changes):
+        recipe = Small()
+        vars(recipe).update(changes)
+        return schedule_of(recipe, 45).batches
+
+    found = order()
+    assert found.shape == (18, 8)
+    assert found.dtype == np.int32
     for epoch in range(3):
-        members = order[epoch * 6 : epoch * 6 + 6]
+        members = found[epoch * 6 : epoch * 6 + 6]
         assert sorted(members[members >= 0]) == list(range(45))
         assert (members[-1] >= 0).sum() == 5
-    assert not np.array_equal(order[:6], order[6:12])
-    assert not np.array_equal(order, batch_order(45, 8, 3, seed=2))
-    assert np.array_equal(order[:6], batch_order(45, 8, 1, seed=1))
+    assert not np.array_equal(found[:6], found[6:12])
+    assert not np.array_equal(found, order(seed=2))
+    assert np.array_equal(found[:6], order(epochs=1))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from tests.faults import Count, FaultPlan, Faulty, Recorder, Unloadable, totals,
 
 ROOT = Path(__file__).resolve().parents[3]
 EXPECTED = {f"unit-{n}": 10 + n for n in range(8)}
+KILLED = "its process was killed or crashed (the system may have run out of memory)"
 
 
 @pytest.fixture
@@ -121,8 +122,9 @@ def test_killed_workers_are_replaced(executor: RayExecutor, tmp_path: Path, reco
     assert attempts == {name: 1 + len(script.get(name, ())) for name in EXPECTED}
     retried = recorder.of(events.UnitRetried)
     assert len(retried) == 6
-    assert any("exit code 3" in event.reason for event in retried)
-    assert any("killed or crashed" in event.reason for event in retried)
+    # Ray learns an exit code from the worker's last words; where the closed connection is seen first, it knows none.
+    told = ("its process ended with exit code 3", KILLED)
+    assert all(event.reason in (told if event.unit == "unit-3" else told[1:]) for event in retried), retried
     assert all("\n" not in event.reason for event in retried)
 
 

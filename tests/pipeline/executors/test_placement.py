@@ -98,3 +98,18 @@ def test_session_directories_are_short(monkeypatch: pytest.MonkeyPatch, tmp_path
     os.rmdir(made)
     monkeypatch.setenv("RAY_TMPDIR", "/somewhere")
     assert raysetup.session_directory() is None
+
+
+@pytest.mark.parametrize(
+    ("detail", "said"),
+    [
+        ("Worker exits with an exit code 3. exit code 3", "its process ended with exit code 3"),
+        ("Worker unexpectedly exits with a connection error code 2. End of file.", "its process was killed or crashed"),
+        ("The node was terminated expectedly.", "its node died"),
+        ("killed by the memory monitor", "out of memory"),
+        ("first line\n\x1b[36mlast words\x1b[0m\n", "RuntimeError: last words"),
+    ],
+)
+def test_why_a_worker_died_is_one_line(detail: str, said: str) -> None:
+    assert raysetup.reason(RuntimeError(detail)).startswith(said)
+    assert "\n" not in raysetup.reason(RuntimeError(detail))

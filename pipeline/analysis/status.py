@@ -88,7 +88,7 @@ def command_line(spec: Mapping[str, Any], *, uri: str, command: str = "run") -> 
     words += ["--out", uri]
     for field in dataclasses.fields(RunSpec):
         name, value = field.name, spec.get(field.name)
-        if name in ("recipe", "out", "recipe_args", "overwrite") or value is None:
+        if name in ("recipe", "out", "recipe_args", "overwrite", "wait") or value is None:
             continue
         if field.default is not dataclasses.MISSING and value == field.default:
             continue

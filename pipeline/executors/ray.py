@@ -20,7 +20,7 @@ from ...workers.actor import actor_class
 from ...workers.recipes.beside import packed
 from ..spec.groups import ExecutionSpec
 from . import placement, raysetup
-from .base import Capacity, Executor, Handler, Unit
+from .base import Capacity, Executor, Handler, Stopping, Unit, never
 from .dispatch import Dispatch
 from .events import Note, Observer
 from .placement import Demand, Node
@@ -210,6 +210,8 @@ class RayExecutor:
         *,
         gpus: float | None = None,
         cpus: float | None = None,
+        label: str = "step",
+        stopping: Stopping = never,
     ) -> dict[str, dict[str, Any]]:
         """Do all units in waves of actors; see :class:`~.units.Executor`."""
         if not units:
@@ -230,7 +232,9 @@ class RayExecutor:
         if demand != self._pool_demand:
             self._kill(self._pool)
         self._pool_demand = demand
-        dispatch = Dispatch(stage, units, observer, max_attempts=self._max_attempts, clock=self._clock)
+        dispatch = Dispatch(
+            stage, units, observer, max_attempts=self._max_attempts, clock=self._clock, stopping=stopping
+        )
         target = worker_target(
             lambda: placement.slots(self._nodes(), demand),
             workers=self._workers,

@@ -11,6 +11,8 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -152,6 +154,7 @@ class RayExecutor:
         if ray.is_initialized():
             return self._adopt(ray)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        terminated = signal.getsignal(signal.SIGTERM)
         address = self._running_address()
         try:
             self._joined = True
@@ -176,6 +179,8 @@ class RayExecutor:
                 "and that HOME and the temporary directory can be written, or use --executor serial"
             ) from error
         _hush()
+        if callable(terminated) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)  # Ray's own handler is a sys.exit
         self._ray = ray
         return ray
 

@@ -84,12 +84,14 @@ def detect(
         IncompleteStage: The run has no record, or the method is not complete.
     """
     found = run if isinstance(run, Reader) else open_reader(run)
+    reading = found.directory.ledger.remember()
     options, observer = checked(options or Options()), observer or null
     check_seed("split_seed", split_seed)
     flag = check_flag(flag, share)
     scorers, forgiving = chosen(by)
     with writing(found.directory, observer, command=DETECT, wait=bool(placement.get("wait"))) as told:
         found = open_reader(found.uri)
+        reading = found.directory.ledger.remember()
         if method is not None or found.methods():
             method = found.method(method)
         tracked, given = judged_samples(found, recipe, told, placement)
@@ -126,7 +128,7 @@ def detect(
                         raise
                     told(Note(message=f"{scorer.name}: not made: {error}"))
                     continue
-                write_detection(found.directory, detection)
+                write_detection(found.directory, detection, reading)
                 made.append(detection)
         finally:
             passes.close()

@@ -50,13 +50,10 @@ class TurnedGradients:
         self.settings: Settings = recorded_settings(trajectory)
         self.basis = Eigenbasis(curvature.blocks, layout, dtype, device, curvature.core)
         self.lanes = self.basis.lanes(lanes_of(self.settings, layout))
-        self.root: Tensor | None = None
-        if curvature.metric is not None:
-            self.root = torch.from_numpy(np.sqrt(curvature.metric.scale)).to(device=device, dtype=dtype)
+        scale = None if curvature.metric is None else curvature.metric.scale
         ways = tried_ways(training, trajectory)
-        self.engine = EigenGradients(training.recipe, training.model, layout, ways, self.basis, self.root)
-        if self.root is not None:
-            self.engine.changed = self._clip_
+        self.engine = EigenGradients(training.recipe, training.model, layout, ways, self.basis, scale)
+        self.root = self.engine.root
         clips = self.settings.clip_factor
         self.looks = clips is not None and bool((clips < 1).any())
         self._clip: Clip | None = None
@@ -64,20 +61,18 @@ class TurnedGradients:
     def meet(self, step: int, moment: Callable[[], Moment]) -> None:
         """Note how a step that is about to be taken clips."""
         clips = self.settings.clip_factor
-        if clips is None or not clips[self.settings.update(step)] < 1:
+        clip = None
+        if clips is not None and clips[self.settings.update(step)] < 1:
+            clip = moment().clip
+        if self.root is not None:  # clipping is of the gradient as it is, before the metric
+            self.engine.clips(clip)
+        elif clip is None:
             self._clip = None
-            return
-        clip = moment().clip
-        # Clipping is of the gradient as it is; turning alone changes no product.
-        turned = clip.gradient if self.root is not None else self.basis.to_eigen(clip.gradient[None])[0]
-        self._clip = replace(clip, gradient=turned)
+        else:  # turning alone changes no product
+            self._clip = replace(clip, gradient=self.basis.to_eigen(clip.gradient[None])[0])
 
     def take_(self, block: Tensor) -> None:
         """Turn rows (R, D) that the engine handed over into what clipping makes of them, in place."""
-        if self.root is None:
-            self._clip_(block)
-
-    def _clip_(self, block: Tensor) -> None:
         if self._clip is not None:
             self._clip.map_(block)
 

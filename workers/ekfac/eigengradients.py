@@ -26,7 +26,6 @@ from ..recursion.clipping import EPSILON, Clip
 from .eigenbasis import Eigenbasis
 from .metric import outer_factors
 
-
 KeepFactors = Callable[[int, Tensor, Tensor], None]
 """Takes (entry, d_R, x_R): the gradient of row r is the outer product of d_R[r] and x_R[r]."""
 
@@ -229,4 +228,3 @@ def matrix_of(basis: Eigenbasis, flat: Tensor, k: int) -> Tensor:
         start = layout.entries[i].start
         parts.append(flat[start : start + layout.size(i)].reshape(basis.blocks[k].rows, -1))
     return torch.cat(parts, 1)
-

@@ -15,7 +15,7 @@ from typing import Any
 from ...storage import layout
 from ...storage.documents import dump, load
 from ...storage.errors import DoesNotFit, IncompleteStage, SpecError, SpecMismatch
-from ...storage.files import read_bytes, remove, write_bytes
+from ...storage.files import remove, write_bytes
 from ...workers.determinism import restored_process
 from ...workers.estimators import make
 from ...workers.estimators.influence_after import INFLUENCE
@@ -319,6 +319,7 @@ def samples_that_fit(surveyed: Survey, itemsize: int, forms: FollowedForms, budg
 def _measured(run: Reader, asked: _Asked) -> dict[str, Any]:
     """Measure what was followed, and commit that."""
     directory = run.directory
+    reading = directory.ledger.remember()
     seconds = {
         stage: sum(unit.seconds or 0.0 for unit in all_values(ByEpochValues, directory, stage))
         for stage in (asked.replays, *map(by_epoch_stage, asked.forms.influence))
@@ -326,7 +327,7 @@ def _measured(run: Reader, asked: _Asked) -> dict[str, Any]:
     found = measure(run, asked.forms, seconds=seconds)
     directory.drop(BY_EPOCH_SCORES)
     write_bytes(directory.path(layout.BY_EPOCH_SUMMARY), dump(found))
-    directory.commit(BY_EPOCH_SCORES, SUMMARY, [layout.BY_EPOCH_SUMMARY], {})
+    directory.commit(BY_EPOCH_SCORES, SUMMARY, [layout.BY_EPOCH_SUMMARY], {}, reading)
     return found
 
 
@@ -341,4 +342,4 @@ def read_by_epoch(run: Reader) -> dict[str, Any]:
             f"{run.uri} was not compared over training yet; run `hydra-pipe compare {run.uri} --every 1`"
         )
     address = run.directory.path(layout.BY_EPOCH_SUMMARY)
-    return load(read_bytes(address), address)
+    return load(run.directory.vouched(address), address)

@@ -82,6 +82,7 @@ def detect(
         IncompleteStage: The run has no record, or the method is not complete.
     """
     found = run if isinstance(run, Reader) else open_reader(run)
+    reading = found.directory.ledger.remember()
     options, observer = checked(options or Options()), observer or null
     check_seed("split_seed", split_seed)
     flag = check_flag(flag, share)
@@ -120,7 +121,7 @@ def detect(
                     raise
                 observer(Note(message=f"{scorer.name}: not made: {error}"))
                 continue
-            write_detection(found.directory, detection)
+            write_detection(found.directory, detection, reading)
             made.append(detection)
     finally:
         passes.close()

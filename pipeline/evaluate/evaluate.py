@@ -14,7 +14,8 @@ from ...storage import layout
 from ...storage.contributions import write_table
 from ...storage.documents import dump, load
 from ...storage.errors import IncompleteStage, SpecError
-from ...storage.files import read_bytes, write_bytes
+from ...storage.files import write_bytes
+from ...storage.ledger import Reading
 from ...storage.rundir import RunDirectory
 from ...workers.determinism import preserved_generators, restored_process
 from ...workers.recipe import Recipe
@@ -107,6 +108,7 @@ def evaluate(
     """
     with restored_process():
         found = run if isinstance(run, Reader) else open_reader(run)
+        reading = found.directory.ledger.remember()
         evaluation = _prepared(found, recipe, questions or Questions(), observer or null, overrides)
         executor = make_executor(evaluation.spec)
         try:
@@ -114,7 +116,7 @@ def evaluate(
         finally:
             executor.close()
         summary = summarize(evidence, evaluation.methods, _spoken(evaluation.questions))
-        _store(found.directory, summary, evidence)
+        _store(found.directory, summary, evidence, reading)
         return summary
 
 
@@ -262,7 +264,7 @@ def _spoken(asked: Questions) -> dict[str, Any]:
     }
 
 
-def _store(directory: RunDirectory, summary: dict[str, Any], evidence: Evidence) -> None:
+def _store(directory: RunDirectory, summary: dict[str, Any], evidence: Evidence, reading: Reading) -> None:
     large = tables(summary, evidence)
     directory.drop(EVALUATE_SCORES)
     write_bytes(directory.path(layout.EVALUATION_SUMMARY), dump(summary))
@@ -271,7 +273,7 @@ def _store(directory: RunDirectory, summary: dict[str, Any], evidence: Evidence)
         relative = layout.evaluation(name)
         write_table(directory.path(relative), table, schema)
         files.append(relative)
-    directory.commit(EVALUATE_SCORES, SUMMARY, files, {})
+    directory.commit(EVALUATE_SCORES, SUMMARY, files, {}, reading)
 
 
 def read_summary(run: Reader) -> dict[str, Any]:
@@ -283,7 +285,7 @@ def read_summary(run: Reader) -> dict[str, Any]:
     if run.directory.manifest(EVALUATE_SCORES, SUMMARY) is None:
         raise IncompleteStage(f"{run.uri} was not evaluated yet; run `hydra-pipe evaluate {run.uri}`")
     address = run.directory.path(layout.EVALUATION_SUMMARY)
-    return load(read_bytes(address), address)
+    return load(run.directory.vouched(address), address)
 
 
 __all__ = ["Questions", "evaluate", "read_summary"]

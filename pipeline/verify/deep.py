@@ -193,7 +193,9 @@ class _Deep:
     def _reference(self, forms: Sequence[Form]) -> DenseTangents:
         curvature = None
         if "ekfac" in forms:
-            curvature = read_curvature(self.run.directory.path(layout.curvature(EKFAC)))
+            curvature = read_curvature(
+                self.run.directory.path(layout.curvature(EKFAC)), self.run.directory.vouched
+            )
         training = Training(self.recipe, self.compute)
         with self._stage("verify/reference", training.steps) as report:
             reference = DenseReference(
@@ -236,7 +238,9 @@ class _Deep:
         """Hold what a method stored against the reference, and its tables against what it stored."""
         limits, expected = self._limits(form), self._products(tangents)
         if self.run.noted.entry(method).mode == ADJOINT:
-            store = RowStore.open(self.run.directory.path(layout.by_test(method)), "contribution")
+            store = RowStore.open(
+                self.run.directory.path(layout.by_test(method)), "contribution", self.run.directory.vouched
+            )
             products = rows_of(store, self.columns)[:, self.rows].T
             kept = "contributions (adjoint = forward)"
             self.found.numbers(method, kept, products, expected, limits, self.found.pair)
@@ -257,9 +261,9 @@ class _Deep:
     def _corrected(self, method: str, ekfac: Floats, exact: Floats) -> None:
         """Hold the correction along R directions V, and what it comes to, against the reference."""
         path, where = self.run.directory.path, partial(layout.corrections, method)
-        directions = RowStore.open(path(where(layout.DIRECTIONS)), "direction")
+        directions = RowStore.open(path(where(layout.DIRECTIONS)), "direction", self.run.directory.vouched)
         along = directions.read(0, directions.rows).astype(np.float64)
-        store = RowStore.open(path(where(layout.CORRECTED)), "contribution")
+        store = RowStore.open(path(where(layout.CORRECTED)), "contribution", self.run.directory.vouched)
         corrections = store.read(0, store.rows)[:, self.rows].T.astype(np.float64)
         right = -((exact - ekfac) @ along.T) / self.n_train
         scale = float(np.abs(exact @ along.T).max() / self.n_train)

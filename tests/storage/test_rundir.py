@@ -68,7 +68,7 @@ def test_commit_and_read_back(place: str) -> None:
     assert manifest.values == {"rows": 7, "loss": None, "list": [1, 2]}
     assert run.manifest("hydra/replay", "shard-0") == manifest
     other = a_unit(run, unit="shard-1")
-    a_unit(run, "record", "trajectory")
+    run.commit("record", "trajectory", [], {})
     assert run.manifests("hydra/replay") == [manifest, other]
     assert run.stages() == ["hydra/replay", "record"]
     assert run.manifests("hydra") == []

@@ -65,15 +65,22 @@ class EigenGradients(PerSampleGradients):
             if scale is None:
                 self.sides[k] = None
                 continue
-            found = outer_factors(matrix_of(basis, torch.from_numpy(scale), k).numpy())
+            found = outer_factors(basis.matrix(torch.from_numpy(scale), k).numpy())
             if found is not None:
                 p, q = (torch.from_numpy(np.sqrt(side)).to(like) for side in found)
                 self.sides[k] = (p, q)
         factored = frozenset(basis.blocks[k].entries[0] for k in self.sides)
-        super().__init__(recipe, model, layout, ways, factored)
         self.basis, self.root = basis, root
+        super().__init__(recipe, model, layout, ways, factored)
         self.block_of = {block.entries[0]: k for k, block in enumerate(basis.blocks)}
         self._column_root = None if root is None else self._of_columns(root)
+        inside = {i for k in self.sides for i in basis.blocks[k].entries}
+        outside = [
+            torch.full((layout.size(i),), 0.0 if i in inside else 1.0)
+            for i in range(len(layout.entries))
+            if i not in factored
+        ]
+        self._outside = torch.cat(outside).to(like) if len(inside) < len(layout.entries) else None
         self._rotated = torch.empty(
             self.tile, layout.dimension, dtype=self._block.dtype, device=self._block.device
         )
@@ -82,18 +89,18 @@ class EigenGradients(PerSampleGradients):
         self._clip: Clip | None = None
         self._along: Tensor | None = None
 
+    def tile_for(self, like: Tensor) -> int:
+        """See ``PerSampleGradients``: what the basis was made for."""
+        return self.basis.tile if like.device.type == "cpu" else super().tile_for(like)
+
     def clips(self, clip: Clip | None) -> None:
-        """Note how the step clips whose rows are handed over next; only with a root."""
+        """Note how the step clips whose rows are handed over next; only in a metric."""
         assert self.root is not None
         self._clip = clip
         if clip is not None:
-            inside = {i for k in self.sides for i in self.basis.blocks[k].entries}
-            outside = clip.gradient.clone()
-            for i in inside:
-                start = self.layout.entries[i].start
-                outside[start : start + self.layout.size(i)] = 0.0
-            self._column_gradient = self._of_columns(outside)
-            self._pull = self.basis.to_eigen((clip.gradient * self.root)[None])[0]
+            if self._outside is not None:
+                self._column_gradient = self._of_columns(clip.gradient) * self._outside
+            self._pull = self.basis.turned(clip.gradient * self.root)
 
     def hand_over(
         self, positions: Tensor, size: int, sink: TakeRows, factors: TakeFactors | None = None
@@ -148,7 +155,7 @@ class EigenGradients(PerSampleGradients):
         if len(self.basis.blocks[k].entries) == 2:
             x_B = torch.cat([x_B, x_B.new_ones(len(x_B), 1)], 1)
         if self._clip is not None:
-            found = (torch.mm(d_B, self._matrix(self._clip.gradient, k)) * x_B).sum(1)
+            found = (torch.mm(d_B, self.basis.matrix(self._clip.gradient, k)) * x_B).sum(1)
             self._along = found if self._along is None else self._along + found
         sides = self.sides[k]
         return (d_B, x_B) if sides is None else (d_B * sides[0], x_B * sides[1])
@@ -158,13 +165,15 @@ class EigenGradients(PerSampleGradients):
         clip = self._clip
         if clip is None:
             return None
-        found = (block * self._column_gradient).sum(1)
+        found = block.new_zeros(len(block))
+        if self._outside is not None:
+            found += (block * self._column_gradient).sum(1)
         if self._along is not None:
             found += self._along[positions[start : start + len(block)]]
         for entry, rows in self.whole.items():
             k = self.block_of[entry]
             whole = self._side_by_side(k, start, len(block), rows)
-            found += (whole * self._matrix(clip.gradient, k)).flatten(1).sum(1)
+            found += (whole * self.basis.matrix(clip.gradient, k)).flatten(1).sum(1)
         return found / (clip.norm * (clip.norm + EPSILON))
 
     def scale_(self, block: Tensor) -> None:
@@ -177,9 +186,6 @@ class EigenGradients(PerSampleGradients):
         block = self.basis.blocks[k]
         parts = [weight_R[start : start + count], *(self.views[i][:count] for i in block.entries[1:])]
         return torch.cat([part.reshape(count, block.rows, -1) for part in parts], 2)
-
-    def _matrix(self, flat: Tensor, k: int) -> Tensor:
-        return matrix_of(self.basis, flat, k)
 
     def _of_columns(self, flat: Tensor) -> Tensor:
         """Return the part of a vector that the columns of blocks stand for."""
@@ -219,12 +225,3 @@ class EigenGradients(PerSampleGradients):
             return rows
         first = self.layout.entries[entry].start
         return rows * self.root[first : first + self.layout.size(entry)].view(rows.shape[1:])
-
-
-def matrix_of(basis: Eigenbasis, flat: Tensor, k: int) -> Tensor:
-    """Return the part of a vector (D,) that is block ``k`` of a basis, as a matrix (O, I)."""
-    parts, layout = [], basis.layout
-    for i in basis.blocks[k].entries:
-        start = layout.entries[i].start
-        parts.append(flat[start : start + layout.size(i)].reshape(basis.blocks[k].rows, -1))
-    return torch.cat(parts, 1)

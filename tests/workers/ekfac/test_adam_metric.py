@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,11 @@ from hydra_pipe.storage.curvature import read_curvature, write_curvature
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate
 from hydra_pipe.workers.ekfac.eigenbasis import Eigenbasis, diagonal
-from hydra_pipe.workers.ekfac.metric import preconditioners
+from hydra_pipe.workers.ekfac.metric import outer_factors, outer_fit, preconditioners
+from hydra_pipe.workers.persample.engine import PerSampleGradients
+from hydra_pipe.workers.recursion import eigencoefficients
 from hydra_pipe.workers.recursion.coefficients import recorded_settings
-from hydra_pipe.workers.recursion.eigencoefficients import cut_directions
+from hydra_pipe.workers.recursion.eigencoefficients import EigenCoefficients, cut_directions
 from hydra_pipe.workers.recursion.forms import ADJOINT, EKFAC, EXACT, FAST, FORWARD
 from hydra_pipe.workers.reference.dense import DenseReference
 from hydra_pipe.workers.replay.by_epoch import ByEpoch
@@ -208,6 +211,58 @@ def test_the_metric_is_that_of_the_checkpoints(tmp_path):
     kept = trajectory.checkpoint(-1)
     root = np.sqrt(kept.second_moment / (1 - 0.97 ** kept.count[0]))
     assert np.allclose(np.exp(logarithm), 1 / (root + 1e-8))
+
+
+def test_the_metric_is_an_outer_product_where_gradients_are(tmp_path):
+    p, q = np.array([3.0, 0.5, 2.0]), np.array([1.0, 7.0, 0.1, 4.0])
+    there = np.ones((4, 4), dtype=bool)
+    there[3], there[0, 1], there[2, 3] = False, False, False
+    fitted, seen = outer_fit(np.where(there, np.log(np.outer(np.append(p, 1.0), q)), 9.0), there)
+    assert np.allclose(np.exp(fitted[:3]), np.outer(p, q), rtol=1e-9)
+    assert np.array_equal(seen, np.repeat([[True], [True], [True], [False]], 4, 1))
+    recipe = Tables()
+    curvature = estimated(recipe, recorded(recipe, tmp_path))
+    layout = Training(recipe, DOUBLE).layout
+    basis = Eigenbasis(curvature.blocks, layout, torch.float64, torch.device("cpu"), None)
+    found = {}
+    for k, block in enumerate(basis.blocks):
+        matrix = basis.matrix(torch.from_numpy(curvature.metric.scale), k).numpy()
+        found[layout.entries[block.entries[0]].name] = outer_factors(matrix) is not None
+    assert found["0.weight"] is False  # a convolution's gradient is no outer product
+    assert found["4.weight"] is True
+
+
+@pytest.mark.parametrize("how", ["another metric", "rows come whole"])
+def test_gradients_that_do_not_come_as_factors(how, tmp_path, monkeypatch):
+    """A metric that is no outer product, as older runs have it; a layer whose rule does not fit some steps."""
+    recipe = Clipped()
+    trajectory = recorded(recipe, tmp_path)
+    curvature = estimated(recipe, trajectory, core=9)
+    if how == "another metric":
+        noise = np.random.default_rng(0).standard_normal(len(curvature.metric.scale))
+        scale = curvature.metric.scale * np.exp(0.3 * noise)
+        curvature = replace(curvature, metric=replace(curvature.metric, scale=scale))
+    else:
+        calls = itertools.count()
+        monkeypatch.setattr(PerSampleGradients, "_misfits", lambda *_: [0] if next(calls) % 3 == 1 else [])
+    replay = make_replay(EKFAC, FORWARD, Training(recipe, DOUBLE), trajectory, TRACKED, curvature=curvature)
+    assert bool(replay.sink.engine.sides) == (how != "another metric")
+    right = dense(recipe, trajectory, curvature)
+    assert np.abs(replay.run().numpy(0, 4) - right).max() < 1e-11 * np.abs(right).max()
+
+
+def test_coefficients_made_again_are_those_of_the_table(tmp_path, monkeypatch):
+    recipe = ClippedCoupled()
+    trajectory = recorded(recipe, tmp_path)
+    curvature = estimated(recipe, trajectory)
+    lanes = torch.zeros(curvature.eigenvalues.shape[1], dtype=torch.int64)
+    given = (recorded_settings(trajectory), lanes, curvature, torch.device("cpu"), torch.float32)
+    whole = EigenCoefficients(*given)
+    monkeypatch.setattr(eigencoefficients, "TABLE_BYTES", 0)
+    again = EigenCoefficients(*given)
+    steps = range(len(trajectory.batches))
+    assert 1 < again.length < whole.length == len(steps)
+    assert all(torch.equal(whole.at(t), again.at(t)) for t in [*steps, 3])
 
 
 def test_the_stores_keep_the_metric(tmp_path):

@@ -157,6 +157,65 @@ def read_bytes(uri: str) -> bytes:
     return bytes(fs.cat_file(path))
 
 
+Signature = tuple[int, int, int, int]
+"""Times of last change (content, status), size and inode of a local file: another one means it may be another file."""
+
+
+def signature(uri: str) -> Signature:
+    """Return what tells whether a local file was touched since.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        return _signature(os.stat(uri))
+    except NotADirectoryError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+
+
+def read_signed(uri: str) -> tuple[bytes, Signature | None]:
+    """Return the contents of a file, and its signature where it is local.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if not is_local(uri):
+        return read_bytes(uri), None
+    try:
+        with open(uri, "rb", buffering=0) as file:
+            found = _signature(os.fstat(file.fileno()))
+            return file.read(), found
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+
+
+def etags(uri: str) -> dict[str, tuple[int, str | None]]:
+    """Return (size, tag of the version or None) of all files below a remote ``uri``, by relative path."""
+    fs, path = filesystem(uri)
+    root = path.rstrip("/") + "/"
+    found = fs.find(path, detail=True)
+    return {name.removeprefix(root): _tag(info) for name, info in found.items() if name.startswith(root)}
+
+
+def tagged(uri: str) -> tuple[int, str | None]:
+    """Return size and tag of the present version of a remote file; see `etags`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    fs, path = filesystem(uri)
+    return _tag(fs.info(path))
+
+
+def list_names(uri: str) -> list[str]:
+    """Return the names of the files in a local directory, none where it is not there."""
+    try:
+        with os.scandir(uri) as entries:
+            return [entry.name for entry in entries if not entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def exists(uri: str) -> bool:
     """Return whether there is a file or directory."""
     if is_local(uri):
@@ -244,6 +303,15 @@ def flush_directories(root: str, paths: Sequence[str]) -> None:
             directory = parent(directory)
     for directory in sorted(seen, key=len, reverse=True):
         flush(directory)
+
+
+def _signature(found: os.stat_result) -> Signature:
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+
+def _tag(info: Any) -> tuple[int, str | None]:
+    tag = info.get("ETag") or info.get("etag")
+    return int(info.get("size") or 0), None if tag is None else str(tag).strip('"')
 
 
 def _open_to_read(uri: str) -> Any:

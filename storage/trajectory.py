@@ -6,14 +6,15 @@ checkpoints, n digests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import StoredArray, read_group
+from .arrays import Source, StoredArray, read_group
 from .errors import CorruptStore, IncompleteStage
+from .files import read_bytes
 from .trajectory_format import MARK, MOMENTS, NOISE, PER_STEP, SOMETIMES, ParameterEntry, parameter_entry
 from .trajectory_writer import TrajectoryWriter
 from .uri import check_uri
@@ -77,6 +78,7 @@ class Trajectory:
             taken. None: not clipped.
         clip_factor: (T,) float64, what it was multiplied with.
         active: (T, P) bool: which parameters had a gradient in the batch's step. None: all.
+        source: What reads the files of its checkpoints and visits.
     """
 
     uri: str
@@ -104,6 +106,7 @@ class Trajectory:
     clip_norm: npt.NDArray[np.float64] | None = None
     clip_factor: npt.NDArray[np.float64] | None = None
     active: npt.NDArray[np.bool_] | None = None
+    source: Source = field(default=read_bytes, repr=False, compare=False)
 
     @property
     def optimizer(self) -> dict[str, Any]:
@@ -132,7 +135,7 @@ class Trajectory:
         k %= count
 
         def row(name: str) -> npt.NDArray[Any]:
-            stored = StoredArray.open(self.uri, f"checkpoint/{name}").read(k, k + 1)
+            stored = StoredArray.open(self.uri, f"checkpoint/{name}", self.source).read(k, k + 1)
             return stored.reshape(-1)
 
         return Checkpoint(
@@ -152,21 +155,22 @@ class Trajectory:
         Raises:
             CorruptStore: Their bytes are not what was written.
         """
-        return read_visits(self.uri)
+        return read_visits(self.uri, self.source)
 
 
-def open_trajectory(uri: str) -> Trajectory:
+def open_trajectory(uri: str, source: Source = read_bytes) -> Trajectory:
     """Read a trajectory.
 
     Args:
         uri: Address of ``trajectory.zarr``.
+        source: What reads its files: `RunDirectory.vouched` where it is that of a run.
 
     Raises:
         IncompleteStage: It is not there, or was not finished.
         CorruptStore: It is damaged.
     """
     uri = check_uri(uri)
-    attrs = read_group(uri)
+    attrs = read_group(uri, source)
     if MARK not in attrs:
         raise IncompleteStage(f"{uri} was not recorded to its end; run `hydra-pipe record` again")
     mark = attrs.pop(MARK)
@@ -178,10 +182,11 @@ def open_trajectory(uri: str) -> Trajectory:
         raise CorruptStore(f"{uri}/zarr.json is damaged ({error}); run the stage again") from error
 
     def read(name: str) -> Any:
-        return StoredArray.open(uri, name).read()
+        return StoredArray.open(uri, name, source).read()
 
     return Trajectory(
         uri=uri,
+        source=source,
         **{name: read(name) for name in (*PER_STEP, *sometimes)},
         digest_step=read("digest_step"),
         digest=read("digest"),

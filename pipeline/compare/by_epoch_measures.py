@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 
 from ...storage import layout
 from ...storage.errors import CorruptStore
-from ...storage.files import read_bytes
 from ...workers.replay.by_epoch import RAW, pairs
 from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import EKFAC, EXACT, FAST, by_epoch_stage
@@ -182,7 +181,9 @@ class _Look:
     def _read(self, table: str, parts: Sequence[tuple[str, str]]) -> pa.Table:
         directory = self.run.directory
         return pa.concat_tables(
-            pq.read_table(pa.BufferReader(read_bytes(directory.path(layout.by_epoch(part, table, unit)))))
+            pq.read_table(
+                pa.BufferReader(directory.vouched(directory.path(layout.by_epoch(part, table, unit))))
+            )
             for part, unit in parts
         )
 

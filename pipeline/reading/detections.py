@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from ...storage import layout
 from ...storage.contributions import legible
 from ...storage.errors import IncompleteStage
-from ...storage.files import read_bytes
 from ..vocabulary import DETECT
 from .unit_values import DetectionValues, values_of
 
@@ -61,5 +60,8 @@ def read_detection(run: Reader, name: str) -> Detection:
             f"`hydra-pipe detect {run.uri} --by ...`"
         )
     with legible(run.uri):
-        table = pq.read_table(pa.BufferReader(read_bytes(run.directory.path(layout.detection(name)))))
+        table = pq.read_table(
+            pa.BufferReader(run.directory.vouched(run.directory.path(layout.detection(name))))
+        )
+    run.current([manifest])
     return Detection(name=name, table=table, values=values_of(DetectionValues, manifest))

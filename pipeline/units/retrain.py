@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 
 from ...storage import layout
 from ...storage.contributions import write_table
-from ...storage.files import read_bytes
 from ...storage.rundir import RunDirectory
 from ...storage.schemas import RETRAIN_LOSSES, RETRAIN_WEIGHTS, TRAINING_LOSS
 from ...workers.training.retrain import (
@@ -158,4 +157,4 @@ class RetrainWork(TrainingWork):
 
 def read_part(run: RunDirectory, kind: str, unit: str) -> pa.Table:
     """Return the table that a retraining wrote: ``retrain``, ``weights`` or ``training_loss``."""
-    return pq.read_table(pa.BufferReader(read_bytes(run.path(layout.evaluation(kind, unit)))))
+    return pq.read_table(pa.BufferReader(run.vouched(run.path(layout.evaluation(kind, unit)))))

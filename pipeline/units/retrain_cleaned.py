@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from ...storage import layout
 from ...storage.contributions import write_table
-from ...storage.files import read_bytes
 from ...storage.rundir import RunDirectory
 from ...storage.schemas import RETRAIN_LOSSES
 from ...workers.recipe import Recipe
@@ -134,7 +133,7 @@ def _scaled(weights: Floats) -> Floats | None:
 
 def test_losses_of(run: RunDirectory, unit: str) -> pa.Table:
     """Return the test losses after a retraining; see ``storage.schemas.RETRAIN_LOSSES``."""
-    return pq.read_table(pa.BufferReader(read_bytes(run.path(layout.retrained(unit)))))
+    return pq.read_table(pa.BufferReader(run.vouched(run.path(layout.retrained(unit)))))
 
 
 def seeds_of(recipe: Recipe, count: int) -> range:

@@ -41,11 +41,12 @@ def commit_unit(uri: str, unit: Unit, work: Callable[[RunDirectory], Result]) ->
     begun = time.perf_counter()
     reset_peak()
     run = RunDirectory(uri)
+    reading = run.ledger.remember()
     with user_code(f"{unit.stage} {unit.name} raised"):
         files, values = work(run)
     values = replace(values, seconds=time.perf_counter() - begun, peak_bytes=peak_bytes())
     noted: dict[str, Any] = to_json(values)
-    run.commit(unit.stage, unit.name, files, noted)
+    run.commit(unit.stage, unit.name, files, noted, reading)
     return noted
 
 
@@ -91,7 +92,7 @@ class TrainingWork(Work):
 
 def recorded(run: RunDirectory) -> Trajectory:
     """Return the record of a run."""
-    return open_trajectory(run.path(layout.TRAJECTORY))
+    return open_trajectory(run.path(layout.TRAJECTORY), run.vouched)
 
 
 def rows_of(unit: Unit) -> tuple[int, int]:

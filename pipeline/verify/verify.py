@@ -49,6 +49,7 @@ from . import contents_decisions as deciding
 from .conservation import conservation
 from .contents import Contents
 from .contents_visits import visits
+from .strays import beside, made_from_another, unknown_inputs
 
 if TYPE_CHECKING:
     from ...storage.rundir import FileEntry
@@ -132,12 +133,14 @@ def _verify(run: Reader, progress: Progress | None) -> Verification:
     try:
         verifier = _Verifier(run, progress)
     except CorruptStore as error:  # a manifest that cannot be read: nothing can be held against it
+        ledger = run.directory.ledger
+        damaged = [line for stage in run.directory.stages() for line in ledger.damaged(stage)]
         return Verification(
             run=run.uri,
             files=0,
             bytes=0,
             rows={},
-            problems=(_line(str(error)),),
+            problems=tuple(dict.fromkeys(_line(problem) for problem in (*damaged, str(error)))),
             notes=("nothing else is checked until every manifest can be read",),
             conservation={"applicable": False, "reason": "a manifest is damaged"},
         )
@@ -160,6 +163,9 @@ class _Verifier:
     def verify(self) -> Verification:
         self._files()
         self._strays()
+        directory = self.run.directory
+        self.problems += made_from_another(directory, self.manifests)
+        self.notes += unknown_inputs(directory, self.manifests)
         contents = Contents(self.run, self._advance)
         self._stages()
         if self._readable(RECORD, layout.TRAJECTORY):
@@ -267,7 +273,9 @@ class _Verifier:
         """Report files where results lie that no manifest lists: readers' globs would find them."""
         waiting: dict[str, int] = {}
         litter = self.run.directory.litter()
-        for path in list_files(self.run.uri):
+        paths = list_files(self.run.uri)
+        self.problems += [f"{path}: no manifest lists this file; remove it" for path in beside(paths)]
+        for path in paths:
             place = layout.locate(path)
             if path in self.sizes or place is None or PARTIAL in path or self._of_a_seed(place):
                 continue

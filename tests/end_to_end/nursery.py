@@ -47,8 +47,9 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    def __init__(self, **more: str) -> None:
+        """Start it; ``more`` are further variables of its environment."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
         self.process = subprocess.Popen(
             [sys.executable, "-c", self.CODE],
             stdin=subprocess.PIPE,
@@ -57,6 +58,7 @@ for line in sys.stdin:
             cwd=ROOT,
             env=environment,
         )
+        self.child: int | None = None
         assert self._line() == "ready"
 
     def _line(self) -> str:
@@ -96,7 +98,7 @@ for line in sys.stdin:
         }
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
-        child = int(self._line())
+        self.child = child = int(self._line())
         if after is not None:
             deadline = time.monotonic() + 300
             while seen is not None and not seen.exists():

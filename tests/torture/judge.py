@@ -52,7 +52,7 @@ def answers(run: Run) -> dict[str, Answer]:
     return asked
 
 
-def expected(place: Path) -> dict[str, str]:
+def expected(place: Path | str) -> dict[str, str]:
     """Return digests of all answers of a sound run."""
     run = open_run(place)
     return {name: _digest(ask(run)) for name, ask in answers(run).items()}
@@ -78,7 +78,7 @@ def outcome(answer: Callable[[], str], right: str) -> str:
     return "same" if given == right else "wrong"
 
 
-def problems(place: Path) -> tuple[str, ...]:
+def problems(place: Path | str) -> tuple[str, ...]:
     """Return what verify finds wrong, or the named error that keeps it from looking.
 
     Raises:

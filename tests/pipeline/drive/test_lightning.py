@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import sys
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -236,14 +237,23 @@ def test_a_schedule_of_accumulation(tmp_path):
     assert record_of(tmp_path).updates.tolist() == [True] * 5 + [False, False, False, True, True]
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
-def test_precisions(tmp_path, precision):
+@pytest.mark.parametrize(("precision", "hessian"), [("64-true", "gauss-newton"), ("bf16-mixed", "none")])
+def test_precisions(tmp_path, precision, hessian):
     model = net()
     hydra = trained(tmp_path, model, precision=precision, **CLIPPED)
     assert np.array_equal(last_weights(tmp_path), weights_of(model))
     assert hydra.recipe.precision == precision
-    done = run(hydra.spec(executor="serial"))
+    done = run(hydra.spec(executor="serial", mode="adjoint", hessian=hessian))
     assert len(done.top(test=0, k=2)) == 2
+
+
+def test_the_recipe_goes_to_other_processes(recorded):
+    """With a module that hangs on a Trainer, which stays behind."""
+    _folder, model, hydra, _watching = recorded
+    assert model._trainer is not None
+    other, batch = cloudpickle.loads(cloudpickle.dumps(hydra.recipe)), some(3, 2)[:]
+    assert other.model()._trainer is None
+    assert torch.equal(*(one.losses(one.model().eval(), batch) for one in (hydra.recipe, other)))
 
 
 class Noisy(Dataset):

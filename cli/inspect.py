@@ -161,13 +161,22 @@ def verify(
     if given and not deep:
         raise click.UsageError("RECIPE, --rows, --rows-seed, --set and --device belong to --deep; add it")
     from ..pipeline.opened_run import open_run
+    from ..pipeline.verify.verify import unreadable
     from ..pipeline.verify.verify import verify as check
+    from ..storage.errors import HydraError, RunNotFound, SpecError
 
-    opened = open_run(run)
-    with reading("verifying", quiet) as move:
-        found = check(opened, progress=lambda done, total, what: move(done, total))
+    opened = None
+    try:
+        opened = open_run(run)
+    except (RunNotFound, SpecError):
+        raise
+    except HydraError as error:
+        found = unreadable(run, error, "run.json")
+    else:
+        with reading("verifying", quiet) as move:
+            found = check(opened, progress=lambda done, total, what: move(done, total))
     document: dict[str, Any] = {"ok": found.ok, **asdict(found)}
-    if deep and found.ok:  # numbers of damaged files need no second opinion
+    if deep and opened is not None and found.ok:  # numbers of damaged files need no second opinion
         from ..pipeline.verify.deep import verify_deep
 
         overrides = {"device": device, "recipe_args": parse_pairs(recipe_args) or None}

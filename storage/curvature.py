@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from . import files
 from .arrays import StoredArray, read_group, write_group
+from .documents import taken_apart
 from .errors import IncompleteStage
 from .uri import check_uri
 
@@ -138,9 +139,11 @@ def read_curvature(uri: str) -> Curvature:
     attrs = read_group(uri)
     if MARK not in attrs:
         raise IncompleteStage(f"{uri} was not written to its end; run the stage again")
-    mark = attrs.pop(MARK)
-    described = mark["blocks"]
+    with taken_apart(f"{uri}/zarr.json"):
+        return _read(uri, attrs, attrs.pop(MARK))
 
+
+def _read(uri: str, attrs: dict[str, Any], mark: Any) -> Curvature:
     def side(k: int, block: dict[str, Any], name: str) -> Matrix | None:
         return StoredArray.open(uri, f"block{k:04d}_{name}").read() if block[name] else None
 
@@ -153,7 +156,7 @@ def read_curvature(uri: str) -> Curvature:
                 left=side(k, block, "left"),
                 right=side(k, block, "right"),
             )
-            for k, block in enumerate(described)
+            for k, block in enumerate(mark["blocks"])
         ),
         core=CoreBasis(
             coordinates=StoredArray.open(uri, "core_coordinates").read(),

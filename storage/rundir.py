@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -121,8 +120,7 @@ class RunDirectory:
         """
         target = self.manifest_path(stage, unit)
         names = sorted(set(files))
-        with ThreadPoolExecutor(_THREADS) as pool:
-            entries = list(pool.map(self._entry, names))
+        entries = disk.in_threads(self._entry, names, _THREADS)
         if is_local(self.uri):
             with disk.full_disk_guard(self.uri):
                 disk.flush_directories(self.uri, [self.path(name) for name in names])
@@ -141,7 +139,7 @@ class RunDirectory:
         """
         target = self.manifest_path(stage, unit)
         try:
-            return self._parse(target, disk.read_bytes(target))
+            return self._parse(target, disk.read_bytes(target, most=disk.DOCUMENT_BYTES))
         except FileNotFoundError:
             return None
 
@@ -172,16 +170,16 @@ class RunDirectory:
                 sha256, size = disk.digest(uri) if digests else (entry.sha256, disk.size_of(uri))
             except FileNotFoundError:
                 return f"{entry.path}: missing"
-            except OSError as error:
-                return f"{entry.path}: cannot be read ({error.strerror or error})"
+            except StoreError as error:
+                return f"{entry.path}: cannot be read ({error})"
             if size != entry.bytes:
                 return f"{entry.path}: {size} bytes, the manifest says {entry.bytes}"
             if sha256 != entry.sha256:
                 return f"{entry.path}: sha256 {sha256}, the manifest says {entry.sha256}"
             return None
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return [line for line in pool.map(problem, manifest.files) if line is not None]
+        found = disk.in_threads(problem, manifest.files, _THREADS)
+        return [line for line in found if line is not None]
 
     def drop(self, stage: str, unit: str | None = None) -> None:
         """Remove the manifest of a unit, or of every unit of a stage: it counts as not done again."""
@@ -248,15 +246,12 @@ class RunDirectory:
         # A killed writer may leave an empty directory, which no list of files shows.
         if not is_local(self.uri):
             return []
-        walk = os.walk(self.uri)
-        return [
-            os.path.relpath(os.path.join(top, name), self.uri) for top, names, _ in walk for name in names
-        ]
+        return [prefix + name for prefix, names, _ in disk.walk(self.uri) for name in names]
 
     def _read_marked(self) -> dict[str, Any]:
         target = self.path(layout.RUN_INFO)
         try:
-            return load(disk.read_bytes(target), target)
+            return load(disk.read_bytes(target, most=disk.DOCUMENT_BYTES), target)
         except FileNotFoundError as error:
             raise RunNotFound(
                 f"no run at {self.uri}: run.json is missing; make one with "

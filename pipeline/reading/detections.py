@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ...storage import layout
-from ...storage.contributions import legible
 from ...storage.errors import IncompleteStage
-from ...storage.files import read_bytes
+from ...storage.tables import read_table
 from ..vocabulary import DETECT
 from .unit_values import DetectionValues, values_of
 
@@ -60,6 +58,5 @@ def read_detection(run: Reader, name: str) -> Detection:
             f"{run.uri} has no detection {name!r}; it has {', '.join(there) or 'none'}; make one with "
             f"`hydra-pipe detect {run.uri} --by ...`"
         )
-    with legible(run.uri):
-        table = pq.read_table(pa.BufferReader(read_bytes(run.directory.path(layout.detection(name)))))
+    table = read_table(run.directory.path(layout.detection(name)))
     return Detection(name=name, table=table, values=values_of(DetectionValues, manifest))

@@ -9,15 +9,14 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ...storage import layout
 from ...storage.curvature import read_curvature
 from ...storage.errors import HydraError
-from ...storage.files import read_bytes
 from ...storage.rows import RowStore
 from ...storage.rundir import Manifest
 from ...storage.schemas import DETECTION
+from ...storage.tables import read_table
 from ..reading.detections import detection_names, labels_digest, read_detection
 from ..reading.panels import targets
 from ..reading.unit_values import UnitValues, values_of
@@ -160,7 +159,7 @@ class _Judging:
                 place = layout.locate(entry.path)
                 if place is None or entry.path in self.damaged or entry.path in layout.SUMMARIES:
                     continue
-                table = pq.read_table(pa.BufferReader(read_bytes(self.check.run.directory.path(entry.path))))
+                table = read_table(self.check.run.directory.path(entry.path))
                 self.check.advance(table.nbytes, stage)
                 self._finite(entry.path, table)
                 if place.kind.folder == layout.BY_EPOCH:

@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import pyarrow as pa
-
 from ...storage import layout
-from ...storage.errors import CorruptStore, HydraError, RunNotFound
+from ...storage.errors import HydraError, RunNotFound
 from ...storage.files import PARTIAL, list_files
 from ...storage.schemas import SCHEMAS
 from ..reading.stage_states import stage_states
@@ -131,17 +129,22 @@ def verify(run: Reader, *, progress: Progress | None = None) -> Verification:
 def _verify(run: Reader, progress: Progress | None) -> Verification:
     try:
         verifier = _Verifier(run, progress)
-    except CorruptStore as error:  # a manifest that cannot be read: nothing can be held against it
-        return Verification(
-            run=run.uri,
-            files=0,
-            bytes=0,
-            rows={},
-            problems=(_line(str(error)),),
-            notes=("nothing else is checked until every manifest can be read",),
-            conservation={"applicable": False, "reason": "a manifest is damaged"},
-        )
+    except HydraError as error:  # a manifest that cannot be read: nothing can be held against it
+        return unreadable(run.uri, error, "every manifest")
     return verifier.verify()
+
+
+def unreadable(uri: str, error: HydraError, what: str) -> Verification:
+    """Return the verdict on a run of which ``what`` cannot be read."""
+    return Verification(
+        run=uri,
+        files=0,
+        bytes=0,
+        rows={},
+        problems=(_line(str(error)),),
+        notes=(f"nothing else is checked until {what} can be read",),
+        conservation={"applicable": False, "reason": f"not before {what} can be read"},
+    )
 
 
 class _Verifier:
@@ -158,8 +161,8 @@ class _Verifier:
         self.checked = 0
 
     def verify(self) -> Verification:
-        self._files()
-        self._strays()
+        self._guard("manifests", self._files)
+        self._guard("strays", self._strays)
         contents = Contents(self.run, self._advance)
         self._stages()
         if self._readable(RECORD, layout.TRAJECTORY):
@@ -327,7 +330,7 @@ class _Verifier:
             return check()
         except HydraError as error:
             self.problems.append(_line(str(error)))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException) as error:
+        except Exception as error:  # noqa: BLE001 - a verdict is given whatever bytes are there
             self.problems.append(_line(f"{name}: cannot be read: {type(error).__name__}: {error}"))
         return None
 

@@ -104,7 +104,10 @@ def test_session_directories_are_short(monkeypatch: pytest.MonkeyPatch, tmp_path
     ("detail", "said"),
     [
         ("Worker exits with an exit code 3. exit code 3", "its process ended with exit code 3"),
-        ("Worker unexpectedly exits with a connection error code 2. End of file.", "its process was killed or crashed"),
+        (
+            "Worker unexpectedly exits with a connection error code 2. End of file.",
+            "its process was killed or crashed",
+        ),
         ("The node was terminated expectedly.", "its node died"),
         ("killed by the memory monitor", "out of memory"),
         ("first line\n\x1b[36mlast words\x1b[0m\n", "RuntimeError: last words"),

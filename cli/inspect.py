@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import debug_option, format_option, method_option, quiet_option
+from .options import MANY, SEED, debug_option, format_option, method_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables, plain
 from .progress import reading, watching
 from .spec_options import parse_pairs
@@ -55,7 +55,7 @@ def status(run: str, output_format: str) -> None:
     metavar="C",
     help="Class to explain: the mean over the test samples of that label.",
 )
-@click.option("-k", default=10, show_default=True, metavar="K", help="How many training samples.")
+@click.option("-k", type=MANY, default=10, show_default=True, metavar="K", help="How many training samples.")
 @click.option("--harmful", is_flag=True, help="Most harmful first instead of most helpful first.")
 @method_option
 @format_option("table", "json", "csv")
@@ -111,11 +111,13 @@ def top(
     "--rows",
     default=3,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 10**7),
     metavar="N",
     help="With --deep: how many training samples, from different shards.",
 )
-@click.option("--rows-seed", default=0, show_default=True, metavar="N", help="With --deep: which samples.")
+@click.option(
+    "--rows-seed", type=SEED, default=0, show_default=True, metavar="N", help="With --deep: which samples."
+)
 @click.option(
     "--set",
     "recipe_args",

@@ -74,6 +74,13 @@ class Listener:
         reason = plain(str(event.reason), limit=300)
         self.line(f"{event.stage}: {event.unit} starts again (attempt {event.attempt}): {reason}")
 
+    def on_UnitStalled(self, event: Any) -> None:
+        """Say that a unit does not move."""
+        self.line(
+            f"{event.stage}: {event.unit} has made no progress for {show_seconds(event.seconds)}; "
+            "--unit-timeout would give it up"
+        )
+
     def on_StageFinished(self, event: Any) -> None:
         """End a stage with one line."""
         if self.current is not None and self.current.stage == event.stage:

@@ -9,6 +9,7 @@ from typing import Any
 from ...storage.errors import WorkerLost
 from .base import Unit
 from .events import Observer, UnitFinished, UnitProgress, UnitRetried, UnitStarted
+from .stalls import Stalls
 
 
 class Dispatch:
@@ -20,6 +21,7 @@ class Dispatch:
         observer: Hears of starts, progress, retries and ends.
         max_attempts: How often a unit is tried when workers die.
         clock: Returns seconds that only grow.
+        timeout: Seconds that an attempt at a unit may take; None: any.
     """
 
     def __init__(
@@ -30,7 +32,9 @@ class Dispatch:
         *,
         max_attempts: int,
         clock: Callable[[], float],
+        timeout: float | None = None,
     ) -> None:
+        self.stalls = Stalls(stage, observer, clock=clock, timeout=timeout)
         self._stage, self._units, self._observer = stage, list(units), observer
         self._max_attempts, self._clock = max_attempts, clock
         self._queue = deque(self._units)
@@ -55,6 +59,7 @@ class Dispatch:
         unit = self._queue.popleft()
         self._attempts[unit.name] += 1
         self._began[unit.name] = self._clock()
+        self.stalls.begin(unit.name)
         self._seen.pop(unit.name, None)
         self._observer(UnitStarted(stage=self._stage, unit=unit.name, attempt=self._attempts[unit.name]))
         return unit
@@ -63,11 +68,13 @@ class Dispatch:
         """Pass on how far a unit is, where that is news."""
         if self._seen.get(name) != (done, total) and name not in self._results:
             self._seen[name] = (done, total)
+            self.stalls.moved(name)
             self._observer(UnitProgress(stage=self._stage, unit=name, done=done, total=total))
 
     def finish(self, unit: Unit, values: dict[str, Any]) -> None:
         """Note that a unit is done."""
         self._results[unit.name] = values
+        self.stalls.end(unit.name)
         seconds = self._clock() - self._began[unit.name]
         self._observer(UnitFinished(stage=self._stage, unit=unit.name, seconds=seconds, values=values))
 
@@ -77,10 +84,11 @@ class Dispatch:
         Raises:
             WorkerLost: It was tried ``max_attempts`` times.
         """
+        self.stalls.end(unit.name)
         tried = self._attempts[unit.name]
         if tried >= self._max_attempts:
             raise WorkerLost(
-                f"{self._stage} {unit.name}: its worker died {tried} time(s), the limit is "
+                f"{self._stage} {unit.name}: its worker was lost {tried} time(s), the limit is "
                 f"{self._max_attempts}; last: {reason}; if memory is short use fewer --workers or more "
                 "--shards, then run the same command again: finished work is kept"
             )

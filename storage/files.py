@@ -403,6 +403,49 @@ def size_of(uri: str) -> int:
         return int(fs.size(path))
 
 
+def free_bytes(uri: str) -> int | None:
+    """Return the bytes free where ``uri`` is or will be; None where nobody says."""
+    if not is_local(uri):
+        return None
+    directory = uri
+    while directory != "/" and not os.path.isdir(directory):
+        directory = parent(directory)
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return None
+
+
+def require_free(uri: str, needed: int, what: str) -> None:
+    """Refuse to begin what will not find the room it needs.
+
+    Args:
+        uri: Where it will write.
+        needed: Bytes; 0: not known.
+        what: What writes, for the message.
+
+    Raises:
+        StorageFull: There is less.
+    """
+    free = free_bytes(uri) if needed else None
+    if free is not None and free < needed:
+        raise StorageFull(
+            f"no space left for {what}: it needs up to {needed:,} bytes at {uri}, {free:,} are free; free some space and "
+            "run the same command again (what is committed is kept), ask for less (--track, --test, --checkpoint-every), "
+            "or choose another place with --out"
+        )
+
+
+def used_bytes(uri: str) -> int:
+    """Return the bytes of all files below a local ``uri``."""
+    found = 0
+    for prefix, _, names in walk(uri):
+        for name in names:
+            with contextlib.suppress(OSError):  # removed meanwhile
+                found += os.lstat(f"{uri}/{prefix}{name}").st_size
+    return found
+
+
 def flush_directories(root: str, paths: Sequence[str]) -> None:
     """Flush every directory between a local ``root`` and the files ``paths`` below it."""
     seen = {root}
@@ -452,12 +495,5 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _free_bytes(uri: str) -> str:
-    if not is_local(uri):
-        return ""
-    directory = uri
-    while directory != "/" and not os.path.isdir(directory):
-        directory = parent(directory)
-    try:
-        return f" ({shutil.disk_usage(directory).free / 1e6:.1f} MB free)"
-    except OSError:
-        return ""
+    free = free_bytes(uri)
+    return "" if free is None else f" ({free / 1e6:.1f} MB free)"

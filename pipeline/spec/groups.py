@@ -248,14 +248,14 @@ class BudgetSpec(Group):
     Attributes:
         memory: Main memory one worker may use, bytes; None: measured. Text such as ``"4GiB"`` is
             turned into bytes.
-        reduce_memory: Memory of one reduce worker's tile, bytes or text; fixes the tiles.
+        reduce_memory: Memory of one reduce worker's tile at most, bytes or text. A run keeps the tiles that it began with.
         max_attempts: How often a unit is tried when its workers die.
         start_timeout: Seconds to wait for the first worker.
         unit_timeout: Seconds after which the attempt at a unit counts as lost; None: never.
     """
 
     memory: int | None = field(default=None, metadata=free(checks.size(optional=True)))
-    reduce_memory: int = field(default=1 << 30, metadata=of_the_run(checks.size()))
+    reduce_memory: int = field(default=1 << 30, metadata=free(checks.size()))
     max_attempts: int = field(default=3, metadata=free(checks.whole(1, 1000)))
     start_timeout: float = field(default=120.0, metadata=free(checks.number(0.1)))
     unit_timeout: float | None = field(default=None, metadata=free(checks.number(1, optional=True)))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...storage import layout
+from ...storage.files import require_free
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory, open_trajectory
 from ...storage.typed import to_json
@@ -41,6 +42,7 @@ def commit_unit(uri: str, unit: Unit, work: Callable[[RunDirectory], Result]) ->
     begun = time.perf_counter()
     reset_peak()
     run = RunDirectory(uri)
+    require_free(run.uri, unit.disk_bytes, f"{unit.stage} {unit.name}")
     with user_code(f"{unit.stage} {unit.name} raised"):
         files, values = work(run)
     values = replace(values, seconds=time.perf_counter() - begun, peak_bytes=peak_bytes())

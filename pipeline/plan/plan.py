@@ -209,7 +209,7 @@ def cut(
     workers = {
         RECORD: process + memory_bytes(spec, surveyed),
         REPLAY: sharding.load.bytes(replay),
-        TEST_GRADIENTS: process + (per_block + TEST_BATCH) * row,
+        TEST_GRADIENTS: process + (min(m, per_block) + min(m, TEST_BATCH)) * row,
         REDUCE: process + reduce.tiles.bytes + WRITER_BYTES,
     }
     if spec.exact_rank:
@@ -283,6 +283,7 @@ def _within(spec: RunSpec, n: int, q: int, row: int, process: int) -> int:
 _REMEDIES = {
     RECORD: "leave out what is kept of each visit (--visits off)",
     REPLAY: "use more --shards, or track fewer samples",
+    TEST_GRADIENTS: "use fewer test samples (--test)",
     REDUCE: "use a smaller --reduce-memory",
     CORRECTION: "use a smaller --exact-rank",
 }

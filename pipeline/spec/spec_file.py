@@ -25,7 +25,7 @@ def read_spec_file(path: str, names: Sequence[str]) -> dict[str, Any]:
     try:
         table = tomllib.loads(read_given(path, "--config").decode())
     except FileNotFoundError:
-        raise SpecError(f"--config {path}: no such file; give a TOML file") from None
+        raise SpecError(f"--config {path}: No such file; give a TOML file") from None
     except ValueError as error:
         raise SpecError(f"--config {path}: no TOML ({' '.join(str(error).split())})") from None
     except RecursionError:

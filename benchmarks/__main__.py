@@ -12,13 +12,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from .paper.command import main as papers
-from .report import RESULTS, save, show
+from .report import RESULTS, Result, save, show
 
 WIDE = 170
 """Columns of the tables where there is no terminal that says otherwise."""
@@ -56,6 +57,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--results", type=Path, help=f"where <name>.json goes (default: {RESULTS.name}/; --quick: nowhere)"
     )
     parser.add_argument("--scratch", type=Path, help="where data are written meanwhile (default: temporary)")
+    parser.add_argument(
+        "--keep", type=Path, help="write data below it and leave them there, so that the same command goes on"
+    )
     found = parser.parse_args(arguments)
     unknown = [name for name in found.names if name not in NAMES]
     if unknown:
@@ -84,12 +88,21 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     for name in chosen.names or NAMES:
         module = importlib.import_module(f".{name}", __package__)
         before = os.getloadavg()[0]
-        with tempfile.TemporaryDirectory(prefix="hydra-pipe-bench-", dir=chosen.scratch) as folder:
-            result = module.run(sizes_of(module, chosen), Path(folder))
-        # The quick sizes measure nothing worth keeping in the place of the full ones.
-        if folder_for := chosen.results or (None if chosen.quick else RESULTS):
-            save(result, (before, os.getloadavg()[0]), folder_for)
-        show(result, console)
+        with _folder(chosen, name) as folder:
+            found = module.run(sizes_of(module, chosen), Path(folder))
+            # Some give several, one after the other.
+            for result in [found] if isinstance(found, Result) else found:
+                # The quick sizes measure nothing worth keeping in the place of the full ones.
+                if folder_for := chosen.results or (None if chosen.quick else RESULTS):
+                    save(result, (before, os.getloadavg()[0]), folder_for)
+                show(result, console)
+
+
+def _folder(chosen: argparse.Namespace, name: str) -> AbstractContextManager[str]:
+    """Return where a benchmark writes its data: a folder that is removed afterwards, or one that is kept."""
+    if chosen.keep is None:
+        return tempfile.TemporaryDirectory(prefix="hydra-pipe-bench-", dir=chosen.scratch)
+    return nullcontext(str(chosen.keep / name))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .pipeline.decide.report import report
     from .pipeline.drive.attribute import attribute
     from .pipeline.drive.hugging_face import HydraCallback
+    from .pipeline.drive.lightning_trainer import LightningCallback
     from .pipeline.drive.recording import Recording, recording
     from .pipeline.evaluate.evaluate import Questions, evaluate
     from .pipeline.executors import events
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .storage.errors import HydraError
     from .workers.recipe import InitialState, Recipe
     from .workers.recipes.hugging_face.recipe import TrainerRecipe
+    from .workers.recipes.lightning.recipe import LightningRecipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,6 +50,8 @@ __all__ = [
     "HydraCallback",
     "HydraError",
     "InitialState",
+    "LightningCallback",
+    "LightningRecipe",
     "Questions",
     "Recipe",
     "Recording",
@@ -87,6 +91,8 @@ _HOMES = {
     "HydraCallback": ".pipeline.drive.hugging_face:HydraCallback",
     "HydraError": ".storage.errors:HydraError",
     "InitialState": ".workers.recipe:InitialState",
+    "LightningCallback": ".pipeline.drive.lightning_trainer:LightningCallback",
+    "LightningRecipe": ".workers.recipes.lightning.recipe:LightningRecipe",
     "Questions": ".pipeline.evaluate.evaluate:Questions",
     "Recipe": ".workers.recipe:Recipe",
     "Recording": ".pipeline.drive.recording:Recording",

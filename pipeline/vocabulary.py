@@ -7,46 +7,43 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ..storage import layout
+from ..storage import stages
 from ..workers.recursion import forms
 
 # ---------------------------------------------------------------------- stages
 
-RECORD = "record"
-TEST_GRADIENTS = "test-gradients"
-REPLAY = "replay"
-REDUCE = "reduce"
+# The words that manifests carry are explained in ``storage.stages``.
+ATTRIBUTE = stages.ATTRIBUTE
+BY_EPOCH = stages.BY_EPOCH
+BY_EPOCH_SCORES = stages.BY_EPOCH_SCORES
+CLEAN = stages.CLEAN
+CLEAN_OUTCOME = stages.CLEAN_OUTCOME
+CLEAN_RETRAIN = stages.CLEAN_RETRAIN
+CORRECTION = stages.CORRECTION
+CURVATURE = stages.CURVATURE
+DETECT = stages.DETECT
+DIRECTIONS = stages.DIRECTIONS
+EVALUATE = stages.EVALUATE
+EVALUATE_SCORES = stages.EVALUATE_SCORES
+PREPARE = stages.PREPARE
+RECORD = stages.RECORD
+REDUCE = stages.REDUCE
+REPLAY = stages.REPLAY
+RETRAIN = stages.RETRAIN
+TEST_GRADIENTS = stages.TEST_GRADIENTS
+TRAINING_GRADIENTS = stages.TRAINING_GRADIENTS
+TRAINING_OUTPUTS = stages.TRAINING_OUTPUTS
+by_epoch_stage = stages.by_epoch_stage
+own_gradients_stage = stages.own_gradients_stage
+stage_of = stages.stage_of
+stages_of = stages.stages_of
+
 STAGES = (RECORD, TEST_GRADIENTS, REPLAY, REDUCE)
 """What a run can be asked to do, in order; in adjoint mode `REPLAY` is done by `ADJOINT`."""
 
 ADJOINT = forms.ADJOINT
 """Last part of the stage that carries targets backwards, and the ``mode`` of a method made that way."""
-CURVATURE = "curvature"
-DIRECTIONS = "directions"
-CORRECTION = "correction"
 PREFLIGHT = "preflight"
-PREPARE = "prepare"
-ATTRIBUTE = "attribute"
-"""Last part of the stage of an estimator beside HyDRA, and ``mode`` of its method in ``run.json``."""
-
-EVALUATE = "evaluate"
-RETRAIN = f"{EVALUATE}/retrain"
-EVALUATE_SCORES = f"{EVALUATE}/scores"
-BY_EPOCH = "over-training"
-"""Beginning of the stages of a comparison over training; see `by_epoch_stage`."""
-BY_EPOCH_SCORES = f"{BY_EPOCH}/scores"
-TRAINING_OUTPUTS = "training-outputs"
-"""The trained model's outputs on the tracked samples, for detectors that look at them."""
-TRAINING_GRADIENTS = "training-gradients"
-"""Beginning of the stages that look at the gradient of each tracked sample's own loss; see `own_gradients_stage`."""
-DETECT = "detect"
-"""Stage of detections; a unit is one detection, by its name."""
-CLEAN = "clean"
-"""Stage of decisions; a unit is one decision, by its name."""
-CLEAN_RETRAIN = f"{CLEAN}/retrain"
-"""Retrainings that say whether a decision helped; decisions share them."""
-CLEAN_OUTCOME = f"{CLEAN}/outcome"
-"""What they say of a decision; a unit is one decision, by its name."""
 DECIDING = (DETECT, CLEAN, CLEAN_OUTCOME)
 """Stages whose units are whole one by one: each was asked for by itself."""
 SINGLE = (f"/{CURVATURE}", f"/{DIRECTIONS}", f"/{PREFLIGHT}", EVALUATE_SCORES, BY_EPOCH_SCORES)
@@ -107,22 +104,7 @@ KINDS: tuple[Targets, ...] = (SAMPLES, CLASSES, MEAN)
 """Kinds of targets, from fine to coarse."""
 
 
-def stage_of(targets: str) -> str:
-    """Return the stage that makes the gradients of targets from the test gradients."""
-    return f"target-gradients-{targets}"
-
-
 TARGET_GRADIENTS = tuple(stage_of(kind) for kind in KINDS if kind != SAMPLES)
-
-
-def by_epoch_stage(part: str) -> str:
-    """Return a stage of a comparison over training: its replays, or an estimator after an epoch."""
-    return f"{BY_EPOCH}/{part}"
-
-
-def own_gradients_stage(part: str) -> str:
-    """Return a stage that looks at the gradients of the tracked samples' own losses."""
-    return f"{TRAINING_GRADIENTS}/{part}"
 
 
 def self_influence_part(method: str) -> str:
@@ -133,38 +115,3 @@ def self_influence_part(method: str) -> str:
 def judges(stage: str) -> bool:
     """Whether a stage judges a run or decides upon it: no part of the run, and never missing from it."""
     return stage.split("/")[0] in (EVALUATE, BY_EPOCH, TRAINING_OUTPUTS, TRAINING_GRADIENTS, DETECT, CLEAN)
-
-
-_WRITTEN_BY = {
-    layout.TRAJECTORY: (RECORD,),
-    layout.TEST_GRADIENTS: (TEST_GRADIENTS,),
-    layout.TRAINING_OUTPUTS: (TRAINING_OUTPUTS,),
-    layout.HYPERGRADIENTS: (REPLAY,),
-    layout.BY_TEST: (ADJOINT, ATTRIBUTE),
-    layout.PREPARED: (PREPARE,),
-    layout.CURVATURE: (CURVATURE,),
-    layout.CORRECTIONS: (DIRECTIONS, CORRECTION),
-    **dict.fromkeys(layout.TABLES, (REDUCE,)),
-}
-
-
-def stages_of(place: layout.Place) -> tuple[str, ...]:
-    """Return the stages that may have written a file; none where no stage writes such a file."""
-    kind, key = place.kind, place.key
-    if kind.by == "":
-        return _WRITTEN_BY[kind.folder]
-    if kind.folder == layout.EVALUATION:
-        return (EVALUATE_SCORES,) if key is None else (RETRAIN,)
-    if kind.folder == layout.BY_EPOCH:
-        return (BY_EPOCH_SCORES,) if key is None else (by_epoch_stage(key),)
-    if kind.folder == layout.TRAINING_GRADIENTS:
-        return () if key is None else (own_gradients_stage(key),)
-    if kind.folder == layout.DETECTIONS:
-        return (DETECT,)
-    if kind.folder == layout.DECISIONS:
-        return (CLEAN_RETRAIN,) if key == layout.RETRAINED else (CLEAN, CLEAN_OUTCOME)
-    if key is None or kind.form == "run":
-        return ()
-    if kind.by == "targets":
-        return (stage_of(key),)
-    return tuple(f"{key}/{stage}" for stage in _WRITTEN_BY[kind.folder])

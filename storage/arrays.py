@@ -24,10 +24,13 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 from . import chunks, files
 from .documents import parse, taken_apart
 from .errors import CorruptStore, DoesNotFit, IncompleteStage, StoreError
+from .sourced import Sourced
 from .uri import is_local, join
 
 T = TypeVar("T")
 Slices = tuple[slice, ...]
+Source = Callable[[str], bytes]
+"""Gives the contents of the file at an address; how a run is read by its manifests, see `hydra_pipe.storage.ledger`."""
 _MOST_BYTES = 1 << 60
 _MOST_CHUNKS = 1 << 28
 _TYPES = frozenset(
@@ -59,15 +62,15 @@ def write_group(uri: str, attrs: dict[str, Any]) -> None:
         group.attrs.put(attrs)
 
 
-def read_group(uri: str) -> dict[str, Any]:
-    """Return the attributes of the group at ``uri``.
+def read_group(uri: str, source: Source = files.read_bytes) -> dict[str, Any]:
+    """Return the attributes of the group at ``uri``, whose file ``source`` reads.
 
     Raises:
         IncompleteStage: There is no group.
         CorruptStore: Its metadata cannot be read.
     """
     try:
-        data = files.read_bytes(join(uri, "zarr.json"), most=files.DOCUMENT_BYTES)
+        data = source(join(uri, "zarr.json"))
     except FileNotFoundError:
         raise IncompleteStage(
             f"{uri} is not there; run the stage that writes it (`hydra-pipe status` shows which)"
@@ -91,8 +94,10 @@ class StoredArray:
         fill: What was never written reads as.
     """
 
-    def __init__(self, uri: str, name: str, metadata: Mapping[str, Any]) -> None:
-        self.uri, self.name = uri, name
+    def __init__(
+        self, uri: str, name: str, metadata: Mapping[str, Any], source: Source = files.read_bytes
+    ) -> None:
+        self.uri, self.name, self._source = uri, name, source
         self.shape: tuple[int, ...] = _lengths(metadata["shape"])
         self.chunk: tuple[int, ...] = _lengths(
             metadata["chunk_grid"]["configuration"]["chunk_shape"], least=1
@@ -112,9 +117,9 @@ class StoredArray:
 
     @cached_property
     def array(self) -> zarr.Array[Any]:
-        """The array for other readers of Zarr, read-only."""
+        """The array for other readers of Zarr, read-only; they read through ``source``, too."""
         found: zarr.Array[Any] = zarr.open_array(
-            open_store(self.uri, read_only=True), path=self.name, mode="r"
+            Sourced(open_store(self.uri, read_only=True), self.uri, self._source), path=self.name, mode="r"
         )
         return found
 
@@ -165,15 +170,15 @@ class StoredArray:
         return cls.open(uri, name)
 
     @classmethod
-    def open(cls, uri: str, name: str) -> StoredArray:
-        """Open an array.
+    def open(cls, uri: str, name: str, source: Source = files.read_bytes) -> StoredArray:
+        """Open an array, whose files ``source`` reads.
 
         Raises:
             IncompleteStage: It is not there.
             CorruptStore: Its metadata cannot be read or name codecs that are not ours.
         """
         try:
-            data = files.read_bytes(join(uri, name, "zarr.json"), most=files.DOCUMENT_BYTES)
+            data = source(join(uri, name, "zarr.json"))
         except FileNotFoundError:
             raise IncompleteStage(f"{uri} has no array {name}; run the stage that writes it again") from None
         metadata = parse(data, f"{uri}/{name}/zarr.json")
@@ -183,7 +188,7 @@ class StoredArray:
             if metadata["chunk_grid"]["name"] != "regular":
                 raise ValueError(f"chunk grid {metadata['chunk_grid']['name']!r}")
             ours = chunks.codecs_are_ours(metadata["codecs"]) and metadata["chunk_key_encoding"] == _KEYS
-            found = cls(uri, name, metadata)
+            found = cls(uri, name, metadata, source)
         if not ours:
             raise CorruptStore(
                 f"{uri}/{name} uses codecs other than bytes, blosc, crc32c: it is damaged or not from hydra-pipe; run the stage again"
@@ -225,7 +230,11 @@ class StoredArray:
         def fetch(task: tuple[str, Slices, Slices]) -> None:
             key, inside, outside = task
             try:
-                data = files.read_bytes(join(self.uri, key), most=chunks.most_bytes(self._chunk_bytes))
+                data = self._source(join(self.uri, key))
+                if len(data) > chunks.most_bytes(self._chunk_bytes):
+                    raise CorruptStore(
+                        f"{self.uri}: {key} has {len(data):,} bytes, more than a chunk; run the stage again"
+                    )
             except FileNotFoundError as error:
                 if may_lack:
                     target[outside] = self.fill

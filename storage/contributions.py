@@ -1,6 +1,6 @@
 """Contributions and what is summed from them, as Parquet that DuckDB, Polars, pandas and Spark read.
 
-``<kind>/method=<method>/part-*.parquet`` and nothing else. A killed writer's leftovers lie outside these
+``<kind>/method=<method>/part-*.parquet``; what counts is what manifests list. A killed writer's leftovers lie outside these
 directories, at the top of the run, because a scan of a directory would stumble over them.
 """
 
@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 
 from . import files, layout
 from .errors import CorruptStore, IncompleteStage, StoreError
+from .rundir import RunDirectory
 from .schemas import CONTRIBUTIONS, SCHEMAS, Kind
-from .uri import check_uri, is_local, join, parent
+from .uri import check_uri, is_local, parent
 
 GROUP_ROWS = 1 << 17
 """Rows a row group: what a reader must read for one test sample."""
@@ -126,35 +127,42 @@ def write_table(uri: str, table: pa.Table, schema: pa.Schema) -> None:
         writer.write_table(fitting, row_group_size=GROUP_ROWS)
 
 
-def dataset(run_uri: str, kind: Kind, method: str | None = None) -> pa_dataset.Dataset:
-    """Return the rows of a run as a dataset with the partition column ``method``.
+def dataset(run: RunDirectory, kind: Kind, method: str) -> pa_dataset.Dataset:
+    """Return the rows of a method's table as a dataset with the partition column ``method``.
+
+    It consists of the files that manifests list, each compared with what its manifest says; whoever
+    reads it has the checksum of each page compared, too.
 
     Args:
-        run_uri: The run directory.
+        run: The run directory.
         kind: Which table.
-        method: Only this method's, or all (None).
+        method: Whose.
 
     Raises:
         IncompleteStage: There are none.
+        CorruptStore: A file is not what its manifest says.
     """
-    top = join(check_uri(run_uri), kind)
+    top, folder = run.path(kind), layout.table(kind, method)
     schema = SCHEMAS[kind]
-    folder = top if method is None else join(check_uri(run_uri), layout.table(kind, method))
-    names = [name for name in files.list_files(folder) if name.rsplit("/", 1)[-1].startswith("part-")]
-    if not names:
+    entries = run.ledger.listed(folder)
+    if not entries:
         raise IncompleteStage(
-            f"{folder} holds no results yet; run `hydra-pipe reduce` with the run's options"
+            f"{run.path(folder)} holds no results yet; run `hydra-pipe reduce` with the run's options"
         )
+    run.ledger.trust(entries)
     filesystem: Any = None
     base = top
     if not is_local(top):
         fs, base = files.filesystem(top)
         filesystem = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs))
-    inside = folder.removeprefix(top)  # "" or the method's partition
     return pa_dataset.dataset(
-        [f"{base}{inside}/{name}" for name in names],
+        [f"{base}/{entry.path.removeprefix(f'{kind}/')}" for entry in entries],
         schema=schema.append(pa.field("method", pa.string())),
-        format="parquet",
+        format=pa_dataset.ParquetFileFormat(
+            default_fragment_scan_options=pa_dataset.ParquetFragmentScanOptions(
+                page_checksum_verification=True
+            )
+        ),
         filesystem=filesystem,
         partitioning=pa_dataset.partitioning(pa.schema([("method", pa.string())]), flavor="hive"),
         partition_base_dir=base,
@@ -214,6 +222,7 @@ def _parquet_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
             compression_level=1,
             use_dictionary=[field.name for field in schema if pa.types.is_integer(field.type)],
             sorting_columns=_sorting(schema),
+            write_page_checksum=True,
         )
         with writer:
             yield writer

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import files
-from .arrays import StoredArray, read_group, write_group
+from .arrays import Source, StoredArray, read_group, write_group
 from .documents import taken_apart
 from .errors import IncompleteStage
 from .uri import check_uri
@@ -128,24 +128,27 @@ def write_curvature(uri: str, curvature: Curvature) -> list[str]:
     return files.list_files(uri)
 
 
-def read_curvature(uri: str) -> Curvature:
-    """Read a curvature store.
+def read_curvature(uri: str, source: Source = files.read_bytes) -> Curvature:
+    """Read a curvature store, whose files ``source`` reads.
 
     Raises:
         IncompleteStage: It is not there.
         CorruptStore: Its bytes are not what was written.
     """
     uri = check_uri(uri)
-    attrs = read_group(uri)
+    attrs = read_group(uri, source)
     if MARK not in attrs:
         raise IncompleteStage(f"{uri} was not written to its end; run the stage again")
     with taken_apart(f"{uri}/zarr.json"):
-        return _read(uri, attrs, attrs.pop(MARK))
+        return _read(uri, attrs, attrs.pop(MARK), source)
 
 
-def _read(uri: str, attrs: dict[str, Any], mark: Any) -> Curvature:
+def _read(uri: str, attrs: dict[str, Any], mark: Any, source: Source) -> Curvature:
+    def read(name: str) -> Any:
+        return StoredArray.open(uri, name, source).read()
+
     def side(k: int, block: dict[str, Any], name: str) -> Matrix | None:
-        return StoredArray.open(uri, f"block{k:04d}_{name}").read() if block[name] else None
+        return read(f"block{k:04d}_{name}") if block[name] else None
 
     return Curvature(
         blocks=tuple(
@@ -159,18 +162,18 @@ def _read(uri: str, attrs: dict[str, Any], mark: Any) -> Curvature:
             for k, block in enumerate(mark["blocks"])
         ),
         core=CoreBasis(
-            coordinates=StoredArray.open(uri, "core_coordinates").read(),
-            vectors=StoredArray.open(uri, "core_vectors").read(),
+            coordinates=read("core_coordinates"),
+            vectors=read("core_vectors"),
         )
         if mark.get("core")
         else None,
-        steps=StoredArray.open(uri, "steps").read(),
-        eigenvalues=StoredArray.open(uri, "eigenvalues").read(),
+        steps=read("steps"),
+        eigenvalues=read("eigenvalues"),
         attrs=attrs,
         metric=Metric(
-            scale=StoredArray.open(uri, "metric_scale").read(),
-            rate=StoredArray.open(uri, "metric_rate").read(),
-            decay=StoredArray.open(uri, "metric_decay").read() if mark["metric"]["decay"] else None,
+            scale=read("metric_scale"),
+            rate=read("metric_rate"),
+            decay=read("metric_decay") if mark["metric"]["decay"] else None,
         )
         if mark.get("metric")
         else None,

@@ -44,6 +44,8 @@ _HASH_BUFFER_BYTES = 8 << 20
 
 DOCUMENT_BYTES = 256 << 20
 """The largest document (``run.json``, a manifest, metadata) that is read."""
+FILE_BYTES = 4 << 30
+"""The largest file of a run that is read whole: a chunk has 2 GiB at most."""
 GIVEN_BYTES = 64 << 20
 """The largest file of settings or positions that is read for a user."""
 
@@ -227,27 +229,19 @@ def write_parts(uri: str, parts: Sequence[bytes | memoryview], *, sync: bool) ->
         fs.pipe_file(path, b"".join(parts))
 
 
-def read_bytes(uri: str, *, most: int | None = None) -> bytes:
+def read_bytes(uri: str, *, most: int = FILE_BYTES) -> bytes:
     """Return the contents of a file.
 
     Args:
         uri: The file.
-        most: Bytes that a local one may have; None: any number.
+        most: Bytes that a local one may have.
 
     Raises:
         FileNotFoundError: There is no such file.
         CorruptStore: It is no regular file (a pipe, a device), or larger than ``most``.
         StoreError: It cannot be read.
     """
-    if not is_local(uri):
-        fs, path = filesystem(uri)
-        with readable(uri):
-            return bytes(fs.cat_file(path))
-    with _open_to_read(uri) as file, readable(uri):
-        size = os.fstat(file.fileno()).st_size
-        if most is not None and size > most:
-            raise CorruptStore(f"{uri} has {size:,} bytes, at most {most:,} are read; restore the file")
-        return bytes(file.read())
+    return read_signed(uri, most=most)[0]
 
 
 def read_given(path: str, what: str, *, most: int = GIVEN_BYTES) -> bytes:
@@ -297,6 +291,74 @@ def open_regular(path: str) -> Any:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+Signature = tuple[int, int, int, int]
+"""Times of last change (content, status), size and inode of a local file: another one means it may be another file."""
+
+
+def signature(uri: str) -> Signature:
+    """Return what tells whether a local file was touched since.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    with readable(uri):
+        return _signature(os.stat(uri))
+
+
+def read_signed(uri: str, *, most: int = FILE_BYTES) -> tuple[bytes, Signature | None]:
+    """Return the contents of a file, and its signature where it is local; see `read_bytes`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CorruptStore: It is no regular file (a pipe, a device), or larger than ``most``.
+        StoreError: It cannot be read.
+    """
+    if not is_local(uri):
+        fs, path = filesystem(uri)
+        with readable(uri):
+            return bytes(fs.cat_file(path)), None
+    with _open_to_read(uri) as file, readable(uri):
+        known = os.fstat(file.fileno())
+        if known.st_size > most:
+            raise CorruptStore(
+                f"{uri} has {known.st_size:,} bytes, at most {most:,} are read; restore the file"
+            )
+        return bytes(file.read()), _signature(known)
+
+
+def etags(uri: str) -> dict[str, tuple[int, str | None]]:
+    """Return (size, tag of the version or None) of all files below a remote ``uri``, by relative path."""
+    fs, path = filesystem(uri)
+    root = path.rstrip("/") + "/"
+    with readable(uri):
+        found = fs.find(path, detail=True)
+    return {name.removeprefix(root): _tag(info) for name, info in found.items() if name.startswith(root)}
+
+
+def tagged(uri: str) -> tuple[int, str | None]:
+    """Return size and tag of the present version of a remote file; see `etags`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    fs, path = filesystem(uri)
+    with readable(uri):
+        return _tag(fs.info(path))
+
+
+def list_names(uri: str) -> list[str]:
+    """Return the names of the files in a local directory, none where it is not there.
+
+    Raises:
+        StoreError: It cannot be read: its files are not absent.
+    """
+    try:
+        with readable(uri), os.scandir(uri) as entries:
+            return [entry.name for entry in entries if not entry.is_dir()]
+    except FileNotFoundError:
+        return []
 
 
 def exists(uri: str) -> bool:
@@ -456,6 +518,15 @@ def flush_directories(root: str, paths: Sequence[str]) -> None:
             directory = parent(directory)
     for directory in sorted(seen, key=len, reverse=True):
         flush(directory)
+
+
+def _signature(found: os.stat_result) -> Signature:
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+
+def _tag(info: Any) -> tuple[int, str | None]:
+    tag = info.get("ETag") or info.get("etag")
+    return int(info.get("size") or 0), None if tag is None else str(tag).strip('"')
 
 
 def _open_to_read(uri: str) -> Any:

@@ -1,21 +1,25 @@
-"""Whether a run may be made at an address: only where nothing is that is not ours."""
+"""Whether a run may be made at an address, only where nothing is that is not ours; and what lies inside a run."""
 
 from __future__ import annotations
 
 import os
 
+from . import layout
 from .errors import StoreError
 from .files import PARTIAL, filesystem, readable
 from .uri import is_local, parent
 
-_HARMLESS = frozenset({"lost+found"})
+MARK = "hydra_pipe_run"
+"""Key of ``run.json`` by which a run is known; its value is the version of the layout."""
+_LOOK_BYTES = 1 << 20
+_HARMLESS = frozenset({"lost+found", *layout.BESIDE})
 
 
 def check_place(uri: str) -> None:
     """Refuse an address that holds something but no run: its files must never be mixed with ours.
 
     An empty directory is taken, and so is one with nothing but hidden files, ``lost+found`` (a fresh
-    volume) or leftovers of a run that was killed before its first write was complete.
+    volume), the lock of a command, or leftovers of a run that was killed before its first write was complete.
 
     Args:
         uri: A checked address without ``run.json``.
@@ -46,3 +50,21 @@ def check_place(uri: str) -> None:
             f"{uri} holds no run but {len(found)} other entries ({found[0]}{', …' if found[1:] else ''}); "
             "choose an empty or new directory with --out"
         )
+
+
+def run_around(path: str | os.PathLike[str]) -> str | None:
+    """Return the run inside which a local path lies, links followed; None: none.
+
+    Only our own files belong there: what else lies among results would be taken for one.
+    """
+    above = os.path.dirname(os.path.realpath(path))
+    while True:
+        try:
+            with open(os.path.join(above, layout.RUN_INFO), "rb") as file:
+                if MARK.encode() in file.read(_LOOK_BYTES):
+                    return above
+        except OSError:
+            pass
+        if above == os.path.dirname(above):
+            return None
+        above = os.path.dirname(above)

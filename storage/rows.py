@@ -16,7 +16,7 @@ import numpy.typing as npt
 import zarr
 
 from . import files
-from .arrays import StoredArray, read_group, write_group
+from .arrays import Source, StoredArray, read_group, write_group
 from .documents import plain, taken_apart
 from .errors import CorruptStore, IncompleteStage, StoreError
 from .uri import check_name, check_uri, join
@@ -59,8 +59,15 @@ class RowStore:
         attrs: What the creator noted, JSON-able.
     """
 
-    def __init__(self, uri: str, name: str, data: StoredArray, described: dict[str, Any]) -> None:
-        self.uri, self.name, self._data = uri, name, data
+    def __init__(
+        self,
+        uri: str,
+        name: str,
+        data: StoredArray,
+        described: dict[str, Any],
+        source: Source = files.read_bytes,
+    ) -> None:
+        self.uri, self.name, self._data, self._source = uri, name, data, source
         self.rows, self.columns = data.shape
         self.dtype, self.chunk_rows = str(data.dtype), data.chunk[0]
         # Column name -> whether its values were given in full at creation (else: written by block).
@@ -139,27 +146,34 @@ class RowStore:
         return cls.open(uri, name)
 
     @classmethod
-    def open(cls, uri: str, name: str) -> RowStore:
+    def open(cls, uri: str, name: str, source: Source = files.read_bytes) -> RowStore:
         """Open a store.
+
+        Args:
+            uri: Address of the group.
+            name: Name of the array.
+            source: What reads its files: `RunDirectory.vouched` where the store is committed.
 
         Raises:
             IncompleteStage: It is not there, or its creation was interrupted.
             CorruptStore: Its metadata cannot be read.
         """
-        described = read_group(uri := check_uri(uri))
+        described = read_group(uri := check_uri(uri), source)
         if MARK not in described:
             raise IncompleteStage(f"{uri} was not created to its end; run the stage that writes it again")
-        data = StoredArray.open(uri, name)
+        data = StoredArray.open(uri, name, source)
         with taken_apart(f"{uri}/zarr.json"):
-            return cls._described(uri, name, data, described)
+            return cls._described(uri, name, data, described, source)
 
     @classmethod
-    def _described(cls, uri: str, name: str, data: StoredArray, described: dict[str, Any]) -> RowStore:
+    def _described(
+        cls, uri: str, name: str, data: StoredArray, described: dict[str, Any], source: Source
+    ) -> RowStore:
         if len(data.shape) != 2 or not isinstance(described[MARK], dict) or "columns" not in described[MARK]:
             raise CorruptStore(
                 f"{uri}: {name} is no (rows, columns) store; run the stage that writes it again"
             )
-        return cls(uri, name, data, described)
+        return cls(uri, name, data, described, source)
 
     @property
     def array(self) -> zarr.Array[Any]:
@@ -252,7 +266,7 @@ class RowStore:
             known = ", ".join(self._given) or "none"
             raise StoreError(f"{self.uri} has no column {name!r}; it has {known}")
         if name not in self._column_arrays:
-            self._column_arrays[name] = StoredArray.open(self.uri, name)
+            self._column_arrays[name] = StoredArray.open(self.uri, name, self._source)
         return self._column_arrays[name]
 
     def _refuse_other(

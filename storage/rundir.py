@@ -7,53 +7,23 @@ written last, after every data file it names has been flushed and hashed. Reader
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import files as disk
 from . import layout
-from .documents import dump, load
-from .errors import CorruptStore, IncompleteStage, RunNotFound, SpecError, StoreError
-from .typed import from_json
-from .uri import check_name, check_uri, is_local, join
+from .documents import dump, load, plain
+from .errors import CorruptStore, IncompleteStage, RunNotFound, StoreError
+from .ledger import THREADS, Ledger, Reading
+from .lock import check_writable
+from .manifest import FileEntry, Manifest, parse
+from .place import MARK
+from .uri import check_uri, is_local, join
+
+__all__ = ["FORMAT", "MARK", "FileEntry", "Manifest", "RunDirectory"]
 
 FORMAT = 1
 """Version of the layout; ``run.json`` carries it under `MARK`."""
-MARK = "hydra_pipe_run"
-_THREADS = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileEntry:
-    """One file a manifest vouches for.
-
-    Attributes:
-        path: Relative to the run, ``/``-separated.
-        bytes: Its size.
-        sha256: Its digest, hex.
-    """
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What one finished unit of work left behind.
-
-    Attributes:
-        stage: Such as ``record`` or ``hydra/replay``.
-        unit: Name of the unit inside the stage.
-        files: The files, sorted by path.
-        values: Numbers the unit reported, JSON-able.
-    """
-
-    stage: str
-    unit: str
-    files: tuple[FileEntry, ...]
-    values: Mapping[str, Any]
 
 
 class RunDirectory:
@@ -61,10 +31,13 @@ class RunDirectory:
 
     Attributes:
         uri: The checked address.
+        ledger: What its manifests vouch for.
     """
 
-    def __init__(self, uri: str | os.PathLike[str]) -> None:
+    def __init__(self, uri: str | os.PathLike[str], *, digests: bool = True) -> None:
+        """Name a directory; with ``digests`` off, files that are read are compared by size alone."""
         self.uri = check_uri(uri)
+        self.ledger = Ledger(self.uri, digests=digests)
 
     def path(self, *parts: str) -> str:
         """Return the address of something inside the run."""
@@ -72,7 +45,11 @@ class RunDirectory:
 
     def of_seed(self, seed: int) -> RunDirectory:
         """Return the run directory inside this one that holds the same run with another seed."""
-        return RunDirectory(self.path(layout.of_seed(seed)))
+        return RunDirectory(self.path(layout.of_seed(seed)), digests=self.ledger.digests)
+
+    def vouched(self, uri: str) -> bytes:
+        """Return the contents of a file of the run at an address, as its manifest says; see `Ledger.read_bytes`."""
+        return self.ledger.read_bytes(uri)
 
     def exists(self) -> bool:
         """Return whether there is a run here, that is, a ``run.json``."""
@@ -94,15 +71,33 @@ class RunDirectory:
             )
         return info
 
-    def write(self, info: Mapping[str, Any]) -> None:
-        """Replace ``run.json`` atomically.
+    def update(self, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+        """Change ``run.json``: it is read, changed and replaced at once, and only where the change makes it another.
+
+        Nothing else writes it, so that what one command noted is never lost to what another had read before.
 
         Args:
-            info: JSON-able; numpy scalars are converted, non-finite numbers become null.
-        """
-        disk.write_bytes(self.path(layout.RUN_INFO), dump({MARK: FORMAT, **info}))
+            change: From what it says now (nothing, where there is none) to what it shall say. JSON-able; numpy scalars
+                are converted, non-finite numbers become null.
 
-    def commit(self, stage: str, unit: str, files: Sequence[str], values: Mapping[str, Any]) -> Manifest:
+        Raises:
+            RunLost: Another command has taken the run over.
+        """
+        check_writable(self.uri)
+        there = self.exists()
+        before = self.read() if there else {}
+        after = change(dict(before))
+        if not there or plain(after) != before:
+            disk.write_bytes(self.path(layout.RUN_INFO), dump({MARK: FORMAT, **after}, seal=True))
+
+    def commit(
+        self,
+        stage: str,
+        unit: str,
+        files: Sequence[str],
+        values: Mapping[str, Any],
+        reading: Reading | None = None,
+    ) -> Manifest:
         """Flush and hash the files of a finished unit, then write its manifest.
 
         Args:
@@ -110,6 +105,7 @@ class RunDirectory:
             unit: Name inside the stage.
             files: Paths of its files, relative to the run.
             values: JSON-able numbers about the unit.
+            reading: What it was made from; None: from nothing in the run.
 
         Returns:
             The manifest as it will be read back.
@@ -117,31 +113,32 @@ class RunDirectory:
         Raises:
             IncompleteStage: A named file is missing; nothing is committed.
             StorageFull: No space for the manifest; the unit counts as not done.
+            RunLost: Another command has taken the run over; nothing is committed.
         """
+        check_writable(self.uri)
         target = self.manifest_path(stage, unit)
         names = sorted(set(files))
-        entries = disk.in_threads(self._entry, names, _THREADS)
+        entries = tuple(disk.in_threads(self._entry, names, THREADS))
         if is_local(self.uri):
             with disk.full_disk_guard(self.uri):
                 disk.flush_directories(self.uri, [self.path(name) for name in names])
-        body = {"stage": stage, "unit": unit, "files": [asdict(e) for e in entries], "values": dict(values)}
-        data = dump(body, seal=True)
+        inputs = {} if reading is None else self.ledger.inputs(reading)
+        made = Manifest(stage=stage, unit=unit, files=entries, values=dict(values), inputs=inputs)
+        data = dump(made.document(), seal=True)
+        written = parse(data, target, stage, unit)  # what no reader would take is not written
         disk.write_bytes(target, data)
         if is_local(self.uri):
             disk.flush_directories(self.uri, [target])
-        return self._parse(target, data)
+        self.ledger.forget(stage)
+        return written
 
     def manifest(self, stage: str, unit: str) -> Manifest | None:
         """Return the manifest of a unit, None if it is not done.
 
         Raises:
-            CorruptStore: The manifest itself is damaged.
+            CorruptStore: The manifest is damaged, or that of another unit.
         """
-        target = self.manifest_path(stage, unit)
-        try:
-            return self._parse(target, disk.read_bytes(target, most=disk.DOCUMENT_BYTES))
-        except FileNotFoundError:
-            return None
+        return self.ledger.manifest(stage, unit)
 
     def manifests(self, stage: str) -> list[Manifest]:
         """Return the manifests of all finished units of a stage, sorted by unit."""
@@ -153,40 +150,34 @@ class RunDirectory:
         names = disk.list_files(self.path(layout.MANIFESTS))
         return sorted({name.rsplit("/", 1)[0] for name in names if name.endswith(".json") and "/" in name})
 
-    def check(self, manifest: Manifest, *, digests: bool) -> list[str]:
+    def check(self, manifest: Manifest, *, digests: bool, recall: bool = False) -> list[str]:
         """Compare the files on disk with a manifest.
 
         Args:
             manifest: What they should be.
-            digests: Whether to read and hash every file, or only to look at sizes.
+            digests: Whether to compare contents, or only sizes.
+            recall: Whether files need not be read that this process has read since they changed, or that
+                an object store calls by the name it gave what was committed.
 
         Returns:
             One line a problem; empty when all is well.
         """
 
         def problem(entry: FileEntry) -> str | None:
-            uri = self.path(entry.path)
-            try:
-                sha256, size = disk.digest(uri) if digests else (entry.sha256, disk.size_of(uri))
-            except FileNotFoundError:
-                return f"{entry.path}: missing"
-            except StoreError as error:
-                return f"{entry.path}: cannot be read ({error})"
-            if size != entry.bytes:
-                return f"{entry.path}: {size} bytes, the manifest says {entry.bytes}"
-            if sha256 != entry.sha256:
-                return f"{entry.path}: sha256 {sha256}, the manifest says {entry.sha256}"
-            return None
+            found = self.ledger.compare(entry, digest=digests, recall=recall)
+            return f"{entry.path}: {found}" if found else None
 
-        found = disk.in_threads(problem, manifest.files, _THREADS)
+        found = disk.in_threads(problem, manifest.files, THREADS)
         return [line for line in found if line is not None]
 
     def drop(self, stage: str, unit: str | None = None) -> None:
         """Remove the manifest of a unit, or of every unit of a stage: it counts as not done again."""
+        check_writable(self.uri)
         names = self.units(stage) if unit is None else [unit]
         for name in names:
             disk.remove(self.manifest_path(stage, name))
-        folder = self._stage_path(stage)
+        self.ledger.forget(stage)
+        folder = self.ledger.folder(stage)
         # Flushed, or a power cut could bring back a manifest whose files have been written anew since.
         if names and is_local(self.uri) and disk.exists(folder):
             disk.flush(folder)
@@ -208,7 +199,8 @@ class RunDirectory:
         return sorted(found)
 
     def clear_litter(self) -> list[str]:
-        """Remove `litter` and return what was removed. Only while nobody writes to the run."""
+        """Remove `litter` and return what was removed. Only while nobody else writes to the run."""
+        check_writable(self.uri)
         found = self.litter()
         for name in found:
             disk.remove(self.path(name), recursive=True)
@@ -217,11 +209,12 @@ class RunDirectory:
     def delete_results(self) -> None:
         """Remove a run: its manifests first, then its results and litter, ``run.json`` last.
 
-        What this package did not make stays.
+        What this package did not make stays, and so do the lock of who does this and the log.
 
         Raises:
             StoreError: The directory holds no ``run.json`` of ours.
         """
+        check_writable(self.uri)
         try:
             ours = MARK in self._read_marked()
         except (RunNotFound, CorruptStore):
@@ -259,34 +252,19 @@ class RunDirectory:
             ) from error
 
     def _entry(self, name: str) -> FileEntry:
+        uri, tag = self.path(name), None
         try:
-            sha256, size = disk.digest(self.path(name), sync=True)
+            if not is_local(uri):  # before it is read: a later version has another tag
+                tag = disk.tagged(uri)[1]
+            sha256, size = disk.digest(uri, sync=True)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise IncompleteStage(
-                f"{self.path(name)} is missing and cannot be committed; run the stage again"
-            ) from error
-        return FileEntry(path=name, bytes=size, sha256=sha256)
+            raise IncompleteStage(f"{uri} is missing and cannot be committed; run the stage again") from error
+        return FileEntry(path=name, bytes=size, sha256=sha256, etag=tag)
 
     def manifest_path(self, stage: str, unit: str) -> str:
         """Return where the manifest of a unit lies, once it is done."""
-        return join(self._stage_path(stage), f"{check_name(unit, 'unit')}.json")
-
-    def _stage_path(self, stage: str) -> str:
-        return self.path(layout.MANIFESTS, *(check_name(part, "stage") for part in stage.split("/")))
+        return self.ledger.address(stage, unit)
 
     def units(self, stage: str) -> list[str]:
         """Return the names of the finished units of a stage, sorted; manifests are not read."""
-        names = disk.list_files(self._stage_path(stage))
-        return [name.removesuffix(".json") for name in names if "/" not in name and name.endswith(".json")]
-
-    def _parse(self, target: str, data: bytes) -> Manifest:
-        body = load(data, target)
-        try:
-            manifest = from_json(Manifest, body, target)
-            for entry in manifest.files:
-                self.path(entry.path)  # a path that leaves the run is refused here
-        except SpecError as error:
-            raise CorruptStore(
-                f"{target} is no manifest ({error}); remove it and run the stage again"
-            ) from error
-        return manifest
+        return self.ledger.units(stage)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -9,19 +11,21 @@ from . import files
 from .errors import CorruptStore
 
 
-def read_table(uri: str, schema: pa.Schema | None = None, data: bytes | None = None) -> pa.Table:
+def read_table(
+    uri: str, schema: pa.Schema | None = None, *, source: Callable[[str], bytes] = files.read_bytes
+) -> pa.Table:
     """Return the rows of one Parquet file.
 
     Args:
         uri: The file.
         schema: What it must hold; None: whatever it holds.
-        data: Its bytes, where they were read already.
+        source: What reads it: `RunDirectory.vouched` where it is committed.
 
     Raises:
         CorruptStore: It is missing or damaged, or its columns are others.
     """
     try:
-        content = files.read_bytes(uri) if data is None else data
+        content = source(uri)
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
         return table if schema is None else table.select(schema.names).cast(schema)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError) as error:

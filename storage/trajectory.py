@@ -6,15 +6,16 @@ checkpoints, n digests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import StoredArray, read_group
+from .arrays import Source, StoredArray, read_group
 from .documents import taken_apart
 from .errors import IncompleteStage
+from .files import read_bytes
 from .trajectory_format import MARK, MOMENTS, NOISE, PER_STEP, SOMETIMES, ParameterEntry, parameter_entry
 from .trajectory_writer import TrajectoryWriter
 from .uri import check_uri
@@ -78,6 +79,7 @@ class Trajectory:
             taken. None: not clipped.
         clip_factor: (T,) float64, what it was multiplied with.
         active: (T, P) bool: which parameters had a gradient in the batch's step. None: all.
+        source: What reads the files of its checkpoints and visits.
     """
 
     uri: str
@@ -105,6 +107,7 @@ class Trajectory:
     clip_norm: npt.NDArray[np.float64] | None = None
     clip_factor: npt.NDArray[np.float64] | None = None
     active: npt.NDArray[np.bool_] | None = None
+    source: Source = field(default=read_bytes, repr=False, compare=False)
 
     @property
     def optimizer(self) -> dict[str, Any]:
@@ -133,7 +136,7 @@ class Trajectory:
         k %= count
 
         def row(name: str) -> npt.NDArray[Any]:
-            stored = StoredArray.open(self.uri, f"checkpoint/{name}").read(k, k + 1)
+            stored = StoredArray.open(self.uri, f"checkpoint/{name}", self.source).read(k, k + 1)
             return stored.reshape(-1)
 
         return Checkpoint(
@@ -153,21 +156,22 @@ class Trajectory:
         Raises:
             CorruptStore: Their bytes are not what was written.
         """
-        return read_visits(self.uri)
+        return read_visits(self.uri, self.source)
 
 
-def open_trajectory(uri: str) -> Trajectory:
+def open_trajectory(uri: str, source: Source = read_bytes) -> Trajectory:
     """Read a trajectory.
 
     Args:
         uri: Address of ``trajectory.zarr``.
+        source: What reads its files: `RunDirectory.vouched` where it is that of a run.
 
     Raises:
         IncompleteStage: It is not there, or was not finished.
         CorruptStore: It is damaged.
     """
     uri = check_uri(uri)
-    attrs = read_group(uri)
+    attrs = read_group(uri, source)
     if MARK not in attrs:
         raise IncompleteStage(f"{uri} was not recorded to its end; run `hydra-pipe record` again")
     mark = attrs.pop(MARK)
@@ -177,10 +181,11 @@ def open_trajectory(uri: str) -> Trajectory:
         sometimes = [name for name in SOMETIMES if name in mark.get("sometimes", ())]
 
     def read(name: str) -> Any:
-        return StoredArray.open(uri, name).read()
+        return StoredArray.open(uri, name, source).read()
 
     return Trajectory(
         uri=uri,
+        source=source,
         **{name: read(name) for name in (*PER_STEP, *sometimes)},
         digest_step=read("digest_step"),
         digest=read("digest"),

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import StoredArray, read_group
+from .arrays import Source, StoredArray, read_group
 from .documents import taken_apart
 from .errors import CorruptStore
+from .files import read_bytes
 from .trajectory_format import MARK
 
 Floats = npt.NDArray[np.float32]
@@ -119,24 +120,26 @@ class VisitsWriter:
         return [name for name in FORMS if name in self._arrays]
 
 
-def read_visits(uri: str) -> Visits | None:
+def read_visits(uri: str, source: Source = read_bytes) -> Visits | None:
     """Read the visits of a trajectory; None where it was recorded without.
 
     Args:
         uri: Address of ``trajectory.zarr``.
+        source: What reads its files.
 
     Raises:
         IncompleteStage: There is no trajectory.
         CorruptStore: It is damaged.
     """
     with taken_apart(f"{uri}/zarr.json"):
-        mark = read_group(uri).get(MARK, {}).get("visits")
+        mark = read_group(uri, source).get(MARK, {}).get("visits")
         if mark is None:
             return None
         names: Sequence[str] = [str(name) for name in mark["arrays"]]
         loss_dtype = str(mark["loss_dtype"])
     found = {
-        name: StoredArray.open(uri, f"visits/{name}").read() if name in names else None for name in FORMS
+        name: StoredArray.open(uri, f"visits/{name}", source).read() if name in names else None
+        for name in FORMS
     }
     if found["loss"] is None:
         raise CorruptStore(f"{uri}/zarr.json is damaged (visits without losses); run the stage again")

@@ -356,6 +356,8 @@ def test_the_public_face():
         "HydraCallback",
         "HydraError",
         "InitialState",
+        "LightningCallback",
+        "LightningRecipe",
         "Questions",
         "Recipe",
         "Recording",

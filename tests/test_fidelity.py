@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 
 import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
 
 from benchmarks import fidelity
+from benchmarks.__main__ import main
+from benchmarks.clothes_lenet import ClothesConstant, ClothesCosine
 from benchmarks.digits_mlp import DigitsAdamWClipped, DigitsMLP
+from benchmarks.small_transformer import SmallTransformer
 
 MAKE_DIAL = Path(__file__).parents[1] / "docs" / "images" / "make_dial.py"
 
@@ -61,20 +68,71 @@ def test_the_dial_is_read_from_the_result_and_drawn(tmp_path):
         assert all(low <= score <= high for _, score, low, high in rows)
 
 
+def test_the_less_smooth_tasks_are_the_ones_described():
+    for kind, name in ((ClothesCosine, "clothes-cosine"), (ClothesConstant, "clothes-constant")):
+        recipe = kind()
+        assert (recipe.name, recipe.train_size, recipe.test_size) == (name, 3200, 64)
+        assert recipe.epochs * -(-recipe.train_size // recipe.batch_size) == 200
+        assert (recipe.lr, recipe.momentum, recipe.label_noise) == (0.02, 0.9, 0.1)
+        assert kind(train_size=64).arguments()["train_size"] == 64
+    optimizer = ClothesCosine().optimizer(nn.Linear(1, 1))
+    scheduler = ClothesCosine().scheduler(optimizer)
+    for _step in range(200):
+        optimizer.step()
+        scheduler.step()
+    assert abs(optimizer.param_groups[0]["lr"]) < 1e-9
+
+
+def test_the_language_model_foretells_characters():
+    recipe = SmallTransformer(train_size=8, test_size=4)
+    model, (text, follows) = recipe.model(), recipe.train_dataset().tensors
+    assert sum(p.numel() for p in model.parameters()) == 29795
+    assert text.shape == follows.shape == (8, 64)
+    assert torch.equal(text[:, 1:], follows[:, :-1])
+    assert recipe.losses(model, (text, follows)).shape == (8,)
+    other = text.clone()
+    other[:, 40:] = 0
+    torch.testing.assert_close(model(text)[:, :40], model(other)[:, :40])  # it does not see what comes later
+    rows = {tuple(row.tolist()) for row in text}
+    assert not rows & {tuple(row.tolist()) for row in recipe.test_dataset().tensors[0]}
+
+
 def test_it_runs(tmp_path):
     tiny = {"hessians": ("none", "exact"), "train_size": 60, "test_size": 8, "epochs": 2}
     tiny |= {"ranks": (), "subsets": 4, "fractions": (0.5, 0.9)}
     tiny |= {
+        "tasks": ("digits", "adamw"),
         "adamw_hessians": ("ekfac", "exact"),
         "adamw_seeds": (0,),
         "adamw_ranks": (),
         "adamw_subsets": 4,
         "adamw_test_size": 8,
     }
-    result = fidelity.run({**fidelity.SIZES, **tiny}, tmp_path)
-    scores = [line for line in result.lines if line.unit == "LDS"]
+    digits, adamw = fidelity.run({**fidelity.SIZES, **tiny}, tmp_path)
+    assert (digits.name, adamw.name) == ("fidelity", "fidelity_adamw")
+    scores = [line for line in digits.lines + adamw.lines if line.unit == "LDS"]
     assert [line.what for line in scores][:2] == ["hydra, 50% kept", "hydra-exact, 50% kept"]
     assert [line.what for line in scores][-1] == "AdamW, clipped, seed 0: hydra-exact, 90% kept"
     assert len(scores) == 12
     assert scores[-1].value > 0.5
     assert all(line.met is None for line in scores)  # goals are those of the full sizes
+
+
+def test_a_benchmark_that_keeps_its_data_goes_on(tmp_path):
+    """The second time nothing is trained, and the figures are the same."""
+    words = ["fidelity", "--results", str(tmp_path / "results"), "--keep", str(tmp_path / "kept")]
+    tiny = {"tasks": ("transformer",), "transformer_hessians": ("none",), "transformer_ranks": ()}
+    tiny |= {"transformer_train_size": 48, "transformer_test_size": 4}
+    tiny |= {"less_smooth_subsets": 3, "less_smooth_fractions": (0.5,)}
+    for key, value in tiny.items():
+        words += ["--size", f"{key}={value!r}"]
+    found = []
+    for _turn in range(2):
+        main(words, Console(file=io.StringIO()))
+        lines = json.loads((tmp_path / "results" / "fidelity_transformer.json").read_text())["lines"]
+        found.append([line["value"] for line in lines if line["what"] != "one retraining"])
+        made = sorted((tmp_path / "kept" / "fidelity" / "small-transformer").rglob("*.parquet"))
+        times = [path.stat().st_mtime_ns for path in made if "/retrain/" in str(path)]
+        found.append(times)
+    assert found[:2] == found[2:]
+    assert len(found[1]) == 4

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ...storage.errors import CorruptStore, InputError, StoreError
 from ...storage.files import staged
+from ...storage.place import run_around
 
 if TYPE_CHECKING:
     from ..reading.reader import Reader
@@ -101,7 +102,7 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool) -> tuple[Pa
     """Return the path of a file to be written and its kind, ``csv`` or ``parquet``.
 
     Raises:
-        InputError: The file's kind is unknown, its directory is missing, or it exists.
+        InputError: The file's kind is unknown, its directory is missing, it lies inside a run, or it exists.
     """
     path = Path(os.path.expanduser(target))
     kind = path.suffix.lower().removeprefix(".")
@@ -114,6 +115,11 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool) -> tuple[Pa
     if path.is_dir() or not path.parent.is_dir():
         what = "is a directory" if path.is_dir() else f"directory {path.parent} does not exist"
         raise InputError(f"cannot export to {path}: {what}; name a file in a directory that exists")
+    if (inside := run_around(path)) is not None:
+        raise InputError(
+            f"cannot export to {path}: it lies inside the run {inside}, which holds its own files alone; "
+            "name a file outside of it"
+        )
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; choose another name, or replace it with --overwrite")
     return path, kind

@@ -20,7 +20,7 @@ def zero_warning(directory: RunDirectory, method: str) -> str | None:
         method: The estimator.
     """
     columns = ["contribution", "contribution_std"]
-    for batch in dataset(directory.uri, "samples", method).to_batches(columns=columns):
+    for batch in dataset(directory, "samples", method).to_batches(columns=columns):
         if any(np.any(batch[name].to_numpy(zero_copy_only=False) != 0) for name in columns):
             return None
     return f"all contributions of {method} are zero: {_reason(directory)}"
@@ -29,10 +29,10 @@ def zero_warning(directory: RunDirectory, method: str) -> str | None:
 def _reason(directory: RunDirectory) -> str:
     """Return the first cause that the run's own files show."""
     try:
-        trajectory = open_trajectory(directory.path(layout.TRAJECTORY))
+        trajectory = open_trajectory(directory.path(layout.TRAJECTORY), directory.vouched)
         if not np.any(trajectory.learning_rate):
             return "the learning rate is 0 at every step; set one in optimizer()"
-        gradients = RowStore.open(directory.path(layout.TEST_GRADIENTS), "gradient")
+        gradients = RowStore.open(directory.path(layout.TEST_GRADIENTS), "gradient", directory.vouched)
         if not _any(gradients):
             return (
                 "the test losses do not depend on the weights (every test gradient is zero); check what losses() "

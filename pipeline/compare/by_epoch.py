@@ -15,13 +15,14 @@ from typing import Any
 from ...storage import layout
 from ...storage.documents import dump, load
 from ...storage.errors import DoesNotFit, IncompleteStage, SpecError, SpecMismatch
-from ...storage.files import read_bytes, remove, write_bytes
+from ...storage.files import remove, write_bytes
 from ...workers.determinism import restored_process
 from ...workers.estimators import make
 from ...workers.estimators.influence_after import INFLUENCE
 from ...workers.recipe import Recipe
 from ..drive.gradients import RECORDED
 from ..drive.stages import Session, Stage, Stages, run_stages, units_of
+from ..drive.writing import writing
 from ..executors.base import Unit
 from ..executors.events import Observer, null
 from ..executors.ray import make_executor
@@ -114,28 +115,36 @@ def by_epoch(
     """
     with restored_process():
         found = run if isinstance(run, Reader) else open_reader(run)
-        spec = stored_spec(found, recipe, placement, command="compare")
-        refuse_unsupported(spec)
-        surveyed = survey(spec, trial=False)
-        place(spec, surveyed)
-        _check_same(found, surveyed)
-        check_recipe(found.uri, found.noted, surveyed.made_of, observer or null)
-        executor = make_executor(spec)
-        session = Session(
-            spec=spec,
-            surveyed=surveyed,
-            directory=found.directory,
-            executor=executor,
-            observer=observer or null,
-        )
-        try:
-            session.require(RECORDED)
-            asked = _asked(found, surveyed, course)
-            session.directory.clear_litter()
-            run_stages(session, _stages(session, asked))
-            return _measured(found, asked)
-        finally:
-            executor.close()
+        waits = bool(placement.get("wait"))
+        with writing(found.directory, observer or null, command="compare --every", wait=waits) as told:
+            return _followed(open_reader(found.uri), course, recipe, told, placement)
+
+
+def _followed(
+    found: Reader,
+    course: Course,
+    recipe: Recipe | str | None,
+    observer: Observer,
+    placement: Mapping[str, object],
+) -> dict[str, object]:
+    spec = stored_spec(found, recipe, placement, command="compare")
+    refuse_unsupported(spec)
+    surveyed = survey(spec, trial=False)
+    place(spec, surveyed)
+    _check_same(found, surveyed)
+    check_recipe(found.uri, found.noted, surveyed.made_of, observer)
+    executor = make_executor(spec)
+    session = Session(
+        spec=spec, surveyed=surveyed, directory=found.directory, executor=executor, observer=observer
+    )
+    try:
+        session.require(RECORDED)
+        asked = _asked(found, surveyed, course)
+        session.directory.clear_litter()
+        run_stages(session, _stages(session, asked))
+        return _measured(found, asked)
+    finally:
+        executor.close()
 
 
 def _check_same(run: Reader, surveyed: Survey) -> None:
@@ -319,6 +328,7 @@ def samples_that_fit(surveyed: Survey, itemsize: int, forms: FollowedForms, budg
 def _measured(run: Reader, asked: _Asked) -> dict[str, Any]:
     """Measure what was followed, and commit that."""
     directory = run.directory
+    reading = directory.ledger.remember()
     seconds = {
         stage: sum(unit.seconds or 0.0 for unit in all_values(ByEpochValues, directory, stage))
         for stage in (asked.replays, *map(by_epoch_stage, asked.forms.influence))
@@ -326,7 +336,7 @@ def _measured(run: Reader, asked: _Asked) -> dict[str, Any]:
     found = measure(run, asked.forms, seconds=seconds)
     directory.drop(BY_EPOCH_SCORES)
     write_bytes(directory.path(layout.BY_EPOCH_SUMMARY), dump(found))
-    directory.commit(BY_EPOCH_SCORES, SUMMARY, [layout.BY_EPOCH_SUMMARY], {})
+    directory.commit(BY_EPOCH_SCORES, SUMMARY, [layout.BY_EPOCH_SUMMARY], {}, reading)
     return found
 
 
@@ -341,4 +351,4 @@ def read_by_epoch(run: Reader) -> dict[str, Any]:
             f"{run.uri} was not compared over training yet; run `hydra-pipe compare {run.uri} --every 1`"
         )
     address = run.directory.path(layout.BY_EPOCH_SUMMARY)
-    return load(read_bytes(address), address)
+    return load(run.directory.vouched(address), address)

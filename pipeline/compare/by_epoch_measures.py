@@ -181,7 +181,8 @@ class _Look:
     def _read(self, table: str, parts: Sequence[tuple[str, str]]) -> pa.Table:
         directory = self.run.directory
         return pa.concat_tables(
-            read_table(directory.path(layout.by_epoch(part, table, unit))) for part, unit in parts
+            read_table(directory.path(layout.by_epoch(part, table, unit)), source=directory.vouched)
+            for part, unit in parts
         )
 
     @staticmethod

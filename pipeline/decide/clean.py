@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +23,13 @@ from ...storage.contributions import write_table
 from ...storage.documents import dump
 from ...storage.errors import SpecError, SpecMismatch
 from ...storage.files import read_bytes, remove, write_bytes
+from ...storage.ledger import Reading
 from ...storage.schemas import DECISION
 from ...storage.typed import to_json
 from ...storage.uri import check_name
 from ...workers.determinism import restored_process
 from ...workers.recipe import Recipe
+from ..drive.writing import writing
 from ..executors.events import Note, Observer, null
 from ..reading.decisions import (
     DOWNWEIGHT,
@@ -120,12 +123,15 @@ def clean(
         IncompleteStage: There is no detection (of that name).
         SpecMismatch: The detection was made for other labels, the recipe is another, or another decision has the name.
     """
-    hears = observer or null
     rule = the_rule(drop, relabel, downweight)
     if list is not None and detection is not None:
         raise SpecError("--detection and --list both say what to decide upon; give one")
-    with restored_process():
+    waits = bool(overrides.get("wait"))
+    with restored_process(), ExitStack() as stack:
         found = run if isinstance(run, Reader) else open_reader(run)
+        hears = stack.enter_context(writing(found.directory, observer or null, command=CLEAN, wait=waits))
+        found = open_reader(found.uri)
+        reading = found.directory.ledger.remember()
         chosen = None
         if list is None:
             chosen = choose_detection(found, detection, lambda text: hears(Note(message=text)))
@@ -134,7 +140,7 @@ def clean(
         suspects = listed(list, data.given, "--list") if chosen is None else detected(chosen, data.given)  # type: ignore[arg-type]
         ruling = apply_rule(rule, suspects)
         arms = comparison(found, suspects, ruling, rule.kind, papers_reading) if retrain else None
-        decision = _decide(found, data, suspects, rule, ruling, name, overwrite)
+        decision = _decide(found, data, suspects, rule, ruling, name, overwrite, reading)
         outcome = None
         if arms is not None and data.surveyed is not None and data.spec is not None:
             asked = Retraining(
@@ -192,7 +198,14 @@ def default_name(suspects: Suspects, rule: Rule, ruling: Ruling) -> str:
 
 
 def _decide(
-    run: Reader, data: Data, suspects: Suspects, rule: Rule, ruling: Ruling, name: str | None, overwrite: bool
+    run: Reader,
+    data: Data,
+    suspects: Suspects,
+    rule: Rule,
+    ruling: Ruling,
+    name: str | None,
+    overwrite: bool,
+    reading: Reading,
 ) -> Decision:
     """Write a decision, unless it is there."""
     name = check_name(name or default_name(suspects, rule, ruling), "decision")
@@ -210,7 +223,7 @@ def _decide(
             )
         if there.values.sha256[layout.DECISION_CSV] == _sha(files[layout.DECISION_CSV]):
             return there
-    _write(run, name, table, files, values)
+    _write(run, name, table, files, values, reading)
     return read_decision(run, name)
 
 
@@ -322,7 +335,14 @@ def _who_judges(
     )
 
 
-def _write(run: Reader, name: str, table: pa.Table, files: dict[str, bytes], values: DecisionValues) -> None:
+def _write(
+    run: Reader,
+    name: str,
+    table: pa.Table,
+    files: dict[str, bytes],
+    values: DecisionValues,
+    reading: Reading,
+) -> None:
     """Write the files of a decision, its manifest last, and commit them."""
     directory = run.directory
     directory.drop(CLEAN, name)
@@ -338,7 +358,7 @@ def _write(run: Reader, name: str, table: pa.Table, files: dict[str, bytes], val
     document = to_json(values)
     write_bytes(directory.path(layout.decision(name, layout.DECISION_MANIFEST)), dump(document, seal=True))
     written = [*files, layout.DECISION_TABLE, layout.DECISION_MANIFEST]
-    directory.commit(CLEAN, name, [layout.decision(name, file) for file in written], document)
+    directory.commit(CLEAN, name, [layout.decision(name, file) for file in written], document, reading)
 
 
 def _digests(files: dict[str, bytes]) -> dict[str, str]:

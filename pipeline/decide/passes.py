@@ -147,7 +147,9 @@ class Passes:
 
         if not self._done(TRAINING_OUTPUTS):
             self._pass_outputs()
-        store = RowStore.open(self.run.directory.path(layout.TRAINING_OUTPUTS), FEATURE)
+        store = RowStore.open(
+            self.run.directory.path(layout.TRAINING_OUTPUTS), FEATURE, self.run.directory.vouched
+        )
         return Outputs(
             train_index=store.column("train_index").astype(np.int64),
             label=store.column("label").astype(np.int64),
@@ -362,7 +364,7 @@ class Passes:
                     attrs={"pass": part, "n_train": begun.surveyed.n_train},
                 )
                 self._do(begun, stage, store, work, rows)
-        return RowStore.open(self.run.directory.path(base), VALUE)
+        return RowStore.open(self.run.directory.path(base), VALUE, self.run.directory.vouched)
 
     def _do(self, begun: _Begun, stage: str, store: StoreOf, work: Any, rows: int) -> None:
         runner = Runner(directory=RunDirectory(self.run.uri), executor=begun.executor, observer=self.observer)

@@ -32,7 +32,7 @@ from ..reading.outcomes import ArmOutcome, Outcome, Spread
 from ..reading.reader import Reader
 from ..spec.spec import RunSpec
 from ..units.retrain_cleaned import CleanedWork, Treatment, seeds_of, test_losses_of
-from ..vocabulary import CLEAN_OUTCOME, CLEAN_RETRAIN, Way
+from ..vocabulary import CLEAN, CLEAN_OUTCOME, CLEAN_RETRAIN, Way
 from .arms import BEFORE, RANDOM, Comparison
 
 Floats = npt.NDArray[np.float64]
@@ -143,6 +143,9 @@ def retrain(asked: Retraining, observer: Observer) -> Outcome:
 
 def _summed(asked: Retraining, treatments: Sequence[tuple[str, int, Treatment]]) -> Outcome:
     directory, values = asked.run.directory, asked.decision.values
+    reading = directory.ledger.remember()
+    decided = directory.manifest(CLEAN, asked.decision.name)
+    directory.ledger.use([] if decided is None else [decided])
     judging = None if values.judging is None else np.asarray(values.judging)
     measured: dict[str, tuple[float, float]] = {}
     for _, _, treatment in treatments:
@@ -175,7 +178,7 @@ def _summed(asked: Retraining, treatments: Sequence[tuple[str, int, Treatment]])
     directory.drop(CLEAN_OUTCOME, name)
     write_table(directory.path(files[0]), table.cast(RETRAINED), RETRAINED)
     write_bytes(directory.path(files[1]), dump(to_json(outcome), seal=True))
-    directory.commit(CLEAN_OUTCOME, name, files, {})
+    directory.commit(CLEAN_OUTCOME, name, files, {}, reading)
     return outcome
 
 

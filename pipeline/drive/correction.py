@@ -56,7 +56,9 @@ def correction(session: Session, plan: Plan) -> Stages:
         needs=[TESTED],
         closing=False,
     )
-    found = RowStore.open(directory.path(layout.corrections(spec.method, layout.DIRECTIONS)), "direction")
+    found = RowStore.open(
+        directory.path(layout.corrections(spec.method, layout.DIRECTIONS)), "direction", directory.vouched
+    )
     stage = f"{spec.method}/{CORRECTION}"
     units = units_of(stage, spans(found.rows, EXACT_TARGETS, "directions"))
     yield from preflight(session, plan, method=spec.method, later=units, vectors=found.rows, share=1.0)

@@ -6,7 +6,6 @@ import numpy as np
 
 from ...storage import layout
 from ...storage.errors import CorruptStore
-from ...storage.uri import is_local
 from ...workers.training.recorded import is_recorded
 from ..executors.base import Unit
 from ..plan.kept_visits import kept_bytes, why_not
@@ -71,7 +70,7 @@ def _check_recorded(session: Session) -> None:
     directory = session.directory
     manifest = directory.manifest(RECORD, TRAJECTORY)
     assert manifest is not None  # else there were no batches to follow
-    problems = directory.check(manifest, digests=is_local(directory.uri))
+    problems = directory.check(manifest, digests=True, recall=True)
     if problems:
         raise CorruptStore(
             f"{directory.uri}: {problems[0]}; a loop of its own recorded this: restore the file, or run the loop again"
@@ -127,15 +126,16 @@ def test_gradients(session: Session, plan: Plan) -> Stages:
     )
     if session.valid(TEST_GRADIENTS, INDEX):
         return
-    made = store.open(directory)
+    made, reading = store.open(directory), directory.ledger.remember()
     for unit in units:
         manifest = directory.manifest(TEST_GRADIENTS, unit.name)
         assert manifest is not None
+        directory.ledger.use([manifest])
         values = values_of(TestGradientValues, manifest)
         assert values.start is not None
         for column, dtype in (("loss", np.float64), ("label", np.int16), ("prediction", np.int16)):
             made.write_column(column, np.asarray(getattr(values, column), dtype=dtype), start=values.start)
-    commit_index(directory, TEST_GRADIENTS, store, made)
+    commit_index(directory, TEST_GRADIENTS, store, made, reading)
 
 
 def target_gradients(session: Session, plan: Plan) -> Stages:

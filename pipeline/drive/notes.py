@@ -111,7 +111,7 @@ def closing_notes(directory: RunDirectory, plan: Plan) -> Callable[[RunInfo], Ru
         predicted_seconds=plan.seconds.get("total"),
         closing={k: v for k, v in closing.items() if k.endswith(("_accuracy", "_loss"))},
     )
-    attrs = open_trajectory(directory.path(layout.TRAJECTORY)).attrs if record else None
+    attrs = open_trajectory(directory.path(layout.TRAJECTORY), directory.vouched).attrs if record else None
 
     def note(info: RunInfo) -> RunInfo:
         seconds = sum(entry.seconds or 0.0 for entry in info.stages.values())

@@ -53,8 +53,8 @@ def preflight(
     if share is None:
         curvature = None
         if spec.form == EKFAC:
-            curvature = read_curvature(directory.path(layout.curvature(spec.form)))
-        trajectory = open_trajectory(directory.path(layout.TRAJECTORY))
+            curvature = read_curvature(directory.path(layout.curvature(spec.form)), directory.vouched)
+        trajectory = open_trajectory(directory.path(layout.TRAJECTORY), directory.vouched)
         found = settings_preflight(trajectory, spec.dtype, curvature)
     else:
         stage = f"{method}/{PREFLIGHT}"

@@ -33,10 +33,13 @@ def reduce_method(session: Session, cut: ReduceCut, method: str, handler: Callab
     if not done and session.valid(stage, INTERCLASS):
         return
     manifests = [directory.manifest(stage, unit.name) for unit in units]
-    table = interclass_table([values_of(ReduceValues, m).interclass for m in manifests if m is not None])
+    there = [manifest for manifest in manifests if manifest is not None]
+    reading = directory.ledger.remember()
+    directory.ledger.use(there)
+    table = interclass_table([values_of(ReduceValues, manifest).interclass for manifest in there])
     relative = layout.table_part("interclass", method, "00000")
     parquet.write_table(directory.path(relative), table, schemas.INTERCLASS)
-    directory.commit(stage, INTERCLASS, [relative], {})
+    directory.commit(stage, INTERCLASS, [relative], {}, reading)
     zero = zero_warning(directory, method)
     if zero:
         session.note(f"warning: {zero}")
@@ -65,7 +68,7 @@ def reduce_job(
     """
     surveyed = session.surveyed
     tracked = surveyed.tracked
-    batches = open_trajectory(session.directory.path(layout.TRAJECTORY)).batches
+    batches = open_trajectory(session.directory.path(layout.TRAJECTORY), session.directory.vouched).batches
     visits = np.bincount(batches[batches >= 0], minlength=surveyed.n_train)[tracked]
     shard_of = np.full(len(tracked), -1, dtype=np.int64)
     for number, shard in enumerate(shards):

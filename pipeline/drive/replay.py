@@ -65,8 +65,11 @@ def replay(session: Session, plan: Plan) -> Stages:
         total=plan.steps * len(units),
         label="step",
         store=_by_target(session, plan) if adjoint else _by_sample(session, plan),
-        # Made of other hypergradients, this is void.
-        voids=() if adjoint else (own_gradients_stage(self_influence_part(spec.base_method)),),
+        voids=(
+            f"{spec.base_method}/{REDUCE}",
+            f"{spec.method}/{REDUCE}",
+            *(() if adjoint else (own_gradients_stage(self_influence_part(spec.base_method)),)),
+        ),
     )
     _trust(session, plan, stage)
     if spec.exact_rank:

@@ -11,17 +11,19 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from ...storage.errors import CorruptStore, IncompleteStage
+from ...storage.ledger import Reading
+from ...storage.lock import stop_asked
 from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
-from ...storage.uri import is_local
-from ..executors.base import Executor, Handler, Unit
+from ..executors.base import Executor, Handler, Unit, stopped
 from ..executors.events import Note, Observer, StageFinished, StageStarted, UnitSkipped
 from ..plan.sharding import Shard
 from ..plan.survey import Survey
-from ..reading.run_info import RunInfo, StageEntry, read_info
+from ..reading.run_info import RunInfo, StageEntry, read_info, update_info
 from ..spec.spec import RunSpec
 from ..vocabulary import COMPLETE, INDEX, PARTIAL, RECORD
 from .stores import StoreOf
+from .writing import fence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +59,7 @@ class Runner:
 
     def update(self, change: Callable[[RunInfo], RunInfo]) -> None:
         """Change ``run.json`` as it is now, so that nothing another command noted is lost."""
-        before = self.info()
-        after = change(before)
-        if after != before:
-            self.directory.write(after.to_json())
+        update_info(self.directory, change)
 
     def require(self, *needed: Needed) -> None:
         """Raise where one of these units is not committed.
@@ -76,15 +75,20 @@ class Runner:
                 )
 
     def valid(self, stage: str, unit: str) -> bool:
-        """Whether a unit is committed and its files are what was committed; else forget it."""
+        """Whether a unit is committed, its files are what was committed and so is what it was made from; else forget it."""
         directory = self.directory
         try:
             manifest = directory.manifest(stage, unit)
             if manifest is None:
                 return False
-            problems = directory.check(manifest, digests=is_local(directory.uri))
+            problems = directory.check(manifest, digests=True, recall=True)
+            other = directory.ledger.other_inputs(manifest)
         except CorruptStore as error:
-            problems = [str(error)]
+            problems, other = [str(error)], []
+        if other:
+            self.note(f"{stage} {unit} is done again: it was made from another version of {other[0]}")
+            void_outdated(self)
+            return False
         if not problems:
             return True
         self.note(f"{stage} {unit} is done again: {problems[0]}")
@@ -123,7 +127,8 @@ class Stage:
         store: What the units fill, made and committed before the first of them; None: none, or who
             yields the stage commits it afterwards.
         closing: Whether there is a closing unit: the store's, or one committed afterwards.
-        voids: Stages whose results are void as soon as a unit is done anew.
+        voids: Stages whose results are void as soon as a unit is done anew, where their manifests do not
+            say what they were made from: those of earlier versions.
         kept: Units of the stage that are none of ``units`` and stay.
     """
 
@@ -148,6 +153,7 @@ def run_stages(runner: Runner, stages: Stages) -> None:
 
     Raises:
         IncompleteStage: What a stage needs is not there.
+        RunStopped: The command was asked to stop, and units are left.
         HydraError: Whatever went wrong in a unit; committed work is kept.
     """
     try:
@@ -168,6 +174,10 @@ def run_stage(runner: Runner, stage: Stage) -> list[str]:
         StageStarted(stage=stage.name, units=len(stage.units), total=stage.total, unit_label=stage.label)
     )
     todo = []
+    if stop_asked():
+        raise stopped(stage.name, len(stage.units))
+    runner.directory.ledger.refresh()
+    before = runner.directory.ledger.contents(stage.name)
     for unit in stage.units:
         if runner.valid(stage.name, unit.name):
             observer(UnitSkipped(stage=stage.name, unit=unit.name))
@@ -179,8 +189,12 @@ def run_stage(runner: Runner, stage: Stage) -> list[str]:
     count = len(stage.units) + stage.kept + stage.closing
     _note_stage(runner, stage.name, count, 0.0)
     if todo:
-        runner.executor.run(stage.name, todo, stage.handler(), observer)
+        handler = fence(runner.directory, stage.handler())
+        runner.executor.run(stage.name, todo, handler, observer, label=stage.label, stopping=stop_asked)
+        runner.directory.ledger.refresh()
         _note_stage(runner, stage.name, count, time.monotonic() - begun)
+        if runner.directory.ledger.contents(stage.name) != before:
+            void_outdated(runner)
     observer(StageFinished(stage=stage.name, seconds=time.monotonic() - begun))
     return [unit.name for unit in todo]
 
@@ -198,16 +212,32 @@ def _note_stage(runner: Runner, name: str, units: int, seconds: float) -> None:
 
 
 def void(runner: Runner, stages: Sequence[str]) -> None:
-    """Forget the results of stages, and that methods made from them are complete."""
-    there = [stage for stage in stages if runner.directory.units(stage)]
-    if not there:
+    """Forget stages whose manifests do not say what they were made from: those of earlier versions."""
+    directory, dropped = runner.directory, []
+    for stage in stages:
+        if any(manifest.inputs is None for manifest in directory.ledger.readable(stage)):
+            directory.drop(stage)
+            dropped.append(stage)
+    _say_partial(runner, dropped)
+
+
+def void_outdated(runner: Runner) -> None:
+    """Forget all units that were made from another version of what is there, and what was made from them."""
+    directory = runner.directory
+    outdated = directory.ledger.outdated_units(directory.stages())
+    for manifest in outdated:
+        directory.drop(manifest.stage, manifest.unit)
+    _say_partial(runner, sorted({manifest.stage for manifest in outdated}))
+
+
+def _say_partial(runner: Runner, stages: Sequence[str]) -> None:
+    """Note that methods with units dropped are not complete."""
+    if not stages:
         return
-    for stage in there:
-        runner.directory.drop(stage)
 
     def change(info: RunInfo) -> RunInfo:
         for name, entry in info.methods.items():
-            if entry.state == COMPLETE and any(stage.startswith(f"{name}/") for stage in there):
+            if entry.state == COMPLETE and any(stage.startswith(f"{name}/") for stage in stages):
                 info = info.with_method(name, state=PARTIAL)
         return info
 
@@ -234,9 +264,11 @@ def make_store(runner: Runner, stage: str, store: StoreOf) -> RowStore | None:
     return store.rebuild(runner.directory) if known else store.create(runner.directory)
 
 
-def commit_index(directory: RunDirectory, stage: str, store: StoreOf, made: RowStore) -> None:
-    """Commit the metadata and per-row columns of a store."""
-    directory.commit(stage, INDEX, [f"{store.base}/{name}" for name in made.metadata_files()], {})
+def commit_index(
+    directory: RunDirectory, stage: str, store: StoreOf, made: RowStore, reading: Reading | None = None
+) -> None:
+    """Commit the metadata and per-row columns of a store; ``reading``: what the columns were made from."""
+    directory.commit(stage, INDEX, [f"{store.base}/{name}" for name in made.metadata_files()], {}, reading)
 
 
 def units_of(stage: str, spans: Sequence[Shard], row_bytes: int = 0) -> list[Unit]:

@@ -58,7 +58,7 @@ def _law(directory: RunDirectory, units: Sequence[ReplayValues], n_train: int) -
         reason = "shards of an older version did not note it; verify reads the store"
         return Law(checked=False, reason=reason)
     noise = max((unit.ways.get("noise", 0.0) for unit in units if unit.ways is not None), default=0.0)
-    trajectory = open_trajectory(directory.path(layout.TRAJECTORY))
+    trajectory = open_trajectory(directory.path(layout.TRAJECTORY), directory.vouched)
     if leaves_a_rest(recorded_settings(trajectory)) and not all("rest" in shard for shard in shards):
         return Law(checked=False, reason="shards did not note what clipping or Adam leave out of their rows")
     law = law_of(trajectory, shards, n_train, noise)

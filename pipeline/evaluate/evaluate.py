@@ -7,6 +7,7 @@ command, shared by all methods. What is computed from them is one small unit of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -14,12 +15,14 @@ from ...storage import layout
 from ...storage.contributions import write_table
 from ...storage.documents import dump, load
 from ...storage.errors import IncompleteStage, SpecError
-from ...storage.files import read_bytes, write_bytes
+from ...storage.files import write_bytes
+from ...storage.ledger import Reading
 from ...storage.rundir import RunDirectory
 from ...workers.determinism import preserved_generators, restored_process
 from ...workers.recipe import Recipe
 from ..drive.seeds import naming, recorded
 from ..drive.stages import Runner, Stage, run_stage
+from ..drive.writing import writing
 from ..executors.base import Executor
 from ..executors.events import Note, Observer, null
 from ..executors.ray import make_executor
@@ -113,15 +116,31 @@ def evaluate(
     """
     with restored_process():
         found = run if isinstance(run, Reader) else open_reader(run)
-        evaluation = _prepared(found, recipe, questions or Questions(), observer or null, overrides)
-        executor = make_executor(evaluation.spec)
-        try:
-            evidence = _retrained(evaluation, executor)
-        finally:
-            executor.close()
-        summary = summarize(evidence, evaluation.methods, _spoken(evaluation.questions))
-        _store(found.directory, summary, evidence)
-        return summary
+        waits = bool(overrides.get("wait"))
+        with writing(found.directory, observer or null, command="evaluate", wait=waits) as told:
+            return _evaluated(open_reader(found.uri), recipe, questions or Questions(), told, overrides)
+
+
+def _evaluated(
+    found: Reader,
+    recipe: Recipe | str | None,
+    questions: Questions,
+    observer: Observer,
+    overrides: Mapping[str, object],
+) -> dict[str, object]:
+    reading = found.directory.ledger.remember()
+    evaluation = _prepared(found, recipe, questions, observer, overrides)
+    executor = make_executor(evaluation.spec)
+    with ExitStack() as held:
+        held.callback(executor.close)
+        for directory, _ in evaluation.places[1:]:
+            held.enter_context(
+                writing(directory, observer, command="evaluate --seeds", wait=evaluation.spec.wait)
+            )
+        evidence = _retrained(evaluation, executor)
+    summary = summarize(evidence, evaluation.methods, _spoken(evaluation.questions))
+    _store(found.directory, summary, evidence, reading)
+    return summary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -268,7 +287,7 @@ def _spoken(asked: Questions) -> dict[str, Any]:
     }
 
 
-def _store(directory: RunDirectory, summary: dict[str, Any], evidence: Evidence) -> None:
+def _store(directory: RunDirectory, summary: dict[str, Any], evidence: Evidence, reading: Reading) -> None:
     large = tables(summary, evidence)
     directory.drop(EVALUATE_SCORES)
     write_bytes(directory.path(layout.EVALUATION_SUMMARY), dump(summary))
@@ -277,7 +296,7 @@ def _store(directory: RunDirectory, summary: dict[str, Any], evidence: Evidence)
         relative = layout.evaluation(name)
         write_table(directory.path(relative), table, schema)
         files.append(relative)
-    directory.commit(EVALUATE_SCORES, SUMMARY, files, {})
+    directory.commit(EVALUATE_SCORES, SUMMARY, files, {}, reading)
 
 
 def read_summary(run: Reader) -> dict[str, Any]:
@@ -289,7 +308,7 @@ def read_summary(run: Reader) -> dict[str, Any]:
     if run.directory.manifest(EVALUATE_SCORES, SUMMARY) is None:
         raise IncompleteStage(f"{run.uri} was not evaluated yet; run `hydra-pipe evaluate {run.uri}`")
     address = run.directory.path(layout.EVALUATION_SUMMARY)
-    return load(read_bytes(address), address)
+    return load(run.directory.vouched(address), address)
 
 
 __all__ = ["Questions", "evaluate", "read_summary"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...storage.errors import WorkerLost
-from .base import Unit
+from .base import Stopping, Unit, never, stopped
 from .events import Observer, UnitFinished, UnitProgress, UnitRetried, UnitStarted
 from .stalls import Stalls
 
@@ -22,6 +22,7 @@ class Dispatch:
         max_attempts: How often a unit is tried when workers die.
         clock: Returns seconds that only grow.
         timeout: Seconds that an attempt at a unit may take; None: any.
+        stopping: Whether no further unit is to be begun.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class Dispatch:
         max_attempts: int,
         clock: Callable[[], float],
         timeout: float | None = None,
+        stopping: Stopping = never,
     ) -> None:
         self.stalls = Stalls(stage, observer, clock=clock, timeout=timeout)
+        self._stopping = stopping
         self._stage, self._units, self._observer = stage, list(units), observer
         self._max_attempts, self._clock = max_attempts, clock
         self._queue = deque(self._units)
@@ -46,13 +49,22 @@ class Dispatch:
 
     @property
     def waiting(self) -> int:
-        """Units in the queue."""
-        return len(self._queue)
+        """Units in the queue that may be begun."""
+        return 0 if self._stopping() else len(self._queue)
 
     @property
     def unfinished(self) -> int:
         """Units not yet done, those in work included."""
         return len(self._units) - len(self._results)
+
+    def check_stop(self) -> None:
+        """Raise where no further unit is to be begun and none is in work.
+
+        Raises:
+            RunStopped: So it is.
+        """
+        if self._stopping() and self._queue and len(self._queue) == self.unfinished:
+            raise stopped(self._stage, self.unfinished)
 
     def start(self) -> Unit:
         """Take the next unit from the queue into work."""

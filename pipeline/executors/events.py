@@ -154,8 +154,15 @@ def null(event: Event) -> None:
     """Listen to nothing."""
 
 
+def listener(observer: Observer) -> Observer:
+    """Return who listens in the end, behind those that pass on what they hear (to their ``inner``)."""
+    while hasattr(observer, "inner"):
+        observer = observer.inner
+    return observer
+
+
 def warn(observer: Observer, message: str) -> None:
     """Say something that nobody should miss: where no one listens it goes to the log."""
     observer(Note(message=message))
-    if observer is null:
+    if listener(observer) is null:
         logger.warning("%s", message)

@@ -11,6 +11,8 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +22,7 @@ from ...workers.actor import actor_class
 from ...workers.recipes.beside import packed
 from ..spec.groups import ExecutionSpec
 from . import placement, raysetup
-from .base import Capacity, Executor, Handler, Unit
+from .base import Capacity, Executor, Handler, Stopping, Unit, never
 from .dispatch import Dispatch
 from .events import Note, Observer
 from .placement import Demand, Node
@@ -156,6 +158,7 @@ class RayExecutor:
         if ray.is_initialized():
             return self._adopt(ray)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        terminated = signal.getsignal(signal.SIGTERM)
         address = self._running_address()
         try:
             self._joined = True
@@ -180,6 +183,8 @@ class RayExecutor:
                 "and that HOME and the temporary directory can be written, or use --executor serial"
             ) from error
         _hush()
+        if callable(terminated) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)  # Ray's own handler is a sys.exit
         self._ray = ray
         return ray
 
@@ -214,6 +219,8 @@ class RayExecutor:
         *,
         gpus: float | None = None,
         cpus: float | None = None,
+        label: str = "step",
+        stopping: Stopping = never,
     ) -> dict[str, dict[str, Any]]:
         """Do all units in waves of actors; see :class:`~.units.Executor`."""
         if not units:
@@ -241,6 +248,7 @@ class RayExecutor:
             max_attempts=self._max_attempts,
             clock=self._clock,
             timeout=self._unit_timeout,
+            stopping=stopping,
         )
         target = worker_target(
             lambda: placement.slots(self._nodes(), demand),

@@ -94,11 +94,13 @@ class Wave:
         Raises:
             ClusterTooSmall: No worker was up for ``start_timeout`` seconds.
             WorkerLost: A unit, or the start of workers, failed too often.
+            RunStopped: It was asked to stop, and what was in work is done.
             Exception: What the handler raised.
         """
         for worker in self._pool:
             self._load(worker)
         while self._dispatch.unfinished:
+            self._dispatch.check_stop()
             self._recruit()
             self._hand_out()
             self._ask_progress()

@@ -47,7 +47,7 @@ def check_moment(spec: RunSpec, out: str, made_of: Mapping[str, object] | None =
             f"no recorded run at {directory.uri}, whose checkpoint at step {at} is asked for; record it first: the same "
             "command without --at"
         )
-    steps = open_trajectory(directory.path(layout.TRAJECTORY)).checkpoint_steps.tolist()
+    steps = open_trajectory(directory.path(layout.TRAJECTORY), directory.vouched).checkpoint_steps.tolist()
     if at not in steps:
         near = sorted((step for step in steps if step), key=lambda step: abs(step - at))[:2]
         raise SpecError(
@@ -73,6 +73,8 @@ def is_of_this_record(spec: RunSpec, directory: RunDirectory) -> bool:
     if directory.manifest(RECORD, TRAJECTORY) is None:
         return True
     parent = RunDirectory(recorded_at(directory.uri, spec.at))
-    own, other = (open_trajectory(place.path(layout.TRAJECTORY)) for place in (directory, parent))
+    own, other = (
+        open_trajectory(place.path(layout.TRAJECTORY), place.vouched) for place in (directory, parent)
+    )
     k = other.checkpoint_steps.tolist().index(spec.at)
     return bool((own.checkpoint(-1).weights == other.checkpoint(k).weights).all())

@@ -150,7 +150,7 @@ def loop_of(directory: RunDirectory) -> LoopRecord | None:
     record = directory.manifest(RECORD, TRAJECTORY) if directory.exists() else None
     if record is None or not values_of(RecordValues, record).loop:
         return None  # not asked of the trajectory itself: one of a recipe may be damaged, and is made again
-    return loop_record(directory.path(layout.TRAJECTORY))
+    return loop_record(directory.path(layout.TRAJECTORY), directory.vouched)
 
 
 def _check_loop(spec: RunSpec, recipe: Recipe, loop: LoopRecord) -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ...storage import layout
+from ...storage.arrays import Source
 from ...storage.documents import load
 from ...storage.errors import CorruptStore, IncompleteStage, InputError, SpecMismatch
 from ...storage.files import read_bytes
@@ -113,12 +114,15 @@ class Decision:
         return np.asarray(self.table["action"].to_pylist(), dtype=object)
 
 
-def load_decision(folder: str, labels: Sequence[int] | npt.ArrayLike | None = None) -> Decision:
+def load_decision(
+    folder: str, labels: Sequence[int] | npt.ArrayLike | None = None, *, source: Source = read_bytes
+) -> Decision:
     """Return the decision in a folder, whole or not at all; it needs no run.
 
     Args:
         folder: Path or address of ``decisions/<name>``, or of a copy.
         labels: Of the data it is to be used with; None: not checked.
+        source: What reads its files; that of a run goes by the run's manifests.
 
     Raises:
         IncompleteStage: There is no decision.
@@ -129,7 +133,7 @@ def load_decision(folder: str, labels: Sequence[int] | npt.ArrayLike | None = No
 
     def read(name: str) -> bytes:
         try:
-            return read_bytes(join(place, name))
+            return source(join(place, name))
         except FileNotFoundError:
             raise IncompleteStage(
                 f"{place} holds no whole decision: {name} is missing; copy the whole folder, or run hydra-pipe clean"
@@ -145,7 +149,9 @@ def load_decision(folder: str, labels: Sequence[int] | npt.ArrayLike | None = No
                 "or run hydra-pipe clean with --overwrite"
             )
     try:
-        table = read_table(join(place, layout.DECISION_TABLE), DECISION, data=data[layout.DECISION_TABLE])
+        table = read_table(
+            join(place, layout.DECISION_TABLE), DECISION, source=lambda uri: data[layout.DECISION_TABLE]
+        )
         weights = np.load(io.BytesIO(data[layout.SAMPLE_WEIGHTS]), allow_pickle=False)
     except (KeyError, ValueError, EOFError, OSError) as error:
         raise CorruptStore(
@@ -178,7 +184,7 @@ def read_decision(run: Reader, name: str) -> Decision:
             f"{run.uri} has no decision {name!r}; it has {', '.join(there) or 'none'}; make one with "
             f"`hydra-pipe clean {run.uri} --drop flagged`"
         )
-    return load_decision(run.directory.path(layout.decision_folder(name)))
+    return load_decision(run.directory.path(layout.decision_folder(name)), source=run.directory.vouched)
 
 
 def contradictions(decision: Decision, data: dict[str, bytes]) -> list[str]:

@@ -58,5 +58,7 @@ def read_detection(run: Reader, name: str) -> Detection:
             f"{run.uri} has no detection {name!r}; it has {', '.join(there) or 'none'}; make one with "
             f"`hydra-pipe detect {run.uri} --by ...`"
         )
-    table = read_table(run.directory.path(layout.detection(name)))
+    directory = run.directory
+    table = read_table(directory.path(layout.detection(name)), source=directory.vouched)
+    run.current([manifest])
     return Detection(name=name, table=table, values=values_of(DetectionValues, manifest))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ...storage import layout
 from ...storage.documents import load
-from ...storage.files import read_bytes
 from ...storage.typed import from_json
 from ..vocabulary import CLEAN_OUTCOME
 
@@ -84,4 +83,4 @@ def read_outcome(run: Reader, name: str) -> Outcome | None:
     if name not in run.directory.units(CLEAN_OUTCOME):
         return None
     address = run.directory.path(layout.decision(name, layout.OUTCOME_SUMMARY))
-    return from_json(Outcome, load(read_bytes(address), address), address)
+    return from_json(Outcome, load(run.directory.vouched(address), address), address)

@@ -103,7 +103,7 @@ def targets(run: Reader, method: str) -> TargetSet:
         return target_set(kind, index, _labels(run, method, index))
     from ...storage.rows import RowStore
 
-    store = RowStore.open(run.directory.path(store_of(kind)), "gradient")
+    store = RowStore.open(run.directory.path(store_of(kind)), "gradient", run.directory.vouched)
     index, label, count = (store.column(n).astype(np.int64) for n in ("test_index", "label", "count"))
     return TargetSet(kind=kind, test_index=index, label=label, count=count)
 

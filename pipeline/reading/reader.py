@@ -8,7 +8,7 @@ samples, M test samples, D trainable parameters.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ...storage import layout
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow.dataset as pa_dataset
     import zarr
 
+    from ...storage.manifest import Manifest
     from ...storage.rows import RowStore
     from ...storage.schemas import Kind
     from ...storage.trajectory import Trajectory
@@ -141,7 +142,9 @@ class Reader:
         from ...storage.rows import RowStore
 
         self._require(f"{method}/{REPLAY}")
-        return RowStore.open(self.directory.path(layout.hypergradients(method)), "hypergradient")
+        return RowStore.open(
+            self.directory.path(layout.hypergradients(method)), "hypergradient", self.directory.vouched
+        )
 
     def test_gradients(self) -> RowStore:
         """Return the test gradients, (n_test_tracked, D), as a `RowStore`.
@@ -151,21 +154,21 @@ class Reader:
         from ...storage.rows import RowStore
 
         self._require(TEST_GRADIENTS)
-        return RowStore.open(self.directory.path(layout.TEST_GRADIENTS), "gradient")
+        return RowStore.open(self.directory.path(layout.TEST_GRADIENTS), "gradient", self.directory.vouched)
 
     def trajectory(self) -> Trajectory:
         """Return the recorded training run."""
         from ...storage.trajectory import open_trajectory
 
         self._require(RECORD)
-        return open_trajectory(self.directory.path(layout.TRAJECTORY))
+        return open_trajectory(self.directory.path(layout.TRAJECTORY), self.directory.vouched)
 
     def visits(self) -> Visits | None:
         """Return every training sample's own loss and margin at its visits; None: recorded without."""
         from ...storage.visits import read_visits
 
         self._require(RECORD)
-        return read_visits(self.directory.path(layout.TRAJECTORY))
+        return read_visits(self.directory.path(layout.TRAJECTORY), self.directory.vouched)
 
     def noisy(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return (train_index, original_label) of labels that are wrong on purpose, or None."""
@@ -199,7 +202,21 @@ class Reader:
     def _dataset(self, kind: Kind, method: str | None) -> pa_dataset.Dataset:
         from ...storage.contributions import dataset
 
-        return dataset(self.uri, kind, self.method(method))
+        method = self.method(method)
+        self.current(self.directory.ledger.readable(f"{method}/{REDUCE}"))
+        return dataset(self.directory, kind, method)
+
+    def current(self, units: Sequence[Manifest]) -> None:
+        """Refuse units that were made from another version of what the run holds.
+
+        Raises:
+            IncompleteStage: Names the unit and what it was made from.
+        """
+        why = self.directory.ledger.outdated(units)
+        if why:
+            raise IncompleteStage(
+                f"{self.uri}: {why}; `hydra-pipe status {self.uri}` shows the command that does it again"
+            )
 
     def _state(self, stage: str) -> str:
         return stage_state(self.directory, self.noted, stage).state
@@ -207,6 +224,7 @@ class Reader:
     def _require(self, stage: str) -> None:
         if self._state(stage) != COMPLETE:
             raise self._incomplete(stage)
+        self.current(self.directory.ledger.readable(stage))
 
     def _incomplete(self, stage: str) -> IncompleteStage:
         state = stage_state(self.directory, self.noted, stage)
@@ -217,19 +235,20 @@ class Reader:
         )
 
 
-def opened(kind: type[AnyReader], uri: str | os.PathLike[str]) -> AnyReader:
+def opened(kind: type[AnyReader], uri: str | os.PathLike[str], *, check: bool = True) -> AnyReader:
     """Open a run directory for reading, as a `Reader` or as what is built on it.
 
     Args:
         kind: `Reader`, or a subclass.
         uri: Local path or ``s3://``, ``gs://``, ``az://`` address, as given to ``--out``.
+        check: Whether files are compared with the digests of their manifests when they are first read.
 
     Raises:
         SpecError: The address is of a kind that is not allowed.
         RunNotFound: There is no run.
         CorruptStore: ``run.json`` cannot be read.
     """
-    directory = RunDirectory(check_uri(uri))
+    directory = RunDirectory(check_uri(uri), digests=check)
     if not directory.exists():
         raise RunNotFound(
             f"no run at {directory.uri}: run.json is missing there; make one with "

@@ -76,7 +76,7 @@ class ByEpochWork(TrainingWork):
         tracked = self.tracked[start:stop]
         curvature = None
         if self.ekfac:
-            curvature = read_curvature(run.path(layout.curvature(EKFAC)))
+            curvature = read_curvature(run.path(layout.curvature(EKFAC)), run.vouched)
         following = ByEpoch(
             self.recipe,
             self.compute,

@@ -91,7 +91,7 @@ class DirectionsWork(Work):
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write the directions and the targets' coordinates along them."""
-        gradients = RowStore.open(run.path(store_of(self.targets)), "gradient")
+        gradients = RowStore.open(run.path(store_of(self.targets)), "gradient", run.vouched)
         found, coordinates, share = spanning_directions(gradients.read, gradients.rows, self.rank)
         files = []
         for name, place, array, axes in (
@@ -130,7 +130,9 @@ class CorrectionWork(CarryingWork):
         """Write the differences of a block of directions."""
         start, stop = rows_of(unit)
         trajectory = recorded(run)
-        stored = RowStore.open(run.path(layout.corrections(self.corrected, layout.DIRECTIONS)), "direction")
+        stored = RowStore.open(
+            run.path(layout.corrections(self.corrected, layout.DIRECTIONS)), "direction", run.vouched
+        )
         directions = stored.read(start, stop).astype(self.compute.dtype)
         exact = make_replay(EXACT, ADJOINT, self.coupled(), trajectory, self.tracked, targets=directions)
         found = exact.run(report).contributions()
@@ -148,7 +150,7 @@ class CorrectionWork(CarryingWork):
         bent.close()
         self.finite(difference, "contributions", trajectory, exact=True)
         base = layout.corrections(self.corrected, layout.CORRECTED)
-        store = RowStore.open(run.path(base), "contribution")
+        store = RowStore.open(run.path(base), "contribution", run.vouched)
         store.write(start, difference)
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, UnitValues(rows=stop - start, start=start)

@@ -45,7 +45,7 @@ class EstimatorWork(TrainingWork):
         start, stop = rows_of(unit)
         block = found.values if found.values.ndim == 2 else found.values[:, None]
         _check_finite(self.method, block, start)
-        store = RowStore.open(run.path(base), name)
+        store = RowStore.open(run.path(base), name, run.vouched)
         store.write(start, np.ascontiguousarray(block, dtype=store.dtype))
         files = [f"{base}/{path}" for path in store.files(start, stop)]
         return files, EstimateValues(rows=stop - start, start=start, notes=found.notes)
@@ -75,11 +75,11 @@ class EstimateWork(EstimatorWork):
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write the contributions of all tracked samples to a block of test samples."""
         start, stop = rows_of(unit)
-        gradients = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient").read(start, stop)
+        gradients = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient", run.vouched).read(start, stop)
         targets = Targets(index=self.tested[start:stop], gradient=gradients)
         values = None
         if self.estimator.PREPARES:
-            store = RowStore.open(run.path(layout.prepared(self.method)), "value")
+            store = RowStore.open(run.path(layout.prepared(self.method)), "value", run.vouched)
             values = store.read(0, store.rows)[:, 0]
         found = self.estimator.contributions(self.ground(run, values), targets, _scaled(unit, report))
         return self.write(run, unit, layout.by_test(self.method), "contribution", found)

@@ -46,7 +46,7 @@ class TestGradientWork(TrainingWork):
         rows = gradients.rows(chosen, lambda done: report(done, stop - start))
         check_own_gradients(training, gradients.dataset, chosen, rows.gradient, rows.loss)
         gradients.engine.close()
-        store = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient")
+        store = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient")  # committed after its units
         store.write(start, rows.gradient)
         files = [f"{layout.TEST_GRADIENTS}/{name}" for name in store.files(start, stop)]
         return files, TestGradientValues(
@@ -77,8 +77,8 @@ class TargetGradientWork(Work):
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write the means of the test gradients of each target of a block."""
         start, stop = rows_of(unit)
-        gradients = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient")
-        store = RowStore.open(run.path(store_of(self.targets)), "gradient")
+        gradients = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient", run.vouched)
+        store = RowStore.open(run.path(store_of(self.targets)), "gradient", run.vouched)
         group = target_of_each(store.column("label"), gradients.column("label"), start, stop)
         mean = mean_gradients(gradients.read, group, gradients.columns, stop - start, report)
         store.write(start, mean.astype(store.dtype))

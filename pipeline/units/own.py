@@ -52,7 +52,7 @@ class OwnWork(TrainingWork):
     def write(self, run: RunDirectory, unit: Unit, base: str, name: str, found: Arrays) -> Result:
         """Write a block of a store: its rows under ``name``, its columns under theirs."""
         start, stop = rows_of(unit)
-        store = RowStore.open(run.path(base), name)
+        store = RowStore.open(run.path(base), name, run.vouched)
         store.write(start, np.ascontiguousarray(found[name], dtype=store.dtype))
         files = store.files(start, stop)
         for column in found.keys() - {name}:
@@ -140,7 +140,7 @@ class SelfInfluenceWork(OwnGradientWork):
 
     def ask(self, run: RunDirectory, gradients: OwnGradients, rows: slice, report: Report) -> Arrays:
         """Return one product a sample, (R, 1)."""
-        store = RowStore.open(run.path(layout.hypergradients(self.method)), "hypergradient")
+        store = RowStore.open(run.path(layout.hypergradients(self.method)), "hypergradient", run.vouched)
         chosen = self.tracked[rows]
         found = np.empty((len(chosen), 1))
 

@@ -120,7 +120,7 @@ def write_rows(
     run: RunDirectory, job: ReduceJob, name: str, block: Floats, start: int, stop: int
 ) -> tuple[list[str], ReduceValues]:
     """Write the contributions (rows, Q) of tracked rows ``start`` to ``stop``; see `reduce_rows`."""
-    gradients = RowStore.open(run.path(store_of(job.targets)), "gradient")
+    gradients = RowStore.open(run.path(store_of(job.targets)), "gradient", run.vouched)
     if not np.isfinite(block).all():
         row, column = (int(v[0]) for v in np.nonzero(~np.isfinite(block)))
         raise CorruptStore(
@@ -153,8 +153,8 @@ def _joined(
     report: Callable[[int, int], None],
 ) -> Floats:
     """Multiply strips of hypergradients with panels of test gradients: (rows, Q)."""
-    gradients = RowStore.open(run.path(store_of(job.targets)), "gradient")
-    hypergradients = RowStore.open(run.path(layout.hypergradients(job.base)), "hypergradient")
+    gradients = RowStore.open(run.path(store_of(job.targets)), "gradient", run.vouched)
+    hypergradients = RowStore.open(run.path(layout.hypergradients(job.base)), "hypergradient", run.vouched)
     tests = bounds(gradients.rows, job.tiles.panel_rows)
     panels = Panels(gradients.read, tests, gradients.columns, gradients.dtype, device)
     strips = [(start + first, start + last) for first, last in bounds(stop - start, job.tiles.strip_rows)]
@@ -170,7 +170,7 @@ def _turned(
     run: RunDirectory, job: ReduceJob, start: int, stop: int, report: Callable[[int, int], None]
 ) -> Floats:
     """Read the adjoint's rows (a target each) and turn them: (rows, Q)."""
-    store = RowStore.open(run.path(layout.by_test(job.base)), "contribution")
+    store = RowStore.open(run.path(layout.by_test(job.base)), "contribution", run.vouched)
     block = np.empty((stop - start, store.rows), dtype=store.dtype)
     for first, last in bounds(store.rows, store.chunk_rows):
         block[:, first:last] = store.read(first, last)[:, start:stop].T
@@ -181,8 +181,8 @@ def _turned(
 def _correct(run: RunDirectory, job: ReduceJob, block: Floats, start: int, stop: int) -> None:
     """Add ``coordinates (exact - ekfac)(V)`` to the rows' contributions; see ``workers.replay.directions``."""
     where = partial(layout.corrections, job.method)
-    coordinates = RowStore.open(run.path(where(layout.COORDINATES)), "coordinate")
-    corrections = RowStore.open(run.path(where(layout.CORRECTED)), "contribution")
+    coordinates = RowStore.open(run.path(where(layout.COORDINATES)), "coordinate", run.vouched)
+    corrections = RowStore.open(run.path(where(layout.CORRECTED)), "contribution", run.vouched)
     along = corrections.read(0, corrections.rows)[:, start:stop].astype(np.float64)
     block += (coordinates.read(0, coordinates.rows) @ along).T.astype(block.dtype)
 

@@ -50,11 +50,11 @@ class CarryingWork(TrainingWork):
         """Return the curvature of the form, where it has one."""
         if self.form != EKFAC:
             return None
-        return read_curvature(run.path(layout.curvature(self.form)))
+        return read_curvature(run.path(layout.curvature(self.form)), run.vouched)
 
     def target_gradients(self, run: RunDirectory) -> RowStore:
         """Return the gradients of the targets."""
-        return RowStore.open(run.path(store_of(self.targets)), "gradient")
+        return RowStore.open(run.path(store_of(self.targets)), "gradient", run.vouched)
 
     def finite(
         self, values: npt.NDArray[np.floating], what: str, trajectory: Trajectory, *, exact: bool = False
@@ -96,7 +96,7 @@ class ReplayWork(CarryingWork):
             self.form, FORWARD, training, trajectory, tracked, curvature=bent, share=self.share
         ).run(report)
         base = layout.hypergradients(self.method)
-        store = RowStore.open(run.path(base), "hypergradient")
+        store = RowStore.open(run.path(base), "hypergradient", run.vouched)
         sums = RowSums(training.layout.entries)
         for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
             rows = replay.numpy(first, last)
@@ -138,7 +138,7 @@ class AdjointWork(CarryingWork):
             check_sums(found, targets, trajectory, notes["ways"]["noise"], rest)
             notes["lawful"] = True
         base = layout.by_test(self.method)
-        store = RowStore.open(run.path(base), "contribution")
+        store = RowStore.open(run.path(base), "contribution", run.vouched)
         store.write(start, self.finite(found, "contributions", trajectory))
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)

@@ -157,4 +157,4 @@ class RetrainWork(TrainingWork):
 
 def read_part(run: RunDirectory, kind: str, unit: str) -> pa.Table:
     """Return the table that a retraining wrote: ``retrain``, ``weights`` or ``training_loss``."""
-    return read_table(run.path(layout.evaluation(kind, unit)))
+    return read_table(run.path(layout.evaluation(kind, unit)), source=run.vouched)

@@ -133,7 +133,7 @@ def _scaled(weights: Floats) -> Floats | None:
 
 def test_losses_of(run: RunDirectory, unit: str) -> pa.Table:
     """Return the test losses after a retraining; see ``storage.schemas.RETRAIN_LOSSES``."""
-    return read_table(run.path(layout.retrained(unit)))
+    return read_table(run.path(layout.retrained(unit)), source=run.vouched)
 
 
 def seeds_of(recipe: Recipe, count: int) -> range:

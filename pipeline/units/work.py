@@ -43,11 +43,12 @@ def commit_unit(uri: str, unit: Unit, work: Callable[[RunDirectory], Result]) ->
     reset_peak()
     run = RunDirectory(uri)
     require_free(run.uri, unit.disk_bytes, f"{unit.stage} {unit.name}")
+    reading = run.ledger.remember()
     with user_code(f"{unit.stage} {unit.name} raised"):
         files, values = work(run)
     values = replace(values, seconds=time.perf_counter() - begun, peak_bytes=peak_bytes())
     noted: dict[str, Any] = to_json(values)
-    run.commit(unit.stage, unit.name, files, noted)
+    run.commit(unit.stage, unit.name, files, noted, reading)
     return noted
 
 
@@ -93,7 +94,7 @@ class TrainingWork(Work):
 
 def recorded(run: RunDirectory) -> Trajectory:
     """Return the record of a run."""
-    return open_trajectory(run.path(layout.TRAJECTORY))
+    return open_trajectory(run.path(layout.TRAJECTORY), run.vouched)
 
 
 def rows_of(unit: Unit) -> tuple[int, int]:

@@ -68,7 +68,7 @@ class Contents:
     def target_gradients(self, kind: str) -> None:
         """Check that the gradients of classes, or of the mean, are the means of the test gradients."""
         name, tests = store_of(kind), self.run.test_gradients()
-        store = RowStore.open(self.run.directory.path(name), "gradient")
+        store = RowStore.open(self.run.directory.path(name), "gradient", self.run.directory.vouched)
         self.shape(name, store, None, self.info.dimension)
         step = law.block_rows(store.chunk_rows, store.columns, 8)
         for start in range(0, store.rows, step):

@@ -29,7 +29,7 @@ Integers = npt.NDArray[np.int64]
 def by_test(check: Contents, method: str) -> None:
     """Check contributions by target: shape, which targets, finite values, and that C(i) is their mean."""
     name = layout.by_test(method)
-    store = RowStore.open(check.run.directory.path(name), "contribution")
+    store = RowStore.open(check.run.directory.path(name), "contribution", check.run.directory.vouched)
     count = check.info.target_count(method)
     check.shape(name, store, count, check.info.n_tracked)
     mean = check.stream(name, store) / max(store.rows, 1)
@@ -54,7 +54,7 @@ def by_test(check: Contents, method: str) -> None:
 def prepared(check: Contents, method: str) -> None:
     """Check what an estimator prepared: one finite number a tracked sample."""
     name = layout.prepared(method)
-    store = RowStore.open(check.run.directory.path(name), "value")
+    store = RowStore.open(check.run.directory.path(name), "value", check.run.directory.vouched)
     check.shape(name, store, check.info.n_tracked, 1)
     check.index(f"{name}/train_index", store.column("train_index"), check.info.n_train)
     check.stream(name, store)
@@ -63,7 +63,7 @@ def prepared(check: Contents, method: str) -> None:
 def training_outputs(check: Contents) -> None:
     """Check what the trained model makes of the tracked samples: which they are, finite numbers, classes in range."""
     name = layout.TRAINING_OUTPUTS
-    store = RowStore.open(check.run.directory.path(name), "feature")
+    store = RowStore.open(check.run.directory.path(name), "feature", check.run.directory.vouched)
     layer = store.attrs["layer"]
     check.shape(name, store, check.info.n_tracked, None)
     if store.columns != layer["features"]:
@@ -84,7 +84,7 @@ def training_outputs(check: Contents) -> None:
 def training_gradients(check: Contents, part: str) -> None:
     """Check what a pass over the tracked samples' own gradients found: which samples, finite numbers, no negative norm."""
     name = layout.training_gradients(part)
-    store = RowStore.open(check.run.directory.path(name), "value")
+    store = RowStore.open(check.run.directory.path(name), "value", check.run.directory.vouched)
     check.shape(name, store, check.info.n_tracked, None)
     _tracked_rows(check, name, store)
     check.stream(name, store)
@@ -108,7 +108,7 @@ def _tracked_rows(check: Contents, name: str, store: RowStore) -> None:
 def curvature(check: Contents, method: str) -> None:
     """Check a form's eigenbasis: one finite eigenvalue a checkpoint and coordinate, finite vectors."""
     name = layout.curvature(method)
-    found = read_curvature(check.run.directory.path(name))
+    found = read_curvature(check.run.directory.path(name), check.run.directory.vouched)
     expected = (len(found.steps), check.info.dimension or found.eigenvalues.shape[-1])
     if found.eigenvalues.shape != expected:
         check.problems.append(f"{name}/eigenvalues: shape {found.eigenvalues.shape}, not {expected}")
@@ -125,9 +125,9 @@ def curvature(check: Contents, method: str) -> None:
 def corrections(check: Contents, method: str) -> None:
     """Check a correction: R directions, the targets' coordinates along them, the contributions to them."""
     where, open_at = partial(layout.corrections, method), check.run.directory.path
-    directions = RowStore.open(open_at(where(layout.DIRECTIONS)), "direction")
-    coordinates = RowStore.open(open_at(where(layout.COORDINATES)), "coordinate")
-    corrected = RowStore.open(open_at(where(layout.CORRECTED)), "contribution")
+    directions = RowStore.open(open_at(where(layout.DIRECTIONS)), "direction", check.run.directory.vouched)
+    coordinates = RowStore.open(open_at(where(layout.COORDINATES)), "coordinate", check.run.directory.vouched)
+    corrected = RowStore.open(open_at(where(layout.CORRECTED)), "contribution", check.run.directory.vouched)
     rank = directions.rows
     for name, store, rows, columns in (
         (layout.DIRECTIONS, directions, rank, check.info.dimension),
@@ -159,7 +159,8 @@ class _Judging:
                 place = layout.locate(entry.path)
                 if place is None or entry.path in self.damaged or entry.path in layout.SUMMARIES:
                     continue
-                table = read_table(self.check.run.directory.path(entry.path))
+                directory = self.check.run.directory
+                table = read_table(directory.path(entry.path), source=directory.vouched)
                 self.check.advance(table.nbytes, stage)
                 self._finite(entry.path, table)
                 if place.kind.folder == layout.BY_EPOCH:

@@ -23,8 +23,6 @@ from ...storage.errors import IncompleteStage, InputError, SpecError
 from ...storage.rows import RowStore
 from ...workers.determinism import derived_seed, restored_process
 from ...workers.recipe import Recipe
-from ...workers.recursion.coefficients import recorded_settings
-from ...workers.recursion.rest import leaves_a_rest
 from ...workers.reference import tolerances
 from ...workers.reference.dense import DenseReference, DenseTangents, dense_test_gradients
 from ...workers.reference.tolerances import Form
@@ -117,22 +115,11 @@ class _Deep:
         look_and_check(run.uri, run.noted, spec, observer)
         self.recipe, self.compute = resolve_recipe(spec), compute_of(spec)
         self.trajectory, self.n_train = run.trajectory(), run.noted.training_size
-        # In closed form EKFAC of Adam has a metric of its own, and clipping holds the eigenbasis in part.
-        plain = not leaves_a_rest(recorded_settings(self.trajectory))
-        self.covered = [
-            name
-            for name in methods
-            if (name in HESSIANS or _corrected(name)) and (plain or EKFAC not in name)
-        ]
+        self.covered = [name for name in methods if name in HESSIANS or _corrected(name)]
         self.notes = [
             f"{name}: not covered; the reference knows {', '.join(HESSIANS)}, corrected or not"
             for name in methods
-            if name not in HESSIANS and not _corrected(name)
-        ]
-        self.notes += [
-            f"{name}: not covered; the reference knows EKFAC of SGD, in trainings of which no step is clipped"
-            for name in methods
-            if name not in self.covered and (name in HESSIANS or _corrected(name))
+            if name not in self.covered
         ]
         tracked = run.samples(methods[0])["train_index"].to_numpy().astype(np.int64)
         tests = tested(run, methods[0]).astype(np.int64)
@@ -206,7 +193,9 @@ class _Deep:
     def _reference(self, forms: Sequence[Form]) -> DenseTangents:
         curvature = None
         if "ekfac" in forms:
-            curvature = read_curvature(self.run.directory.path(layout.curvature(EKFAC)))
+            curvature = read_curvature(
+                self.run.directory.path(layout.curvature(EKFAC)), self.run.directory.vouched
+            )
         training = Training(self.recipe, self.compute)
         with self._stage("verify/reference", training.steps) as report:
             reference = DenseReference(
@@ -249,7 +238,9 @@ class _Deep:
         """Hold what a method stored against the reference, and its tables against what it stored."""
         limits, expected = self._limits(form), self._products(tangents)
         if self.run.noted.entry(method).mode == ADJOINT:
-            store = RowStore.open(self.run.directory.path(layout.by_test(method)), "contribution")
+            store = RowStore.open(
+                self.run.directory.path(layout.by_test(method)), "contribution", self.run.directory.vouched
+            )
             products = rows_of(store, self.columns)[:, self.rows].T
             kept = "contributions (adjoint = forward)"
             self.found.numbers(method, kept, products, expected, limits, self.found.pair)
@@ -270,9 +261,9 @@ class _Deep:
     def _corrected(self, method: str, ekfac: Floats, exact: Floats) -> None:
         """Hold the correction along R directions V, and what it comes to, against the reference."""
         path, where = self.run.directory.path, partial(layout.corrections, method)
-        directions = RowStore.open(path(where(layout.DIRECTIONS)), "direction")
+        directions = RowStore.open(path(where(layout.DIRECTIONS)), "direction", self.run.directory.vouched)
         along = directions.read(0, directions.rows).astype(np.float64)
-        store = RowStore.open(path(where(layout.CORRECTED)), "contribution")
+        store = RowStore.open(path(where(layout.CORRECTED)), "contribution", self.run.directory.vouched)
         corrections = store.read(0, store.rows)[:, self.rows].T.astype(np.float64)
         right = -((exact - ekfac) @ along.T) / self.n_train
         scale = float(np.abs(exact @ along.T).max() / self.n_train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +48,7 @@ from . import contents_decisions as deciding
 from .conservation import conservation
 from .contents import Contents
 from .contents_visits import visits
+from .strays import beside, made_from_another, unknown_inputs
 
 if TYPE_CHECKING:
     from ...storage.rundir import FileEntry
@@ -130,18 +132,22 @@ def _verify(run: Reader, progress: Progress | None) -> Verification:
     try:
         verifier = _Verifier(run, progress)
     except HydraError as error:  # a manifest that cannot be read: nothing can be held against it
-        return unreadable(run.uri, error, "every manifest")
+        damaged = []
+        with contextlib.suppress(HydraError):
+            ledger = run.directory.ledger
+            damaged = [line for stage in run.directory.stages() for line in ledger.damaged(stage)]
+        return unreadable(run.uri, (*damaged, str(error)), "every manifest")
     return verifier.verify()
 
 
-def unreadable(uri: str, error: HydraError, what: str) -> Verification:
+def unreadable(uri: str, problems: Sequence[str], what: str) -> Verification:
     """Return the verdict on a run of which ``what`` cannot be read."""
     return Verification(
         run=uri,
         files=0,
         bytes=0,
         rows={},
-        problems=(_line(str(error)),),
+        problems=tuple(dict.fromkeys(map(_line, problems))),
         notes=(f"nothing else is checked until {what} can be read",),
         conservation={"applicable": False, "reason": f"not before {what} can be read"},
     )
@@ -161,8 +167,11 @@ class _Verifier:
         self.checked = 0
 
     def verify(self) -> Verification:
+        directory = self.run.directory
         self._guard("manifests", self._files)
         self._guard("strays", self._strays)
+        self.problems += self._guard("manifests", partial(made_from_another, directory, self.manifests)) or []
+        self.notes += self._guard("manifests", partial(unknown_inputs, directory, self.manifests)) or []
         contents = Contents(self.run, self._advance)
         self._stages()
         if self._readable(RECORD, layout.TRAJECTORY):
@@ -270,7 +279,9 @@ class _Verifier:
         """Report files where results lie that no manifest lists: readers' globs would find them."""
         waiting: dict[str, int] = {}
         litter = self.run.directory.litter()
-        for path in list_files(self.run.uri):
+        paths = list_files(self.run.uri)
+        self.problems += [f"{path}: no manifest lists this file; remove it" for path in beside(paths)]
+        for path in paths:
             place = layout.locate(path)
             if path in self.sizes or place is None or PARTIAL in path or self._of_a_seed(place):
                 continue

@@ -121,6 +121,15 @@ def trainer(place):
     assert issubclass(HydraCallback, TrainerCallback)  # tests/docs runs its page's script
 
 
+def lightning_trainer(place):
+    pytest.importorskip("lightning")
+    from lightning.pytorch import Callback
+
+    from hydra_pipe import LightningCallback
+
+    assert issubclass(LightningCallback, Callback)  # tests/docs runs its page's script
+
+
 class Attending(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -163,6 +172,7 @@ ROWS = {
     "weights to start from, or a model trained elsewhere": given_weights,
     "a training loop of your own": own_loop,
     "a `transformers.Trainer`": trainer,
+    "a `lightning.Trainer`": lightning_trainer,
     "attention, recurrent nets, GPT-2, BERT, Llama, LoRA, …": layers,
     "optimizers or options without a rule (Adafactor, Lion, 8-bit, `amsgrad`, …)": no_rule,
     "clipping by value": by_value,

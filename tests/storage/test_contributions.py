@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pq
 import pytest
-from hydra_pipe.storage import contributions, files
+from hydra_pipe.storage import contributions, files, layout
 from hydra_pipe.storage.contributions import GROUP_ROWS, dataset, write_table, write_tile
 from hydra_pipe.storage.errors import IncompleteStage, StorageFull, StoreError
 from hydra_pipe.storage.rundir import RunDirectory
-from hydra_pipe.storage.schemas import CONTRIBUTIONS, INTERCLASS, SAMPLES
+from hydra_pipe.storage.schemas import CONTRIBUTIONS, INTERCLASS, SAMPLES, Kind
 from hydra_pipe.storage.uri import is_local, join
 
 
@@ -124,12 +124,20 @@ def test_a_look_up_reads_one_row_group(tmp_path: Path) -> None:
     assert [row[0] for row in duckdb.sql(query).fetchall()] == best
     lazy = pl.scan_parquet(target).filter(pl.col("test_index") == 100)
     assert lazy.top_k(10, by="contribution").collect()["train_index"].to_list() == best
-    rows = dataset(str(tmp_path), "contributions", "hydra").to_table(
+    rows = committed(str(tmp_path), "contributions", "hydra").to_table(
         filter=pa_dataset.field("test_index") == 100
     )
     assert rows.sort_by([("contribution", "descending")])["train_index"].to_pylist()[:10] == best
     with pytest.raises(duckdb.Error):
         duckdb.sql(query.replace("100", "5")).fetchall()
+
+
+def committed(place: str, kind: Kind, method: str) -> pa_dataset.Dataset:
+    """Commit what lies in a method's table as one unit, and open it."""
+    run, folder = RunDirectory(place), layout.table(kind, method)
+    names = [f"{folder}/{name}" for name in files.list_files(run.path(folder))]
+    run.commit(f"{method}/reduce", f"{kind}-0", names, {})
+    return dataset(run, kind, method)
 
 
 def two_methods(place: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -142,20 +150,20 @@ def two_methods(place: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_the_dataset(place: str) -> None:
     one, two = two_methods(place)
-    both = dataset(place, "contributions", None)
-    assert both.schema.names == [*CONTRIBUTIONS.names, "method"]
-    assert both.count_rows() == 560
-    assert both.count_rows(filter=pa_dataset.field("method") == "tracin") == 160
-    hydra = dataset(place, "contributions", "hydra").to_table().to_pandas()
+    found = committed(place, "contributions", "hydra")
+    assert found.schema.names == [*CONTRIBUTIONS.names, "method"]
+    assert committed(place, "contributions", "tracin").count_rows() == 160
+    hydra = found.to_table().to_pandas()
     assert set(hydra["method"]) == {"hydra"}
     whole = pd.concat([expected(one), expected(two)]).sort_values(
         ["test_index", "train_index"], ignore_index=True
     )
     found = hydra.sort_values(["test_index", "train_index"], ignore_index=True)[CONTRIBUTIONS.names]
     pd.testing.assert_frame_equal(found, whole)
-    for kind, method in (("contributions", "influence-cg"), ("samples", None)):
-        with pytest.raises(IncompleteStage, match="hydra-pipe reduce"):
-            dataset(place, kind, method)  # type: ignore[arg-type]
+    with pytest.raises(IncompleteStage, match="hydra-pipe reduce"):
+        dataset(RunDirectory(place), "contributions", "influence-cg")
+    with pytest.raises(IncompleteStage, match="hydra-pipe reduce"):
+        dataset(RunDirectory(place), "samples", "hydra")
 
 
 def test_everyone_reads_the_directory(tmp_path: Path) -> None:
@@ -273,7 +281,7 @@ def test_tables(place: str) -> None:
         }
     )
     write_table(join(place, "samples/method=hydra/part-0.parquet"), samples, SAMPLES)
-    found = dataset(place, "samples", "hydra").to_table(columns=SAMPLES.names)
+    found = committed(place, "samples", "hydra").to_table(columns=SAMPLES.names)
     assert found.schema == SAMPLES
     assert found.to_pylist() == samples.select(SAMPLES.names).to_pylist()
     classes = pa.table(
@@ -286,7 +294,7 @@ def test_tables(place: str) -> None:
         }
     )
     write_table(join(place, "interclass/method=hydra/part-0.parquet"), classes, INTERCLASS)
-    assert dataset(place, "interclass").to_table()["pairs"].to_pylist() == [2**40]
+    assert committed(place, "interclass", "hydra").to_table()["pairs"].to_pylist() == [2**40]
     target = join(place, "samples/method=hydra/part-1.parquet")
     with pytest.raises(StoreError, match="does not fit"):
         write_table(target, samples.drop(["label"]), SAMPLES)
@@ -296,4 +304,4 @@ def test_tables(place: str) -> None:
         write_table(target, samples.set_column(2, "label", [[1, None]]), SAMPLES)
     assert not files.exists(target)
     if is_local(place):
-        assert sorted(os.listdir(place)) == ["interclass", "samples"]
+        assert sorted(os.listdir(place)) == ["interclass", "manifests", "samples"]

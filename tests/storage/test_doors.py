@@ -80,7 +80,6 @@ def test_what_cannot_be_written_is_named(number, says, tmp_path, monkeypatch):
 
 def test_a_directory_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
-    run.write({})
     (tmp_path / "a").write_text("x")
     run.commit("record", "trajectory", ["a"], {})
     real = os.scandir

@@ -22,7 +22,7 @@ from hydra_pipe.storage.rundir import FileEntry, Manifest, RunDirectory
 
 def a_run(place: str) -> RunDirectory:
     run = RunDirectory(place)
-    run.write({"spec": {"epochs": 3}})
+    run.update(lambda _: {"spec": {"epochs": 3}})
     return run
 
 
@@ -38,7 +38,7 @@ def test_run_json(place: str) -> None:
     assert not run.exists()
     with pytest.raises(RunNotFound, match="hydra-pipe run"):
         run.read()
-    run.write({"spec": {"epochs": 3}, "D": np.int32(5)})
+    run.update(lambda _: {"spec": {"epochs": 3}, "D": np.int32(5)})
     assert run.exists()
     assert run.read() == {"spec": {"epochs": 3}, "D": 5}
 
@@ -68,7 +68,7 @@ def test_commit_and_read_back(place: str) -> None:
     assert manifest.values == {"rows": 7, "loss": None, "list": [1, 2]}
     assert run.manifest("hydra/replay", "shard-0") == manifest
     other = a_unit(run, unit="shard-1")
-    a_unit(run, "record", "trajectory")
+    run.commit("record", "trajectory", [], {})
     assert run.manifests("hydra/replay") == [manifest, other]
     assert run.stages() == ["hydra/replay", "record"]
     assert run.manifests("hydra") == []

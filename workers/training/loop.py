@@ -440,6 +440,8 @@ class LoopRecorder:
         groups = [self.family.read(group) for group in self.optimizer.param_groups]
         values = {name: [group[name] for group in groups] for name in self.family.settings}
         self._values = self._values if values == self._values else values
+        if self._noted:
+            self.update.settle()
 
     def _after_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
         if self._void:  # the next batch finds a group without a step

@@ -18,7 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from ...storage.arrays import Source
 from ...storage.errors import RecipeError
+from ...storage.files import read_bytes
 from ...storage.trajectory import Checkpoint, ParameterEntry, Trajectory, open_trajectory
 from ...storage.trajectory_format import LOOP
 from ..data.cast import raw_bytes
@@ -53,14 +55,14 @@ class LoopRecord:
     start: Callable[[], Checkpoint]
 
 
-def loop_record(uri: str) -> LoopRecord | None:
-    """Return what a trajectory says of a loop; None: it is the record of a recipe.
+def loop_record(uri: str, source: Source = read_bytes) -> LoopRecord | None:
+    """Return what a trajectory, read by ``source``, says of a loop; None: it is the record of a recipe.
 
     Raises:
         IncompleteStage: There is no trajectory.
         CorruptStore: It is damaged.
     """
-    trajectory = open_trajectory(uri)
+    trajectory = open_trajectory(uri, source)
     if trajectory.attrs.get("recorded") != LOOP:
         return None
 
@@ -73,7 +75,7 @@ def loop_record(uri: str) -> LoopRecord | None:
         parameters=trajectory.parameters,
         frozen=str(trajectory.attrs["frozen"]),
         seed=int(trajectory.attrs["seed"]),
-        start=lambda: open_trajectory(uri).checkpoint(0),
+        start=lambda: open_trajectory(uri, source).checkpoint(0),
     )
 
 

@@ -146,12 +146,17 @@ class UpdateCheck:
         """Note weights and the optimiser's state; to be called before the first forward pass of a step."""
         self._before = []
         for group in self.optimizer.param_groups:
-            settings = {k: v for k, v in group.items() if k != "params"}
+            settings = _settings(group)
             for p in group["params"]:
                 if id(p) in self.names:
                     state = self.optimizer.state.get(p, {})
                     kept = {key: v.clone() if isinstance(v, Tensor) else v for key, v in state.items()}
                     self._before.append((settings, p, p.detach().clone(), kept))
+
+    def settle(self) -> None:
+        """Note the settings again; to be called before a step of a loop that moves them after its forward pass."""
+        current = {id(p): _settings(group) for group in self.optimizer.param_groups for p in group["params"]}
+        self._before = [(current[id(p)], p, weight, state) for _old, p, weight, state in self._before]
 
     @torch.no_grad()
     def after(self, step: int) -> None:
@@ -174,3 +179,7 @@ class UpdateCheck:
                     f"step {step} moved parameter {self.names[id(p)]!r} elsewhere than {type(self.optimizer).__name__} does (off by {off:.1e}; its "
                     f"largest move is {float(move.abs().max()):.1e}): something else changes weights or gradients; {PLAIN}"
                 )
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}

@@ -380,3 +380,15 @@ def test_contributions_as_of_a_step_are_those_of_a_recipe(runs):
         )
         found.append(table["contribution"].to_numpy())
     assert np.array_equal(*found)
+
+
+def test_settings_moved_between_forward_pass_and_step_are_followed(tmp_path):
+    model, optimizer, watched = simple(tmp_path / "run", recipe=Mine(), check=2)
+    with watched as rec:
+        for k, indices in enumerate(batches()):
+            rec.batch(indices)
+            losses_of(model, indices).mean().backward()
+            optimizer.param_groups[0]["lr"] = 0.1 * (k + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert open_run(str(tmp_path / "run")).trajectory().learning_rate[:, 0].tolist() == [0.1, 0.2]

@@ -1,0 +1,265 @@
+"""The protocol of a run, tried at random: a reader never returns what nobody computed, and doing it again repairs.
+
+Three toy stages on the real run directory and the real runner: a record, two shards made from it, two tables made
+from both shards. Files are damaged, swapped, deleted and brought back from earlier, manifests are copied and
+deleted, the record is made again with other numbers, in any order. What a reader gives must be what follows from
+the record that is there; or it refuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra_pipe.pipeline.drive.stages import Runner, Stage, run_stage
+from hydra_pipe.pipeline.executors.base import Unit
+from hydra_pipe.pipeline.executors.events import null
+from hydra_pipe.storage.errors import HydraError
+from hydra_pipe.storage.files import write_bytes
+from hydra_pipe.storage.rundir import RunDirectory
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+STAGES = ("record", "hydra/replay", "hydra/reduce")
+UNITS = {
+    "record": ("trajectory",),
+    "hydra/replay": ("shard-0", "shard-1"),
+    "hydra/reduce": ("rows-0", "rows-1"),
+}
+FILES = {
+    "trajectory": ("trajectory.zarr/batches/c/0", "trajectory.zarr/loss/c/0"),
+    "shard-0": ("hypergradients/method=hydra.zarr/hypergradient/c/0",),
+    "shard-1": ("hypergradients/method=hydra.zarr/hypergradient/c/1",),
+    "rows-0": ("contributions/method=hydra/part-0.parquet", "samples/method=hydra/part-0.parquet"),
+    "rows-1": ("contributions/method=hydra/part-1.parquet", "samples/method=hydra/part-1.parquet"),
+}
+ALL_FILES = [(unit, name) for unit, names in FILES.items() for name in names]
+ALL_UNITS = [(stage, unit) for stage in STAGES for unit in UNITS[stage]]
+
+
+def computed(name: str, sources: Sequence[bytes]) -> bytes:
+    """Return the only right content of a file made from others; all have one size, so that no size tells."""
+    return hashlib.sha256(name.encode() + b"".join(sources)).digest()
+
+
+def right(version: int) -> dict[str, bytes]:
+    """Return what every file of a run holds whose record is of a version."""
+    found: dict[str, bytes] = {}
+    for stage, above in zip(STAGES, (None, *STAGES), strict=False):
+        sources = (
+            [str(version).encode()] if above is None else [found[n] for u in UNITS[above] for n in FILES[u]]
+        )
+        for unit in UNITS[stage]:
+            found |= {name: computed(name, sources) for name in FILES[unit]}
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Does a unit as handlers do: reads by manifests, writes, commits with what it read."""
+
+    run: RunDirectory
+    version: int
+
+    def __call__(self, unit: Unit, report: Callable[[int, int], None]) -> dict[str, Any]:
+        run = RunDirectory(self.run.uri)
+        reading = run.ledger.remember()
+        if unit.stage == "record":
+            sources = [str(self.version).encode()]
+        else:
+            above = STAGES[STAGES.index(unit.stage) - 1]
+            sources = [run.vouched(run.path(name)) for one in UNITS[above] for name in FILES[one]]
+        for name in FILES[unit.name]:
+            write_bytes(run.path(name), computed(name, sources))
+        run.commit(unit.stage, unit.name, list(FILES[unit.name]), {"seconds": 0.1}, reading)
+        return {}
+
+
+class InThisProcess:
+    """An executor without anything around it."""
+
+    slots = 1
+
+    def run(
+        self, stage: str, units: Sequence[Unit], handler: Any, observer: Any, **_: Any
+    ) -> Mapping[str, Any]:
+        return {unit.name: handler(unit, lambda done, total: None) for unit in units}
+
+
+class Protocol(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = Path(tempfile.mkdtemp(prefix="hydra-pipe-protocol-"))
+        self.directory = RunDirectory(str(self.place / "run"))
+        self.directory.update(lambda noted: {})
+        self.version = self.recorded = 0
+        self.kept: list[tuple[str, str, int, bytes, dict[str, bytes]]] = []
+        self._drive(STAGES)
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.place)
+
+    # ------------------------------------------------------------------ what a run does
+
+    @rule()
+    def repair(self) -> None:
+        self._drive(STAGES)
+        assert self._read() == {
+            n: c for n, c in right(self.recorded).items() if n.startswith(("contrib", "samples"))
+        }
+        for stage, unit in ALL_UNITS:
+            manifest = RunDirectory(self.directory.uri).manifest(stage, unit)
+            assert manifest is not None
+            assert self.directory.check(manifest, digests=True) == []
+
+    @rule(first=st.sampled_from(STAGES))
+    def do_one_stage(self, first: str) -> None:
+        with contextlib.suppress(HydraError):  # what it needs is damaged: told, and nothing is committed
+            self._drive((first,))
+
+    @rule()
+    def record_other_numbers(self) -> None:
+        """Make the record again with another outcome, and be killed before anything else is done."""
+        self.version += 1
+        self.directory.drop("record", "trajectory")
+        self._drive(("record",))
+
+    @rule(which=st.sampled_from(ALL_UNITS))
+    def do_again_with_the_same_bits(self, which: tuple[str, str]) -> None:
+        """Lose a manifest: the unit is done again, and nothing made from it is, where its inputs are sound."""
+        self._drive(STAGES)
+        before = {one: self._manifest(*one).read_bytes() for one in ALL_UNITS}
+        self.directory.drop(*which)
+        self._drive(STAGES)
+        assert {one: self._manifest(*one).read_bytes() for one in ALL_UNITS} == before
+
+    # ------------------------------------------------------------------ what befalls it
+
+    @rule(which=st.sampled_from(ALL_FILES), byte=st.integers(0, 31))
+    def flip(self, which: tuple[str, str], byte: int) -> None:
+        path = self._path(which[1])
+        if path.exists():
+            data = bytearray(path.read_bytes())
+            data[byte % len(data)] ^= 1 << (byte % 8)
+            path.write_bytes(bytes(data))
+
+    @rule(which=st.sampled_from(ALL_FILES))
+    def delete(self, which: tuple[str, str]) -> None:
+        self._path(which[1]).unlink(missing_ok=True)
+
+    @rule(one=st.sampled_from(ALL_FILES), other=st.sampled_from(ALL_FILES))
+    def swap(self, one: tuple[str, str], other: tuple[str, str]) -> None:
+        a, b = self._path(one[1]), self._path(other[1])
+        if a.exists() and b.exists():
+            first, second = a.read_bytes(), b.read_bytes()
+            a.write_bytes(second)
+            b.write_bytes(first)
+
+    @rule(which=st.sampled_from(ALL_FILES), ending=st.sampled_from((".bak", "~", "0.parquet")))
+    def stray(self, which: tuple[str, str], ending: str) -> None:
+        path = self._path(which[1])
+        if path.exists():
+            shutil.copy(path, f"{path}{ending}")
+
+    @rule(which=st.sampled_from(ALL_UNITS))
+    def lose_manifest(self, which: tuple[str, str]) -> None:
+        self._manifest(*which).unlink(missing_ok=True)
+
+    @rule(one=st.sampled_from(ALL_UNITS), other=st.sampled_from(ALL_UNITS))
+    def copy_manifest(self, one: tuple[str, str], other: tuple[str, str]) -> None:
+        if self._manifest(*one).exists() and self._manifest(*other).exists():
+            self._manifest(*other).write_bytes(self._manifest(*one).read_bytes())
+
+    @rule(which=st.sampled_from(ALL_UNITS), at=st.integers(0, 10_000))
+    def damage_manifest(self, which: tuple[str, str], at: int) -> None:
+        path = self._manifest(*which)
+        if path.exists():
+            data = bytearray(path.read_bytes())
+            data[at % len(data)] ^= 4
+            path.write_bytes(bytes(data))
+
+    @rule(which=st.sampled_from(ALL_UNITS))
+    def keep(self, which: tuple[str, str]) -> None:
+        """Put a unit's manifest and files by, as a backup does."""
+        self._drive(STAGES)
+        stage, unit = which
+        data = {name: self._path(name).read_bytes() for name in FILES[unit]}
+        self.kept.append((stage, unit, self.recorded, self._manifest(stage, unit).read_bytes(), data))
+
+    @precondition(lambda self: self.kept)
+    @rule(choice=st.integers(0, 10_000), whole=st.booleans())
+    def bring_back(self, choice: int, whole: bool) -> None:
+        """Restore a unit from an earlier state of the run, or its files alone."""
+        stage, unit, version, manifest, data = self.kept[choice % len(self.kept)]
+        for name, content in data.items():
+            self._path(name).parent.mkdir(parents=True, exist_ok=True)
+            self._path(name).write_bytes(content)
+        if whole:
+            self._manifest(stage, unit).parent.mkdir(parents=True, exist_ok=True)
+            self._manifest(stage, unit).write_bytes(manifest)
+            if stage == "record":
+                self.recorded = version
+
+    # ------------------------------------------------------------------ what a reader gets
+
+    @rule()
+    def read(self) -> None:
+        try:
+            found = self._read()
+        except HydraError:
+            return  # refused, which is always right
+        expected = right(self.recorded)
+        assert all(expected[name] == content for name, content in found.items())
+
+    def _read(self) -> dict[str, bytes]:
+        """Read the tables as `Reader.contributions` does."""
+        run = RunDirectory(self.directory.uri)
+        units = run.ledger.readable("hydra/reduce")
+        why = run.ledger.outdated(units)
+        if why:
+            raise HydraError(why)
+        entries = [
+            e for kind in ("contributions", "samples") for e in run.ledger.listed(f"{kind}/method=hydra")
+        ]
+        run.ledger.trust(entries)
+        return {entry.path: self._path(entry.path).read_bytes() for entry in entries}
+
+    def _drive(self, stages: Sequence[str]) -> None:
+        runner = Runner(directory=self.directory, executor=InThisProcess(), observer=null)  # type: ignore[arg-type]
+        for name in stages:
+            done = run_stage(
+                runner,
+                Stage(
+                    name=name,
+                    units=[Unit(stage=name, name=unit) for unit in UNITS[name]],
+                    handler=lambda: Work(run=self.directory, version=self.version),
+                    total=0,
+                    label="",
+                    closing=False,
+                ),
+            )
+            if name == "record" and done:
+                self.recorded = self.version
+
+    def _path(self, name: str) -> Path:
+        return Path(self.directory.path(name))
+
+    def _manifest(self, stage: str, unit: str) -> Path:
+        return Path(self.directory.manifest_path(stage, unit))
+
+
+TestProtocol = Protocol.TestCase
+TestProtocol.settings = settings(
+    max_examples=40,
+    stateful_step_count=12,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+)

@@ -1,0 +1,1 @@
+"""Stored runs damaged and drivers killed on purpose, by the hundred, from a seed: ``make torture``."""

@@ -29,11 +29,13 @@ from ..executors.events import (
     RunStarted,
     StageFinished,
     StageStarted,
+    UnitBackedUp,
     UnitFinished,
     UnitProgress,
     UnitRetried,
     UnitSkipped,
     UnitStarted,
+    UnitStraggles,
 )
 from ..executors.pace import StageProgress, rate, time_left
 
@@ -46,7 +48,18 @@ LONGEST_TEXT = 2000
 _WRITE_SECONDS = (1.0, 30.0)
 """Between two writes of a log, local and remote."""
 
-_LOGGED = (RunStarted, StageStarted, UnitStarted, UnitFinished, UnitRetried, StageFinished, Note, RunFinished)
+_LOGGED = (
+    RunStarted,
+    StageStarted,
+    UnitStarted,
+    UnitFinished,
+    UnitRetried,
+    UnitStraggles,
+    UnitBackedUp,
+    StageFinished,
+    Note,
+    RunFinished,
+)
 _LEFT_OUT = frozenset({"values", "summary"})  # manifests hold the one, run.json the other
 
 

@@ -10,7 +10,7 @@ from ...storage.errors import RunLost
 from ...storage.lock import RunLock, fenced, holding, holding_here
 from ...storage.place import check_place
 from ...storage.rundir import RunDirectory
-from ..executors.base import Handler, Report, Unit
+from ..executors.base import Handler, Report, Unit, side_by_side
 from ..executors.events import Event, Observer, warn
 from .journal import Journal
 
@@ -91,6 +91,11 @@ class Fenced:
     handler: Handler
     uri: str
     owner: str
+
+    @property
+    def side_by_side(self) -> bool:
+        """As the handler itself says."""
+        return side_by_side(self.handler)
 
     def __call__(self, unit: Unit, report: Report) -> dict[str, object]:
         """Do a unit."""

@@ -22,7 +22,7 @@ from ...workers.actor import actor_class
 from ...workers.recipes.beside import packed
 from ..spec.groups import ExecutionSpec
 from . import placement, raysetup
-from .base import Capacity, Executor, Handler, Stopping, Unit, never
+from .base import Capacity, Executor, Handler, Stopping, Unit, never, side_by_side
 from .dispatch import Dispatch
 from .events import Note, Observer
 from .placement import Demand, Node
@@ -258,6 +258,7 @@ class RayExecutor:
             max_attempts=self._max_attempts,
             clock=self._clock,
             tick=self._tick,
+            side_by_side=side_by_side(handler),
         )
         actor = actor_class().options(num_cpus=demand.cpus, num_gpus=demand.gpus)
         try:

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from ...storage import layout
 from ...storage.rundir import RunDirectory
@@ -60,6 +60,9 @@ class Work(ABC):
     Attributes:
         uri: The run directory.
     """
+
+    side_by_side: ClassVar[bool] = True
+    """Whether two workers may do the same unit at the same time; not where it clears a place before it writes there."""
 
     uri: str
 

@@ -23,8 +23,6 @@ from ...storage.errors import IncompleteStage, InputError, SpecError
 from ...storage.rows import RowStore
 from ...workers.determinism import derived_seed, restored_process
 from ...workers.recipe import Recipe
-from ...workers.recursion.coefficients import recorded_settings
-from ...workers.recursion.rest import leaves_a_rest
 from ...workers.reference import tolerances
 from ...workers.reference.dense import DenseReference, DenseTangents, dense_test_gradients
 from ...workers.reference.tolerances import Form
@@ -117,22 +115,11 @@ class _Deep:
         look_and_check(run.uri, run.noted, spec, observer)
         self.recipe, self.compute = resolve_recipe(spec), compute_of(spec)
         self.trajectory, self.n_train = run.trajectory(), run.noted.training_size
-        # In closed form EKFAC of Adam has a metric of its own, and clipping holds the eigenbasis in part.
-        plain = not leaves_a_rest(recorded_settings(self.trajectory))
-        self.covered = [
-            name
-            for name in methods
-            if (name in HESSIANS or _corrected(name)) and (plain or EKFAC not in name)
-        ]
+        self.covered = [name for name in methods if name in HESSIANS or _corrected(name)]
         self.notes = [
             f"{name}: not covered; the reference knows {', '.join(HESSIANS)}, corrected or not"
             for name in methods
-            if name not in HESSIANS and not _corrected(name)
-        ]
-        self.notes += [
-            f"{name}: not covered; the reference knows EKFAC of SGD, in trainings of which no step is clipped"
-            for name in methods
-            if name not in self.covered and (name in HESSIANS or _corrected(name))
+            if name not in self.covered
         ]
         tracked = run.samples(methods[0])["train_index"].to_numpy().astype(np.int64)
         tests = tested(run, methods[0]).astype(np.int64)

@@ -23,22 +23,23 @@ Matrix = npt.NDArray[np.float64]
 class Core:
     """Turns the core of rows in an eigenbasis, in place.
 
-    On a CPU rows go through in tiles of `TILE`, padded: a row's bits depend on no other row.
+    On a CPU rows go through in tiles of a fixed size, padded: a row's bits depend on no other row.
 
     Args:
         basis: Coordinates and eigenvectors.
         dtype: Of the rows.
         device: Where they are.
+        tile: Rows of a tile.
     """
 
-    def __init__(self, basis: CoreBasis, dtype: torch.dtype, device: torch.device) -> None:
-        self.count = len(basis.coordinates)
+    def __init__(self, basis: CoreBasis, dtype: torch.dtype, device: torch.device, tile: int = TILE) -> None:
+        self.count, self.tile = len(basis.coordinates), tile
         self.index = torch.from_numpy(basis.coordinates).to(device)
         width = -(-self.count // ALIGNMENT) * ALIGNMENT
         vectors = torch.zeros(width, width, dtype=dtype, device=device)
         vectors[: self.count, : self.count] = torch.from_numpy(basis.vectors).to(device=device, dtype=dtype)
         self._forth, self._back = vectors, vectors.T.contiguous()
-        self._taken = torch.zeros(TILE, width, dtype=dtype, device=device)
+        self._taken = torch.zeros(tile, width, dtype=dtype, device=device)
         self._turned = torch.empty_like(self._taken)
 
     @property
@@ -53,8 +54,8 @@ class Core:
             matrix = matrix[: self.count, : self.count]
             rows_nD.index_copy_(1, self.index, rows_nD.index_select(1, self.index) @ matrix)
             return
-        for start in range(0, len(rows_nD), TILE):
-            rows = rows_nD[start : start + TILE]
+        for start in range(0, len(rows_nD), self.tile):
+            rows = rows_nD[start : start + self.tile]
             self._taken[: len(rows), : self.count] = rows.index_select(1, self.index)
             torch.mm(self._taken, matrix, out=self._turned)
             rows.index_copy_(1, self.index, self._turned[: len(rows), : self.count])

@@ -8,8 +8,8 @@ are used. Parameters without a Kronecker form (norm layers, single vectors, grou
 keep their own axes: a diagonal. The coordinates with the largest eigenvalues are then decoupled by
 the eigenvectors of their full matrix of second moments (see ``core``).
 
-With Adam all of this is done for gradients scaled by P^1/2 (see ``metric``). Such a gradient G_i is no
-outer product of d and x any more: the eigenvectors are then those of E[G_i G_i^T] and E[G_i^T G_i].
+With Adam all of this is done for gradients G_i scaled by P^1/2 (see ``metric``), which are outer products in
+Linear layers only: the eigenvectors are those of E[G_i G_i^T] and E[G_i^T G_i].
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from ..training.test_gradients import TEST_BATCH
 from ..training.training import Training
 from .core import axes, decoupled, leading
 from .eigenbasis import Eigenbasis, diagonal
-from .eigengradients import EigenGradients
+from .eigengradients import EigenGradients, are_outer
 from .metric import metric_of
 
 SAMPLES = 4096
@@ -107,12 +107,6 @@ class CurvatureEstimate:
         self.lanes = lanes_of(self.settings, training.layout)
         self.metric: Metric | None = None
         self.root: Tensor | None = None
-        if training.family.scaled:
-            self.metric = metric_of(
-                trajectory, self.settings, training.layout.column_groups(self.lanes).numpy()
-            )
-            root = torch.from_numpy(np.sqrt(self.metric.scale))
-            self.root = root.to(device=training.device, dtype=training.dtype)
         count = min(samples, training.n_train)
         generator = np.random.default_rng(derived_seed(training.recipe.seed, "curvature"))
         self.samples = np.sort(generator.choice(training.n_train, count, replace=False))
@@ -129,6 +123,12 @@ class CurvatureEstimate:
         total = passes(self.core) * count
         engine = PerSampleGradients(training.recipe, training.model, training.layout, self.ways)
         factors = _Factors(training.layout.entries, engine, self.lanes)
+        if training.family.scaled:
+            lanes_D = training.layout.column_groups(self.lanes).numpy()
+            outer = [layer for layer in factors.layers.values() if are_outer(self.ways, layer)]
+            self.metric = metric_of(self.trajectory, self.settings, lanes_D, outer)
+            root = torch.from_numpy(np.sqrt(self.metric.scale))
+            self.root = root.to(device=training.device, dtype=training.dtype)
         for done, k in enumerate(self.kept, start=1):
             for found in self._passes(engine, k):
                 root = self.root
@@ -141,7 +141,8 @@ class CurvatureEstimate:
         engine.close()
         blocks = factors.blocks()
         basis = Eigenbasis(blocks, training.layout, training.dtype, training.device, None)
-        eigen = EigenGradients(training.recipe, training.model, training.layout, self.ways, basis, self.root)
+        scale = None if self.metric is None else self.metric.scale
+        eigen = EigenGradients(training.recipe, training.model, training.layout, self.ways, basis, scale)
         rows = []
         for done, k in enumerate(self.kept, start=count + 1):
             rows.append(self._mean(eigen, k, lambda block: block.double().square().sum(0)))

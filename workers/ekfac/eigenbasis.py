@@ -16,14 +16,23 @@ from torch import Tensor
 
 from ...storage.curvature import BlockBasis, CoreBasis
 from ..model.layout import Layout
+from ..persample.engine import TILE
 from ..persample.rules import aligned
 from .core import Core
 
 TURN_NUMBERS = 1 << 16
 """Numbers of rows that are rotated at a time: they stay in a core's cache."""
 
+MOST_ROWS, TILE_NUMBERS = 64, 1 << 18
+"""Rows of a tile of a small model, at most, and numbers of a tile: what stays in a core's cache."""
+
 TURNED_AXES = 8
 """Axes of the core that are turned back at a time."""
+
+
+def wide_tile(dimension: int) -> int:
+    """Return how many rows to take at a time where a call costs more than its numbers; ``TILE`` at least."""
+    return max(TILE, min(MOST_ROWS, TILE_NUMBERS // max(1, dimension) // TILE * TILE))
 
 
 class Eigenbasis:
@@ -36,6 +45,7 @@ class Eigenbasis:
         device: Where they are.
         core: Coordinates that are turned once more, all blocks together; None: none are. No default:
             eigenvalues belong to the basis with its core.
+        tile: Rows taken at a time on a CPU.
     """
 
     def __init__(
@@ -45,9 +55,11 @@ class Eigenbasis:
         dtype: torch.dtype,
         device: torch.device,
         core: CoreBasis | None,
+        tile: int = TILE,
     ) -> None:
         self.blocks, self.layout = tuple(blocks), layout
-        self.core = None if core is None else Core(core, dtype, device)
+        self.core = None if core is None else Core(core, dtype, device, tile)
+        self.tile = tile
 
         self._turns = [_Turn(block, dtype, device) for block in self.blocks]
         self.left = [turn.left for turn in self._turns]
@@ -92,6 +104,28 @@ class Eigenbasis:
             self.turn(k, parts, out[:, self.span(k)].unflatten(1, (block.rows, block.columns)))
         if self.core is not None:
             self.core.turn(out)
+        return out
+
+    def matrix(self, flat_D: Tensor, k: int) -> Tensor:
+        """Return the part of a vector in parameters that is block ``k``, (O, I)."""
+        parts = []
+        for i in self.blocks[k].entries:
+            start = self.layout.entries[i].start
+            part = flat_D[start : start + self.layout.size(i)]
+            parts.append(part.reshape(self.blocks[k].rows, -1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def turned(self, flat_D: Tensor) -> Tensor:
+        """Rotate one vector from parameters into the eigenbasis, (D,): no row of many, so without their padding."""
+        parts = []
+        for k in range(len(self.blocks)):
+            matrix, left, right = self.matrix(flat_D, k), self.left[k], self.right[k]
+            matrix = matrix if right is None else torch.mm(matrix, right)
+            matrix = matrix if left is None else torch.mm(left.T, matrix)
+            parts.append(matrix.reshape(-1))
+        out = torch.cat(parts)
+        if self.core is not None:
+            self.core.turn(out[None])
         return out
 
     def to_parameters(self, rows_nD: Tensor) -> Tensor:

@@ -2,12 +2,18 @@
 
 The gradient of a Linear weight is an outer product: rotating its two factors, once for the whole
 batch, costs far less than rotating the product. Everything else is rotated a tile at a time.
+
+In a metric gradients are multiplied with P^1/2 first; where P is itself an outer product, factors stay factors.
+With ``clip`` rows are what clipping makes of them, k (g - G <G, g> / (n (n + 1e-6))), the products with G being
+taken before anything is scaled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +22,14 @@ from ..persample.capture import Call
 from ..persample.engine import PerSampleGradients, TakeFactors, TakeRows
 from ..persample.ways import RULED, Ways
 from ..recipe import Recipe
+from ..recursion.clipping import EPSILON, Clip
 from .eigenbasis import Eigenbasis
+from .metric import outer_factors
+
+
+def are_outer(ways: Ways, entries: Sequence[int]) -> bool:
+    """Whether the gradients of a weight, and of a bias beside it, are one outer product a row."""
+    return ways.strategies[entries[0]] == "outer" and all(ways.strategies[i] in RULED for i in entries)
 
 
 class EigenGradients(PerSampleGradients):
@@ -24,14 +37,12 @@ class EigenGradients(PerSampleGradients):
 
     Args:
         basis: The eigenbasis.
-        scale: (D,) what gradients are multiplied with before they are turned; None: nothing.
+        scale: (D,) P of the metric in which gradients are turned; None: as they are.
 
     Attributes:
-        changed: Called with gradients (R, D) before they are scaled, to change them in place; only where
-            there is a scale.
+        root: P^1/2, (D,).
+        sides: By block whose gradients come as factors: what output gradients and inputs are turned and scaled with.
     """
-
-    changed: Callable[[Tensor], None] | None = None
 
     def __init__(
         self,
@@ -40,31 +51,60 @@ class EigenGradients(PerSampleGradients):
         layout: Layout,
         ways: Ways,
         basis: Eigenbasis,
-        scale: Tensor | None = None,
+        scale: npt.NDArray[np.float64] | None = None,
     ) -> None:
-        # A row that is scaled coordinate by coordinate is no outer product any more.
-        blocks = basis.blocks if scale is None else ()
-        outer = frozenset(
-            block.entries[0]
-            for block in blocks
-            if ways.strategies[block.entries[0]] == "outer"
-            and block.left is not None
-            and all(ways.strategies[i] in RULED for i in block.entries)
-        )
-        super().__init__(recipe, model, layout, ways, outer)
-        self.basis, self.scale = basis, scale
+        like = layout.parameters(model)[0]
+        root = None if scale is None else torch.from_numpy(np.sqrt(scale)).to(like)
+        self.sides: dict[int, tuple[Tensor, Tensor]] = {}
+        for k, block in enumerate(basis.blocks):
+            left, right = basis.left[k], basis.right[k]
+            if left is None or right is None or not are_outer(ways, block.entries):
+                continue
+            if scale is not None:
+                found = outer_factors(basis.matrix(torch.from_numpy(scale), k).numpy())
+                if found is None:
+                    continue
+                p, q = (torch.from_numpy(np.sqrt(side)).to(like).unsqueeze(1) for side in found)
+                left, right = p * left, q * right
+            self.sides[k] = (left, right)
+        factored = frozenset(basis.blocks[k].entries[0] for k in self.sides)
+        self.basis, self.root = basis, root
+        super().__init__(recipe, model, layout, ways, factored)
         self._block_of = {block.entries[0]: k for k, block in enumerate(basis.blocks)}
+        self._column_root = None if root is None else self._of_columns(root)
+        inside = {i for k in self.sides for i in basis.blocks[k].entries}
+        outside = [
+            torch.full((layout.size(i),), 0.0 if i in inside else 1.0)
+            for i in range(len(layout.entries))
+            if i not in factored
+        ]
+        self._outside = torch.cat(outside).to(like) if len(inside) < len(layout.entries) else None
         self._rotated = torch.empty(
             self.tile, layout.dimension, dtype=self._block.dtype, device=self._block.device
         )
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}
         self._whole: dict[int, Tensor] = {}
+        self._clip: Clip | None = None
+        self._along: Tensor | None = None
+
+    def tile_for(self, like: Tensor) -> int:
+        """See ``PerSampleGradients``: what the basis was made for."""
+        return self.basis.tile if like.device.type == "cpu" else super().tile_for(like)
+
+    def clips(self, clip: Clip | None) -> None:
+        """Note how the step clips whose rows are handed over next; only in a metric."""
+        assert self.root is not None
+        self._clip = clip
+        if clip is not None:
+            if self._outside is not None:
+                self._column_gradient = self._of_columns(clip.gradient) * self._outside
+            self._pull = self.basis.turned(clip.gradient * self.root)
 
     def hand_over(
         self, positions: Tensor, size: int, sink: TakeRows, factors: TakeFactors | None = None
     ) -> None:
         """Hand over rotated rows; see ``PerSampleGradients.hand_over``."""
-        self._factors, self._whole = {}, {}
+        self._factors, self._whole, self._along = {}, {}, None
 
         def keep(entry: int, d_R: Tensor, x_R: Tensor | None) -> None:
             if x_R is None:
@@ -73,11 +113,14 @@ class EigenGradients(PerSampleGradients):
                 self._factors[self._block_of[entry]] = (d_R, x_R)
 
         def rotate(start: int, block: Tensor) -> None:
-            if self.scale is not None:
-                if self.changed is not None:
-                    self.changed(block)
-                block *= self.scale
-            sink(start, self._rotate(start, len(block)))
+            along = self._along_of(start, block, positions)
+            if self._column_root is not None:
+                block *= self._column_root
+            rows = self._rotate(start, len(block))
+            if along is not None:
+                assert self._clip is not None
+                rows.addcmul_(along.neg_().unsqueeze(1), self._pull).mul_(self._clip.factor)
+            sink(start, rows)
 
         super().hand_over(positions, size, rotate, keep)
         self._factors, self._whole = {}, {}
@@ -85,13 +128,44 @@ class EigenGradients(PerSampleGradients):
     def factors_of(self, call: Call, entry: int, d_B: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate a layer's factors for the whole batch, so that bits do not depend on the rows wanted."""
         k = self._block_of[entry]
-        left, right = self.basis.left[k], self.basis.right[k]
-        assert left is not None
-        assert right is not None
         x_B = call.x_B
         if len(self.basis.blocks[k].entries) == 2:
             x_B = torch.cat([x_B, x_B.new_ones(len(x_B), 1)], 1)
+        if self._clip is not None:
+            found = (torch.mm(d_B, self.basis.matrix(self._clip.gradient, k)) * x_B).sum(1)
+            self._along = found if self._along is None else self._along + found
+        left, right = self.sides[k]
         return torch.mm(d_B, left), torch.mm(x_B, right)
+
+    def _along_of(self, start: int, block: Tensor, positions: Tensor) -> Tensor | None:
+        """Return <G, g> / (n (n + 1e-6)) of a tile of rows that is still as it was handed over, (R,); None: no clip."""
+        clip = self._clip
+        if clip is None:
+            return None
+        found = block.new_zeros(len(block))
+        if self._outside is not None:
+            found += (block * self._column_gradient).sum(1)
+        if self._along is not None:
+            found += self._along[positions[start : start + len(block)]]
+        for entry, rows in self._whole.items():
+            k = self._block_of[entry]
+            whole = self._side_by_side(k, start, len(block), rows)
+            found += (whole * self.basis.matrix(clip.gradient, k)).flatten(1).sum(1)
+        return found / (clip.norm * (clip.norm + EPSILON))
+
+    def _side_by_side(self, k: int, start: int, count: int, weight_R: Tensor) -> Tensor:
+        """Return a block's rows (count, O, I) where its weight came whole; the bias is in the tile."""
+        block = self.basis.blocks[k]
+        parts = [weight_R[start : start + count], *(self.views[i][:count] for i in block.entries[1:])]
+        return torch.cat([part.reshape(count, block.rows, -1) for part in parts], 2)
+
+    def _of_columns(self, flat: Tensor) -> Tensor:
+        """Return the part of a vector that the columns of blocks stand for."""
+        parts = [flat[:0]]
+        for i, entry in enumerate(self.layout.entries):
+            if i not in self.factored:
+                parts.append(flat[entry.start : entry.start + self.layout.size(i)])
+        return torch.cat(parts)
 
     def _rotate(self, start: int, count: int) -> Tensor:
         """Assemble the tile that begins at row ``start`` in the eigenbasis."""
@@ -104,9 +178,16 @@ class EigenGradients(PerSampleGradients):
             if block.entries[0] in self.factored and block.entries[0] not in self._whole:
                 target.zero_()  # its layer was not called in this step
                 continue
-            rows = {i: self._whole[i][start : start + count] for i in block.entries if i in self._whole}
+            rows = {i: self._scaled_whole(i, start, count) for i in block.entries if i in self._whole}
             parts = [rows.get(i, self.views[i][:count]).reshape(count, block.rows, -1) for i in block.entries]
             self.basis.turn(k, parts, target[:count])
         if self.basis.core is not None:
             self.basis.core.turn(self._rotated[:count])
         return self._rotated[:count]
+
+    def _scaled_whole(self, entry: int, start: int, count: int) -> Tensor:
+        rows = self._whole[entry][start : start + count]
+        if self.root is None:
+            return rows
+        first = self.layout.entries[entry].start
+        return rows * self.root[first : first + self.layout.size(entry)].view(rows.shape[1:])

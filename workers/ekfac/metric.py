@@ -11,12 +11,21 @@ mean of D_t / P over the coordinates of a lane with v_t > 0. It is had at the ch
 between them interpolated in its logarithm: D is a slow average, and nothing is read from the device while
 training is recorded. Coordinates that were not visited yet (D = 1 / eps) take part in neither mean.
 
-K checkpoints, D parameters, L lanes, U steps of the optimiser.
+The gradient of a Linear layer is an outer product of output gradient and input, d x^T, and stays one only in a
+metric that is an outer product too. There P is replaced by the nearest such matrix in the logarithm,
+
+    log P_oi ~ a_o + b_i,   least squares over the coordinates with v > 0
+
+(rows and columns without any are 0). On the tasks of ``docs/benchmarks.md`` that leaves a residual of 0.25 of a
+standard deviation of 1.8.
+
+K checkpoints, D parameters, L lanes, U steps of the optimiser, O and I a layer's outputs and inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +35,29 @@ from ...storage.trajectory import Trajectory
 from ..recursion.coefficients import Settings
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+SWEEPS = 200
+"""Sweeps of the fit of a metric with gaps, at most; without gaps it takes one."""
+
+SETTLED = 1e-12
+"""The largest change of a sweep that still counts, and how far an outer product may be from itself."""
 
 
-def metric_of(trajectory: Trajectory, settings: Settings, lanes_D: npt.NDArray[np.int64]) -> Metric:
+def metric_of(
+    trajectory: Trajectory,
+    settings: Settings,
+    lanes_D: npt.NDArray[np.int64],
+    matrices: Sequence[tuple[int, ...]] = (),
+) -> Metric:
     """Return P and rho of a record of Adam; without what coupled decay adds.
 
     Args:
         trajectory: The record.
         settings: Its settings.
         lanes_D: Lane of each parameter's values, -1: not optimised.
+        matrices: Entries of the flat vector that side by side are a matrix (O, I) each, a weight and maybe its
+            bias, in which P is to be an outer product.
     """
     total, seen = np.zeros(len(lanes_D)), np.zeros(len(lanes_D))
     moved = np.zeros(len(lanes_D), dtype=bool)
@@ -42,6 +65,20 @@ def metric_of(trajectory: Trajectory, settings: Settings, lanes_D: npt.NDArray[n
         total[moved] += logarithm[moved]
         seen += moved
     mean = np.divide(total, seen, out=np.zeros_like(total), where=seen > 0)
+    for layer in matrices:
+        parts = [trajectory.parameters[i] for i in layer]
+        rows = parts[0].shape[0]
+        spans = [slice(part.start, part.start + int(np.prod(part.shape))) for part in parts]
+
+        def side_by_side(values: npt.NDArray[Any], spans: Any = spans, rows: int = rows) -> npt.NDArray[Any]:
+            return np.concatenate([values[span].reshape(rows, -1) for span in spans], 1)
+
+        fitted, seen_there = outer_fit(side_by_side(mean), side_by_side(moved))
+        start = 0
+        for span in spans:
+            stop = start + (span.stop - span.start) // rows
+            mean[span], moved[span] = fitted[:, start:stop].ravel(), seen_there[:, start:stop].ravel()
+            start = stop
     scale = np.where(moved, np.exp(mean), 0.0)  # of the last checkpoint
     steps, lanes = settings.learning_rate.shape
     at: list[list[int]] = [[] for _lane in range(lanes)]
@@ -57,6 +94,33 @@ def metric_of(trajectory: Trajectory, settings: Settings, lanes_D: npt.NDArray[n
         if at[lane]:
             rate[:, lane] = np.exp(np.interp(np.arange(steps), at[lane], rates[lane]))
     return Metric(scale=scale, rate=rate)
+
+
+def outer_fit(values_OI: Floats, there_OI: Bools) -> tuple[Floats, Bools]:
+    """Return a_o + b_i nearest to the values where they are there, and which rows and columns have any, (O, I)."""
+    rows, columns = there_OI.any(1), there_OI.any(0)
+    known = np.where(there_OI, values_OI, 0.0)
+    per_row, per_column = np.maximum(there_OI.sum(1), 1), np.maximum(there_OI.sum(0), 1)
+    a, b = np.zeros(len(rows)), np.zeros(len(columns))
+    for _sweep in range(SWEEPS):
+        before = a
+        a = (known - there_OI * b).sum(1) / per_row
+        b = (known - (there_OI * a[:, None])).sum(0) / per_column
+        if np.abs(a - before).max() <= SETTLED:
+            break
+    return np.add.outer(a, b), np.logical_and.outer(rows, columns)
+
+
+def outer_factors(scale_OI: Floats) -> tuple[Floats, Floats] | None:
+    """Return p (O,) and q (I,) of a metric ``p_o q_i``; None where it is no outer product."""
+    o, i = np.unravel_index(int(scale_OI.argmax()), scale_OI.shape)
+    largest = float(scale_OI[o, i])
+    if not largest > 0:
+        return None
+    q = scale_OI[o] / largest
+    p = scale_OI[:, i]
+    near: bool = np.allclose(np.outer(p, q), scale_OI, rtol=SETTLED, atol=0.0)
+    return (p, q) if near else None
 
 
 def preconditioners(

@@ -80,7 +80,7 @@ class PerSampleGradients:
         }
         self._by["rule"] = [i for i, s in enumerate(self.strategies) if s in RULED]
         like = self._parameters[0]
-        self.tile = TILE if like.device.type == "cpu" else DEVICE_TILE
+        self.tile = self.tile_for(like)
         self.factored = factored
         self.columns, self.width = _columns(layout, factored)
         self._block = torch.empty(self.tile, self.width, dtype=like.dtype, device=like.device)
@@ -102,6 +102,10 @@ class PerSampleGradients:
         }
         self.repaired: set[str] = set()
         self._forms: dict[int, frozenset[int]] = dict.fromkeys(ways.graphs, frozenset())
+
+    def tile_for(self, like: Tensor) -> int:
+        """Return how many rows are worked on at a time."""
+        return TILE if like.device.type == "cpu" else DEVICE_TILE
 
     def watch(self, positions: Tensor, sink: TakeRows, factors: TakeFactors | None = None) -> Watch:
         """Return what a training step needs to hand the rows at ``positions`` (R,) to the sinks."""

@@ -1,8 +1,8 @@
 """One coefficient an eigendirection: the closed form with the Hessian in EKFAC form.
 
 In the eigenbasis the recursion is diagonal, so the scalars of ``coefficients`` become vectors over
-the D directions, with ``a_u += (eigenvalue + L) c_t``. T x D numbers are never held: the two scalars
-are kept at segment borders, and a segment's coefficients are made again when it is replayed.
+the D directions, with ``a_u += (eigenvalue + L) c_t``. T x D numbers are not held where they are many: the two
+scalars are kept at segment borders, and a segment's coefficients are made again when it is replayed.
 
 A step whose gradient was clipped by k_t multiplies the curvature with k_t too; that clipping also takes away
 what lies along the gradient is left to the rows. With a metric (Adam) the rate is h_t rho_t.
@@ -23,6 +23,9 @@ from .coefficients import Settings, scalars
 from .columns import Columns
 from .scalars import Scalars
 from .settings import Float
+
+TABLE_BYTES = 32 << 20
+"""Coefficients of all steps are kept where they take no more than this: nothing is then made twice."""
 
 STABLE_SHARE = 0.999
 """Eigenvalues are kept below this share of what would make the linearised step grow without end."""
@@ -97,8 +100,12 @@ class EigenCoefficients:
         self._spans = list(self.bent.columns.spans())
         count = settings.learning_rate.shape[0]
         self.length = max(1, math.isqrt(count))
-        self._borders = self._run_back(0, count, *self._end(), keep=None)
         self._segment: tuple[int, Tensor] | None = None
+        if 0 < count * self.count * dtype.itemsize <= TABLE_BYTES:
+            self.length = count
+            self._segment = (0, torch.zeros(count, self.count, dtype=dtype, device=device))
+        kept = None if self._segment is None else self._segment[1]
+        self._borders = self._run_back(0, count, *self._end(), keep=kept)
 
     def at(self, step: int) -> Tensor:
         """Return c_t of the step that a batch belongs to, (D,)."""

@@ -230,12 +230,8 @@ class DenseTangents:
         self, form: Form, step: int, slope: list[Tensor], whole: Tensor, tangent: Tangent
     ) -> list[Tensor] | None:
         """Return H du, or what the form puts in its place; None for nothing."""
-        if form == "none" or not tangent.moved:
+        if form in ("none", "ekfac") or not tangent.moved:  # EKFAC is that of the step's loss as a whole
             return None
-        if form == "ekfac":
-            assert self.bend is not None
-            # That of the step's loss as a whole.
-            return self.bend.apply(step, tangent.du) if self.training.updates[step] else None
         self.products += 1
         share = self.share[form]
         hessian = self._hessian_product(slope, tangent) if share else None
@@ -302,7 +298,11 @@ class DenseTangents:
         move = StepMove(self.training, self.trajectory, step, self.gradient, self.dtype)
         for form, tangents in self.tangents.items():
             for tangent in tangents:
-                move.of(tangent, frozen=form not in self.carried)
+                if form == "ekfac":
+                    assert self.bend is not None
+                    move.bent(tangent, self.bend)
+                else:
+                    move.of(tangent, frozen=form not in self.carried)
 
 
 def dense_test_gradients(

@@ -13,19 +13,19 @@ SGD moves as ``dense`` says. Adam (g and s with L w and L du added where the dec
 
 m, v and t being those of the replayed training. In the forms without the Hessian a gradient comes in divided by
 the b + e of its own step, and nothing else of Adam moves: ``dm <- b1 dm + (1 - b1) s / (b + e)``,
-``du <- (1 - h L) du - h dm / (1 - b1^t)``, coupled decay left out.
+``du <- (1 - h L) du - h dm / (1 - b1^t)``, coupled decay left out. What EKFAC does is said in ``ekfac``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ...storage.trajectory import Trajectory
 from ..training.training import Training
-from .ekfac import step_settings
+from .ekfac import DenseCurvature, step_settings
 
 
 class Tangent:
@@ -97,6 +97,31 @@ class StepMove:
 
     def of(self, tangent: Tangent, *, frozen: bool) -> None:
         """Move a tangent; ``frozen``: in a form without the Hessian."""
+        source = self._clipped(tangent)
+        for k, group in self._stepped():
+            if self.adam is None:
+                self._sgd(k, group, tangent, source[k])
+            else:
+                step = self.adam[k]
+                assert step is not None
+                step.frozen(k, tangent, source[k]) if frozen else step.exact(k, tangent, source[k])
+
+    def bent(self, tangent: Tangent, curvature: DenseCurvature) -> None:
+        """Move a tangent with EKFAC curvature, which clipping makes smaller and leaves its directions."""
+        pull = curvature.apply(self.step, tangent.du) if tangent.moved else None
+        source = self._clipped(tangent)
+        if pull is not None:
+            source = [s + b for s, b in zip(source, pull, strict=True)]
+        for k, group in self._stepped():
+            if self.adam is None:
+                self._sgd(k, group, tangent, source[k])
+            else:
+                step = self.adam[k]
+                assert step is not None
+                step.in_metric(k, tangent, source[k], curvature.rho(self.step, k) * curvature.scale[k])
+
+    def _clipped(self, tangent: Tangent) -> list[Tensor]:
+        """Return a tangent's part of the gradient of the step's loss as clipping passes it on."""
         source = tangent.source
         tangent.moved = tangent.moved or source is not None
         if source is None:
@@ -110,15 +135,13 @@ class StepMove:
                 self.factor * s if g is None else self.factor * s - less * g
                 for g, s in zip(self.gradient, source, strict=True)
             ]
+        return source
+
+    def _stepped(self) -> Iterator[tuple[int, int]]:
+        """Yield (parameter, its group) of those that the step moves."""
         for k, entry in enumerate(self.trajectory.parameters):
-            if entry.group < 0 or self.gradient[k] is None:
-                continue
-            if self.adam is None:
-                self._sgd(k, entry.group, tangent, source[k])
-            else:
-                step = self.adam[k]
-                assert step is not None
-                step.frozen(k, tangent, source[k]) if frozen else step.exact(k, tangent, source[k])
+            if entry.group >= 0 and self.gradient[k] is not None:
+                yield k, entry.group
 
     def _sgd(self, k: int, group: int, tangent: Tangent, part: Tensor) -> None:
         h, p, decay, damp, nesterov = step_settings(self.trajectory, self.step, group)
@@ -189,6 +212,12 @@ class _Adam:
         kept = torch.zeros_like(source) if before is None else self.beta1 * before
         tangent.dm[k] = after = kept + (1 - self.beta1) * source / self.below
         tangent.du[k] = self.keep * tangent.du[k] - self.rate * after / self.late1
+
+    def in_metric(self, k: int, tangent: Tangent, source: Tensor, metric: Tensor) -> None:
+        before = tangent.dm[k]
+        kept = torch.zeros_like(source) if before is None else self.beta1 * before
+        tangent.dm[k] = after = kept + (1 - self.beta1) * source
+        tangent.du[k] = self.keep * tangent.du[k] - self.rate * metric * after / self.late1
 
     def exact(self, k: int, tangent: Tangent, source: Tensor) -> None:
         source = source + self.coupled * tangent.du[k]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...storage.curvature import Curvature
 from ...storage.trajectory import Trajectory
-from ..ekfac.eigenbasis import Eigenbasis
+from ..ekfac.eigenbasis import Eigenbasis, wide_tile
 from ..ekfac.eigengradients import EigenGradients
 from ..persample.engine import TILE, PerSampleGradients
 from ..recipe import Batch
@@ -47,37 +47,35 @@ class TurnedGradients:
 
     def __init__(self, training: Training, trajectory: Trajectory, curvature: Curvature) -> None:
         layout, device, dtype = training.layout, training.device, training.dtype
+        self._training = training
         self.settings: Settings = recorded_settings(trajectory)
-        self.basis = Eigenbasis(curvature.blocks, layout, dtype, device, curvature.core)
+        # Not with SGD: there tiles of another size would change the bits that runs have.
+        tile = TILE if curvature.metric is None else wide_tile(layout.dimension)
+        self.basis = Eigenbasis(curvature.blocks, layout, dtype, device, curvature.core, tile)
         self.lanes = self.basis.lanes(lanes_of(self.settings, layout))
-        self.root: Tensor | None = None
-        if curvature.metric is not None:
-            self.root = torch.from_numpy(np.sqrt(curvature.metric.scale)).to(device=device, dtype=dtype)
+        scale = None if curvature.metric is None else curvature.metric.scale
         ways = tried_ways(training, trajectory)
-        self.engine = EigenGradients(training.recipe, training.model, layout, ways, self.basis, self.root)
-        if self.root is not None:
-            self.engine.changed = self._clip_
+        self.engine = EigenGradients(training.recipe, training.model, layout, ways, self.basis, scale)
+        self.root = self.engine.root
         clips = self.settings.clip_factor
         self.looks = clips is not None and bool((clips < 1).any())
         self._clip: Clip | None = None
 
-    def meet(self, step: int, moment: Callable[[], Moment]) -> None:
-        """Note how a step that is about to be taken clips."""
+    def meet(self, step: int, _moment: Callable[[], Moment]) -> None:
+        """Note how a step that is about to be taken clips: no copies of all that a moment holds."""
         clips = self.settings.clip_factor
-        if clips is None or not clips[self.settings.update(step)] < 1:
+        clip = None
+        if clips is not None and clips[self.settings.update(step)] < 1:
+            clip = self._training.clip()
+        if self.root is not None:  # clipping is of the gradient as it is, before the metric
+            self.engine.clips(clip)
+        elif clip is None:
             self._clip = None
-            return
-        clip = moment().clip
-        # Clipping is of the gradient as it is; turning alone changes no product.
-        turned = clip.gradient if self.root is not None else self.basis.to_eigen(clip.gradient[None])[0]
-        self._clip = replace(clip, gradient=turned)
+        else:  # turning alone changes no product
+            self._clip = replace(clip, gradient=self.basis.to_eigen(clip.gradient[None])[0])
 
     def take_(self, block: Tensor) -> None:
         """Turn rows (R, D) that the engine handed over into what clipping makes of them, in place."""
-        if self.root is None:
-            self._clip_(block)
-
-    def _clip_(self, block: Tensor) -> None:
         if self._clip is not None:
             self._clip.map_(block)
 
@@ -130,12 +128,13 @@ class EkfacRows(Turned, RowSink):
     def __init__(self, training: Training, trajectory: Trajectory, rows: int, curvature: Curvature) -> None:
         super().__init__(training, trajectory, curvature)
         like = torch.empty(0, dtype=training.dtype, device=training.device)
-        self.sums = like.new_zeros(-(-rows // TILE) * TILE, training.layout.dimension)
+        tile = self.basis.tile
+        self.sums = like.new_zeros(-(-rows // tile) * tile, training.layout.dimension)
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled rows."""
         self.turned.take_(block)
-        if self.sums.device.type != "cpu":
+        if self.sums.device.type != "cpu" or self.basis.tile > TILE:
             self.sums.index_add_(0, rows.to(self.sums.device), block.mul_(self.scale))
             return
         for row, gradient in zip(rows.tolist(), block, strict=True):  # one pass through memory, not two
@@ -143,9 +142,9 @@ class EkfacRows(Turned, RowSink):
 
     def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
         """Return hypergradient rows in parameter order, on the host; see ``Replay``."""
-        parts = []
-        for tile in range(start - start % TILE, stop, TILE):  # whole tiles: the same bits for any shard
-            turned = self.turned.to_parameters(self.sums[tile : tile + TILE])
+        parts, size = [], self.basis.tile
+        for tile in range(start - start % size, stop, size):  # whole tiles: the same bits for any shard
+            turned = self.turned.to_parameters(self.sums[tile : tile + size])
             parts.append(turned[max(start - tile, 0) : stop - tile])
         array: npt.NDArray[np.floating] = torch.cat(parts).cpu().numpy()
         return array

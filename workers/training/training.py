@@ -371,17 +371,22 @@ class Training:
 
     def moment(self) -> Moment:
         """Return the step that is about to be taken; good inside ``before_update``."""
+        clip = self.clip()
+        return Moment(
+            gradient=clip.gradient,
+            clip=clip,
+            weights=self.weights(),
+            state=self.optimizer_state().vectors,
+        )
+
+    def clip(self) -> Clip:
+        """Return what clipping makes of the step that is about to be taken; good inside ``before_update``."""
         gradient = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
         norm, factor = math.nan, 1.0
         if self.max_norm is not None:
             found = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             norm, factor = clipped(found, self.max_norm)
-        return Moment(
-            gradient=gradient,
-            clip=Clip(gradient=gradient, norm=norm, factor=factor),
-            weights=self.weights(),
-            state=self.optimizer_state().vectors,
-        )
+        return Clip(gradient=gradient, norm=norm, factor=factor)
 
     def _clip(self, step: int) -> None:
         if self.max_norm is not None:

@@ -240,10 +240,25 @@ def test_adamw_clipped_and_accumulated_is_made_again(tmp_path):
     assert found.products > 0
 
 
-def test_ekfac_of_a_clipped_training_is_not_covered_and_said(tmp_path):
-    recipe = Stepped("sgd", 0.3)
-    run(spec(recipe, tmp_path / "run"))
-    found = verify_deep(run(spec(recipe, tmp_path / "run", hessian="ekfac")), recipe, rows=2)
-    assert found.problems == ()
-    (note,) = found.notes
-    assert note.startswith("hydra-ekfac: not covered; the reference knows EKFAC of SGD")
+@pytest.mark.parametrize(
+    ("recipe", "mode"),
+    [
+        (Stepped("adamw", 0.3, 3, "late"), "forward"),
+        (Stepped("adam", 0.3), "adjoint"),
+        (Stepped("sgd", 0.3), "forward"),
+    ],
+    ids=["adamw", "adam", "sgd"],
+)
+def test_ekfac_of_adam_and_of_clipped_trainings_is_made_again(recipe, mode, tmp_path):
+    place = tmp_path / "run"
+    done = run(spec(recipe, place, hessian="ekfac", mode=mode, shards=2))
+    found = verify_deep(done, recipe, rows=4)
+    assert found.problems == found.notes == ()
+    assert {check.method for check in found.checks} == {"all", "hydra-ekfac"}
+    if mode == "forward":
+        store = f"hypergradients/method={done.methods()[0]}.zarr"
+        rewrite_row(place, "hydra-ekfac/replay", store, "hypergradient", 7)
+        found = by_name(verify_deep(open_run(place), recipe, rows=13))
+        wrong = found["hydra-ekfac", "hypergradients"]
+        assert not wrong.ok
+        assert wrong.where == "train_index 7"

@@ -1,7 +1,8 @@
-"""EKFAC with Adam and with clipping: against a dense recursion with the same curvature, written out here."""
+"""EKFAC with Adam and with clipping: against the dense recursion with the same curvature."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,13 @@ from hydra_pipe.storage.curvature import read_curvature, write_curvature
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate
 from hydra_pipe.workers.ekfac.eigenbasis import Eigenbasis, diagonal
-from hydra_pipe.workers.ekfac.metric import preconditioners
+from hydra_pipe.workers.ekfac.metric import outer_factors, outer_fit, preconditioners
+from hydra_pipe.workers.persample.engine import PerSampleGradients
+from hydra_pipe.workers.recursion import eigencoefficients
 from hydra_pipe.workers.recursion.coefficients import recorded_settings
-from hydra_pipe.workers.recursion.eigencoefficients import cut_directions
+from hydra_pipe.workers.recursion.eigencoefficients import EigenCoefficients, cut_directions
 from hydra_pipe.workers.recursion.forms import ADJOINT, EKFAC, EXACT, FAST, FORWARD
+from hydra_pipe.workers.reference.dense import DenseReference
 from hydra_pipe.workers.replay.by_epoch import ByEpoch
 from hydra_pipe.workers.replay.make import make_replay
 from hydra_pipe.workers.training.record import Recorder
@@ -125,76 +129,10 @@ def estimated(recipe, trajectory, compute=DOUBLE, **options):
     return CurvatureEstimate(Training(recipe, compute), trajectory, **{"checkpoints": 2, **options}).run()
 
 
-def dense(recipe, trajectory, curvature, replay):
-    """Carry du and the optimiser's tangent densely, Q as a matrix; gradients by autograd, one at a time."""
-    training = Training(recipe, DOUBLE)
-    size, settings = training.layout.dimension, recorded_settings(trajectory)
-    basis = Eigenbasis(curvature.blocks, training.layout, torch.float64, torch.device("cpu"), curvature.core)
-    turn = basis.to_parameters(torch.eye(size, dtype=torch.float64)).numpy().T  # eigen -> parameters
-    metric = curvature.metric
-    scale = np.ones(size) if metric is None else metric.scale
-    root = np.sqrt(scale)
-    inverse = np.divide(1.0, root, out=np.zeros(size), where=root > 0)
-    lanes = training.layout.column_groups(
-        None if settings.lane_of is None else settings.lane_of.tolist()
-    ).numpy()
-    bent = replay.sink.coefficients.bent
-
-    def of(values, update):
-        return values[update][lanes]
-
-    du, dm = np.zeros((len(TRACKED), size)), np.zeros((len(TRACKED), size))
-    kicks = np.zeros_like(du)
-    started = np.zeros(size, dtype=bool)
-    taken = []
-    training.before_update = lambda step: taken.append(training.moment().clip)
-    for step, batch in enumerate(training.loader()):
-        training.apply_settings({n: getattr(trajectory, n) for n in training.family.settings}, step)
-        members = trajectory.batches[step]
-        members = members[members >= 0].tolist()
-        kept = {name: value.clone() for name, value in training.model.named_buffers()}
-        losses = recipe.losses(training.model, batch)
-        with torch.no_grad():
-            for name, value in training.model.named_buffers():
-                value.copy_(kept[name])
-        for row, i in enumerate(TRACKED):
-            if i in members:
-                found = torch.autograd.grad(
-                    losses[members.index(i)], training.parameters, retain_graph=True, allow_unused=True
-                )
-                flat = [
-                    torch.zeros_like(p) if g is None else g
-                    for g, p in zip(found, training.parameters, strict=True)
-                ]
-                own = torch.cat([g.reshape(-1) for g in flat]).numpy()
-                kicks[row] += own * len(training.dataset) / training.divisor(step)
-        training.step(step, batch)
-        if not training.updates[step]:
-            continue
-        update = settings.update(step)
-        clip = taken[-1]
-        source = clip.map_(torch.from_numpy(kicks.copy())).numpy()
-        pull = bent.curvature(update).numpy()
-        for row in range(len(TRACKED)):
-            source[row] += inverse * (turn @ (pull * (turn.T @ (inverse * du[row]))))
-        rate, decay = of(settings.learning_rate, update), of(settings.weight_decay, update)
-        if metric is None:
-            source += decay * du
-            momentum = of(settings.momentum, update)
-            dm = np.where(started, momentum * dm + source, source)
-            started[:] = True
-            du = du - rate * dm
-        else:
-            active = np.ones(size, bool) if settings.active is None else of(settings.active, update)
-            beta1, count = of(settings.beta1, update), of(settings.count, update)
-            decoupled = settings.decoupled[lanes]
-            dm = np.where(active, beta1 * dm + (1 - beta1) * source, dm)
-            push = rate * of(metric.rate, update) * scale / np.where(active, 1 - beta1**count, 1.0)
-            shrink = np.where(decoupled, 1 - rate * decay, 1.0)
-            du = np.where(active, shrink * du - push * dm, du)
-        kicks[:] = 0.0
-    # What never had a gradient has no metric: its tangent is 0.
-    return du
+def dense(recipe, trajectory, curvature):
+    """Carry du and the optimiser's tangent step by step, blocks as matrices, gradients by autograd one at a time."""
+    reference = DenseReference(Training(recipe, DOUBLE), trajectory, TRACKED, ("ekfac",), curvature)
+    return reference.run().hypergradients("ekfac")
 
 
 @pytest.mark.parametrize(
@@ -214,8 +152,8 @@ def test_equals_the_dense_recursion_with_the_same_curvature(kind, core, tmp_path
     given = (trajectory, TRACKED)
     replay = make_replay(EKFAC, FORWARD, Training(recipe, DOUBLE), *given, curvature=curvature).run()
     found = replay.numpy(0, len(TRACKED))
-    right = dense(recipe, trajectory, curvature, replay)
-    assert np.abs(found - right).max() < 1e-9 * np.abs(right).max()
+    right = dense(recipe, trajectory, curvature)
+    assert np.abs(found - right).max() < 1e-11 * np.abs(right).max()
     flat = replace(curvature, eigenvalues=np.zeros_like(curvature.eigenvalues))
     dropped = make_replay(EKFAC, FORWARD, Training(recipe, DOUBLE), *given, curvature=flat).run()
     assert np.abs(dropped.numpy(0, len(TRACKED)) - right).max() > 1e-3 * np.abs(right).max()
@@ -224,7 +162,7 @@ def test_equals_the_dense_recursion_with_the_same_curvature(kind, core, tmp_path
         EKFAC, ADJOINT, Training(recipe, DOUBLE), *given, curvature=curvature, targets=targets
     ).run()
     expected = -(targets @ right.T) / len(recipe.train_dataset())
-    assert np.abs(back.contributions() - expected).max() < 1e-9 * np.abs(expected).max()
+    assert np.abs(back.contributions() - expected).max() < 1e-11 * np.abs(expected).max()
     if "clip" in kind.__name__.lower() or kind in (Accumulated, AccumulatedSGD):
         assert (trajectory.clip_factor < 1).any()
         unclipped = replace(trajectory, clip_factor=None, clip_norm=None)
@@ -273,6 +211,58 @@ def test_the_metric_is_that_of_the_checkpoints(tmp_path):
     kept = trajectory.checkpoint(-1)
     root = np.sqrt(kept.second_moment / (1 - 0.97 ** kept.count[0]))
     assert np.allclose(np.exp(logarithm), 1 / (root + 1e-8))
+
+
+def test_the_metric_is_an_outer_product_where_gradients_are(tmp_path):
+    p, q = np.array([3.0, 0.5, 2.0]), np.array([1.0, 7.0, 0.1, 4.0])
+    there = np.ones((4, 4), dtype=bool)
+    there[3], there[0, 1], there[2, 3] = False, False, False
+    fitted, seen = outer_fit(np.where(there, np.log(np.outer(np.append(p, 1.0), q)), 9.0), there)
+    assert np.allclose(np.exp(fitted[:3]), np.outer(p, q), rtol=1e-9)
+    assert np.array_equal(seen, np.repeat([[True], [True], [True], [False]], 4, 1))
+    recipe = Tables()
+    curvature = estimated(recipe, recorded(recipe, tmp_path))
+    layout = Training(recipe, DOUBLE).layout
+    basis = Eigenbasis(curvature.blocks, layout, torch.float64, torch.device("cpu"), None)
+    found = {}
+    for k, block in enumerate(basis.blocks):
+        matrix = basis.matrix(torch.from_numpy(curvature.metric.scale), k).numpy()
+        found[layout.entries[block.entries[0]].name] = outer_factors(matrix) is not None
+    assert found["0.weight"] is False  # a convolution's gradient is no outer product
+    assert found["4.weight"] is True
+
+
+@pytest.mark.parametrize("how", ["another metric", "rows come whole"])
+def test_gradients_that_do_not_come_as_factors(how, tmp_path, monkeypatch):
+    """A metric that is no outer product, as older runs have it; a layer whose rule does not fit some steps."""
+    recipe = Clipped()
+    trajectory = recorded(recipe, tmp_path)
+    curvature = estimated(recipe, trajectory, core=9)
+    if how == "another metric":
+        noise = np.random.default_rng(0).standard_normal(len(curvature.metric.scale))
+        scale = curvature.metric.scale * np.exp(0.3 * noise)
+        curvature = replace(curvature, metric=replace(curvature.metric, scale=scale))
+    else:
+        calls = itertools.count()
+        monkeypatch.setattr(PerSampleGradients, "_misfits", lambda *_: [0] if next(calls) % 3 == 1 else [])
+    replay = make_replay(EKFAC, FORWARD, Training(recipe, DOUBLE), trajectory, TRACKED, curvature=curvature)
+    assert bool(replay.sink.engine.sides) == (how != "another metric")
+    right = dense(recipe, trajectory, curvature)
+    assert np.abs(replay.run().numpy(0, 4) - right).max() < 1e-11 * np.abs(right).max()
+
+
+def test_coefficients_made_again_are_those_of_the_table(tmp_path, monkeypatch):
+    recipe = ClippedCoupled()
+    trajectory = recorded(recipe, tmp_path)
+    curvature = estimated(recipe, trajectory)
+    lanes = torch.zeros(curvature.eigenvalues.shape[1], dtype=torch.int64)
+    given = (recorded_settings(trajectory), lanes, curvature, torch.device("cpu"), torch.float32)
+    whole = EigenCoefficients(*given)
+    monkeypatch.setattr(eigencoefficients, "TABLE_BYTES", 0)
+    again = EigenCoefficients(*given)
+    steps = range(len(trajectory.batches))
+    assert 1 < again.length < whole.length == len(steps)
+    assert all(torch.equal(whole.at(t), again.at(t)) for t in [*steps, 3])
 
 
 def test_the_stores_keep_the_metric(tmp_path):

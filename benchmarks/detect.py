@@ -79,8 +79,8 @@ def make_run(place: Path, *, samples: int, tests: int, classes: int, method: str
     _record(directory, samples, (wrong, true[wrong]))
     _test_gradients(directory, test_label)
     _tables(directory, method, given, true, test_label, draw)
-    directory.write(
-        {
+    directory.update(
+        lambda _: {
             "format": 1,
             "recipe": {"name": "drawn"},
             "identity": {"recipe": "drawn"},

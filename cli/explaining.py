@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .explaining_views import INFLUENCES, explanation_rows, explanation_tables, strip
-from .options import debug_option, format_option, method_option, quiet_option
+from .options import check_option, debug_option, format_option, method_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables, plain, results, show_bytes
 from .progress import reading, watching
 from .spec_options import parse_pairs
@@ -67,6 +67,7 @@ def _two_classes(ctx: click.Context, parameter: click.Parameter, value: str | No
 )
 @_recipe_args
 @method_option
+@check_option
 @format_option("table", "json", "csv")
 @debug_option
 def explain(
@@ -77,6 +78,7 @@ def explain(
     pictures: str | None,
     recipe_args: tuple[str, ...],
     method: str | None,
+    check: bool,
     output_format: str,
     **asked: Any,
 ) -> None:
@@ -92,7 +94,7 @@ def explain(
     from ..pipeline.decide.looks import looking
     from ..pipeline.opened_run import open_run
 
-    opened = open_run(run)
+    opened = open_run(run, check=check)
     question = asked_of(opened, **asked)
     given: dict[str, Any] = {"recipe_args": parse_pairs(recipe_args)} if recipe_args else {}
     with looking(opened, recipe, command="explain", given=given) as looks:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import debug_option, format_option, method_option, quiet_option
+from .options import check_option, debug_option, format_option, method_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables, plain
 from .progress import reading, watching
 from .spec_options import parse_pairs
@@ -58,6 +58,7 @@ def status(run: str, output_format: str) -> None:
 @click.option("-k", default=10, show_default=True, metavar="K", help="How many training samples.")
 @click.option("--harmful", is_flag=True, help="Most harmful first instead of most helpful first.")
 @method_option
+@check_option
 @format_option("table", "json", "csv")
 @debug_option
 def top(
@@ -67,6 +68,7 @@ def top(
     k: int,
     harmful: bool,
     method: str | None,
+    check: bool,
     output_format: str,
 ) -> None:
     """Show the most helpful or most harmful training samples of RUN.
@@ -79,7 +81,7 @@ def top(
     from ..pipeline.analysis.zeros import zero_warning
     from ..pipeline.opened_run import open_run
 
-    opened = open_run(run)
+    opened = open_run(run, check=check)
     method = opened.method(method)
     table = opened.top(k, test=test, label=label, harmful=harmful, method=method)
     rows: list[dict[str, Any]] = table.to_pylist()
@@ -207,10 +209,19 @@ def verify(
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @method_option
+@check_option
 @format_option("table", "json", "csv")
 @quiet_option
 @debug_option
-def export(run: str, to: str, overwrite: bool, method: str | None, output_format: str, quiet: bool) -> None:
+def export(
+    run: str,
+    to: str,
+    overwrite: bool,
+    method: str | None,
+    check: bool,
+    output_format: str,
+    quiet: bool,
+) -> None:
     """Write all contributions of RUN as one CSV or Parquet file.
 
     Memory stays bounded however many there are. The file appears once it is complete. One row a
@@ -222,7 +233,7 @@ def export(run: str, to: str, overwrite: bool, method: str | None, output_format
     from ..pipeline.analysis.export import export as write
     from ..pipeline.opened_run import open_run
 
-    opened = open_run(run)
+    opened = open_run(run, check=check)
     total = expected_rows(opened, opened.method(method)) or 0
     with reading("exporting", quiet, unit="rows") as move:
         found = write(

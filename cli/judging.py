@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from .by_epoch import OWN, by_epoch_options, compare_by_epoch
 from .headings import HeadedCommand
 from .judging_views import COMPARED, LDS, comparison_tables, evaluation_rows, evaluation_tables
-from .options import debug_option, format_option, quiet_option
+from .options import check_option, debug_option, format_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables
 from .progress import reading, watching
 from .spec_options import OF_THE_RUN, PLACEMENT, parse_pairs, pick
@@ -58,6 +58,7 @@ _methods = click.option(
 @click.option("-k", default=10, show_default=True, metavar="K", help="Samples in the overlaps.")
 @_figures
 @by_epoch_options
+@check_option
 @format_option("table", "json", "csv")
 @quiet_option
 @debug_option
@@ -70,6 +71,7 @@ def compare(
     methods: list[str] | None,
     k: int,
     figures: str | None,
+    check: bool,
     output_format: str,
     quiet: bool,
     **given: Any,
@@ -90,7 +92,7 @@ def compare(
         flag = parameter.opts[-1] if parameter.opts[-1].startswith("-") else "RECIPE"
         if given["every"] is None and parameter.name in OWN:
             raise click.UsageError(f"{flag}: only with --every")
-        if given["every"] is not None and parameter.name in ("reference", "k"):
+        if given["every"] is not None and parameter.name in ("reference", "k", "check"):
             raise click.UsageError(f"{flag}: not with --every, which compares with the exact form")
     if given["every"] is not None:
         compare_by_epoch(
@@ -108,7 +110,7 @@ def compare(
 
     if figures is not None:
         check_figures(figures)
-    opened = open_run(run)
+    opened = open_run(run, check=check)
     with reading("comparing", quiet, unit="targets") as move:
         found = look(opened, reference=reference, methods=methods, k=k, progress=move)
     files = comparison_figures(opened, found, figures) if figures is not None else []

@@ -6,25 +6,34 @@ the commands that need them, so that ``hydra-pipe --help`` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import click
 
 from .. import __version__
-from ..storage.errors import HydraError
-from . import attributing, cleaning, deciding, explaining, inspect, judging, running
+from ..storage.errors import HydraError, RunStopped
+from . import attributing, cleaning, deciding, explaining, inspect, judging, running, stopping
 from .options import debug_option, debug_wanted
 from .output import ReaderGone, clean, plain
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whoever ends us means what Ctrl-C means, and everything is left as after that."""
 
 
 class HydraGroup(click.Group):
-    """A group whose commands end in exit code 0, 1, 2 or 130, and in one line when they fail."""
+    """A group whose commands end in exit code 0, 1, 2, 130 or 143, and in one line when they fail."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order in which they are used, not in that of the alphabet."""
@@ -32,15 +41,25 @@ class HydraGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what it raises into one line on stderr and an exit code."""
+        with _terminable():
+            return self._invoked(ctx)
+
+    def _invoked(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except ReaderGone:
             ctx.exit(0)  # `hydra-pipe top RUN | head`: the reader has all it wanted
+        except RunStopped as error:
+            _report(ctx, plain(str(error)))
+            ctx.exit(error.exit_code)
         except HydraError as error:
             _report(ctx, f"error: {plain(str(error))}")
             ctx.exit(error.exit_code)
+        except Terminated:
+            _report(ctx, "terminated (SIGTERM); the same command continues where this one stopped")
+            ctx.exit(TERMINATED)
         except KeyboardInterrupt:
             _report(ctx, "interrupted; the same command continues where this one stopped")
             ctx.exit(INTERRUPTED)
@@ -60,6 +79,24 @@ class HydraGroup(click.Group):
                 f"error: {plain(f'{type(error).__name__}: {error}', limit=500)} was raised; correct the recipe",
             )
             ctx.exit(1)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn the first SIGTERM into `Terminated`; what follows it is left to take its time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(ctx: click.Context, line: str) -> None:
@@ -85,7 +122,8 @@ def main() -> None:
     (HyDRA), and writes what every training sample contributes to every test sample.
 
     Try `hydra-pipe run`, then `hydra-pipe top runs/digits`. Results go to stdout, everything else
-    to stderr. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+    to stderr. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted or stopped,
+    143 terminated.
     """
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
@@ -100,6 +138,7 @@ for _command in (
     running.reduce,
     attributing.attribute,
     inspect.status,
+    stopping.stop,
     inspect.top,
     inspect.verify,
     inspect.export,

@@ -166,6 +166,11 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="N",
     ),
     _option("--device", "Where tensors live.", type=click.Choice(get_args(Device))),
+    click.option(
+        "--wait",
+        is_flag=True,
+        help="Wait for another command that writes to the run; otherwise that is an error, which names it.",
+    ),
     _saying(
         "--memory",
         "measured",

@@ -56,3 +56,14 @@ def method_option(function: F) -> F:
         metavar="NAME",
         help="Estimator to read, as in method=NAME.  [default: hydra, or the only one]",
     )(function)
+
+
+def check_option(function: F) -> F:
+    """Add ``--no-check``, given to the command as ``check``."""
+    return click.option(
+        "--no-check",
+        "check",
+        flag_value=False,
+        default=True,
+        help="Compare files with their manifests by size alone, without reading them for a digest.",
+    )(function)

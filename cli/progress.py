@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..pipeline.executors.pace import StageProgress, rate, time_left
 from .output import plain, show_seconds
-from .pace import StageProgress, clock_text, short, stage_line, time_left, units_text
+from .pace import clock_text, short, stage_line, units_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -73,6 +74,19 @@ class Listener:
             self.current.done.pop(str(event.unit), None)
         reason = plain(str(event.reason), limit=300)
         self.line(f"{event.stage}: {event.unit} starts again (attempt {event.attempt}): {reason}")
+
+    def on_UnitStraggles(self, event: Any) -> None:
+        """Say that the last units wait for one."""
+        self.line(
+            f"{event.stage}: {event.unit} takes long: {show_seconds(event.seconds)} so far, "
+            f"the others took about {show_seconds(event.usual)}"
+        )
+
+    def on_UnitBackedUp(self, event: Any) -> None:
+        """Say that a unit is begun a second time."""
+        self.line(
+            f"{event.stage}: {event.unit} is begun a second time on an idle worker; the first to finish counts"
+        )
 
     def on_StageFinished(self, event: Any) -> None:
         """End a stage with one line."""
@@ -142,20 +156,16 @@ class BarListener(Listener):
         """Move the bar."""
         if self.task is None:
             return
-        amount = rate = ""
         now = self.clock()
-        if stage.total:
-            amount = f"{short(stage.amount)}/{short(stage.total)} {stage.label}"
-            own = stage.amount - stage.before * stage.total
-            if own > 0 and now - stage.started > 0.5:
-                rate = f"{short(own / (now - stage.started))}/s"
+        amount = f"{short(stage.amount)}/{short(stage.total)} {stage.label}" if stage.total else ""
+        pace = rate(stage, now)
         left = time_left(stage, now)
         self.progress.update(
             self.task,
             completed=stage.fraction,
             units=units_text(stage),
             amount=amount,
-            rate=rate,
+            rate="" if pace is None else f"{short(pace)}/s",
             left="" if left is None else clock_text(left),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .output import Column, Table, plain, show, show_bytes, typed
+from .output import Column, Table, plain, show, show_bytes, show_seconds, typed
 
 SHOWN_ROWS = 20
 """Rows of a plan's or status' list that a table shows; JSON and CSV show all."""
@@ -116,10 +116,33 @@ def status_tables(found: Mapping[str, Any]) -> list[Table | str]:
         rows=rows,
     )
     facts["other seeds"] = ", ".join(f"{r['seed']} ({r['state']})" for r in found["seeds"]) or None
+    facts |= _writer_facts(found["writer"])
     parts: list[Table | str] = [*_warnings(found), _facts(None, facts), "", stages]
-    if found["resume"]:
+    if found["resume"] and not found["writer"]:
         parts += ["", "to do what is missing:", f"  {typed(found['resume'])}"]
     return parts
+
+
+def _writer_facts(writer: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return who writes to a run now, and how far that is."""
+    if writer is None:
+        return {}
+    facts = {
+        "in work": f"{writer['command']} on {writer['host']}, process {writer['pid']}, since {writer['since']}",
+        "last sign of life": f"{writer['at']} (its clock)",
+    }
+    standing = writer["standing"]
+    if standing is not None:
+        told = [f"{standing['stage']}: {standing['finished']}/{standing['units']} units"]
+        if standing["total"]:
+            told.append(f"{standing['amount']:,}/{standing['total']:,} {standing['label']}s")
+        if standing["rate"]:
+            told.append(f"{standing['rate']:,.3g} {standing['label']}s/s")
+        if standing["left_seconds"] is not None:
+            told.append(f"about {show_seconds(standing['left_seconds'])} left")
+        facts["its progress"] = ", ".join(told)
+        facts["last progress"] = f"{standing['moved']} (its clock)"
+    return facts
 
 
 def verification_tables(found: Mapping[str, Any]) -> list[Table | str]:

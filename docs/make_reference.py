@@ -34,7 +34,8 @@ Every command takes `--help`. Results go to stdout, progress and messages to std
 | 0 | done |
 | 1 | the run failed or the input is wrong; one line says what, where and what to do |
 | 2 | usage: an unknown option or a value that cannot be read |
-| 130 | interrupted; the same command continues |
+| 130 | interrupted, or ended by `hydra-pipe stop`; the same command continues |
+| 143 | terminated (SIGTERM); the same command continues |
 
 [How to run](how-to-run.md) shows the options at work, [Troubleshooting](troubleshooting.md) lists the errors.
 """

@@ -80,15 +80,17 @@ class Run(Reader):
         return plot_curve(self, detection)
 
 
-def open_run(uri: str | os.PathLike[str]) -> Run:
+def open_run(uri: str | os.PathLike[str], *, check: bool = True) -> Run:
     """Open a run directory for reading.
 
     Args:
         uri: Local path or ``s3://``, ``gs://``, ``az://`` address, as given to ``--out``.
+        check: Whether files are compared with the digests of their manifests when they are first read;
+            sizes always are.
 
     Raises:
         SpecError: The address is of a kind that is not allowed.
         RunNotFound: There is no run.
         CorruptStore: ``run.json`` cannot be read.
     """
-    return opened(Run, uri)
+    return opened(Run, uri, check=check)

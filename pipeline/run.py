@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from ..storage.errors import SpecError
+from ..storage.rundir import RunDirectory
 from ..workers.determinism import restored_process
 from ..workers.estimators import make
 from ..workers.recipe import Recipe
 from .drive.attribute import attribute
 from .drive.drive import begin, drive
 from .drive.seeds import run_seeds
+from .drive.writing import writing
 from .executors.events import Note, Observer, RunFinished, null, warn
 from .executors.ray import make_executor
 from .opened_run import Run, open_run
@@ -123,14 +125,22 @@ def _run(spec: RunSpec, observer: Observer, stages: Sequence[str]) -> Run:
         warn(observer, note)
     for text in surveyed.warnings:
         observer(Note(message=f"warning: {text}"))
-    executor = make_executor(spec)
-    try:
-        if spec.seeds > 1:
-            run_seeds(spec, surveyed, executor, observer, stages)
-        else:
-            drive(begin(spec, surveyed, executor, observer), stages)
-    finally:
-        executor.close()
-    finished = open_run(place(spec, surveyed))
-    observer(RunFinished(summary=finished.summary()))
+    executor, directory = make_executor(spec), RunDirectory(place(spec, surveyed))
+    with writing(directory, observer, command=_command(stages), wait=spec.wait) as told:
+        try:
+            if spec.seeds > 1:
+                run_seeds(spec, surveyed, executor, told, stages)
+            else:
+                drive(begin(spec, surveyed, executor, told), stages)
+        finally:
+            executor.close()
+        finished = open_run(directory.uri)
+        told(RunFinished(summary=finished.summary()))
     return finished
+
+
+def _command(stages: Sequence[str]) -> str:
+    """Return what others are told is being done."""
+    if set(stages) == set(STAGES):
+        return "run"
+    return stages[-1] if stages[-1] in (RECORD, REPLAY, REDUCE) else "attribute"

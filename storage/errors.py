@@ -21,6 +21,9 @@ remedy. Exceptions carry a single string, so that they survive pickling between 
         IncompleteStage            a stage has not been committed
         CorruptStore               bytes on disk are not the bytes that were written
         StorageFull                no space left
+        RunLocked                  another command writes to the run
+        RunLost                    another command took the run over
+      RunStopped                   ended because `hydra-pipe stop` asked; exit code 130
       ResourceError                machines
         DoesNotFit                 more memory needed than there is
         ClusterTooSmall            the cluster can never place what was asked
@@ -106,6 +109,20 @@ class CorruptStore(StoreError):
 
 class StorageFull(StoreError):
     """The disk is full or a quota is reached."""
+
+
+class RunLocked(StoreError):
+    """Another command writes to the run."""
+
+
+class RunLost(StoreError):
+    """Another command took the run over, and this one must not write to it any more."""
+
+
+class RunStopped(HydraError):
+    """The command ended because it was asked to; what it committed is kept."""
+
+    exit_code = 130
 
 
 class ResourceError(HydraError):

@@ -44,6 +44,13 @@ class Place:
 
 
 RUN_INFO = "run.json"
+LOCK, STOP_ASKED = "lock.json", "stop.json"
+"""Who writes to the run, and that it was asked to stop."""
+LOG, LOG_BEFORE = "log.jsonl", "log.1.jsonl"
+"""What happened in the run, one JSON document a line, and the part before that."""
+BESIDE = (LOCK, STOP_ASKED, LOG, LOG_BEFORE)
+"""Files about the commands that write to a run: no results, and of no manifest."""
+
 MANIFESTS = "manifests"
 """Where each finished unit leaves what vouches for its results: ``<stage>/<unit>.json``."""
 

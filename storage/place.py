@@ -12,14 +12,14 @@ from .uri import is_local, parent
 MARK = "hydra_pipe_run"
 """Key of ``run.json`` by which a run is known; its value is the version of the layout."""
 _LOOK_BYTES = 1 << 20
-_HARMLESS = frozenset({"lost+found"})
+_HARMLESS = frozenset({"lost+found", *layout.BESIDE})
 
 
 def check_place(uri: str) -> None:
     """Refuse an address that holds something but no run: its files must never be mixed with ours.
 
     An empty directory is taken, and so is one with nothing but hidden files, ``lost+found`` (a fresh
-    volume) or leftovers of a run that was killed before its first write was complete.
+    volume), the lock of a command, or leftovers of a run that was killed before its first write was complete.
 
     Args:
         uri: A checked address without ``run.json``.

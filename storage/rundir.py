@@ -7,15 +7,16 @@ written last, after every data file it names has been flushed and hashed. Reader
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from . import files as disk
 from . import layout
-from .documents import dump, load
+from .documents import dump, load, plain
 from .errors import CorruptStore, IncompleteStage, RunNotFound, StoreError
 from .ledger import THREADS, Ledger, Reading
+from .lock import check_writable
 from .manifest import FileEntry, Manifest, parse
 from .place import MARK
 from .uri import check_uri, is_local, join
@@ -71,13 +72,24 @@ class RunDirectory:
             )
         return info
 
-    def write(self, info: Mapping[str, Any]) -> None:
-        """Replace ``run.json`` atomically.
+    def update(self, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+        """Change ``run.json``: it is read, changed and replaced at once, and only where the change makes it another.
+
+        Nothing else writes it, so that what one command noted is never lost to what another had read before.
 
         Args:
-            info: JSON-able; numpy scalars are converted, non-finite numbers become null.
+            change: From what it says now (nothing, where there is none) to what it shall say. JSON-able; numpy scalars
+                are converted, non-finite numbers become null.
+
+        Raises:
+            RunLost: Another command has taken the run over.
         """
-        disk.write_bytes(self.path(layout.RUN_INFO), dump({MARK: FORMAT, **info}, seal=True))
+        check_writable(self.uri)
+        there = self.exists()
+        before = self.read() if there else {}
+        after = change(dict(before))
+        if not there or plain(after) != before:
+            disk.write_bytes(self.path(layout.RUN_INFO), dump({MARK: FORMAT, **after}, seal=True))
 
     def commit(
         self,
@@ -102,7 +114,9 @@ class RunDirectory:
         Raises:
             IncompleteStage: A named file is missing; nothing is committed.
             StorageFull: No space for the manifest; the unit counts as not done.
+            RunLost: Another command has taken the run over; nothing is committed.
         """
+        check_writable(self.uri)
         target = self.manifest_path(stage, unit)
         names = sorted(set(files))
         with ThreadPoolExecutor(THREADS) as pool:
@@ -160,6 +174,7 @@ class RunDirectory:
 
     def drop(self, stage: str, unit: str | None = None) -> None:
         """Remove the manifest of a unit, or of every unit of a stage: it counts as not done again."""
+        check_writable(self.uri)
         names = self.units(stage) if unit is None else [unit]
         for name in names:
             disk.remove(self.manifest_path(stage, name))
@@ -186,7 +201,8 @@ class RunDirectory:
         return sorted(found)
 
     def clear_litter(self) -> list[str]:
-        """Remove `litter` and return what was removed. Only while nobody writes to the run."""
+        """Remove `litter` and return what was removed. Only while nobody else writes to the run."""
+        check_writable(self.uri)
         found = self.litter()
         for name in found:
             disk.remove(self.path(name), recursive=True)
@@ -195,11 +211,12 @@ class RunDirectory:
     def delete_results(self) -> None:
         """Remove a run: its manifests first, then its results and litter, ``run.json`` last.
 
-        What this package did not make stays.
+        What this package did not make stays, and so do the lock of who does this and the log.
 
         Raises:
             StoreError: The directory holds no ``run.json`` of ours.
         """
+        check_writable(self.uri)
         try:
             ours = MARK in self._read_marked()
         except (RunNotFound, CorruptStore):
@@ -237,6 +254,11 @@ class RunDirectory:
             raise RunNotFound(
                 f"no run at {self.uri}: run.json is missing; make one with "
                 f"`hydra-pipe run --out {self.uri}`, or check the path"
+            ) from error
+        except CorruptStore as error:
+            what = str(error).rpartition("; ")[0] or str(error)
+            raise CorruptStore(
+                f"{what}; restore it from a copy, or, if you changed it yourself, remove its line document_sha256"
             ) from error
 
     def _entry(self, name: str) -> FileEntry:

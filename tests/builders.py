@@ -124,7 +124,7 @@ class Built:
                 "peak_bytes": 612 << 20,
                 "predicted_bytes": 700 << 20,
             }
-        self.directory.write(self.info)
+        self.directory.update(lambda _: self.info)
         return self
 
     def _note(self, stage: str, units: int, seconds: float) -> None:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...storage.lock import read_holder
 from ..reading.stage_states import StageState, stage_states
 from ..vocabulary import ATTRIBUTE, COMPLETE, MISSING, PARTIAL, judges
 
@@ -22,7 +23,7 @@ def status(run: Reader) -> dict[str, Any]:
         ``n_tracked``, ``n_test_tracked``, ``dimension``, ``methods`` (name to state), ``warnings`` (of
         the preflight, one line each), ``stages`` (one mapping a stage, see `StageState`), ``seeds``
         (one mapping a run with another seed: ``seed``, ``state``) and ``resume`` (the command that does
-        what is missing; None when nothing is).
+        what is missing; None when nothing is), ``writer`` (who writes to it now, and how far that is; None: nobody).
     """
     states = stage_states(run.directory, run.noted)
     # What judges a run is no part of it: it never makes one incomplete.
@@ -41,6 +42,24 @@ def status(run: Reader) -> dict[str, Any]:
         "stages": [dataclasses.asdict(state) for state in states],
         "seeds": _seeds(run),
         "resume": None if complete else _resume(run, states),
+        "writer": _writer(run),
+    }
+
+
+def _writer(run: Reader) -> dict[str, object] | None:
+    """Return who holds the run: ``command``, ``host``, ``pid``, ``since``, ``at`` (the last sign of life, by its clock) and
+    ``standing``, see `storage.lock.Standing`.
+    """
+    holder = read_holder(run.uri)
+    if holder is None:
+        return None
+    return {
+        "command": holder.command,
+        "host": holder.process.host,
+        "pid": holder.process.pid,
+        "since": holder.since,
+        "at": holder.at,
+        "standing": None if holder.standing is None else dataclasses.asdict(holder.standing),
     }
 
 
@@ -88,7 +107,7 @@ def command_line(spec: Mapping[str, Any], *, uri: str, command: str = "run") -> 
     words += ["--out", uri]
     for field in dataclasses.fields(RunSpec):
         name, value = field.name, spec.get(field.name)
-        if name in ("recipe", "out", "recipe_args", "overwrite") or value is None:
+        if name in ("recipe", "out", "recipe_args", "overwrite", "wait") or value is None:
             continue
         if field.default is not dataclasses.MISSING and value == field.default:
             continue

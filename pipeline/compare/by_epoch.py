@@ -22,6 +22,7 @@ from ...workers.estimators.influence_after import INFLUENCE
 from ...workers.recipe import Recipe
 from ..drive.gradients import RECORDED
 from ..drive.stages import Session, Stage, Stages, run_stages, units_of
+from ..drive.writing import writing
 from ..executors.base import Unit
 from ..executors.events import Observer, null
 from ..executors.ray import make_executor
@@ -114,28 +115,36 @@ def by_epoch(
     """
     with restored_process():
         found = run if isinstance(run, Reader) else open_reader(run)
-        spec = stored_spec(found, recipe, placement, command="compare")
-        refuse_unsupported(spec)
-        surveyed = survey(spec, trial=False)
-        place(spec, surveyed)
-        _check_same(found, surveyed)
-        check_recipe(found.uri, found.noted, surveyed.made_of, observer or null)
-        executor = make_executor(spec)
-        session = Session(
-            spec=spec,
-            surveyed=surveyed,
-            directory=found.directory,
-            executor=executor,
-            observer=observer or null,
-        )
-        try:
-            session.require(RECORDED)
-            asked = _asked(found, surveyed, course)
-            session.directory.clear_litter()
-            run_stages(session, _stages(session, asked))
-            return _measured(found, asked)
-        finally:
-            executor.close()
+        waits = bool(placement.get("wait"))
+        with writing(found.directory, observer or null, command="compare --every", wait=waits) as told:
+            return _followed(open_reader(found.uri), course, recipe, told, placement)
+
+
+def _followed(
+    found: Reader,
+    course: Course,
+    recipe: Recipe | str | None,
+    observer: Observer,
+    placement: Mapping[str, object],
+) -> dict[str, object]:
+    spec = stored_spec(found, recipe, placement, command="compare")
+    refuse_unsupported(spec)
+    surveyed = survey(spec, trial=False)
+    place(spec, surveyed)
+    _check_same(found, surveyed)
+    check_recipe(found.uri, found.noted, surveyed.made_of, observer)
+    executor = make_executor(spec)
+    session = Session(
+        spec=spec, surveyed=surveyed, directory=found.directory, executor=executor, observer=observer
+    )
+    try:
+        session.require(RECORDED)
+        asked = _asked(found, surveyed, course)
+        session.directory.clear_litter()
+        run_stages(session, _stages(session, asked))
+        return _measured(found, asked)
+    finally:
+        executor.close()
 
 
 def _check_same(run: Reader, surveyed: Survey) -> None:

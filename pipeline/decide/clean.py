@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from ...storage.typed import to_json
 from ...storage.uri import check_name
 from ...workers.determinism import restored_process
 from ...workers.recipe import Recipe
+from ..drive.writing import writing
 from ..executors.events import Note, Observer, null
 from ..reading.decisions import (
     DOWNWEIGHT,
@@ -121,12 +123,14 @@ def clean(
         IncompleteStage: There is no detection (of that name).
         SpecMismatch: The detection was made for other labels, the recipe is another, or another decision has the name.
     """
-    hears = observer or null
     rule = the_rule(drop, relabel, downweight)
     if list is not None and detection is not None:
         raise SpecError("--detection and --list both say what to decide upon; give one")
-    with restored_process():
+    waits = bool(overrides.get("wait"))
+    with restored_process(), ExitStack() as stack:
         found = run if isinstance(run, Reader) else open_reader(run)
+        hears = stack.enter_context(writing(found.directory, observer or null, command=CLEAN, wait=waits))
+        found = open_reader(found.uri)
         reading = found.directory.ledger.remember()
         chosen = None
         if list is None:

@@ -15,10 +15,12 @@ from ...storage.errors import InputError, SpecError
 from ...storage.schemas import DETECTION
 from ...storage.typed import to_json
 from ...storage.uri import check_name
+from ..drive.writing import writing
 from ..executors.events import Note, Observer, null
 from ..reading.reader import Reader, open_reader
 from ..reading.unit_values import DetectionValues
 from ..spec.checks import near
+from ..vocabulary import DETECT
 from .case import UNSERVED, Case, Floats, Integers, Options, Scorer, Scores
 from .cluster import jaccard
 from .detection import Detection, labels_digest, write_detection
@@ -87,47 +89,52 @@ def detect(
     check_seed("split_seed", split_seed)
     flag = check_flag(flag, share)
     scorers, forgiving = chosen(by)
-    if method is not None or found.methods():
-        method = found.method(method)
-    tracked, given = judged_samples(found, recipe, observer, placement)
-    if len(tracked) < 2:
-        raise InputError(f"{found.uri} tracks {len(tracked)} sample, and a ranking takes 2; track more")
-    known = known_truth(found, truth, tracked)
-    if known is not None and share is None:
-        share = known.share
-    if flag == "known" and share is None:
-        raise InputError(UNKNOWN_SHARE)
-    default = found.methods()[0] if found.methods() else None
-    parts = _halves(found, method, split_seed, scorers) if split else None
-    passes = Passes(found, recipe, observer, placement)
-    case = Case(
-        run=found,
-        tracked=tracked,
-        given=given,
-        method=method,
-        selecting=None,
-        passes=passes,
-        options=options,
-    )
-    half = None if parts is None else replace(case, selecting=parts.selecting, shared={})
-    bench = _Bench(case=case, half=half, halves=parts, default=default, truth=known, share=share, flag=flag)
-    made = []
-    try:
-        for scorer in scorers:
-            try:
-                detection = bench.detection(scorer)
-            except UNSERVED as error:
-                if not forgiving:
-                    raise
-                observer(Note(message=f"{scorer.name}: not made: {error}"))
-                continue
-            write_detection(found.directory, detection, reading)
-            made.append(detection)
-    finally:
-        passes.close()
-    if not made:
-        raise InputError(f"none of the detectors can judge {found.uri}; the notes say why")
-    return made
+    with writing(found.directory, observer, command=DETECT, wait=bool(placement.get("wait"))) as told:
+        found = open_reader(found.uri)
+        reading = found.directory.ledger.remember()
+        if method is not None or found.methods():
+            method = found.method(method)
+        tracked, given = judged_samples(found, recipe, told, placement)
+        if len(tracked) < 2:
+            raise InputError(f"{found.uri} tracks {len(tracked)} sample, and a ranking takes 2; track more")
+        known = known_truth(found, truth, tracked)
+        if known is not None and share is None:
+            share = known.share
+        if flag == "known" and share is None:
+            raise InputError(UNKNOWN_SHARE)
+        default = found.methods()[0] if found.methods() else None
+        parts = _halves(found, method, split_seed, scorers) if split else None
+        passes = Passes(found, recipe, told, placement)
+        case = Case(
+            run=found,
+            tracked=tracked,
+            given=given,
+            method=method,
+            selecting=None,
+            passes=passes,
+            options=options,
+        )
+        half = None if parts is None else replace(case, selecting=parts.selecting, shared={})
+        bench = _Bench(
+            case=case, half=half, halves=parts, default=default, truth=known, share=share, flag=flag
+        )
+        made = []
+        try:
+            for scorer in scorers:
+                try:
+                    detection = bench.detection(scorer)
+                except UNSERVED as error:
+                    if not forgiving:
+                        raise
+                    told(Note(message=f"{scorer.name}: not made: {error}"))
+                    continue
+                write_detection(found.directory, detection, reading)
+                made.append(detection)
+        finally:
+            passes.close()
+        if not made:
+            raise InputError(f"none of the detectors can judge {found.uri}; the notes say why")
+        return made
 
 
 def _halves(run: Reader, method: str | None, seed: int, scorers: Sequence[Scorer]) -> Halves:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...storage.errors import HydraError, InputError, StoreError
+from ...storage.errors import HydraError, InputError, RunStopped, StoreError
 from ...storage.files import staged
 from ..executors.events import Observer, null
 from ..reading.reader import Reader, open_reader
@@ -148,6 +148,8 @@ def _detected(
     try:
         # A page must not start a cluster: the work is small, a pass over the data at most.
         found = detect(run, recipe, by=by, observer=observer, executor="serial", **given)[0]
+    except RunStopped:
+        raise
     except HydraError as error:
         return (
             None,

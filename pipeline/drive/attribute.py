@@ -46,9 +46,10 @@ from ..vocabulary import (
 )
 from .gradients import RECORDED, TESTED
 from .reduce import reduce_job, reduce_method
-from .seeds import announce, average, check_data, drive_members, naming
+from .seeds import announce, average, check_data, drive_members, held, naming
 from .stages import Session, Stage, Stages, run_stages, units_of
 from .stores import StoreOf
+from .writing import writing
 
 MOST_TARGETS = 64
 """Test samples of a block, at most: also what a killed worker loses."""
@@ -112,6 +113,20 @@ def _attribute(
     placement: Mapping[str, Any],
 ) -> Run:
     found = open_run(uri)
+    with writing(found.directory, observer, command=ATTRIBUTE, wait=bool(placement.get("wait"))) as told:
+        # Opened once more: another command may have had the run until now.
+        return _attribute_held(open_run(uri), chosen, recipe, told, overwrite, seeds, placement)
+
+
+def _attribute_held(
+    found: Run,
+    chosen: Mapping[str, Estimator],
+    recipe: Recipe | str | None,
+    observer: Observer,
+    overwrite: bool,
+    seeds: int,
+    placement: Mapping[str, object],
+) -> Run:
     spec = replace(stored_spec(found, recipe, placement, command="attribute"), seeds=seeds)
     # The mode of HyDRA's own fast method, so that going on beside it is no other specification.
     mode = found.noted.entry(spec.base_method).mode
@@ -136,8 +151,8 @@ def _attribute(
             for name in chosen:
                 announce(session, name)
             for member in drive_members(session, data, (RECORD, TEST_GRADIENTS)):
-                with naming(member.surveyed.recipe.seed):
-                    _add(member, chosen, overwrite)
+                with naming(member.surveyed.recipe.seed), held(member) as told:
+                    _add(replace(member, observer=told), chosen, overwrite)
             for name in chosen:
                 average(session, name)
     finally:

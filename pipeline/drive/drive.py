@@ -21,7 +21,7 @@ from ..plan.moment import check_moment
 from ..plan.plan import Plan, cut
 from ..plan.provenance import adopted, say_cosmetic
 from ..plan.survey import Survey, compute_of
-from ..reading.run_info import RunInfo
+from ..reading.run_info import RunInfo, update_info
 from ..spec.spec import RunSpec
 from ..units.reduce import ReduceWork
 from ..vocabulary import (
@@ -58,12 +58,21 @@ class Begun:
     session: Session
     plan: Plan
 
-    def info(self) -> RunInfo:
-        """Return ``run.json`` to begin with, made from what it holds now: another command may have noted something."""
-        session, surveyed = self.session, self.session.surveyed
-        there = session.directory.exists()
-        stored = adopted(session.directory, session.info(), surveyed.made_of) if there else None
-        return run_notes(session.spec, surveyed, self.plan, stored)
+    def note(self, stages: Sequence[str]) -> None:
+        """Note in ``run.json``, as it is now, what is begun."""
+        directory, surveyed = self.session.directory, self.session.surveyed
+        there = directory.exists()
+
+        def begun(noted: RunInfo) -> RunInfo:
+            stored = adopted(directory, noted, surveyed.made_of) if there else None
+            info = run_notes(self.session.spec, surveyed, self.plan, stored)
+            if {REPLAY, REDUCE} & set(stages):
+                for name, entry in info.methods.items():
+                    if entry.state == ASKED:
+                        info = info.with_method(name, state=PARTIAL)
+            return info
+
+        update_info(directory, begun)
 
 
 def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observer) -> Begun:
@@ -79,6 +88,10 @@ def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observe
     session = Session(spec=spec, surveyed=surveyed, directory=directory, executor=executor, observer=observer)
     stored = stored_run(directory, spec, surveyed)
     replaced = stored is None and directory.exists()
+    if replaced and not spec.overwrite:  # a program without the lock was quicker
+        raise SpecMismatch(
+            f"{directory.uri}: a run appeared there while this one was prepared; run the same command again"
+        )
     if replaced and is_recorded(surveyed.recipe):
         raise SpecMismatch(
             f"{directory.uri} holds what a loop of its own recorded, which no command can make again; use another --out, or "
@@ -107,12 +120,7 @@ def drive(begun: Begun, stages: Sequence[str]) -> None:
         raise SpecError(f"stage {unknown[0]!r} is not one of {', '.join(STAGES)}")
     session, plan = begun.session, begun.plan
     session.directory.clear_litter()
-    info = begun.info()
-    if {REPLAY, REDUCE} & set(stages):
-        for name, entry in info.methods.items():
-            if entry.state == ASKED:
-                info = info.with_method(name, state=PARTIAL)
-    session.directory.write(info.to_json())
+    begun.note(stages)
     makers: dict[str, Callable[[Session, Plan], Stages]] = {
         RECORD: record,
         TEST_GRADIENTS: test_gradients,

@@ -42,6 +42,7 @@ class HydraCallback(TrainerCallback):  # type: ignore[misc]
         checkpoint_every: Batches between checkpoints; None: about 20 in all.
         check: First batches that are replayed at once; 0: none.
         overwrite: Replace a run that is at ``out``.
+        wait: Where another command writes to ``out`` when training begins, wait for it.
 
     Attributes:
         recipe: What replays the training, and shows its sequences.
@@ -60,6 +61,7 @@ class HydraCallback(TrainerCallback):  # type: ignore[misc]
         checkpoint_every: int | None = None,
         check: int = 8,
         overwrite: bool = False,
+        wait: bool = False,
     ) -> None:
         self.recipe = TrainerRecipe.of(trainer, recording=True)
         self.notes: list[str] = []
@@ -71,6 +73,7 @@ class HydraCallback(TrainerCallback):  # type: ignore[misc]
             checkpoint_every=checkpoint_every,
             check=check,
             overwrite=overwrite,
+            wait=wait,
         )
         self._recording: Recording | None = None
         self._data: Dataset[Any] = self.recipe.train_dataset()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...storage import layout
 from ...storage.errors import InputError, RecipeError, StoreError
 from ...storage.files import list_files
+from ...storage.lock import check_writable
 from ...storage.place import check_place
 from ...storage.rundir import RunDirectory
 from ...storage.typed import to_json
@@ -29,11 +30,13 @@ from ...workers.recipes.loading import load_recipe
 from ...workers.training.loop import LoopRecorder
 from ...workers.training.loop_check import InputCheck, Seen, check_replay
 from ...workers.training.training import Compute
-from ..reading.run_info import RunInfo, StageEntry, SummaryEntry
+from ..executors.events import null
+from ..reading.run_info import RunInfo, StageEntry, SummaryEntry, update_info
 from ..reading.unit_values import RecordValues
 from ..spec.spec import first_identity
 from ..vocabulary import RECORD, TRAJECTORY
 from .notes import versions
+from .writing import writing
 
 Indices: TypeAlias = Sequence[int] | npt.NDArray[np.integer] | Tensor
 
@@ -57,6 +60,7 @@ def recording(
     threads: int = 1,
     check: int = 8,
     overwrite: bool = False,
+    wait: bool = False,
 ) -> Recording:
     """Record a training loop of your own; use it as ``with recording(...) as rec:``.
 
@@ -83,10 +87,12 @@ def recording(
         threads: CPU threads of torch meanwhile; the replay needs the same (``--threads``).
         check: First batches that are replayed at once; 0: none.
         overwrite: Replace a run that is at ``out``.
+        wait: Where another command writes to ``out`` when the block begins, wait for it.
 
     Raises:
         RecipeError: The optimiser has no rule, or the model or a number is none that can be recorded.
         StoreError: ``out`` holds something.
+        RunLocked: On entering the block: another command writes to ``out``.
     """
     directory = RunDirectory(out)
     _check_place(directory, overwrite)
@@ -120,7 +126,7 @@ def recording(
     compute = Compute(
         device=recorder.device.type, dtype=str(recorder.dtype).removeprefix("torch."), threads=threads
     )
-    return Recording(recorder, directory, compute, recipe, check)
+    return Recording(recorder, directory, compute, recipe, check, overwrite=overwrite, wait=wait)
 
 
 class Recording:
@@ -138,7 +144,11 @@ class Recording:
         compute: Compute,
         recipe: Recipe | None,
         check: int,
+        *,
+        overwrite: bool,
+        wait: bool,
     ) -> None:
+        self._overwrite, self._wait = overwrite, wait
         self.uri, self.notes = directory.uri, list[str]()
         self._recorder, self._directory, self._compute, self._recipe = recorder, directory, compute, recipe
         self._check = check if recipe is not None else 0
@@ -161,12 +171,15 @@ class Recording:
     def __enter__(self) -> Self:
         if self._stack is not None:
             raise InputError("a recording is entered once; call recording() again for another training")
-        self._stack = ExitStack()
-        self._stack.callback(self._recorder.close)
-        self._stack.enter_context(restored_switches())
-        prepare_process(self._compute.threads)
-        self._recorder.after_step = self._look
-        self._recorder.watch()
+        with ExitStack() as stack:
+            stack.enter_context(writing(self._directory, null, command="recording", wait=self._wait))
+            _check_place(self._directory, self._overwrite)  # again: nobody else writes there now
+            stack.callback(self._recorder.close)
+            stack.enter_context(restored_switches())
+            prepare_process(self._compute.threads)
+            self._recorder.after_step = self._look
+            self._recorder.watch()
+            self._stack = stack.pop_all()
         self._begun = time.monotonic()
         return self
 
@@ -174,10 +187,12 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._stack is not None
+        self._ended = True
+        if error is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
         with self._stack:
-            self._ended = True
-            if error is None:
-                self._finish()
+            self._finish()
 
     def batch(
         self, indices: Indices, *, inputs: Any = None, parts: int | None = None, divisor: float | None = None
@@ -232,6 +247,7 @@ class Recording:
     def _check_entered(self) -> None:
         if self._stack is None or self._ended:
             raise InputError("a recording watches inside of its block; write `with recording(...) as rec:`")
+        check_writable(self.uri)
 
     def _check_inputs(self, indices: npt.NDArray[np.int32], inputs: Any) -> None:
         if self._recipe is None:
@@ -276,7 +292,7 @@ class Recording:
             _log.warning("%s: %s", self.uri, note)
         if directory.exists():
             directory.delete_results()
-        directory.write(self._info().to_json())
+        update_info(directory, lambda _: self._info())
         try:
             self._write()
         except BaseException:

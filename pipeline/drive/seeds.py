@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...storage.errors import HydraError, InputError, SpecMismatch
+from ...storage.lock import stop_asked
 from ...storage.rundir import RunDirectory
 from ...workers.recipe import Recipe
 from ...workers.training.made_of import of_another_seed
 from ...workers.training.same_data import check_same_data, data_digests, with_seed
-from ..executors.base import Executor, Report, Unit
+from ..executors.base import Executor, Handler, Report, Unit
 from ..executors.events import Observer, StageFinished, StageStarted
 from ..plan.compatibility import place, stored_run
 from ..plan.plan import cut_reduce
@@ -31,13 +32,13 @@ from ..reading.unit_values import ReduceValues, all_values
 from ..spec.spec import RunSpec, averaged
 from ..spec.targets import target_set
 from ..units.average import AverageWork, content
-from ..units.record import RecordWork
 from ..vocabulary import ADJOINT, COMPLETE, INDEX, RECORD, REDUCE, TEST_GRADIENTS, TRAJECTORY
 from .drive import Begun, begin, drive
 from .gradients import record_work
 from .notes import average_notes, target_notes
 from .reduce import reduce_job, reduce_method
 from .stages import Session, run_stages
+from .writing import fence, writing
 
 
 def run_seeds(
@@ -101,17 +102,19 @@ def drive_members(session: Session, data: Mapping[str, str], stages: Sequence[st
     session.update(note)
     members = {seed: _member(session, seed) for seed in others}
     begun = {}
-    for seed, member in members.items():
-        if REDUCE in stages or not _has(member.directory, stages):
+    with ExitStack() as stack:
+        for seed, member in members.items():
+            if REDUCE in stages or not _has(member.directory, stages):
+                with naming(seed):
+                    observer = stack.enter_context(held(member))
+                    begun[seed] = begin(member.spec, member.surveyed, session.executor, observer)
+        if RECORD in stages:
+            _record_ahead(session, begun)
+        for seed, one in begun.items():
+            count = seed - surveyed.recipe.seed + 1
+            session.note(f"seed {seed}, {count} of {spec.seeds}: {one.session.directory.uri}")
             with naming(seed):
-                begun[seed] = begin(member.spec, member.surveyed, session.executor, session.observer)
-    if RECORD in stages:
-        _record_ahead(session, begun)
-    for seed, one in begun.items():
-        count = seed - surveyed.recipe.seed + 1
-        session.note(f"seed {seed}, {count} of {spec.seeds}: {one.session.directory.uri}")
-        with naming(seed):
-            drive(one, stages)
+                drive(one, stages)
     return list(members.values())
 
 
@@ -209,6 +212,11 @@ def _others(spec: RunSpec, surveyed: Survey) -> range:
     return range(surveyed.recipe.seed + 1, surveyed.recipe.seed + spec.seeds)
 
 
+def held(member: Session) -> AbstractContextManager[Observer]:
+    """Hold the run of another seed: someone may work in it as in any run."""
+    return writing(member.directory, member.observer, command="run --seeds", wait=member.spec.wait)
+
+
 def _has(directory: RunDirectory, stages: Sequence[str]) -> bool:
     """Whether record and test gradients, as far as they are asked for, are committed."""
     needed = {RECORD: TRAJECTORY, TEST_GRADIENTS: INDEX}
@@ -232,7 +240,7 @@ def _member(session: Session, seed: int) -> Session:
 class _RecordAhead:
     """Handler that records several members at a time; ``works`` by unit: the seed, and its own handler."""
 
-    works: Mapping[str, tuple[int, RecordWork]]
+    works: Mapping[str, tuple[int, Handler]]
 
     def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
         seed, work = self.works[unit.name]
@@ -251,11 +259,11 @@ def _record_ahead(session: Session, begun: Mapping[int, Begun]) -> None:
     started, works = time.monotonic(), {}
     for seed, one in fresh.items():
         one.session.directory.clear_litter()
-        one.session.directory.write(one.info().to_json())
-        works[f"seed-{seed}"] = (seed, record_work(one.session))
+        one.note((RECORD,))
+        works[f"seed-{seed}"] = (seed, fence(one.session.directory, record_work(one.session)))
     units = [Unit(stage=RECORD, name=name) for name in works]
     steps = sum(one.plan.steps for one in fresh.values())
     observer = session.observer
     observer(StageStarted(stage=RECORD, units=len(units), total=steps, unit_label="step"))
-    session.executor.run(RECORD, units, _RecordAhead(works=works), observer)
+    session.executor.run(RECORD, units, _RecordAhead(works=works), observer, stopping=stop_asked)
     observer(StageFinished(stage=RECORD, seconds=time.monotonic() - started))

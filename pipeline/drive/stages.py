@@ -12,16 +12,18 @@ from dataclasses import dataclass
 
 from ...storage.errors import CorruptStore, IncompleteStage
 from ...storage.ledger import Reading
+from ...storage.lock import stop_asked
 from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
-from ..executors.base import Executor, Handler, Unit
+from ..executors.base import Executor, Handler, Unit, stopped
 from ..executors.events import Note, Observer, StageFinished, StageStarted, UnitSkipped
 from ..plan.sharding import Shard
 from ..plan.survey import Survey
-from ..reading.run_info import RunInfo, StageEntry, read_info
+from ..reading.run_info import RunInfo, StageEntry, read_info, update_info
 from ..spec.spec import RunSpec
 from ..vocabulary import COMPLETE, INDEX, PARTIAL, RECORD
 from .stores import StoreOf
+from .writing import fence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +59,7 @@ class Runner:
 
     def update(self, change: Callable[[RunInfo], RunInfo]) -> None:
         """Change ``run.json`` as it is now, so that nothing another command noted is lost."""
-        before = self.info()
-        after = change(before)
-        if after != before:
-            self.directory.write(after.to_json())
+        update_info(self.directory, change)
 
     def require(self, *needed: Needed) -> None:
         """Raise where one of these units is not committed.
@@ -150,6 +149,7 @@ def run_stages(runner: Runner, stages: Stages) -> None:
 
     Raises:
         IncompleteStage: What a stage needs is not there.
+        RunStopped: The command was asked to stop, and units are left.
         HydraError: Whatever went wrong in a unit; committed work is kept.
     """
     try:
@@ -170,6 +170,8 @@ def run_stage(runner: Runner, stage: Stage) -> list[str]:
         StageStarted(stage=stage.name, units=len(stage.units), total=stage.total, unit_label=stage.label)
     )
     todo = []
+    if stop_asked():
+        raise stopped(stage.name, len(stage.units))
     runner.directory.ledger.refresh()
     before = runner.directory.ledger.contents(stage.name)
     for unit in stage.units:
@@ -183,7 +185,8 @@ def run_stage(runner: Runner, stage: Stage) -> list[str]:
     count = len(stage.units) + stage.kept + stage.closing
     _note_stage(runner, stage.name, count, 0.0)
     if todo:
-        runner.executor.run(stage.name, todo, stage.handler(), observer)
+        handler = fence(runner.directory, stage.handler())
+        runner.executor.run(stage.name, todo, handler, observer, label=stage.label, stopping=stop_asked)
         runner.directory.ledger.refresh()
         _note_stage(runner, stage.name, count, time.monotonic() - begun)
         if runner.directory.ledger.contents(stage.name) != before:

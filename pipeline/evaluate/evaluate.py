@@ -7,6 +7,7 @@ command, shared by all methods. What is computed from them is one small unit of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from ...workers.determinism import preserved_generators, restored_process
 from ...workers.recipe import Recipe
 from ..drive.seeds import naming, recorded
 from ..drive.stages import Runner, Stage, run_stage
+from ..drive.writing import writing
 from ..executors.base import Executor
 from ..executors.events import Note, Observer, null
 from ..executors.ray import make_executor
@@ -108,16 +110,31 @@ def evaluate(
     """
     with restored_process():
         found = run if isinstance(run, Reader) else open_reader(run)
-        reading = found.directory.ledger.remember()
-        evaluation = _prepared(found, recipe, questions or Questions(), observer or null, overrides)
-        executor = make_executor(evaluation.spec)
-        try:
-            evidence = _retrained(evaluation, executor)
-        finally:
-            executor.close()
-        summary = summarize(evidence, evaluation.methods, _spoken(evaluation.questions))
-        _store(found.directory, summary, evidence, reading)
-        return summary
+        waits = bool(overrides.get("wait"))
+        with writing(found.directory, observer or null, command="evaluate", wait=waits) as told:
+            return _evaluated(open_reader(found.uri), recipe, questions or Questions(), told, overrides)
+
+
+def _evaluated(
+    found: Reader,
+    recipe: Recipe | str | None,
+    questions: Questions,
+    observer: Observer,
+    overrides: Mapping[str, object],
+) -> dict[str, object]:
+    reading = found.directory.ledger.remember()
+    evaluation = _prepared(found, recipe, questions, observer, overrides)
+    executor = make_executor(evaluation.spec)
+    with ExitStack() as held:
+        held.callback(executor.close)
+        for directory, _ in evaluation.places[1:]:
+            held.enter_context(
+                writing(directory, observer, command="evaluate --seeds", wait=evaluation.spec.wait)
+            )
+        evidence = _retrained(evaluation, executor)
+    summary = summarize(evidence, evaluation.methods, _spoken(evaluation.questions))
+    _store(found.directory, summary, evidence, reading)
+    return summary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

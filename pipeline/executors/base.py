@@ -10,7 +10,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ...storage.errors import RunStopped
 from .events import Observer
+
+Stopping = Callable[[], bool]
+"""Whether no further unit is to be begun."""
+
+
+def never() -> bool:
+    """Stop for nobody."""
+    return False
+
+
+def stopped(stage: str, left: int) -> RunStopped:
+    """Return what a stage raises that was asked to stop, with ``left`` units not begun."""
+    return RunStopped(
+        f"stopped as `hydra-pipe stop` asked, {left} units of {stage} are left; what is done is kept, and the same "
+        "command continues where this one stopped"
+    )
+
 
 Report = Callable[[int, int], None]
 """What a handler calls with (done, total) now and then; cheap, from the handler's own thread."""
@@ -60,6 +78,14 @@ class Handler(Protocol):
         ...
 
 
+def side_by_side(handler: Handler) -> bool:
+    """Tell whether two workers may do the same unit at the same time: one that says so of itself, ``side_by_side``.
+
+    Such a handler writes whole files of the same bytes, each in one move, and clears nothing before.
+    """
+    return bool(getattr(handler, "side_by_side", False))
+
+
 class Executor(Protocol):
     """Runs the units of a stage somewhere."""
 
@@ -85,6 +111,8 @@ class Executor(Protocol):
         *,
         gpus: float | None = None,
         cpus: float | None = None,
+        label: str = "step",
+        stopping: Stopping = never,
     ) -> dict[str, dict[str, Any]]:
         """Do all ``units``; return the handler's values by unit name, in the order of ``units``.
 
@@ -95,8 +123,11 @@ class Executor(Protocol):
             observer: Hears of every start, progress, retry and end.
             gpus: GPUs a worker holds; None: as the executor was made.
             cpus: CPUs a worker holds; None: as the executor was made.
+            label: What a count of progress is, ``step`` or ``row``.
+            stopping: Asked before each unit; once it says so, those in work are finished and no other is begun.
 
         Raises:
+            RunStopped: ``stopping`` said so, and not all is done.
             HydraError: What a handler raised, unchanged; other exceptions keep their type too.
             ClusterTooSmall: No worker can ever be placed, or none came up in time.
             WorkerLost: The workers of one unit died too often.

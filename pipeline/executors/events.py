@@ -115,6 +115,31 @@ class UnitRetried(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UnitStraggles(Event):
+    """One of the last units of a stage takes much longer than the others did.
+
+    Attributes:
+        stage: Name of the stage.
+        unit: Name of the unit.
+        seconds: How long it takes so far.
+        usual: Median of the seconds that the finished ones took.
+    """
+
+    stage: str
+    unit: str
+    seconds: float
+    usual: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitBackedUp(Event):
+    """A unit that straggles is begun a second time, on a worker that has nothing to do; the first to finish counts."""
+
+    stage: str
+    unit: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageFinished(Event):
     """Every unit of a stage is done, after ``seconds`` of wall-clock time."""
 
@@ -144,8 +169,15 @@ def null(event: Event) -> None:
     """Listen to nothing."""
 
 
+def listener(observer: Observer) -> Observer:
+    """Return who listens in the end, behind those that pass on what they hear (to their ``inner``)."""
+    while hasattr(observer, "inner"):
+        observer = observer.inner
+    return observer
+
+
 def warn(observer: Observer, message: str) -> None:
     """Say something that nobody should miss: where no one listens it goes to the log."""
     observer(Note(message=message))
-    if observer is null:
+    if listener(observer) is null:
         logger.warning("%s", message)

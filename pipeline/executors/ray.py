@@ -11,6 +11,8 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +22,11 @@ from ...workers.actor import actor_class
 from ...workers.recipes.beside import packed
 from ..spec.groups import ExecutionSpec
 from . import placement, raysetup
-from .base import Capacity, Executor, Handler, Unit
+from .base import Capacity, Executor, Handler, Stopping, Unit, never, side_by_side
 from .dispatch import Dispatch
 from .events import Note, Observer
 from .placement import Demand, Node
+from .ray_metrics import Measured, ray_counters
 from .ray_stage import Wave, WaveSettings, Worker, worker_target
 from .serial import SerialExecutor
 
@@ -152,6 +155,7 @@ class RayExecutor:
         if ray.is_initialized():
             return self._adopt(ray)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        terminated = signal.getsignal(signal.SIGTERM)
         address = self._running_address()
         try:
             self._joined = True
@@ -176,6 +180,8 @@ class RayExecutor:
                 "and that HOME and the temporary directory can be written, or use --executor serial"
             ) from error
         _hush()
+        if callable(terminated) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)  # Ray's own handler is a sys.exit
         self._ray = ray
         return ray
 
@@ -210,6 +216,8 @@ class RayExecutor:
         *,
         gpus: float | None = None,
         cpus: float | None = None,
+        label: str = "step",
+        stopping: Stopping = never,
     ) -> dict[str, dict[str, Any]]:
         """Do all units in waves of actors; see :class:`~.units.Executor`."""
         if not units:
@@ -230,7 +238,10 @@ class RayExecutor:
         if demand != self._pool_demand:
             self._kill(self._pool)
         self._pool_demand = demand
-        dispatch = Dispatch(stage, units, observer, max_attempts=self._max_attempts, clock=self._clock)
+        observer = Measured(observer, ray_counters(), label)
+        dispatch = Dispatch(
+            stage, units, observer, max_attempts=self._max_attempts, clock=self._clock, stopping=stopping
+        )
         target = worker_target(
             lambda: placement.slots(self._nodes(), demand),
             workers=self._workers,
@@ -247,6 +258,7 @@ class RayExecutor:
             max_attempts=self._max_attempts,
             clock=self._clock,
             tick=self._tick,
+            side_by_side=side_by_side(handler),
         )
         actor = actor_class().options(num_cpus=demand.cpus, num_gpus=demand.gpus)
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from .base import Capacity, Handler, Unit
+from .base import Capacity, Handler, Stopping, Unit, never, stopped
 from .events import Observer, UnitFinished, UnitProgress, UnitStarted
 from .placement import cpu_count
 
@@ -47,10 +47,14 @@ class SerialExecutor:
         *,
         gpus: float | None = None,
         cpus: float | None = None,
+        label: str = "step",
+        stopping: Stopping = never,
     ) -> dict[str, dict[str, Any]]:
         """Do all units in order; see :class:`~.units.Executor`. ``gpus`` and ``cpus`` place nothing here."""
         results: dict[str, dict[str, Any]] = {}
         for unit in units:
+            if stopping():
+                raise stopped(stage, len(units) - len(results))
             observer(UnitStarted(stage=stage, unit=unit.name))
             began = self._clock()
             results[unit.name] = handler(unit, self._reporter(stage, unit.name, observer))

@@ -235,19 +235,20 @@ class Reader:
         )
 
 
-def opened(kind: type[AnyReader], uri: str | os.PathLike[str]) -> AnyReader:
+def opened(kind: type[AnyReader], uri: str | os.PathLike[str], *, check: bool = True) -> AnyReader:
     """Open a run directory for reading, as a `Reader` or as what is built on it.
 
     Args:
         kind: `Reader`, or a subclass.
         uri: Local path or ``s3://``, ``gs://``, ``az://`` address, as given to ``--out``.
+        check: Whether files are compared with the digests of their manifests when they are first read.
 
     Raises:
         SpecError: The address is of a kind that is not allowed.
         RunNotFound: There is no run.
         CorruptStore: ``run.json`` cannot be read.
     """
-    directory = RunDirectory(check_uri(uri))
+    directory = RunDirectory(check_uri(uri), digests=check)
     if not directory.exists():
         raise RunNotFound(
             f"no run at {directory.uri}: run.json is missing there; make one with "

@@ -5,7 +5,7 @@ Everything is optional: older and half-finished runs are read as far as they go.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -337,3 +337,19 @@ def read_info(directory: RunDirectory) -> RunInfo:
         CorruptStore: It cannot be read, or a value has not the type of its field.
     """
     return RunInfo.from_json(directory.read(), directory.path(layout.RUN_INFO))
+
+
+def update_info(directory: RunDirectory, change: Callable[[RunInfo], RunInfo]) -> None:
+    """Change a run's ``run.json`` as it is now; where nothing changes it stays as it is.
+
+    Args:
+        directory: The run; it need not be one yet.
+        change: From what is noted (nothing, in a new run) to what shall be.
+    """
+
+    def changed(stored: dict[str, object]) -> Mapping[str, object]:
+        before = RunInfo.from_json(stored, directory.path(layout.RUN_INFO))
+        after = change(before)
+        return stored if after == before else after.to_json()
+
+    directory.update(changed)

@@ -219,6 +219,7 @@ class PlacementSpec(Group):
             ``cpus_per_actor``, at least 1.
         device: ``auto``, ``cpu`` or ``cuda``.
         shards: How many shards the tracked samples are cut into, or ``auto``.
+        wait: Wait for another command that writes to the run, where there is one; else that is an error.
     """
 
     executor: ExecutorName = field(default="ray", metadata=free(checks.one_of(*get_args(ExecutorName))))
@@ -234,6 +235,7 @@ class PlacementSpec(Group):
     )
     device: Device = field(default="auto", metadata=of_the_run(checks.one_of(*get_args(Device))))
     shards: int | str = field(default="auto", metadata=of_the_method(checks.shards))
+    wait: bool = field(default=False, metadata=free(checks.flag))
 
     @property
     def torch_threads(self) -> int:

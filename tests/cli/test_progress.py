@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from hydra_pipe.cli import progress as shown
-from hydra_pipe.cli.pace import clock_text, short, time_left
+from hydra_pipe.cli.pace import clock_text, short
 from hydra_pipe.cli.progress import BarListener, LogListener, watching
 from hydra_pipe.pipeline.executors import events
+from hydra_pipe.pipeline.executors.pace import time_left
 from rich.console import Console
 
 

@@ -121,7 +121,7 @@ def test_the_default_method_is_hydra_or_the_only_one(tmp_path: Path) -> None:
     second.info["stages"] = first.info["stages"]
     second._replay()
     second._reduce()
-    second.directory.write(second.info)
+    second.directory.update(lambda _: second.info)
     run = open_run(second.uri)
     assert run.methods() == ["hydra", "a-method"]
     assert run.method() == "hydra"

@@ -22,7 +22,7 @@ from hydra_pipe.storage.rundir import FileEntry, Manifest, RunDirectory
 
 def a_run(place: str) -> RunDirectory:
     run = RunDirectory(place)
-    run.write({"spec": {"epochs": 3}})
+    run.update(lambda _: {"spec": {"epochs": 3}})
     return run
 
 
@@ -38,7 +38,7 @@ def test_run_json(place: str) -> None:
     assert not run.exists()
     with pytest.raises(RunNotFound, match="hydra-pipe run"):
         run.read()
-    run.write({"spec": {"epochs": 3}, "D": np.int32(5)})
+    run.update(lambda _: {"spec": {"epochs": 3}, "D": np.int32(5)})
     assert run.exists()
     assert run.read() == {"spec": {"epochs": 3}, "D": 5}
 

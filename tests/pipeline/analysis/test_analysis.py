@@ -184,7 +184,7 @@ def test_status_of_a_killed_run_names_what_resumes_it(tmp_path: Path) -> None:
     built = Built(tmp_path / "a run").build(upto="replay")
     built.directory.drop("hydra/replay", "shard-00001")
     del built.info["stages"]["hydra/replay"]  # killed before the driver noted how many
-    built.directory.write(built.info)
+    built.directory.update(lambda _: built.info)
     found = status(open_run(built.uri))
     rows = {row["stage"]: (row["state"], row["done"], row["units"]) for row in found["stages"]}
     assert rows["hydra/replay"] == ("partial", 1, 2)

@@ -309,7 +309,7 @@ def test_other_data_are_noticed(tmp_path):
     run(spec(place), stages=["record"])
     opened = open_run(place)
     opened.info["chosen"]["tracked"] = "0" * 16
-    opened.directory.write(opened.info)
+    opened.directory.update(lambda _: opened.info)
     with pytest.raises(SpecMismatch, match="made from other data"):
         by_epoch(str(place), Course(every=1), Small())
 

@@ -29,7 +29,7 @@ def add_method(built: Built, name: str, contributions: np.ndarray) -> None:
     built.contributions = contributions.astype(np.float32)
     built._reduce()
     built.info["methods"][name] = {"state": "complete"}
-    built.directory.write(built.info)
+    built.directory.update(lambda _: built.info)
 
 
 @pytest.fixture(scope="module")

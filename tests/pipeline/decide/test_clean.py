@@ -140,7 +140,9 @@ def test_what_the_recipe_adds_makes_no_other_decision(there):
             dataset.source_index = np.arange(45) + 100
             return dataset
 
-    there.directory.write({**there.info, "made_of": {}})  # what a run of before there were digests has
+    there.directory.update(
+        lambda _: {**there.info, "made_of": {}}
+    )  # what a run of before there were digests has
     again = open_run(there.uri)
     bare = clean(again, drop=5).decision
     assert bare.values.notes == ("labels are those of the run; source_index is not known without the recipe",)

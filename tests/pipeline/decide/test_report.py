@@ -199,7 +199,7 @@ def test_the_default_detection_is_made_where_a_run_has_none(tmp_path, monkeypatc
     def slow(run, *args, **kwargs):
         found = detect(run, *args, **kwargs)
         noted = read_info(run.directory).with_stage("training-outputs", units=1, seconds=77.7)
-        run.directory.write(noted.to_json())
+        run.directory.update(lambda _: noted.to_json())
         return found
 
     monkeypatch.setattr("hydra_pipe.pipeline.decide.report.detect", slow)

@@ -24,7 +24,7 @@ def asked(tmp_path):
 
 def other_command(directory):
     info = read_info(directory).with_method("tracin", mode="attribute", shards=1)
-    directory.write(info.with_stage("tracin/attribute", units=2).to_json())
+    directory.update(lambda _: info.with_stage("tracin/attribute", units=2).to_json())
 
 
 def test_what_was_noted_before_the_first_stage_stays(asked):

@@ -98,7 +98,7 @@ class Protocol(RuleBasedStateMachine):
         super().__init__()
         self.place = Path(tempfile.mkdtemp(prefix="hydra-pipe-protocol-"))
         self.directory = RunDirectory(str(self.place / "run"))
-        self.directory.write({})
+        self.directory.update(lambda noted: {})
         self.version = self.recorded = 0
         self.kept: list[tuple[str, str, int, bytes, dict[str, bytes]]] = []
         self._drive(STAGES)

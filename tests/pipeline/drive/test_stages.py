@@ -30,7 +30,7 @@ class Commits:
 @pytest.fixture
 def runner(tmp_path) -> tuple[Runner, list[Any]]:
     directory = RunDirectory(str(tmp_path / "r"))
-    directory.write({"methods": {"m": {"state": "complete"}, "other": {"state": "complete"}}})
+    directory.update(lambda _: {"methods": {"m": {"state": "complete"}, "other": {"state": "complete"}}})
     heard: list[Any] = []
     return Runner(directory=directory, executor=SerialExecutor(), observer=heard.append), heard
 
@@ -105,7 +105,9 @@ def test_notes_of_another_command_stay(runner):
     class Meanwhile(Commits):
         def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
             info = one.directory.read()
-            one.directory.write({**info, "methods": {**info["methods"], "new": {"state": "partial"}}})
+            one.directory.update(
+                lambda _: {**info, "methods": {**info["methods"], "new": {"state": "partial"}}}
+            )
             return super().__call__(unit, report)
 
     run_stage(one, replace(stage(one, "a"), handler=lambda: Meanwhile(one.directory.uri)))

@@ -59,6 +59,7 @@ OTHER: dict[str, Any] = {
     "threads": 2,
     "device": "cpu",
     "shards": 3,
+    "wait": True,
     "memory": 1 << 32,
     "reduce_memory": 1 << 20,
     "max_attempts": 5,

@@ -45,12 +45,15 @@ def writing(
 
     Raises:
         RunLocked: Another command has it.
-        StoreError: Something else is in that place.
+        StoreError: Something else is in that place, or a run of a later version.
+        CorruptStore: Its ``run.json`` is damaged.
     """
     if holding_here(directory.uri) is not None:
         yield observer
         return
-    if not directory.exists():
+    if directory.exists():
+        directory.read()  # what is no run of ours gets neither lock nor log
+    else:
         check_place(directory.uri)
     lock, journal = RunLock(directory.uri, f"hydra-pipe {command}"), Journal(directory)
     lock.standing, lock.on_beat = journal.standing, journal.flush

@@ -26,6 +26,7 @@ from .base import Capacity, Executor, Handler, Stopping, Unit, never, side_by_si
 from .dispatch import Dispatch
 from .events import Note, Observer
 from .placement import Demand, Node
+from .ray_metrics import Measured, ray_counters
 from .ray_stage import Wave, WaveSettings, Worker, worker_target
 from .serial import SerialExecutor
 
@@ -237,6 +238,7 @@ class RayExecutor:
         if demand != self._pool_demand:
             self._kill(self._pool)
         self._pool_demand = demand
+        observer = Measured(observer, ray_counters(), label)
         dispatch = Dispatch(
             stage, units, observer, max_attempts=self._max_attempts, clock=self._clock, stopping=stopping
         )

@@ -33,6 +33,7 @@ from ..executors.events import (
     UnitProgress,
     UnitRetried,
     UnitSkipped,
+    UnitStalled,
     UnitStarted,
 )
 from ..executors.pace import StageProgress, rate, time_left
@@ -46,7 +47,17 @@ LONGEST_TEXT = 2000
 _WRITE_SECONDS = (1.0, 30.0)
 """Between two writes of a log, local and remote."""
 
-_LOGGED = (RunStarted, StageStarted, UnitStarted, UnitFinished, UnitRetried, StageFinished, Note, RunFinished)
+_LOGGED = (
+    RunStarted,
+    StageStarted,
+    UnitStarted,
+    UnitFinished,
+    UnitRetried,
+    UnitStalled,
+    StageFinished,
+    Note,
+    RunFinished,
+)
 _LEFT_OUT = frozenset({"values", "summary"})  # manifests hold the one, run.json the other
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra_pipe.pipeline.drive.attribute import attribute
 from hydra_pipe.pipeline.evaluate.evaluate import Questions, evaluate
 from hydra_pipe.pipeline.run import run as drive
 from hydra_pipe.pipeline.spec.spec import RunSpec
@@ -46,8 +47,9 @@ SIZES: Mapping[str, Any] = {
     "clothes_test_size": 64,
     "transformer_hessians": ("none", "ekfac", "exact", "gauss-newton", "mixed"),
     "transformer_ranks": (16,),
-    "transformer_train_size": 320,
+    "transformer_train_size": 256,
     "transformer_test_size": 32,
+    "less_smooth_methods": ("blend",),
     "less_smooth_subsets": 60,
     "less_smooth_fractions": (0.5, 0.9),
 }
@@ -68,6 +70,7 @@ QUICK: Mapping[str, Any] = {
     "transformer_ranks": (),
     "transformer_train_size": 96,
     "transformer_test_size": 8,
+    "less_smooth_methods": (),
     "less_smooth_subsets": 6,
     "less_smooth_fractions": (0.9,),
 }
@@ -97,6 +100,7 @@ class Task:
         recipe: The recipe.
         hessians: Forms of the Hessian.
         ranks: Of exact corrections on top of EKFAC.
+        methods: Other estimators.
         subsets: Random subsets a share.
         fractions: Shares that are kept.
         prefix: Of its lines.
@@ -109,6 +113,7 @@ class Task:
     ranks: Sequence[int]
     subsets: int
     fractions: Sequence[float]
+    methods: Sequence[str] = ()
     prefix: str = ""
     goals: Goals | None = None
 
@@ -171,6 +176,7 @@ def _less_smooth(sizes: Mapping[str, Any], group: str, recipe: Recipe, prefix: s
         recipe=recipe,
         hessians=sizes[f"{group}_hessians"],
         ranks=sizes[f"{group}_ranks"],
+        methods=sizes["less_smooth_methods"],
         subsets=sizes["less_smooth_subsets"],
         fractions=sizes["less_smooth_fractions"],
         prefix=prefix,
@@ -202,6 +208,8 @@ def _measure(result: Result, sizes: Mapping[str, Any], folder: Path, task: Task)
                 **form,
             )
         )
+    if task.methods:
+        attribute(place, {name: {} for name in task.methods}, task.recipe, executor="serial", device="cpu")
     found = evaluate(
         place,
         task.recipe,

@@ -75,6 +75,19 @@ class Listener:
         reason = plain(str(event.reason), limit=300)
         self.line(f"{event.stage}: {event.unit} starts again (attempt {event.attempt}): {reason}")
 
+    def on_UnitStraggles(self, event: Any) -> None:
+        """Say that the last units wait for one."""
+        self.line(
+            f"{event.stage}: {event.unit} takes long: {show_seconds(event.seconds)} so far, "
+            f"the others took about {show_seconds(event.usual)}"
+        )
+
+    def on_UnitBackedUp(self, event: Any) -> None:
+        """Say that a unit is begun a second time."""
+        self.line(
+            f"{event.stage}: {event.unit} is begun a second time on an idle worker; the first to finish counts"
+        )
+
     def on_UnitStalled(self, event: Any) -> None:
         """Say that a unit does not move."""
         self.line(

@@ -62,11 +62,12 @@ _known = _Known()
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """The manifests of a stage, and the unit and entry of each file."""
+    """The manifests of a stage, the unit and entry of each file, what is damaged; and of ranges of units what was asked."""
 
     units: Mapping[str, Manifest]
     files: Mapping[str, tuple[Manifest, FileEntry]]
     damaged: Mapping[str, str]
+    ranges: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -406,14 +407,17 @@ class Ledger:
         found = []
         for key, content in (manifest.inputs or {}).items():
             stage, first, last = parse_input(key, where)
-            units = self._stage(stage).units
+            there = self._stage(stage)
+            units = there.units
             if ":" not in key.rpartition("/")[2]:
                 if first in units and self.content(units[first]) != content:
                     found.append(f"{stage} {first}")
                 continue
-            mine = {unit: self.content(one) for unit, one in units.items() if first <= unit <= last}
-            now = of_range(mine, first, last)
-            if now != content and len(mine) >= count_of(content):
+            if (first, last) not in there.ranges:
+                mine = {unit: self.content(one) for unit, one in units.items() if first <= unit <= last}
+                there.ranges[first, last] = of_range(mine, first, last)
+            now = there.ranges[first, last]
+            if now != content and count_of(now) >= count_of(content):
                 found.append(f"{stage} {first} to {last}")
         return found
 

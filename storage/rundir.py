@@ -250,6 +250,11 @@ class RunDirectory:
                 f"no run at {self.uri}: run.json is missing; make one with "
                 f"`hydra-pipe run --out {self.uri}`, or check the path"
             ) from error
+        except CorruptStore as error:
+            what = str(error).rpartition("; ")[0] or str(error)
+            raise CorruptStore(
+                f"{what}; restore it from a copy, or, if you changed it yourself, remove its line document_sha256"
+            ) from error
 
     def _entry(self, name: str) -> FileEntry:
         uri, tag = self.path(name), None

@@ -6,8 +6,9 @@ processes that ever tried, those that were killed included.
 
 Actions: ``kill`` before any work; ``kill@K`` when progress is reported the K-th time; ``kill>S`` S
 seconds after the start, wherever the work is then; ``kill-after`` when the work is done but not yet
-answered for; ``exit:CODE``; ``raise:TEXT`` a ValueError; ``hydra:TEXT`` a NonFiniteLoss; ``odd`` an
-exception that cannot be unpickled; ``ok`` nothing.
+answered for; ``exit:CODE``; ``memory`` takes memory without end; ``hang`` sleeps for good; ``stop`` has the whole
+process stand still; ``wait:FILE`` goes on once that file is there; ``raise:TEXT`` a ValueError; ``hydra:TEXT`` a
+NonFiniteLoss; ``odd`` an exception that cannot be unpickled; ``ok`` nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra_pipe.pipeline.executors.base import Handler, Report, Unit
+from hydra_pipe.pipeline.executors.base import Handler, Report, Unit, side_by_side
 from hydra_pipe.pipeline.executors.events import Event
 from hydra_pipe.storage.errors import NonFiniteLoss
 
@@ -46,7 +47,8 @@ class FaultPlan:
         number = 1
         while True:
             try:
-                os.close(os.open(Path(self.directory, f"{unit}.{number}.attempt"), os.O_CREAT | os.O_EXCL))
+                with open(Path(self.directory, f"{unit}.{number}.attempt"), "x") as file:
+                    file.write(str(os.getpid()))
                 break
             except FileExistsError:
                 number += 1
@@ -57,6 +59,10 @@ class FaultPlan:
         """Return how often the unit was begun."""
         return len(list(Path(self.directory).glob(f"{unit}.*.attempt")))
 
+    def pids(self) -> set[int]:
+        """Return every process that began a unit."""
+        return {int(path.read_text() or 0) for path in Path(self.directory).glob("*.attempt")} - {0}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Faulty:
@@ -64,6 +70,11 @@ class Faulty:
 
     plan: FaultPlan
     handler: Handler
+
+    @property
+    def side_by_side(self) -> bool:
+        """As the handler itself says."""
+        return side_by_side(self.handler)
 
     def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
         action = self.plan.begin(unit.name)
@@ -102,6 +113,18 @@ def _before(action: str) -> None:
         threading.Timer(float(kind.removeprefix("kill>")), die).start()
     elif kind == "exit":
         sys.exit(int(rest))
+    elif kind == "memory":
+        held = []
+        while True:  # ends when somebody ends it: Ray's monitor or the kernel
+            held.append(os.urandom(1 << 20) * 32)
+            time.sleep(0.02)
+    elif kind == "hang":
+        time.sleep(10_000)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "wait":
+        while not Path(rest).exists():
+            time.sleep(0.02)
     elif kind == "raise":
         raise ValueError(rest)
     elif kind == "hydra":
@@ -121,7 +144,7 @@ def die() -> None:
 class Count:
     """A harmless handler: ``steps`` steps of ``pause`` seconds, then a small result on disk.
 
-    With ``until`` it ends sooner, once that file is there.
+    With ``until`` it ends sooner, once that file is there. ``side_by_side``: two workers may do the same unit.
 
     Returns the sum of the steps' numbers plus ``unit.arguments["add"]``, and who did it.
     """
@@ -130,6 +153,7 @@ class Count:
     steps: int = 4
     pause: float = 0.005
     until: str = ""
+    side_by_side: bool = False
 
     def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
         Path(self.directory, f"{os.getpid()}.pid").touch()

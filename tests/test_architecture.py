@@ -26,7 +26,7 @@ FORBIDDEN = {
     "cli": {"ray", "torch", "zarr", "pyarrow"},
 }
 DRAWS = ROOT / "docs" / "images" / "make_architecture.py"
-MAY_IMPORT_RAY = {"workers/actor.py", "pipeline/executors/ray.py"}
+MAY_IMPORT_RAY = {"workers/actor.py", "pipeline/executors/ray.py", "pipeline/executors/ray_metrics.py"}
 
 
 def sources(room: str) -> list[Path]:

@@ -86,13 +86,13 @@ def test_the_less_smooth_tasks_are_the_ones_described():
 def test_the_language_model_foretells_characters():
     recipe = SmallTransformer(train_size=8, test_size=4)
     model, (text, follows) = recipe.model(), recipe.train_dataset().tensors
-    assert sum(p.numel() for p in model.parameters()) == 29795
-    assert text.shape == follows.shape == (8, 64)
+    assert sum(p.numel() for p in model.parameters()) == 28771
+    assert text.shape == follows.shape == (8, 32)
     assert torch.equal(text[:, 1:], follows[:, :-1])
     assert recipe.losses(model, (text, follows)).shape == (8,)
     other = text.clone()
-    other[:, 40:] = 0
-    torch.testing.assert_close(model(text)[:, :40], model(other)[:, :40])  # it does not see what comes later
+    other[:, 20:] = 0
+    torch.testing.assert_close(model(text)[:, :20], model(other)[:, :20])  # it does not see what comes later
     rows = {tuple(row.tolist()) for row in text}
     assert not rows & {tuple(row.tolist()) for row in recipe.test_dataset().tensors[0]}
 
@@ -122,7 +122,7 @@ def test_a_benchmark_that_keeps_its_data_goes_on(tmp_path):
     """The second time nothing is trained, and the figures are the same."""
     words = ["fidelity", "--results", str(tmp_path / "results"), "--keep", str(tmp_path / "kept")]
     tiny = {"tasks": ("transformer",), "transformer_hessians": ("none",), "transformer_ranks": ()}
-    tiny |= {"transformer_train_size": 48, "transformer_test_size": 4}
+    tiny |= {"less_smooth_methods": ("blend",), "transformer_train_size": 48, "transformer_test_size": 4}
     tiny |= {"less_smooth_subsets": 3, "less_smooth_fractions": (0.5,)}
     for key, value in tiny.items():
         words += ["--size", f"{key}={value!r}"]
@@ -135,4 +135,5 @@ def test_a_benchmark_that_keeps_its_data_goes_on(tmp_path):
         times = [path.stat().st_mtime_ns for path in made if "/retrain/" in str(path)]
         found.append(times)
     assert found[:2] == found[2:]
+    assert [line["what"] for line in lines][:2] == ["hydra, 50% kept", "blend, 50% kept"]
     assert len(found[1]) == 4

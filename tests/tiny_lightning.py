@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -10,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from hydra_pipe import LightningCallback, open_run
+
 N = 18
+CLIPPED: dict[str, Any] = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
+ALL = 1000
+"""Batches that are replayed at once."""
 
 
 def some(count: int, seed: int) -> TensorDataset:
@@ -75,3 +81,28 @@ def loader(seed: int = 5, **given: Any) -> DataLoader[Any]:
 def net(kind: type[Net] = Net) -> Net:
     torch.manual_seed(3)
     return kind()
+
+
+def trained(
+    folder: Path, model: Net, loaded: Any = None, *, callbacks: Any = (), **given: Any
+) -> LightningCallback:
+    """A training with a record, all of it replayed at once."""
+    told = {name: given.pop(name) for name in ("test_dataset", "losses", "seed") if name in given}
+    said = {"losses": Net.losses, "test_dataset": some(3, 2), "check": ALL, **told}
+    hydra = LightningCallback(out=folder / "run", **said)
+    made = trainer(callbacks=[*callbacks, hydra], **given)
+    made.fit(model, loader() if loaded is None else loaded)
+    return hydra
+
+
+def record_of(folder: Path) -> Any:
+    return open_run(str(folder / "run")).trajectory()
+
+
+def last_weights(folder: Path) -> Any:
+    record = record_of(folder)
+    return record.checkpoint(len(record.checkpoint_steps) - 1).weights
+
+
+def weights_of(model: Net) -> Any:
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()

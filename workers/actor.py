@@ -8,11 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import platform
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any
 
+from ..storage.errors import ResourceError
 from .recipes.beside import unpacked
+
+COMPARED = ("hydra-pipe", "torch", "numpy")
+"""Packages of which workers must have the driver's version: others may give other bits, or fail to read what they get."""
 
 Progress = tuple[str, int, int]
 """(unit, done, total) of the unit in work."""
@@ -32,16 +38,21 @@ class UnitWorker:
         self._handler: Callable[..., dict[str, Any]] | None = None
         self._progress: Progress | None = None
 
-    def load(self, payload: bytes) -> tuple[str, int]:
+    def load(self, payload: bytes, there: Mapping[str, str]) -> tuple[str, int]:
         """Unpickle the handler; replaces one loaded before.
 
         Args:
             payload: The handler as ``packed`` wrote it.
+            there: `versions` of the driver.
 
         Returns:
             Host name and process id of this worker.
+
+        Raises:
+            ResourceError: The versions here are others; nothing was unpickled.
         """
         self._handler = None
+        check_versions(there, versions())
         try:
             self._handler = unpacked(payload)
         except Exception as error:
@@ -69,6 +80,38 @@ class UnitWorker:
     def pid(self) -> int:
         """Return the process id; answers while ``run`` computes."""
         return os.getpid()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that driver and workers must share, as far as they are known here.
+
+    Of torch the part before ``+``: a driver without a GPU may have the build for CPUs.
+    """
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for package in COMPARED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package).partition("+")[0]
+    return found
+
+
+def check_versions(there: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Refuse to work for a driver of other versions.
+
+    Args:
+        there: `versions` of the driver.
+        here: `versions` of this worker.
+
+    Raises:
+        ResourceError: Names machine and versions.
+    """
+    other = [name for name in there if name in here and there[name] != here[name]]
+    if other:
+        mine = ", ".join(f"{name} {here[name]}" for name in other)
+        wanted = ", ".join(f"{name} {there[name]}" for name in other)
+        raise ResourceError(
+            f"the worker on {socket.gethostname()} has {mine}, the driver {wanted}: their numbers may differ; "
+            "install the same versions on every node"
+        )
 
 
 def portable(error: Exception) -> Exception:

@@ -29,12 +29,14 @@ from ..executors.events import (
     RunStarted,
     StageFinished,
     StageStarted,
+    UnitBackedUp,
     UnitFinished,
     UnitProgress,
     UnitRetried,
     UnitSkipped,
     UnitStalled,
     UnitStarted,
+    UnitStraggles,
 )
 from ..executors.pace import StageProgress, rate, time_left
 
@@ -54,6 +56,8 @@ _LOGGED = (
     UnitFinished,
     UnitRetried,
     UnitStalled,
+    UnitStraggles,
+    UnitBackedUp,
     StageFinished,
     Note,
     RunFinished,

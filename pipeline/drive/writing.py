@@ -10,7 +10,7 @@ from ...storage.errors import RunLost
 from ...storage.lock import RunLock, fenced, holding, holding_here
 from ...storage.place import check_place
 from ...storage.rundir import RunDirectory
-from ..executors.base import Handler, Report, Unit
+from ..executors.base import Handler, Report, Unit, side_by_side
 from ..executors.events import Event, Observer, warn
 from .journal import Journal
 
@@ -45,12 +45,15 @@ def writing(
 
     Raises:
         RunLocked: Another command has it.
-        StoreError: Something else is in that place.
+        StoreError: Something else is in that place, or a run of a later version.
+        CorruptStore: Its ``run.json`` is damaged.
     """
     if holding_here(directory.uri) is not None:
         yield observer
         return
-    if not directory.exists():
+    if directory.exists():
+        directory.read()  # what is no run of ours gets neither lock nor log
+    else:
         check_place(directory.uri)
     lock, journal = RunLock(directory.uri, f"hydra-pipe {command}"), Journal(directory)
     lock.standing, lock.on_beat = journal.standing, journal.flush
@@ -88,6 +91,11 @@ class Fenced:
     handler: Handler
     uri: str
     owner: str
+
+    @property
+    def side_by_side(self) -> bool:
+        """As the handler itself says."""
+        return side_by_side(self.handler)
 
     def __call__(self, unit: Unit, report: Report) -> dict[str, object]:
         """Do a unit."""

@@ -80,6 +80,14 @@ class Handler(Protocol):
         ...
 
 
+def side_by_side(handler: Handler) -> bool:
+    """Tell whether two workers may do the same unit at the same time: one that says so of itself, ``side_by_side``.
+
+    Such a handler writes whole files of the same bytes, each in one move, and clears nothing before.
+    """
+    return bool(getattr(handler, "side_by_side", False))
+
+
 class Executor(Protocol):
     """Runs the units of a stage somewhere."""
 

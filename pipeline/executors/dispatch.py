@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...storage.errors import WorkerLost
+from . import raysetup
 from .base import Stopping, Unit, never, stopped
-from .events import Observer, UnitFinished, UnitProgress, UnitRetried, UnitStarted
+from .events import Observer, UnitBackedUp, UnitFinished, UnitProgress, UnitRetried, UnitStarted
 from .stalls import Stalls
+from .stragglers import Stragglers
 
 
 class Dispatch:
@@ -43,6 +45,8 @@ class Dispatch:
         self._queue = deque(self._units)
         self._attempts: Counter[str] = Counter()
         self._began: dict[str, float] = {}
+        self._backed_up: dict[str, float] = {}
+        self._stragglers = Stragglers(stage, observer, clock=clock)
         self._seen: dict[str, tuple[int, int]] = {}
         self._results: dict[str, dict[str, Any]] = {}
         assert len({unit.name for unit in units}) == len(self._units), "unit names must be unique"
@@ -71,6 +75,7 @@ class Dispatch:
         unit = self._queue.popleft()
         self._attempts[unit.name] += 1
         self._began[unit.name] = self._clock()
+        self._stragglers.begin(unit.name)
         self.stalls.begin(unit.name)
         self._seen.pop(unit.name, None)
         self._observer(UnitStarted(stage=self._stage, unit=unit.name, attempt=self._attempts[unit.name]))
@@ -78,16 +83,33 @@ class Dispatch:
 
     def progress(self, name: str, done: int, total: int) -> None:
         """Pass on how far a unit is, where that is news."""
-        if self._seen.get(name) != (done, total) and name not in self._results:
+        seen = self._seen.get(name)
+        if name in self._backed_up and seen is not None and done <= seen[0]:
+            return  # the worker behind
+        if seen != (done, total) and name not in self._results:
             self._seen[name] = (done, total)
             self.stalls.moved(name)
             self._observer(UnitProgress(stage=self._stage, unit=name, done=done, total=total))
 
-    def finish(self, unit: Unit, values: dict[str, Any]) -> None:
-        """Note that a unit is done."""
+    def straggles(self, unit: Unit) -> bool:
+        """Tell whether a unit in work is one of the last and takes much longer than the others did."""
+        return not self._queue and self._stragglers.straggles(unit.name)
+
+    def may_back_up(self, unit: Unit) -> bool:
+        """Tell whether a unit was not yet begun a second time beside the first."""
+        return unit.name not in self._backed_up
+
+    def back_up(self, unit: Unit) -> None:
+        """Note that a unit in work is begun a second time, while the first attempt goes on."""
+        self._backed_up[unit.name] = self._clock()
+        self._observer(UnitBackedUp(stage=self._stage, unit=unit.name))
+
+    def finish(self, unit: Unit, values: dict[str, Any], *, second: bool = False) -> None:
+        """Note that a unit is done, by its attempt or by the ``second`` beside it."""
         self._results[unit.name] = values
         self.stalls.end(unit.name)
-        seconds = self._clock() - self._began[unit.name]
+        seconds = self._clock() - (self._backed_up if second else self._began)[unit.name]
+        self._stragglers.finish(unit.name, seconds)
         self._observer(UnitFinished(stage=self._stage, unit=unit.name, seconds=seconds, values=values))
 
     def lose(self, unit: Unit, reason: str) -> None:
@@ -97,12 +119,12 @@ class Dispatch:
             WorkerLost: It was tried ``max_attempts`` times.
         """
         self.stalls.end(unit.name)
+        self._stragglers.lose(unit.name)
         tried = self._attempts[unit.name]
         if tried >= self._max_attempts:
             raise WorkerLost(
                 f"{self._stage} {unit.name}: its worker was lost {tried} time(s), the limit is "
-                f"{self._max_attempts}; last: {reason}; if memory is short use fewer --workers or more "
-                "--shards, then run the same command again: finished work is kept"
+                f"{self._max_attempts}; last: {reason}; {_remedy(reason)}"
             )
         self._queue.appendleft(unit)
         self._observer(UnitRetried(stage=self._stage, unit=unit.name, attempt=tried + 1, reason=reason))
@@ -110,3 +132,14 @@ class Dispatch:
     def results(self) -> dict[str, dict[str, Any]]:
         """Return the values by unit name, in the order the units were given."""
         return {unit.name: self._results[unit.name] for unit in self._units}
+
+
+def _remedy(reason: str) -> str:
+    """Return what helps against what a worker died of."""
+    again = "run the same command again: finished work is kept"
+    if reason.startswith(raysetup.OUT_OF_MEMORY):
+        return (
+            f"use fewer --workers or more --cpus-per-actor, so that fewer share a machine, then {again}; if one alone "
+            "is too much, begin anew with more --shards or a smaller --memory"
+        )
+    return f"if memory is short use fewer --workers or more --shards, then {again}"

@@ -125,6 +125,31 @@ class UnitStalled(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UnitStraggles(Event):
+    """One of the last units of a stage takes much longer than the others did.
+
+    Attributes:
+        stage: Name of the stage.
+        unit: Name of the unit.
+        seconds: How long it takes so far.
+        usual: Median of the seconds that the finished ones took.
+    """
+
+    stage: str
+    unit: str
+    seconds: float
+    usual: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitBackedUp(Event):
+    """A unit that straggles is begun a second time, on a worker that has nothing to do; the first to finish counts."""
+
+    stage: str
+    unit: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageFinished(Event):
     """Every unit of a stage is done, after ``seconds`` of wall-clock time."""
 

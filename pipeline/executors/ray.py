@@ -22,10 +22,11 @@ from ...workers.actor import actor_class
 from ...workers.recipes.beside import packed
 from ..spec.groups import ExecutionSpec
 from . import placement, raysetup
-from .base import Capacity, Executor, Handler, Stopping, Unit, never
+from .base import Capacity, Executor, Handler, Stopping, Unit, never, side_by_side
 from .dispatch import Dispatch
 from .events import Note, Observer
 from .placement import Demand, Node
+from .ray_metrics import Measured, ray_counters
 from .ray_stage import Wave, WaveSettings, Worker, worker_target
 from .serial import SerialExecutor
 
@@ -241,6 +242,7 @@ class RayExecutor:
         if demand != self._pool_demand:
             self._kill(self._pool)
         self._pool_demand = demand
+        observer = Measured(observer, ray_counters(), label)
         dispatch = Dispatch(
             stage,
             units,
@@ -266,6 +268,7 @@ class RayExecutor:
             max_attempts=self._max_attempts,
             clock=self._clock,
             tick=self._tick,
+            side_by_side=side_by_side(handler),
         )
         actor = actor_class().options(num_cpus=demand.cpus, num_gpus=demand.gpus)
         try:

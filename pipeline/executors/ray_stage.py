@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ...storage.errors import ClusterTooSmall, RecipeError, WorkerLost
+from ...storage.errors import ClusterTooSmall, HydraError, RecipeError, WorkerLost
+from ...workers import actor
 from . import raysetup
 from .base import Unit
 from .dispatch import Dispatch
@@ -27,6 +28,8 @@ class Worker:
         call: The answer it owes: to loading the handler, or to ``unit``; None while idle.
         unit: What it works on; None while idle or loading.
         loaded: True once it has the handler of this stage.
+        second: Whether another worker was at that unit before.
+        host: Where it is, once it has a handler.
         question: The answer to the last question for progress, while that is open.
         asked: When that was asked, clock seconds.
     """
@@ -35,6 +38,8 @@ class Worker:
     call: Any = None
     unit: Unit | None = None
     loaded: bool = False
+    second: bool = False
+    host: str = ""
     question: Any = None
     asked: float = 0.0
 
@@ -50,6 +55,7 @@ class WaveSettings:
         max_attempts: Workers in a row that may die while they start.
         clock: Returns seconds that only grow.
         tick: Most seconds between two looks at the workers.
+        side_by_side: Whether two workers may do the same unit at the same time.
     """
 
     demand: Demand
@@ -58,6 +64,7 @@ class WaveSettings:
     max_attempts: int
     clock: Callable[[], float]
     tick: float
+    side_by_side: bool
 
 
 class Wave:
@@ -103,6 +110,7 @@ class Wave:
             self._dispatch.check_stop()
             self._recruit()
             self._hand_out()
+            self._back_up()
             self._ask_progress()
             self._listen()
             self._end_overdue()
@@ -111,7 +119,7 @@ class Wave:
 
     def _load(self, worker: Worker) -> None:
         worker.loaded, worker.unit, worker.question = False, None, None
-        worker.call = worker.actor.load.remote(self._payload)
+        worker.call = worker.actor.load.remote(self._payload, actor.versions())
 
     def _recruit(self) -> None:
         wanted = min(max(1, self._settings.target()), self._dispatch.unfinished)
@@ -123,8 +131,31 @@ class Wave:
     def _hand_out(self) -> None:
         for worker in self._pool:
             if worker.loaded and worker.unit is None and self._dispatch.waiting:
-                worker.unit = self._dispatch.start()
-                worker.call = worker.actor.run.remote(worker.unit)
+                self._give(worker, self._dispatch.start(), second=False)
+
+    def _give(self, worker: Worker, unit: Unit, *, second: bool) -> None:
+        worker.unit, worker.second = unit, second
+        worker.call = worker.actor.run.remote(unit)
+
+    def _back_up(self) -> None:
+        """Begin units that hold up the stage a second time, on workers that have nothing to do."""
+        late = [w for w in self._pool if w.unit is not None and self._dispatch.straggles(w.unit)]
+        for worker in late:
+            idle = [other for other in self._pool if other.loaded and other.unit is None]
+            if (
+                self._settings.side_by_side
+                and idle
+                and worker.unit
+                and self._dispatch.may_back_up(worker.unit)
+            ):
+                # Another machine, where there is one: what slows the first may slow all workers beside it.
+                other = min(idle, key=lambda one: one.host == worker.host)
+                self._dispatch.back_up(worker.unit)
+                self._give(other, worker.unit, second=True)
+
+    def _others_at(self, unit: Unit | None) -> list[Worker]:
+        """Return the workers that are still at a unit which one of them has left."""
+        return [worker for worker in self._pool if worker.unit is not None and worker.unit is unit]
 
     def _ask_progress(self) -> None:
         now = self._settings.clock()
@@ -157,26 +188,46 @@ class Wave:
         try:
             answer = self._ray.get(call)
         except self._ray.exceptions.RayTaskError as error:
-            _raise_cause(error, unit)
+            if not self._others_at(unit):
+                _raise_cause(error, unit)
+            self._say_gone(unit, str(error.cause))
         except self._ray.exceptions.RayError as error:
             self._bury(worker, unit, error)
         else:
             if unit is None:
-                worker.loaded, self._failed_starts = True, 0
+                worker.loaded, worker.host, self._failed_starts = True, answer[0], 0
             else:
-                self._dispatch.finish(unit, answer)
+                self._dispatch.finish(unit, answer, second=worker.second)
+                for other in self._others_at(unit):
+                    self._end(other)
+
+    def _end(self, worker: Worker) -> None:
+        """Kill a worker and forget it."""
+        self._pool.remove(worker)
+        with contextlib.suppress(Exception):
+            self._ray.kill(worker.actor, no_restart=True)
+
+    def _say_gone(self, unit: Unit | None, reason: str) -> None:
+        assert unit is not None
+        first = (reason.strip().splitlines() or ["no reason given"])[0][:200]
+        self._observer(
+            Note(
+                message=f"{unit.stage}: one of two attempts at {unit.name} failed, the other goes on: {first}"
+            )
+        )
 
     def _bury(self, worker: Worker, unit: Unit | None, error: Exception) -> None:
         """Forget a worker that died, and queue its unit again."""
         if type(error).__name__ == "UnserializableException":
             raise RuntimeError(f"a worker failed with an error that cannot be read here: {error}") from error
-        self._pool.remove(worker)
         # "Unavailable" may mean alive out of reach: two workers on one unit would be one too many.
-        with contextlib.suppress(Exception):
-            self._ray.kill(worker.actor, no_restart=True)
+        self._end(worker)
         reason = raysetup.reason(error)
         if unit is not None:
-            self._dispatch.lose(unit, reason)
+            if self._others_at(unit):
+                self._say_gone(unit, reason)
+            else:
+                self._dispatch.lose(unit, reason)
             return
         self._failed_starts += 1
         if getattr(error, "actor_init_failed", False) or self._failed_starts >= self._settings.max_attempts:
@@ -188,14 +239,13 @@ class Wave:
 
     def _end_overdue(self) -> None:
         """Give up the workers of units that take longer than they may, and queue those units again."""
-        for worker in list(self._pool):
-            reason = self._dispatch.stalls.overdue(worker.unit.name) if worker.unit is not None else None
-            if reason is not None and worker.unit is not None:
-                self._pool.remove(worker)
-                # Killed before the unit goes to another: two workers on one unit would be one too many.
-                with contextlib.suppress(Exception):
-                    self._ray.kill(worker.actor, no_restart=True)
-                self._dispatch.lose(worker.unit, reason)
+        for unit in {worker.unit.name: worker.unit for worker in self._pool if worker.unit}.values():
+            reason = self._dispatch.stalls.overdue(unit.name)
+            if reason is not None:
+                # Killed before the unit goes to another, and its second attempt with it.
+                for worker in self._others_at(unit):
+                    self._end(worker)
+                self._dispatch.lose(unit, reason)
 
     def _check_alive(self) -> None:
         now = self._settings.clock()
@@ -240,7 +290,7 @@ def worker_target(
 def _raise_cause(error: Any, unit: Unit | None) -> NoReturn:
     """Raise what happened inside a worker as itself, Ray's account of it as its cause."""
     cause = error.cause if isinstance(error.cause, Exception) else RuntimeError(str(error))
-    if unit is None:
+    if unit is None and not isinstance(cause, HydraError):
         raise RecipeError(
             f"workers cannot load the recipe: {type(cause).__name__}: {cause}; install what it imports on "
             "every node, or give it as path/to/file.py:Class"

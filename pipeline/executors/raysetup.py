@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ..spec.checks import ray_address
 
+OUT_OF_MEMORY = "out of memory"
+"""Begins the reason of a worker's death where it is known to be that."""
 _SOCKET_LIMIT = 103  # characters of a unix socket's path; Linux allows 107, macOS 103
 _SESSION_PART = 68  # "/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store" and a few to spare
 
@@ -83,7 +85,9 @@ def reason(error: BaseException) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     kind = type(error).__name__
     if kind == "OutOfMemoryError" or "memory monitor" in text or "low on memory" in text:
-        return "out of memory: Ray killed it because its node ran low"
+        told = re.search(r"was ([\d.]+ ?\w?B) used / ([\d.]+ ?\w?B) limit", text)
+        used = f" ({told[1]} of {told[2]} used)" if told else ""
+        return f"{OUT_OF_MEMORY}: Ray killed it because its node ran low{used}"
     if "connection error code 2" in text or "SIGKILL" in text:
         return "its process was killed or crashed (the system may have run out of memory)"
     if match := re.search(r"exit code (-?\d+)", text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,8 @@ class CurvatureWork(TrainingWork):
         form: Name of the Hessian's form.
         options: How it is estimated.
     """
+
+    side_by_side: ClassVar[bool] = False
 
     form: str
     options: CurvatureOptions
@@ -84,6 +87,8 @@ class DirectionsWork(Work):
         targets: Kind of the targets.
         rank: Most directions.
     """
+
+    side_by_side: ClassVar[bool] = False
 
     method: str
     targets: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...storage import layout
 from ...storage.files import list_files
@@ -23,6 +24,8 @@ class RecordWork(TrainingWork):
         checkpoint_every: Steps between checkpoints, or None.
         visits: Whether each sample's visits are kept.
     """
+
+    side_by_side: ClassVar[bool] = False
 
     checkpoint_every: int | None
     visits: bool
@@ -52,6 +55,8 @@ class CutWork(Work):
         source: The run whose record is cut off.
         step: At which checkpoint.
     """
+
+    side_by_side: ClassVar[bool] = False
 
     source: str
     step: int

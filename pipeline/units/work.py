@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from ...storage import layout
 from ...storage.files import require_free
@@ -20,6 +20,7 @@ from ...workers.data.user_code import user_code
 from ...workers.memory import peak_bytes, reset_peak
 from ...workers.recipe import Recipe
 from ...workers.training.training import Compute, Training
+from ...workers.training.verified import digests_checked
 from ..executors.base import Report, Unit
 from ..plan.sharding import Shard
 from ..reading.unit_values import UnitValues
@@ -31,6 +32,8 @@ Result = tuple[list[str], UnitValues]
 def commit_unit(uri: str, unit: Unit, work: Callable[[RunDirectory], Result]) -> dict[str, Any]:
     """Do a unit and commit it; return its manifest's values, seconds and peak memory among them.
 
+    ``digest_checks`` is returned too: how many digests of weights were compared with the record's meanwhile.
+
     Args:
         uri: The run directory.
         unit: What is done.
@@ -39,7 +42,7 @@ def commit_unit(uri: str, unit: Unit, work: Callable[[RunDirectory], Result]) ->
     Raises:
         HydraError: What went wrong; what the recipe's own code raised is a ``RecipeError``.
     """
-    begun = time.perf_counter()
+    begun, checked = time.perf_counter(), digests_checked()
     reset_peak()
     run = RunDirectory(uri)
     require_free(run.uri, unit.disk_bytes, f"{unit.stage} {unit.name}")
@@ -49,7 +52,7 @@ def commit_unit(uri: str, unit: Unit, work: Callable[[RunDirectory], Result]) ->
     values = replace(values, seconds=time.perf_counter() - begun, peak_bytes=peak_bytes())
     noted: dict[str, Any] = to_json(values)
     run.commit(unit.stage, unit.name, files, noted, reading)
-    return noted
+    return {**noted, "digest_checks": digests_checked() - checked}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,9 @@ class Work(ABC):
     Attributes:
         uri: The run directory.
     """
+
+    side_by_side: ClassVar[bool] = True
+    """Whether two workers may do the same unit at the same time; not where it clears a place before it writes there."""
 
     uri: str
 

@@ -10,7 +10,7 @@ taken before anything is scaled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,6 @@ from ..recipe import Recipe
 from ..recursion.clipping import EPSILON, Clip
 from .eigenbasis import Eigenbasis
 from .metric import outer_factors
-
-KeepFactors = Callable[[int, Tensor, Tensor], None]
-"""Takes (entry, d_R, x_R): the gradient of row r is the outer product of d_R[r] and x_R[r]."""
 
 
 def are_outer(ways: Ways, entries: Sequence[int]) -> bool:
@@ -44,7 +41,7 @@ class EigenGradients(PerSampleGradients):
 
     Attributes:
         root: P^1/2, (D,).
-        sides: By block whose factors are handed over: what its output gradients and inputs are multiplied with.
+        sides: By block whose gradients come as factors: what output gradients and inputs are turned and scaled with.
     """
 
     def __init__(
@@ -58,21 +55,22 @@ class EigenGradients(PerSampleGradients):
     ) -> None:
         like = layout.parameters(model)[0]
         root = None if scale is None else torch.from_numpy(np.sqrt(scale)).to(like)
-        self.sides: dict[int, tuple[Tensor, Tensor] | None] = {}
+        self.sides: dict[int, tuple[Tensor, Tensor]] = {}
         for k, block in enumerate(basis.blocks):
-            if block.left is None or not are_outer(ways, block.entries):
+            left, right = basis.left[k], basis.right[k]
+            if left is None or right is None or not are_outer(ways, block.entries):
                 continue
-            if scale is None:
-                self.sides[k] = None
-                continue
-            found = outer_factors(basis.matrix(torch.from_numpy(scale), k).numpy())
-            if found is not None:
-                p, q = (torch.from_numpy(np.sqrt(side)).to(like) for side in found)
-                self.sides[k] = (p, q)
+            if scale is not None:
+                found = outer_factors(basis.matrix(torch.from_numpy(scale), k).numpy())
+                if found is None:
+                    continue
+                p, q = (torch.from_numpy(np.sqrt(side)).to(like).unsqueeze(1) for side in found)
+                left, right = p * left, q * right
+            self.sides[k] = (left, right)
         factored = frozenset(basis.blocks[k].entries[0] for k in self.sides)
         self.basis, self.root = basis, root
         super().__init__(recipe, model, layout, ways, factored)
-        self.block_of = {block.entries[0]: k for k, block in enumerate(basis.blocks)}
+        self._block_of = {block.entries[0]: k for k, block in enumerate(basis.blocks)}
         self._column_root = None if root is None else self._of_columns(root)
         inside = {i for k in self.sides for i in basis.blocks[k].entries}
         outside = [
@@ -85,7 +83,7 @@ class EigenGradients(PerSampleGradients):
             self.tile, layout.dimension, dtype=self._block.dtype, device=self._block.device
         )
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}
-        self.whole: dict[int, Tensor] = {}
+        self._whole: dict[int, Tensor] = {}
         self._clip: Clip | None = None
         self._along: Tensor | None = None
 
@@ -106,61 +104,40 @@ class EigenGradients(PerSampleGradients):
         self, positions: Tensor, size: int, sink: TakeRows, factors: TakeFactors | None = None
     ) -> None:
         """Hand over rotated rows; see ``PerSampleGradients.hand_over``."""
-        self._factors = {}
+        self._factors, self._whole, self._along = {}, {}, None
 
-        def keep(entry: int, d_R: Tensor, x_R: Tensor) -> None:
-            self._factors[self.block_of[entry]] = (d_R, x_R)
+        def keep(entry: int, d_R: Tensor, x_R: Tensor | None) -> None:
+            if x_R is None:
+                self._whole[entry] = d_R
+            else:
+                self._factors[self._block_of[entry]] = (d_R, x_R)
 
         def rotate(start: int, block: Tensor) -> None:
-            along = self.along(start, block, positions)
-            self.scale_(block)
+            along = self._along_of(start, block, positions)
+            if self._column_root is not None:
+                block *= self._column_root
             rows = self._rotate(start, len(block))
             if along is not None:
                 assert self._clip is not None
                 rows.addcmul_(along.neg_().unsqueeze(1), self._pull).mul_(self._clip.factor)
             sink(start, rows)
 
-        self.parts(positions, size, rotate, keep)
-        self._factors = {}
-
-    def parts(self, positions: Tensor, size: int, sink: TakeRows, keep: KeepFactors) -> None:
-        """Hand over what rows are made of: blocks as they are, and factors as ``factors_of`` has them.
-
-        Factored entries that come whole in this step are in ``whole`` meanwhile.
-        """
-        self.whole = {}
-        self._along = None
-
-        def sort(entry: int, d_R: Tensor, x_R: Tensor | None) -> None:
-            if x_R is None:
-                self.whole[entry] = d_R
-            else:
-                keep(entry, d_R, x_R)
-
-        super().hand_over(positions, size, sink, sort)
-        self.whole = {}
+        super().hand_over(positions, size, rotate, keep)
+        self._factors, self._whole = {}, {}
 
     def factors_of(self, call: Call, entry: int, d_B: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate a layer's factors for the whole batch, so that bits do not depend on the rows wanted."""
-        k = self.block_of[entry]
-        left, right = self.basis.left[k], self.basis.right[k]
-        assert left is not None
-        assert right is not None
-        d_B, x_B = self.scaled_factors(call, k, d_B)
-        return torch.mm(d_B, left), torch.mm(x_B, right)
-
-    def scaled_factors(self, call: Call, k: int, d_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's factors times the sides of the metric, a 1 beside the inputs for the bias."""
+        k = self._block_of[entry]
         x_B = call.x_B
         if len(self.basis.blocks[k].entries) == 2:
             x_B = torch.cat([x_B, x_B.new_ones(len(x_B), 1)], 1)
         if self._clip is not None:
             found = (torch.mm(d_B, self.basis.matrix(self._clip.gradient, k)) * x_B).sum(1)
             self._along = found if self._along is None else self._along + found
-        sides = self.sides[k]
-        return (d_B, x_B) if sides is None else (d_B * sides[0], x_B * sides[1])
+        left, right = self.sides[k]
+        return torch.mm(d_B, left), torch.mm(x_B, right)
 
-    def along(self, start: int, block: Tensor, positions: Tensor) -> Tensor | None:
+    def _along_of(self, start: int, block: Tensor, positions: Tensor) -> Tensor | None:
         """Return <G, g> / (n (n + 1e-6)) of a tile of rows that is still as it was handed over, (R,); None: no clip."""
         clip = self._clip
         if clip is None:
@@ -170,16 +147,11 @@ class EigenGradients(PerSampleGradients):
             found += (block * self._column_gradient).sum(1)
         if self._along is not None:
             found += self._along[positions[start : start + len(block)]]
-        for entry, rows in self.whole.items():
-            k = self.block_of[entry]
+        for entry, rows in self._whole.items():
+            k = self._block_of[entry]
             whole = self._side_by_side(k, start, len(block), rows)
             found += (whole * self.basis.matrix(clip.gradient, k)).flatten(1).sum(1)
         return found / (clip.norm * (clip.norm + EPSILON))
-
-    def scale_(self, block: Tensor) -> None:
-        """Multiply a block with the metric, in place."""
-        if self._column_root is not None:
-            block *= self._column_root
 
     def _side_by_side(self, k: int, start: int, count: int, weight_R: Tensor) -> Tensor:
         """Return a block's rows (count, O, I) where its weight came whole; the bias is in the tile."""
@@ -197,30 +169,24 @@ class EigenGradients(PerSampleGradients):
 
     def _rotate(self, start: int, count: int) -> Tensor:
         """Assemble the tile that begins at row ``start`` in the eigenbasis."""
-        for k in range(len(self.basis.blocks)):
-            block = self.basis.blocks[k]
+        for k, block in enumerate(self.basis.blocks):
             target = self._rotated[:, self.basis.span(k)].unflatten(1, (block.rows, block.columns))
             if k in self._factors:
                 d_R, x_R = (f[start : start + count] for f in self._factors[k])
                 torch.mul(d_R.unsqueeze(2), x_R.unsqueeze(1), out=target[:count])
-            else:
-                self.turned(k, start, target[:count])
+                continue
+            if block.entries[0] in self.factored and block.entries[0] not in self._whole:
+                target.zero_()  # its layer was not called in this step
+                continue
+            rows = {i: self._scaled_whole(i, start, count) for i in block.entries if i in self._whole}
+            parts = [rows.get(i, self.views[i][:count]).reshape(count, block.rows, -1) for i in block.entries]
+            self.basis.turn(k, parts, target[:count])
         if self.basis.core is not None:
             self.basis.core.turn(self._rotated[:count])
         return self._rotated[:count]
 
-    def turned(self, k: int, start: int, out: Tensor) -> None:
-        """Write the rows of a block that does not come as factors in this step; the tile must be scaled."""
-        block, count = self.basis.blocks[k], len(out)
-        if block.entries[0] in self.factored and block.entries[0] not in self.whole:
-            out.zero_()  # its layer was not called in this step
-            return
-        rows = {i: self._scaled_whole(i, start, count) for i in block.entries if i in self.whole}
-        parts = [rows.get(i, self.views[i][:count]).reshape(count, block.rows, -1) for i in block.entries]
-        self.basis.turn(k, parts, out)
-
     def _scaled_whole(self, entry: int, start: int, count: int) -> Tensor:
-        rows = self.whole[entry][start : start + count]
+        rows = self._whole[entry][start : start + count]
         if self.root is None:
             return rows
         first = self.layout.entries[entry].start

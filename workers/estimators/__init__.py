@@ -30,6 +30,7 @@ ESTIMATORS: dict[str, str] = {
     "less": f"{__name__}.less:Less",
     "sgd-influence": f"{__name__}.sgd_influence:SgdInfluence",
     "mirrored-influence": f"{__name__}.mirrored:MirroredInfluence",
+    "blend": f"{__name__}.blend:Blend",
 }
 """Name, as in ``method=``, of each estimator -> ``module:Class``."""
 

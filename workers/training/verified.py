@@ -20,6 +20,14 @@ Report = Callable[[int, int], None]
 Rows = npt.NDArray[np.int64]
 
 
+_checked = {"digests": 0}
+
+
+def digests_checked() -> int:
+    """Return how many digests of weights this process has compared with a record's so far."""
+    return _checked["digests"]
+
+
 class VerifiedReplay:
     """Runs every recorded step; what is collected on the way is the subclass's business.
 
@@ -129,6 +137,7 @@ class VerifiedReplay:
         """Compare the weights with the digest recorded after ``step`` steps."""
         expected = self._digests[step]
         found = self.training.weight_checksum()
+        _checked["digests"] += 1
         if found != expected:
             raise ReplayDiverged(
                 self._message(
@@ -140,6 +149,7 @@ class VerifiedReplay:
         """Compare weights and buffers with the digest recorded after ``epoch`` epochs."""
         expected = self.trajectory.epoch_digest[epoch - 1]
         found = self.training.state_digest()
+        _checked["digests"] += 1
         if found != expected:
             raise ReplayDiverged(
                 self._message(

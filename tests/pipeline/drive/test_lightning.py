@@ -11,43 +11,38 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("lightning")
-
-from hydra_pipe.storage.errors import InputError, RecipeError
-from hydra_pipe.storage.trajectory import open_trajectory
-from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler
+import lightning
+import torchmetrics
+from hydra_pipe.storage.errors import InputError
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+)
 
 from hydra_pipe import LightningCallback, explain, open_run, recording, run
-from tests.tiny_lightning import N, Net, Still, loader, net, some, trainer
+from tests.tiny_lightning import (
+    ALL,
+    CLIPPED,
+    N,
+    Net,
+    Still,
+    last_weights,
+    loader,
+    net,
+    record_of,
+    some,
+    trained,
+    trainer,
+    weights_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-CLIPPED = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
-ALL = 1000  # batches that are replayed at once
-
-
-def trained(folder, model, loaded=None, *, callbacks=(), out="run", **given):
-    """A training with a record, all of it replayed at once."""
-    told = {name: given.pop(name) for name in ("test_dataset", "losses", "seed") if name in given}
-    said = {"losses": Net.losses, "test_dataset": some(3, 2), "check": ALL, **told}
-    hydra = LightningCallback(out=folder / out, **said)
-    made = trainer(callbacks=[*callbacks, hydra], **given)
-    made.fit(model, loader() if loaded is None else loaded)
-    return hydra
-
-
-def record_of(folder):
-    return open_trajectory(str(folder / "run" / "trajectory.zarr"))
-
-
-def last_weights(folder):
-    record = record_of(folder)
-    return record.checkpoint(len(record.checkpoint_steps) - 1).weights
-
-
-def weights_of(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
 
 
 class Watching(Callback):
@@ -187,6 +182,52 @@ def test_settings_follow_whoever_moves_them(tmp_path, kind, rates):
     assert record.learning_rate[record.updates, 0].tolist() == pytest.approx(rates)
 
 
+class Full(Net):
+    """Batch statistics, a metric, a frozen part, hyperparameters, a schedule that asks for the number of steps."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.save_hyperparameters()
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
+
+    def configure_model(self):
+        wide = nn.Linear(5, self.hparams.width).requires_grad_(False)
+        self.layers = nn.Sequential(wide, nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+    def training_step(self, batch, batch_idx):
+        scores = self(batch[0])
+        self.log("accuracy", self.accuracy(scores, batch[1]))
+        return F.cross_entropy(scores, batch[1])
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, self.parameters()), lr=0.01)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Data(lightning.LightningDataModule):
+    def train_dataloader(self):
+        return loader(generator=None)
+
+    def val_dataloader(self):
+        return DataLoader(some(3, 2), 2)
+
+
+def test_a_module_and_data_as_people_have_them(tmp_path):
+    """Checkpoints are saved meanwhile, and a tuner tries learning rates before."""
+    model, hydra = net(Full), LightningCallback(losses=Net.losses, out=tmp_path / "run", check=ALL)
+    finder = LearningRateFinder(num_training_steps=4, update_attr=False)
+    saving = {"enable_checkpointing": True, "default_root_dir": tmp_path / "saved"}
+    trainer(callbacks=[finder, hydra], **saving, **CLIPPED).fit(model, datamodule=Data())
+    record = record_of(tmp_path)
+    assert record.updates.tolist() == [False, True, False, True, True] * 2
+    assert record.beta1[record.updates, 0].min() < 0.9
+    trained_weights = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
+    assert np.array_equal(last_weights(tmp_path), torch.cat(trained_weights).numpy())
+    assert len(run(hydra.spec(mode="adjoint", executor="serial")).top(test=0, k=2)) == 2
+
+
 class Stops(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         trainer.should_stop = batch_idx == 2
@@ -275,99 +316,6 @@ def test_augmentation_in_processes_of_a_loader_is_replayed(tmp_path):
     assert np.array_equal(last_weights(tmp_path), weights_of(model))
 
 
-class OtherLoss(Net):
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) + 0.1 * self.layers[0].weight.square().sum()
-
-
-class ChangesGradients(Net):
-    def on_after_backward(self):
-        self.layers[0].weight.grad.mul_(0.5)
-
-
-class ChangesWeights(Net):
-    def on_before_optimizer_step(self, optimizer):
-        with torch.no_grad():
-            self.layers[3].weight.clamp_(-0.1, 0.1)
-
-
-class ChangesLastWeights(Net):
-    def on_train_epoch_end(self):
-        if self.current_epoch == 1:
-            torch.nn.init.zeros_(self.layers[0].weight)
-
-
-class NoLoss(Net):
-    def training_step(self, batch, batch_idx):
-        return None if batch_idx == 3 else super().training_step(batch, batch_idx)
-
-
-class SkipsEpoch(Net):
-    def on_train_batch_start(self, batch, batch_idx):
-        return -1 if batch_idx == 3 else None
-
-
-@pytest.mark.parametrize(
-    ("kind", "told"),
-    [
-        (OtherLoss, "are not the loop's"),
-        (ChangesGradients, r"the gradient of 'layers\.0\.weight' was changed after backward\(\) of batch"),
-        (ChangesWeights, r"weights 'layers\.3\.weight' were changed before the step of batch"),
-        (ChangesLastWeights, r"weights 'layers\.0\.weight' were changed after the last step"),
-        (NoLoss, r"training_step\(\) returned None for batch 3"),
-        (SkipsEpoch, "1 batches before batch 3 made no step of the optimizer"),
-    ],
-)
-def test_a_training_that_no_replay_can_follow_leaves_no_record(tmp_path, kind, told):
-    with pytest.raises(RecipeError, match=told):
-        trained(tmp_path, net(kind), **CLIPPED)
-    assert not (tmp_path / "run" / "trajectory.zarr").exists()
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from some(N, 1)
-
-
-class Batched(Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, k):
-        return some(N, 1)[4 * k : 4 * k + 4]
-
-
-@pytest.mark.parametrize(
-    ("loaded", "told"),
-    [
-        (lambda: DataLoader(Stream(), 4), "reads a Stream, which has no rows"),
-        (lambda: DataLoader(Batched(), batch_size=None), "has batch_size=None"),
-        (lambda: [some(N, 1)], "is a TensorDataset, whose batches are of rows that are not known"),
-        (lambda: [loader()], "is a list, of which no single dataset's rows are known"),
-        (lambda: [loader(), loader()], "is a list, of which no single dataset's rows are known"),
-    ],
-)
-def test_loaders_whose_rows_are_not_known_are_refused(tmp_path, loaded, told):
-    with pytest.raises(RecipeError, match=told):
-        trained(tmp_path, net(), loaded())
-
-
-def test_test_samples_must_be_said(tmp_path):
-    with pytest.raises(RecipeError, match=r"say LightningCallback\(test_dataset="):
-        trained(tmp_path, net(), test_dataset=None)
-
-
-def test_a_callback_records_one_training(recorded):
-    _folder, _model, hydra, _watching = recorded
-    with pytest.raises(InputError, match="make a new LightningCallback"):
-        trainer(callbacks=[hydra]).fit(net(), loader())
-
-
-def test_before_the_training_there_is_no_recipe(tmp_path):
-    with pytest.raises(InputError, match="nothing was recorded yet"):
-        LightningCallback(losses=Net.losses, out=tmp_path / "run").spec()
-
-
 def test_the_trainer_has_its_own_methods_back(tmp_path):
     hydra = LightningCallback(losses=Net.losses, out=tmp_path / "run", test_dataset=some(3, 2))
     made = trainer(callbacks=[hydra])
@@ -389,3 +337,9 @@ def test_without_lightning_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ImportError, match=r"pip install 'hydra-pipe\[lightning\]'"):
         place.loader.exec_module(importlib.util.module_from_spec(place))
+
+
+def test_a_callback_records_one_training(recorded):
+    _folder, _model, hydra, _watching = recorded
+    with pytest.raises(InputError, match="make a new LightningCallback"):
+        trainer(callbacks=[hydra]).fit(net(), loader())

@@ -22,6 +22,7 @@ from hydra_pipe.storage.errors import (
     ResourceError,
     WorkerLost,
 )
+from hydra_pipe.workers.actor import versions
 
 from tests.faults import Count, FaultPlan, Faulty, Recorder, Unloadable, totals, units
 
@@ -253,3 +254,18 @@ def test_a_driver_of_its_own_keeps_standard_output_clean(ray_cluster: str, tmp_p
     )
     assert said.stdout == "2\n"
     assert said.stderr == ""
+
+
+@pytest.mark.ray
+def test_a_worker_of_other_versions_is_refused_before_it_loads_anything(
+    executor: RayExecutor, count: Count, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {**versions(), "torch": "1.0.0", "python": "3.8", "unheard-of": "1"}
+    monkeypatch.setattr("hydra_pipe.workers.actor.versions", lambda: there)  # of this process: the driver
+    text = (
+        r"the worker on \S+ has python [\d.]+, torch [\d.]+, the driver python 3.8, torch 1.0.0: .*every node"
+    )
+    with pytest.raises(ResourceError, match=text) as caught:
+        executor.run("test", units(1), Unloadable(), events.null)
+    assert "\n" not in str(caught.value)
+    assert not count.pids()

@@ -110,6 +110,10 @@ def test_session_directories_are_short(monkeypatch: pytest.MonkeyPatch, tmp_path
         ),
         ("The node was terminated expectedly.", "its node died"),
         ("killed by the memory monitor", "out of memory"),
+        (
+            "A node running low on memory.\nMemory on it was 6.87GB used / 23.54GB limit",
+            "out of memory: Ray killed it because its node ran low (6.87GB of 23.54GB used)",
+        ),
         ("first line\n\x1b[36mlast words\x1b[0m\n", "RuntimeError: last words"),
     ],
 )

@@ -12,14 +12,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from weakref import WeakSet
 
 from . import files as disk
 from . import layout
-from .errors import CorruptStore, IncompleteStage
+from .errors import CorruptStore, IncompleteStage, StoreError
 from .manifest import (
     CONTRADICTION,
     FileEntry,
@@ -63,11 +62,12 @@ _known = _Known()
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """The manifests of a stage, and the unit and entry of each file."""
+    """The manifests of a stage, the unit and entry of each file, what is damaged; and of ranges of units what was asked."""
 
     units: Mapping[str, Manifest]
     files: Mapping[str, tuple[Manifest, FileEntry]]
     damaged: Mapping[str, str]
+    ranges: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -172,7 +172,7 @@ class Ledger:
         known = _known.manifests.get(target)
         if known is not None and tag is not None and known[0] == tag:
             return known[1]
-        data, signature = disk.read_signed(target)
+        data, signature = disk.read_signed(target, most=disk.DOCUMENT_BYTES)
         found = parse(data, target, stage, unit)
         tag = signature if signature is not None else tag
         if tag is not None and not (signature and _fresh(signature)):
@@ -296,8 +296,7 @@ class Ledger:
         Raises:
             CorruptStore: One is not what its manifest says.
         """
-        with ThreadPoolExecutor(THREADS) as pool:
-            problems = [line for line in pool.map(self._distrust, entries) if line]
+        problems = [line for line in disk.in_threads(self._distrust, entries, THREADS) if line]
         if problems:
             raise CorruptStore(problems[0])
 
@@ -317,8 +316,8 @@ class Ledger:
             return self._compare(uri, entry, digest, recall, limit)
         except FileNotFoundError:
             return "missing"
-        except OSError as error:
-            return f"cannot be read ({error.strerror or error})"
+        except StoreError as error:
+            return f"cannot be read ({error})"
 
     def _compare(self, uri: str, entry: FileEntry, digest: bool, recall: bool, limit: int | None) -> str:
         if is_local(uri):
@@ -408,14 +407,17 @@ class Ledger:
         found = []
         for key, content in (manifest.inputs or {}).items():
             stage, first, last = parse_input(key, where)
-            units = self._stage(stage).units
+            there = self._stage(stage)
+            units = there.units
             if ":" not in key.rpartition("/")[2]:
                 if first in units and self.content(units[first]) != content:
                     found.append(f"{stage} {first}")
                 continue
-            mine = {unit: self.content(one) for unit, one in units.items() if first <= unit <= last}
-            now = of_range(mine, first, last)
-            if now != content and len(mine) >= count_of(content):
+            if (first, last) not in there.ranges:
+                mine = {unit: self.content(one) for unit, one in units.items() if first <= unit <= last}
+                there.ranges[first, last] = of_range(mine, first, last)
+            now = there.ranges[first, last]
+            if now != content and count_of(now) >= count_of(content):
                 found.append(f"{stage} {first} to {last}")
         return found
 

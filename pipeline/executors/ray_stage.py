@@ -113,6 +113,8 @@ class Wave:
             self._back_up()
             self._ask_progress()
             self._listen()
+            self._end_overdue()
+            self._dispatch.stalls.say()
             self._check_alive()
 
     def _load(self, worker: Worker) -> None:
@@ -234,6 +236,16 @@ class Wave:
                 "the same hydra-pipe, torch and Python are installed on every node"
             ) from error
         self._observer(Note(message=f"a worker died while starting: {reason}; starting another"))
+
+    def _end_overdue(self) -> None:
+        """Give up the workers of units that take longer than they may, and queue those units again."""
+        for unit in {worker.unit.name: worker.unit for worker in self._pool if worker.unit}.values():
+            reason = self._dispatch.stalls.overdue(unit.name)
+            if reason is not None:
+                # Killed before the unit goes to another, and its second attempt with it.
+                for worker in self._others_at(unit):
+                    self._end(worker)
+                self._dispatch.lose(unit, reason)
 
     def _check_alive(self) -> None:
         now = self._settings.clock()

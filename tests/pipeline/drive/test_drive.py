@@ -43,9 +43,9 @@ def test_what_was_noted_while_the_manifests_are_read_at_the_end_stays(asked, mon
     directory = begun.session.directory
     read = notes.open_trajectory
 
-    def meanwhile(uri):
+    def meanwhile(uri, *source):
         other_command(directory)
-        return read(uri)
+        return read(uri, *source)
 
     monkeypatch.setattr(notes, "open_trajectory", meanwhile)
     driving.drive(begun, STAGES)

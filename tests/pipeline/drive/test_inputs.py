@@ -112,7 +112,7 @@ def test_what_was_made_from_swapped_chunks_does_not_outlive_their_repair(
             "hydra/replay", unit, [entry.path for entry in manifest.files], manifest.values, reading
         )
     with pytest.raises(
-        IncompleteStage, match="hydra/reduce .* was made from another version of hydra/replay shard"
+        IncompleteStage, match=r"hydra/reduce .* was made from another version of hydra/replay shard"
     ):
         open_run(copy).contributions()
     found = verify(open_run(copy)).problems

@@ -25,7 +25,7 @@ from hydra_pipe.storage.files import write_bytes
 from hydra_pipe.storage.rundir import RunDirectory
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 STAGES = ("record", "hydra/replay", "hydra/reduce")
 UNITS = {
@@ -40,13 +40,20 @@ FILES = {
     "rows-0": ("contributions/method=hydra/part-0.parquet", "samples/method=hydra/part-0.parquet"),
     "rows-1": ("contributions/method=hydra/part-1.parquet", "samples/method=hydra/part-1.parquet"),
 }
-ALL_FILES = [(unit, name) for unit, names in FILES.items() for name in names]
+ALL_FILES = [name for names in FILES.values() for name in names]
 ALL_UNITS = [(stage, unit) for stage in STAGES for unit in UNITS[stage]]
 
 
 def computed(name: str, sources: Sequence[bytes]) -> bytes:
     """Return the only right content of a file made from others; all have one size, so that no size tells."""
     return hashlib.sha256(name.encode() + b"".join(sources)).digest()
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 1 << (at % 8)
+    path.write_bytes(bytes(data))
 
 
 def right(version: int) -> dict[str, bytes]:
@@ -102,6 +109,10 @@ class Protocol(RuleBasedStateMachine):
         self.version = self.recorded = 0
         self.kept: list[tuple[str, str, int, bytes, dict[str, bytes]]] = []
         self._drive(STAGES)
+        self._keep()
+        self.record_other_numbers()
+        self._drive(STAGES)
+        self._keep()
 
     def teardown(self) -> None:
         shutil.rmtree(self.place)
@@ -119,10 +130,12 @@ class Protocol(RuleBasedStateMachine):
             assert manifest is not None
             assert self.directory.check(manifest, digests=True) == []
 
-    @rule(first=st.sampled_from(STAGES))
-    def do_one_stage(self, first: str) -> None:
+    @rule(stage=st.sampled_from(STAGES[1:]), lost=st.booleans())
+    def do_one_stage(self, stage: str, lost: bool) -> None:
+        if lost:
+            self.directory.drop(stage)
         with contextlib.suppress(HydraError):  # what it needs is damaged: told, and nothing is committed
-            self._drive((first,))
+            self._drive((stage,))
 
     @rule()
     def record_other_numbers(self) -> None:
@@ -142,75 +155,60 @@ class Protocol(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ what befalls it
 
-    @rule(which=st.sampled_from(ALL_FILES), byte=st.integers(0, 31))
-    def flip(self, which: tuple[str, str], byte: int) -> None:
-        path = self._path(which[1])
-        if path.exists():
-            data = bytearray(path.read_bytes())
-            data[byte % len(data)] ^= 1 << (byte % 8)
-            path.write_bytes(bytes(data))
+    @rule(
+        how=st.sampled_from(("flip", "flip", "delete", "swap", "swap", "stray")),
+        one=st.sampled_from(ALL_FILES),
+        other=st.sampled_from(ALL_FILES),
+        at=st.integers(0, 31),
+    )
+    def damage(self, how: str, one: str, other: str, at: int) -> None:
+        path, second = self._path(one), self._path(other)
+        if not (path.exists() and second.exists()):
+            return
+        if how == "flip":
+            flip(path, at)
+        elif how == "delete":
+            path.unlink()
+        elif how == "swap":
+            data = path.read_bytes()
+            path.write_bytes(second.read_bytes())
+            second.write_bytes(data)
+        else:
+            for ending in (".bak", "~", "0.parquet"):
+                shutil.copy(path, f"{path}{ending}")
 
-    @rule(which=st.sampled_from(ALL_FILES))
-    def delete(self, which: tuple[str, str]) -> None:
-        self._path(which[1]).unlink(missing_ok=True)
+    @rule(
+        how=st.sampled_from(("lose", "copy", "flip")),
+        one=st.sampled_from(ALL_UNITS),
+        other=st.sampled_from(ALL_UNITS),
+        at=st.integers(0, 10_000),
+    )
+    def damage_manifest(self, how: str, one: tuple[str, str], other: tuple[str, str], at: int) -> None:
+        path, second = self._manifest(*one), self._manifest(*other)
+        if not (path.exists() and second.exists()):
+            return
+        if how == "flip":
+            flip(path, at)
+        elif how == "lose":
+            path.unlink()
+        else:
+            second.write_bytes(path.read_bytes())
 
-    @rule(one=st.sampled_from(ALL_FILES), other=st.sampled_from(ALL_FILES))
-    def swap(self, one: tuple[str, str], other: tuple[str, str]) -> None:
-        a, b = self._path(one[1]), self._path(other[1])
-        if a.exists() and b.exists():
-            first, second = a.read_bytes(), b.read_bytes()
-            a.write_bytes(second)
-            b.write_bytes(first)
-
-    @rule(which=st.sampled_from(ALL_FILES), ending=st.sampled_from((".bak", "~", "0.parquet")))
-    def stray(self, which: tuple[str, str], ending: str) -> None:
-        path = self._path(which[1])
-        if path.exists():
-            shutil.copy(path, f"{path}{ending}")
-
-    @rule(which=st.sampled_from(ALL_UNITS))
-    def lose_manifest(self, which: tuple[str, str]) -> None:
-        self._manifest(*which).unlink(missing_ok=True)
-
-    @rule(one=st.sampled_from(ALL_UNITS), other=st.sampled_from(ALL_UNITS))
-    def copy_manifest(self, one: tuple[str, str], other: tuple[str, str]) -> None:
-        if self._manifest(*one).exists() and self._manifest(*other).exists():
-            self._manifest(*other).write_bytes(self._manifest(*one).read_bytes())
-
-    @rule(which=st.sampled_from(ALL_UNITS), at=st.integers(0, 10_000))
-    def damage_manifest(self, which: tuple[str, str], at: int) -> None:
-        path = self._manifest(*which)
-        if path.exists():
-            data = bytearray(path.read_bytes())
-            data[at % len(data)] ^= 4
-            path.write_bytes(bytes(data))
-
-    @rule(which=st.sampled_from(ALL_UNITS))
-    def keep(self, which: tuple[str, str]) -> None:
-        """Put a unit's manifest and files by, as a backup does."""
-        self._drive(STAGES)
-        stage, unit = which
-        data = {name: self._path(name).read_bytes() for name in FILES[unit]}
-        self.kept.append((stage, unit, self.recorded, self._manifest(stage, unit).read_bytes(), data))
-
-    @precondition(lambda self: self.kept)
-    @rule(choice=st.integers(0, 10_000), whole=st.booleans())
+    @rule(choice=st.integers(0, 2 * len(ALL_UNITS) - 1), whole=st.booleans())
     def bring_back(self, choice: int, whole: bool) -> None:
-        """Restore a unit from an earlier state of the run, or its files alone."""
-        stage, unit, version, manifest, data = self.kept[choice % len(self.kept)]
+        """Restore a unit from a backup of the run, or its files alone."""
+        stage, unit, version, manifest, data = self.kept[choice]
         for name, content in data.items():
-            self._path(name).parent.mkdir(parents=True, exist_ok=True)
             self._path(name).write_bytes(content)
         if whole:
-            self._manifest(stage, unit).parent.mkdir(parents=True, exist_ok=True)
             self._manifest(stage, unit).write_bytes(manifest)
             if stage == "record":
                 self.recorded = version
 
     # ------------------------------------------------------------------ what a reader gets
 
-    @rule()
-    def read(self) -> None:
+    @invariant()
+    def what_is_read_is_right(self) -> None:
         try:
             found = self._read()
         except HydraError:
@@ -230,6 +228,11 @@ class Protocol(RuleBasedStateMachine):
         ]
         run.ledger.trust(entries)
         return {entry.path: self._path(entry.path).read_bytes() for entry in entries}
+
+    def _keep(self) -> None:
+        for stage, unit in ALL_UNITS:
+            data = {name: self._path(name).read_bytes() for name in FILES[unit]}
+            self.kept.append((stage, unit, self.recorded, self._manifest(stage, unit).read_bytes(), data))
 
     def _drive(self, stages: Sequence[str]) -> None:
         runner = Runner(directory=self.directory, executor=InThisProcess(), observer=null)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test coverage check test-slow test-gpu bench wheel clean
+.PHONY: run test coverage check fuzz test-slow test-gpu bench wheel clean
 
 # One environment, built from pyproject.toml under constraints.txt; rebuilt when either changes.
 $(STAMP): pyproject.toml constraints.txt
@@ -28,6 +28,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
+
+# More than 2,000 inputs, others each time.
+fuzz: $(STAMP)
+	HYDRA_PIPE_FUZZ=300 $(BIN)/python -m pytest tests/test_fuzz.py
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

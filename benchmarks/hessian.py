@@ -14,15 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra_pipe.storage.trajectory import Trajectory
 from hydra_pipe.workers.ekfac.curvature import CurvatureEstimate
-from hydra_pipe.workers.recipe import Recipe
+from hydra_pipe.workers.persample.engine import PerSampleGradients
+from hydra_pipe.workers.recipe import Batch, Recipe
 from hydra_pipe.workers.recursion.forms import EKFAC, FORWARD
 from hydra_pipe.workers.replay.adjoint import Adjoint
-from hydra_pipe.workers.replay.base import Replay
+from hydra_pipe.workers.replay.base import Replay, RowSink
 from hydra_pipe.workers.replay.exact import ExactRows
 from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.replay.make import make_replay
-from hydra_pipe.workers.training.training import Compute
+from hydra_pipe.workers.training.training import Compute, Training
+from hydra_pipe.workers.training.trials import tried_ways
 
 from .cases import Clothes, Prefetched, record
 from .digits_mlp import DigitsAdamWClipped
@@ -36,6 +39,7 @@ SIZES: Mapping[str, Any] = {
     "targets": (1, 8, 16),
     "forward": 16,
     "adamw_targets": 8,
+    "adamw_epochs": 1,
     "rounds": 5,
 }
 QUICK: Mapping[str, Any] = {
@@ -45,6 +49,7 @@ QUICK: Mapping[str, Any] = {
     "targets": (1, 2),
     "forward": 2,
     "adamw_targets": 2,
+    "adamw_epochs": 1,
     "rounds": 1,
 }
 
@@ -58,6 +63,29 @@ class ClothesAdamW(Clothes):
     def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """Return AdamW over all parameters."""
         return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+class Thrown(RowSink):
+    """Takes factors of Linear layers and products of convolutions, and keeps nothing: the least a replay does."""
+
+    def __init__(self, training: Training, trajectory: Trajectory, _rows: int) -> None:
+        ways = tried_ways(training, trajectory)
+        outer = frozenset(i for i, strategy in enumerate(ways.strategies) if strategy == "outer")
+        self.engine = PerSampleGradients(training.recipe, training.model, training.layout, ways, outer)
+
+    def begin(self, step: int, batch: Batch, members: torch.Tensor) -> None:
+        """Do nothing."""
+
+    def add(self, rows: torch.Tensor, block: torch.Tensor) -> None:
+        """Do nothing."""
+
+    def add_factors(
+        self, entry: int, rows: torch.Tensor, d_R: torch.Tensor, x_R: torch.Tensor | None
+    ) -> None:
+        """Do nothing."""
+
+    def numpy(self, start: int, stop: int) -> Any:
+        """Return nothing."""
 
 
 def _in_turns(
@@ -78,8 +106,9 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     result = Result(name="hessian", sizes=sizes)
     recipe = Clothes(train_size=sizes["samples"], test_size=8, epochs=1, batch_size=sizes["batch"])
     _measure(result, sizes, folder / "sgd", recipe)
-    lenet = ClothesAdamW(train_size=sizes["samples"], test_size=8, epochs=1, batch_size=sizes["batch"])
-    mlp = DigitsAdamWClipped(train_size=min(1000, sizes["samples"]), test_size=8, epochs=1)
+    common = {"test_size": 8, "epochs": sizes["adamw_epochs"]}
+    lenet = ClothesAdamW(train_size=sizes["samples"], batch_size=sizes["batch"], **common)
+    mlp = DigitsAdamWClipped(train_size=min(1000, sizes["samples"]), **common)
     for name, found in (("LeNet-5", lenet), ("MLP", mlp)):
         _measure_adamw(result, sizes, folder / found.NAME, found, f"AdamW, {name}: ")
     return result
@@ -88,7 +117,7 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
 def _measure_adamw(
     result: Result, sizes: Mapping[str, Any], folder: Path, recipe: Recipe, prefix: str
 ) -> None:
-    """Measure what AdamW's state and metric add: EKFAC's replay and the adjoint of one tile."""
+    """Measure what AdamW's state and metric add: EKFAC's replay, what is in it, and the adjoint of one tile."""
     compute = Compute(threads=sizes["threads"], device="cpu")
     coupled = replace(compute, batch_norm="coupled")
     batches, trajectory = record(recipe, compute, folder)
@@ -105,14 +134,32 @@ def _measure_adamw(
         fresh = Prefetched(recipe, compute, batches)
         return make_replay(EKFAC, FORWARD, fresh, trajectory, tracked, curvature=curvature).run
 
+    def fast() -> Callable[[], object]:
+        return Replay(Prefetched(recipe, compute, batches), trajectory, tracked, FastRows).run
+
+    def thrown() -> Callable[[], object]:
+        return Replay(Prefetched(recipe, compute, batches), trajectory, tracked, Thrown).run
+
+    def rows() -> Callable[[], object]:
+        fresh = Prefetched(recipe, compute, batches)
+        done = make_replay(EKFAC, FORWARD, fresh, trajectory, tracked, curvature=curvature).run()
+        return lambda: done.numpy(0, len(tracked))
+
     def adjoint() -> Callable[[], object]:
         return Adjoint(Prefetched(recipe, coupled, batches), trajectory, tracked, targets).run
 
-    candidates = {"plain": plain, "ekfac": ekfac, "adjoint": adjoint}
+    candidates = {"plain": plain, "thrown": thrown, "fast": fast, "ekfac": ekfac, "rows": rows}
+    candidates["adjoint"] = adjoint
     taken = _in_turns(candidates, sizes["rounds"])
     result.add(
         f"{prefix}EKFAC replay / plain training", ratio(taken["ekfac"], taken["plain"]), "x", at_most=1.6
     )
+    for name, what in (
+        ("thrown", "replay that throws away what rows are made of"),
+        ("fast", "fast replay"),
+        ("rows", "EKFAC rows rotated back, once a run"),
+    ):
+        result.add(f"{prefix}{what} / plain training", ratio(taken[name], taken["plain"]), "x")
     each = [value / count for value in ratio(taken["adjoint"], taken["plain"])]
     name = f"{prefix}exact adjoint, {count} targets: one target / plain training"
     result.add(name, each, "x", at_most=1.6 if count >= 8 else None)

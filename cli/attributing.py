@@ -104,7 +104,7 @@ CHECKPOINT = ("out", "track", "test", "dtype", "recipe_args", "threads", "device
 @click.option("--overwrite", is_flag=True, help="Do a method again whose options differ from RUN's.")
 @click.option(
     "--seeds",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1000),
     default=1,
     show_default=True,
     metavar="K",

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 @click.option("--name", metavar="NAME", help="Of the decision.  [default: made from detection and rule]")
 @click.option(
     "--retrain",
+    type=click.IntRange(max=1000),
     default=0,
     show_default=True,
     metavar="K",

@@ -9,7 +9,7 @@ import click
 from .deciding_views import DETECTED, detection_rows, detection_tables
 from .headings import HeadedCommand
 from .judging import WHERE, placed
-from .options import debug_option, format_option, quiet_option
+from .options import MANY, SEED, debug_option, format_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables
 from .progress import watching
 from .spec_options import OF_THE_RUN, pick
@@ -81,8 +81,10 @@ _run_argument = click.argument("run")
     help="cluster: which part is called wrong: that of more harm, the smaller, or that of lower contribution to its "
     "own class.",
 )
-@click.option("--neighbours", default=10, show_default=True, metavar="K", help="knn: how many.")
-@click.option("--seed", default=0, show_default=True, metavar="N", help="Of every random choice here.")
+@click.option("--neighbours", type=MANY, default=10, show_default=True, metavar="K", help="knn: how many.")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, metavar="N", help="Of every random choice here."
+)
 @click.option(
     "--flag",
     default="auto",
@@ -98,7 +100,7 @@ _run_argument = click.argument("run")
     help="Wrong samples, one train_index a line, to measure by.  [default: the recipe's label noise]",
 )
 @click.option(
-    "-k", default=10, show_default=True, type=click.IntRange(min=1), metavar="K", help="Samples shown."
+    "-k", default=10, show_default=True, type=click.IntRange(1, 10**7), metavar="K", help="Samples shown."
 )
 @click.option(
     "--to", type=click.Path(), metavar="FILE.csv|FILE.parquet", help="Also write all rows into a file."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .explaining_views import INFLUENCES, explanation_rows, explanation_tables, strip
-from .options import check_option, debug_option, format_option, method_option, quiet_option
+from .options import MANY, check_option, debug_option, format_option, method_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables, plain, results, show_bytes
 from .progress import reading, watching
 from .spec_options import parse_pairs
@@ -56,7 +56,12 @@ def _two_classes(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--train-set", metavar="FILE", help="With --test-set: training samples, one index a line.")
 @click.option("--test-set", metavar="FILE", help="With --train-set: test samples, one index a line.")
 @click.option(
-    "-k", default=5, show_default=True, metavar="K", help="How many of the most helpful and harmful."
+    "-k",
+    type=MANY,
+    default=5,
+    show_default=True,
+    metavar="K",
+    help="How many of the most helpful and harmful.",
 )
 @_detection
 @click.option(
@@ -153,12 +158,17 @@ def _drawn(found: Explanation, looks: Looks) -> dict[str, list[str]]:
     "--rows",
     default=500,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 10**7),
     metavar="N",
     help="Ranked samples on the page.",
 )
 @click.option(
-    "-k", default=5, show_default=True, metavar="K", help="Most helpful and harmful samples of --explain."
+    "-k",
+    type=MANY,
+    default=5,
+    show_default=True,
+    metavar="K",
+    help="Most helpful and harmful samples of --explain.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @_recipe_args

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import check_option, debug_option, format_option, method_option, quiet_option
+from .options import MANY, SEED, check_option, debug_option, format_option, method_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables, plain
 from .progress import reading, watching
 from .spec_options import parse_pairs
@@ -55,7 +55,7 @@ def status(run: str, output_format: str) -> None:
     metavar="C",
     help="Class to explain: the mean over the test samples of that label.",
 )
-@click.option("-k", default=10, show_default=True, metavar="K", help="How many training samples.")
+@click.option("-k", type=MANY, default=10, show_default=True, metavar="K", help="How many training samples.")
 @click.option("--harmful", is_flag=True, help="Most harmful first instead of most helpful first.")
 @method_option
 @check_option
@@ -113,11 +113,13 @@ def top(
     "--rows",
     default=3,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 10**7),
     metavar="N",
     help="With --deep: how many training samples, from different shards.",
 )
-@click.option("--rows-seed", default=0, show_default=True, metavar="N", help="With --deep: which samples.")
+@click.option(
+    "--rows-seed", type=SEED, default=0, show_default=True, metavar="N", help="With --deep: which samples."
+)
 @click.option(
     "--set",
     "recipe_args",
@@ -163,13 +165,22 @@ def verify(
     if given and not deep:
         raise click.UsageError("RECIPE, --rows, --rows-seed, --set and --device belong to --deep; add it")
     from ..pipeline.opened_run import open_run
+    from ..pipeline.verify.verify import unreadable
     from ..pipeline.verify.verify import verify as check
+    from ..storage.errors import HydraError, RunNotFound, SpecError
 
-    opened = open_run(run)
-    with reading("verifying", quiet) as move:
-        found = check(opened, progress=lambda done, total, what: move(done, total))
+    opened = None
+    try:
+        opened = open_run(run)
+    except (RunNotFound, SpecError):
+        raise
+    except HydraError as error:
+        found = unreadable(run, [str(error)], "run.json")
+    else:
+        with reading("verifying", quiet) as move:
+            found = check(opened, progress=lambda done, total, what: move(done, total))
     document: dict[str, Any] = {"ok": found.ok, **asdict(found)}
-    if deep and found.ok:  # numbers of damaged files need no second opinion
+    if deep and opened is not None and found.ok:  # numbers of damaged files need no second opinion
         from ..pipeline.verify.deep import verify_deep
 
         overrides = {"device": device, "recipe_args": parse_pairs(recipe_args) or None}

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from .by_epoch import OWN, by_epoch_options, compare_by_epoch
 from .headings import HeadedCommand
 from .judging_views import COMPARED, LDS, comparison_tables, evaluation_rows, evaluation_tables
-from .options import check_option, debug_option, format_option, quiet_option
+from .options import MANY, SEED, check_option, debug_option, format_option, quiet_option
 from .output import emit_csv, emit_json, emit_tables
 from .progress import reading, watching
 from .spec_options import OF_THE_RUN, PLACEMENT, parse_pairs, pick
@@ -55,7 +55,7 @@ _methods = click.option(
 @_run_argument
 @click.option("--reference", metavar="METHOD", help="What to compare with.  [default: hydra-exact]")
 @_methods
-@click.option("-k", default=10, show_default=True, metavar="K", help="Samples in the overlaps.")
+@click.option("-k", type=MANY, default=10, show_default=True, metavar="K", help="Samples in the overlaps.")
 @_figures
 @by_epoch_options
 @check_option
@@ -146,7 +146,9 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     metavar="F,...",
     help="Shares of the tracked samples that subsets keep.",
 )
-@click.option("--subset-seed", default=0, show_default=True, metavar="N", help="Of every random choice here.")
+@click.option(
+    "--subset-seed", type=SEED, default=0, show_default=True, metavar="N", help="Of every random choice here."
+)
 @click.option(
     "--retraining",
     type=click.Choice(["rescaled", "weighted", "subset"]),

@@ -21,9 +21,11 @@ import click
 
 from .. import __version__
 from ..storage.errors import HydraError, RunStopped
+from ..storage.secrets import masked
 from . import attributing, cleaning, deciding, explaining, inspect, judging, running, stopping
 from .options import debug_option, debug_wanted
 from .output import ReaderGone, clean, plain
+from .system_errors import of_the_system
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -47,7 +49,10 @@ class HydraGroup(click.Group):
     def _invoked(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except click.ClickException as error:
+            vars(error)["message"] = masked(error.message)
+            raise
+        except (click.exceptions.Exit, click.Abort):
             raise
         except ReaderGone:
             ctx.exit(0)  # `hydra-pipe top RUN | head`: the reader has all it wanted
@@ -67,8 +72,9 @@ class HydraGroup(click.Group):
             # Ray wraps what a worker raised; the user's own error is the one to show.
             inner = getattr(error, "cause", None)
             shown = inner if isinstance(inner, Exception) else error
-            if isinstance(shown, HydraError):
-                _report(ctx, f"error: {plain(str(shown))}")
+            known = str(shown) if isinstance(shown, HydraError) else of_the_system(shown)
+            if known is not None:
+                _report(ctx, f"error: {plain(known)}")
             else:
                 text = plain(f"{type(shown).__name__}: {shown}", limit=500)
                 _report(ctx, f"unexpected error: {text}; rerun with --debug")
@@ -103,8 +109,8 @@ def _report(ctx: click.Context, line: str) -> None:
     """Print ``line`` on stderr, after the traceback when --debug asks for it."""
     try:
         if debug_wanted(ctx):
-            click.echo(traceback.format_exc(), err=True, nl=False)
-        click.echo(line, err=True)
+            click.echo(masked(traceback.format_exc()), err=True, nl=False)
+        click.echo(masked(line), err=True)
     except BrokenPipeError:  # nobody reads stderr either; the exit code remains
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
 

@@ -237,6 +237,14 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=click.FloatRange(min=0.1),
         metavar="SECONDS",
     ),
+    _saying(
+        "--unit-timeout",
+        "none",
+        "Seconds after which the attempt at one unit (a shard, a block) counts as lost. With --executor serial the run "
+        "ends there.",
+        type=click.FloatRange(min=1),
+        metavar="SECONDS",
+    ),
     click.option(
         "--overwrite",
         is_flag=True,

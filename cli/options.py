@@ -9,6 +9,10 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MANY = click.IntRange(max=10**7)
+"""A count of what is shown or looked at; what is below its least is refused where it is known."""
+SEED = click.IntRange(max=2**63 - 1)
+
 _DEBUG = "hydra_pipe.debug"
 
 

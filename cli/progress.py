@@ -88,6 +88,13 @@ class Listener:
             f"{event.stage}: {event.unit} is begun a second time on an idle worker; the first to finish counts"
         )
 
+    def on_UnitStalled(self, event: Any) -> None:
+        """Say that a unit does not move."""
+        self.line(
+            f"{event.stage}: {event.unit} has made no progress for {show_seconds(event.seconds)}; "
+            "--unit-timeout would give it up"
+        )
+
     def on_StageFinished(self, event: Any) -> None:
         """End a stage with one line."""
         if self.current is not None and self.current.stage == event.stage:

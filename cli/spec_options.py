@@ -138,7 +138,7 @@ def given_values(ctx: click.Context, pairs: Sequence[str] = ()) -> dict[str, Any
         name = key.replace("-", "_")
         if name in given:
             raise click.UsageError(f"--option {pair}: {key} is given twice; keep one")
-        given[name] = int(text) if text.strip().lstrip("-").isdigit() else text
+        given[name] = int(text) if re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text) else text
     values |= given
     if arguments:
         values["recipe_args"] = {**values.get("recipe_args", {}), **parse_pairs(arguments)}

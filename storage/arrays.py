@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.registry import get_codec_class
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from . import chunks, files
-from .errors import CorruptStore, IncompleteStage, StoreError
+from .documents import parse, taken_apart
+from .errors import CorruptStore, DoesNotFit, IncompleteStage, StoreError
 from .sourced import Sourced
 from .uri import is_local, join
 
@@ -33,6 +31,17 @@ T = TypeVar("T")
 Slices = tuple[slice, ...]
 Source = Callable[[str], bytes]
 """Gives the contents of the file at an address; how a run is read by its manifests, see `hydra_pipe.storage.ledger`."""
+_MOST_BYTES = 1 << 60
+_MOST_CHUNKS = 1 << 28
+_TYPES = frozenset(
+    {
+        "bool",
+        "float16",
+        "float32",
+        "float64",
+        *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    }
+)
 _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 _LOCAL_THREADS = 8
 _REMOTE_THREADS = 16  # these mostly wait
@@ -66,13 +75,11 @@ def read_group(uri: str, source: Source = files.read_bytes) -> dict[str, Any]:
         raise IncompleteStage(
             f"{uri} is not there; run the stage that writes it (`hydra-pipe status` shows which)"
         ) from None
-    try:
-        metadata = json.loads(data)
+    metadata = parse(data, f"{uri}/zarr.json")
+    with taken_apart(f"{uri}/zarr.json"):
         if (metadata["zarr_format"], metadata["node_type"]) != (3, "group"):
             raise ValueError("no group of Zarr format 3")
         return dict(metadata.get("attributes", {}))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptStore(f"{uri}/zarr.json is damaged ({error}); run the stage again") from error
 
 
 class StoredArray:
@@ -95,9 +102,18 @@ class StoredArray:
         self.chunk: tuple[int, ...] = _lengths(
             metadata["chunk_grid"]["configuration"]["chunk_shape"], least=1
         )
+        if metadata["data_type"] not in _TYPES:
+            raise ValueError(f"type of values {metadata['data_type']!r:.40}")
         self.dtype: np.dtype[Any] = np.dtype(metadata["data_type"])
         self.fill: Any = self.dtype.type(float(metadata["fill_value"]))
-        self._grid = tuple(math.ceil(n / c) for n, c in zip(self.shape, self.chunk, strict=True))
+        self._grid = tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
+        sizes = [math.prod(self.shape) * self.dtype.itemsize, math.prod(self.chunk) * self.dtype.itemsize]
+        if (
+            sizes[0] > _MOST_BYTES
+            or sizes[1] > chunks.MAX_CHUNK_BYTES
+            or math.prod(self._grid) > _MOST_CHUNKS
+        ):
+            raise ValueError(f"shape {list(self.shape)} in chunks of {list(self.chunk)}")
 
     @cached_property
     def array(self) -> zarr.Array[Any]:
@@ -165,21 +181,17 @@ class StoredArray:
             data = source(join(uri, name, "zarr.json"))
         except FileNotFoundError:
             raise IncompleteStage(f"{uri} has no array {name}; run the stage that writes it again") from None
-        try:
-            metadata = json.loads(data)
+        metadata = parse(data, f"{uri}/{name}/zarr.json")
+        with taken_apart(f"{uri}/{name}/zarr.json"):
             if (metadata["zarr_format"], metadata["node_type"]) != (3, "array"):
                 raise ValueError("no array of Zarr format 3")
             if metadata["chunk_grid"]["name"] != "regular":
                 raise ValueError(f"chunk grid {metadata['chunk_grid']['name']!r}")
-            for codec in metadata["codecs"]:
-                get_codec_class(codec["name"])  # raises where there is none of that name
             ours = chunks.codecs_are_ours(metadata["codecs"]) and metadata["chunk_key_encoding"] == _KEYS
             found = cls(uri, name, metadata, source)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CorruptStore(f"{uri}/{name}/zarr.json is damaged ({error}); run the stage again") from error
         if not ours:
             raise CorruptStore(
-                f"{uri}/{name} uses codecs other than bytes, blosc, crc32c; it is not from hydra-pipe"
+                f"{uri}/{name} uses codecs other than bytes, blosc, crc32c: it is damaged or not from hydra-pipe; run the stage again"
             )
         return found
 
@@ -208,7 +220,7 @@ class StoredArray:
         self._check_range(start, stop)
         shape = (stop - start, *self.shape[1:])
         if out is None:
-            out = np.empty(shape, self.dtype)
+            out = self._empty(shape)
         elif out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
             raise StoreError(
                 f"out is {out.dtype}{out.shape}, rows {start}..{stop} of {self.uri}/{self.name} are {self.dtype}{shape}"
@@ -219,6 +231,10 @@ class StoredArray:
             key, inside, outside = task
             try:
                 data = self._source(join(self.uri, key))
+                if len(data) > chunks.most_bytes(self._chunk_bytes):
+                    raise CorruptStore(
+                        f"{self.uri}: {key} has {len(data):,} bytes, more than a chunk; run the stage again"
+                    )
             except FileNotFoundError as error:
                 if may_lack:
                     target[outside] = self.fill
@@ -286,6 +302,19 @@ class StoredArray:
         self._check_range(start, stop)
         return [key for key, _, _ in self._tasks(start, stop)]
 
+    @property
+    def _chunk_bytes(self) -> int:
+        return math.prod(self.chunk) * self.dtype.itemsize
+
+    def _empty(self, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        try:
+            return np.empty(shape, self.dtype)
+        except (MemoryError, ValueError) as error:
+            raise DoesNotFit(
+                f"{self.uri}/{self.name}: {math.prod(shape) * self.dtype.itemsize:,} bytes are to be read at once and "
+                "are not to be had; use a machine with more memory, or check the store with hydra-pipe verify"
+            ) from error
+
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.shape[0]:
             raise StoreError(
@@ -336,10 +365,6 @@ def run_all(function: Callable[[T], None], items: Iterable[T], uri: str) -> None
     """Call ``function`` on every item in threads; the first error ends it and is raised."""
     work = list(items)
     limit = min(_LOCAL_THREADS, _cores()) if is_local(uri) else _REMOTE_THREADS
-    if len(work) < 2 or limit < 2:
-        for item in work:
-            function(item)
-        return
     failed = threading.Event()
 
     def unless_failed(item: T) -> None:
@@ -351,12 +376,7 @@ def run_all(function: Callable[[T], None], items: Iterable[T], uri: str) -> None
             failed.set()
             raise
 
-    pool = ThreadPoolExecutor(min(limit, len(work)))
-    try:
-        for _ in pool.map(unless_failed, work):
-            pass
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    files.in_threads(unless_failed, work, limit)
 
 
 def _cores() -> int:
@@ -364,7 +384,9 @@ def _cores() -> int:
 
 
 def _lengths(values: Any, least: int = 0) -> tuple[int, ...]:
-    found = tuple(int(value) for value in values)
+    found = tuple(values)
+    if any(type(value) is not int for value in found):
+        raise ValueError(f"shape {list(found)!r:.60}")
     if any(value < least for value in found) or len(found) == 0:
         raise ValueError(f"shape {list(found)}")
     return found

@@ -23,6 +23,11 @@ MAX_CHUNK_BYTES = (1 << 31) - 17
 """What blosc can take."""
 
 
+def most_bytes(size: int) -> int:
+    """Return the bytes that the file of a chunk of ``size`` bytes has at most: blosc adds little to what it cannot press."""
+    return size + size // 64 + 4096
+
+
 def compressors(itemsize: int) -> list[Any]:
     """Return the codecs after ``bytes``, as Zarr writes them into the metadata."""
     return [

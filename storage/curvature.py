@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from . import files
 from .arrays import Source, StoredArray, read_group, write_group
+from .documents import taken_apart
 from .errors import IncompleteStage
 from .uri import check_uri
 
@@ -138,9 +139,11 @@ def read_curvature(uri: str, source: Source = files.read_bytes) -> Curvature:
     attrs = read_group(uri, source)
     if MARK not in attrs:
         raise IncompleteStage(f"{uri} was not written to its end; run the stage again")
-    mark = attrs.pop(MARK)
-    described = mark["blocks"]
+    with taken_apart(f"{uri}/zarr.json"):
+        return _read(uri, attrs, attrs.pop(MARK), source)
 
+
+def _read(uri: str, attrs: dict[str, Any], mark: Any, source: Source) -> Curvature:
     def read(name: str) -> Any:
         return StoredArray.open(uri, name, source).read()
 
@@ -156,7 +159,7 @@ def read_curvature(uri: str, source: Source = files.read_bytes) -> Curvature:
                 left=side(k, block, "left"),
                 right=side(k, block, "right"),
             )
-            for k, block in enumerate(described)
+            for k, block in enumerate(mark["blocks"])
         ),
         core=CoreBasis(
             coordinates=read("core_coordinates"),

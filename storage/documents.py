@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from .errors import CorruptStore
 
 SEAL = "document_sha256"
 """Key of the digest over the rest of a sealed document."""
+DEEPEST = 64
+"""Lists and objects within each other that a document may have; ours have seven."""
 
 
 def plain(value: Any) -> Any:
@@ -57,16 +60,65 @@ def load(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         CorruptStore: It is not a JSON object, or its seal is broken.
     """
-    try:
-        body = json.loads(data)
-    except ValueError as error:
-        raise CorruptStore(f"{where} is not JSON ({error}); restore it or remove it and run again") from error
-    if not isinstance(body, dict):
-        raise CorruptStore(f"{where} holds no JSON object; restore it or remove it and run again")
+    body = parse(data, where)
     seal = body.pop(SEAL, None)
     if seal is not None and seal != _digest(body):
         raise CorruptStore(f"{where} was changed after it was written; remove it and run the stage again")
     return body
+
+
+def parse(data: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object in ``data``: strict, and of a depth and size of numbers that all of us can handle.
+
+    Raises:
+        CorruptStore: It is something else.
+    """
+    try:
+        body = json.loads(data, parse_constant=_no_number, parse_float=_finite)
+        if b"\\u" in data:  # half a character, which no file of ours could hold
+            json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        why = str(error) if isinstance(error, ValueError) else f"deeper than {DEEPEST} levels"
+        raise CorruptStore(
+            f"{where} is damaged, it is not JSON ({why}); restore it or remove it and run again"
+        ) from error
+    if not isinstance(body, dict):
+        raise CorruptStore(f"{where} holds no JSON object; restore it or remove it and run again")
+    level: list[Any] = [body]
+    depth = 0
+    while level:
+        if (depth := depth + 1) > DEEPEST:
+            raise CorruptStore(
+                f"{where} is damaged, it is not JSON of ours (deeper than {DEEPEST} levels); restore it or remove it and run again"
+            )
+        inner = (item for held in level for item in (held.values() if isinstance(held, dict) else held))
+        level = [item for item in inner if isinstance(item, dict | list)]
+    return body
+
+
+@contextlib.contextmanager
+def taken_apart(where: str) -> Iterator[None]:
+    """Take a document or metadata apart within; what does not fit is damage.
+
+    Raises:
+        CorruptStore: Names ``where``.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise CorruptStore(f"{where} is damaged ({why}); run the stage again") from error
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is beyond float64")
+    return value
 
 
 def _digest(body: Mapping[str, Any]) -> str:

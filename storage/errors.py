@@ -33,6 +33,8 @@ remedy. Exceptions carry a single string, so that they survive pickling between 
 
 from __future__ import annotations
 
+from .secrets import masked
+
 
 class HydraError(Exception):
     """Base of all deliberate errors; ``str(error)`` is one line for the user."""
@@ -40,7 +42,7 @@ class HydraError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
+        super().__init__(masked(message))  # whatever address a message repeats, no key of it is shown
 
 
 class InputError(HydraError):

@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
-from .errors import SpecError, StorageFull, StoreError
+from .errors import CorruptStore, HydraError, ResourceError, SpecError, StorageFull, StoreError
 from .uri import is_local, parent
 
 PARTIAL = ".partial"
@@ -24,10 +27,30 @@ PARTIAL = ".partial"
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FULL_WORDS = ("no space left on device", "disk quota exceeded")
-_REFUSED = frozenset(
-    {errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EIO}
-)
+_WRITE_REMEDIES = {
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or use another file system",
+    errno.EEXIST: "something else is in the way there; remove it, or end the other process that writes",
+}
+_REMEDIES = {
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "the system has too many files open; end other work",
+    errno.ENOMEM: "free some memory",
+    errno.EACCES: "check who may read it",
+    errno.EPERM: "check who may read it",
+    errno.ELOOP: "a symbolic link there leads to itself; remove it",
+}
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 _HASH_BUFFER_BYTES = 8 << 20
+
+DOCUMENT_BYTES = 256 << 20
+"""The largest document (``run.json``, a manifest, metadata) that is read."""
+FILE_BYTES = 4 << 30
+"""The largest file of a run that is read whole: a chunk has 2 GiB at most."""
+GIVEN_BYTES = 64 << 20
+"""The largest file of settings or positions that is read for a user."""
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @contextlib.contextmanager
@@ -49,12 +72,77 @@ def full_disk_guard(uri: str) -> Iterator[None]:
                 f"no space left while writing {uri}{_free_bytes(uri)}; free some space or choose another "
                 "place with --out, then run the same command again: what is committed is kept"
             ) from error
-        if isinstance(error, OSError) and error.errno in _REFUSED:
-            reason = os.strerror(error.errno)
+        if isinstance(error, OSError):
+            remedy = _WRITE_REMEDIES.get(error.errno or 0) or (
+                _REMEDIES[error.errno]
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+                else "choose a writable directory with --out"
+            )
+            raise StoreError(f"cannot write {uri}: {_reason(error)}; {remedy}") from error
+        if not is_local(uri) and not isinstance(error, HydraError):
             raise StoreError(
-                f"cannot write {uri}: {reason}; choose a writable directory with --out"
+                f"cannot write {uri}: {_said(error)}; check the connection and the credentials"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def readable(uri: str) -> Iterator[None]:
+    """Turn what the system says while reading at ``uri`` into this package's errors.
+
+    Raises:
+        FileNotFoundError: There is nothing.
+        StoreError: It is there and cannot be read (no permission, too many open files, …).
+    """
+    try:
+        yield
+    except _ABSENT as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "check the disk or the connection")
+        raise StoreError(f"cannot read {uri}: {_reason(error)}; {remedy}, then try again") from error
+    except HydraError:
+        raise
+    except Exception as error:
+        if is_local(uri):
+            raise
+        raise StoreError(
+            f"cannot read {uri}: {_said(error)}; check the connection and the credentials"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else " ".join(str(error).split()) or type(error).__name__
+
+
+def _said(error: Exception) -> str:
+    """Return one line on what a client of an object store raised."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def in_threads(function: Callable[[T], U], items: Iterable[T], threads: int) -> list[U]:
+    """Call ``function`` on every item, some at a time; return what it returned, in order.
+
+    The first error ends it: what has not begun is not begun any more.
+
+    Raises:
+        ResourceError: The system gives this process no more threads.
+    """
+    work = list(items)
+    if len(work) < 2 or threads < 2:
+        return [function(item) for item in work]
+    pool = ThreadPoolExecutor(min(threads, len(work)))
+    try:
+        try:
+            waiting = [pool.submit(function, item) for item in work]
+        except RuntimeError as error:
+            raise ResourceError(
+                f"the system gives this process no more threads ({error}); raise the limit (ulimit -u), "
+                "or end other work"
+            ) from error
+        return [one.result() for one in waiting]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -141,20 +229,68 @@ def write_parts(uri: str, parts: Sequence[bytes | memoryview], *, sync: bool) ->
         fs.pipe_file(path, b"".join(parts))
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, *, most: int = FILE_BYTES) -> bytes:
     """Return the contents of a file.
+
+    Args:
+        uri: The file.
+        most: Bytes that a local one may have.
 
     Raises:
         FileNotFoundError: There is no such file.
+        CorruptStore: It is no regular file (a pipe, a device), or larger than ``most``.
+        StoreError: It cannot be read.
     """
-    if is_local(uri):
-        try:
-            with open(uri, "rb", buffering=0) as file:
-                return file.read()
-        except (IsADirectoryError, NotADirectoryError) as error:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
-    fs, path = filesystem(uri)
-    return bytes(fs.cat_file(path))
+    return read_signed(uri, most=most)[0]
+
+
+def read_given(path: str, what: str, *, most: int = GIVEN_BYTES) -> bytes:
+    """Return the contents of a local file that a user named: the door for all of them.
+
+    Args:
+        path: As given; ``~`` is the home directory.
+        what: The option, for messages.
+        most: Bytes it may have.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        SpecError: It is no regular file, too large, or cannot be read.
+    """
+    try:
+        with open_regular(os.path.expanduser(path)) as file:
+            # What says it is a regular file may still have no end (some of /proc).
+            data = bytes(io.BufferedReader(file).read(most + 1))
+    except FileNotFoundError:
+        raise
+    except StoreError as error:
+        raise SpecError(f"{what} {path}: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        why = _reason(error) if isinstance(error, OSError) else str(error)
+        raise SpecError(f"{what} {path}: cannot be read ({why}); give a text file") from None
+    if len(data) > most:
+        raise SpecError(f"{what} {path}: has more than the {most:,} bytes that are read; give a smaller file")
+    return data
+
+
+def open_regular(path: str) -> Any:
+    """Open a local regular file to read it, unbuffered: neither a pipe, which waits, nor a device without end.
+
+    Raises:
+        OSError: It cannot be opened.
+        CorruptStore: It is something else.
+    """
+    # Not blocking, or opening a pipe that nobody writes to would wait without end.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(mode):
+            raise CorruptStore(f"{path} is no regular file; put a file there")
+        return open(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 Signature = tuple[int, int, int, int]
@@ -167,33 +303,37 @@ def signature(uri: str) -> Signature:
     Raises:
         FileNotFoundError: There is no such file.
     """
-    try:
+    with readable(uri):
         return _signature(os.stat(uri))
-    except NotADirectoryError as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
 
 
-def read_signed(uri: str) -> tuple[bytes, Signature | None]:
-    """Return the contents of a file, and its signature where it is local.
+def read_signed(uri: str, *, most: int = FILE_BYTES) -> tuple[bytes, Signature | None]:
+    """Return the contents of a file, and its signature where it is local; see `read_bytes`.
 
     Raises:
         FileNotFoundError: There is no such file.
+        CorruptStore: It is no regular file (a pipe, a device), or larger than ``most``.
+        StoreError: It cannot be read.
     """
     if not is_local(uri):
-        return read_bytes(uri), None
-    try:
-        with open(uri, "rb", buffering=0) as file:
-            found = _signature(os.fstat(file.fileno()))
-            return file.read(), found
-    except (IsADirectoryError, NotADirectoryError) as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+        fs, path = filesystem(uri)
+        with readable(uri):
+            return bytes(fs.cat_file(path)), None
+    with _open_to_read(uri) as file, readable(uri):
+        known = os.fstat(file.fileno())
+        if known.st_size > most:
+            raise CorruptStore(
+                f"{uri} has {known.st_size:,} bytes, at most {most:,} are read; restore the file"
+            )
+        return bytes(file.read()), _signature(known)
 
 
 def etags(uri: str) -> dict[str, tuple[int, str | None]]:
     """Return (size, tag of the version or None) of all files below a remote ``uri``, by relative path."""
     fs, path = filesystem(uri)
     root = path.rstrip("/") + "/"
-    found = fs.find(path, detail=True)
+    with readable(uri):
+        found = fs.find(path, detail=True)
     return {name.removeprefix(root): _tag(info) for name, info in found.items() if name.startswith(root)}
 
 
@@ -204,24 +344,38 @@ def tagged(uri: str) -> tuple[int, str | None]:
         FileNotFoundError: There is no such file.
     """
     fs, path = filesystem(uri)
-    return _tag(fs.info(path))
+    with readable(uri):
+        return _tag(fs.info(path))
 
 
 def list_names(uri: str) -> list[str]:
-    """Return the names of the files in a local directory, none where it is not there."""
+    """Return the names of the files in a local directory, none where it is not there.
+
+    Raises:
+        StoreError: It cannot be read: its files are not absent.
+    """
     try:
-        with os.scandir(uri) as entries:
+        with readable(uri), os.scandir(uri) as entries:
             return [entry.name for entry in entries if not entry.is_dir()]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
 
 
 def exists(uri: str) -> bool:
-    """Return whether there is a file or directory."""
-    if is_local(uri):
-        return os.path.lexists(uri)
-    fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    """Return whether there is a file or directory.
+
+    Raises:
+        StoreError: The system does not say: what cannot be looked at is not absent.
+    """
+    try:
+        with readable(uri):
+            if is_local(uri):
+                os.lstat(uri)
+                return True
+            fs, path = filesystem(uri)
+            return bool(fs.exists(path))
+    except FileNotFoundError:
+        return False
 
 
 def remove(uri: str, *, recursive: bool = False) -> None:
@@ -230,11 +384,12 @@ def remove(uri: str, *, recursive: bool = False) -> None:
     A symbolic link is removed, never followed.
     """
     if is_local(uri):
-        if recursive and os.path.isdir(uri) and not os.path.islink(uri):
-            shutil.rmtree(uri)
-        else:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                os.unlink(uri)
+        with full_disk_guard(uri):
+            if recursive and os.path.isdir(uri) and not os.path.islink(uri):
+                shutil.rmtree(uri)
+            else:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    os.unlink(uri)
         return
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
@@ -242,17 +397,34 @@ def remove(uri: str, *, recursive: bool = False) -> None:
 
 
 def list_files(uri: str) -> list[str]:
-    """Return the paths of all files below ``uri``, relative, ``/``-separated, sorted."""
+    """Return the paths of all files below ``uri``, relative, ``/``-separated, sorted; none where nothing is.
+
+    Raises:
+        StoreError: A directory cannot be read: its files are not absent.
+    """
     if is_local(uri):
-        found = []
-        for directory, _, names in os.walk(uri):
-            inner = os.path.relpath(directory, uri)
-            prefix = "" if inner == "." else inner.replace(os.sep, "/") + "/"
-            found += [prefix + name for name in names]
-        return sorted(found)
+        return sorted(prefix + name for prefix, _, names in walk(uri) for name in names)
     fs, path = filesystem(uri)
     root = path.rstrip("/") + "/"
-    return sorted(name.removeprefix(root) for name in fs.find(path) if name.startswith(root))
+    with readable(uri):
+        return sorted(name.removeprefix(root) for name in fs.find(path) if name.startswith(root))
+
+
+def walk(uri: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Give (relative path with a final ``/``, directories, files) of each local directory below ``uri``.
+
+    Raises:
+        StoreError: One cannot be read. (``os.walk`` alone would pass over it without a word.)
+    """
+
+    def stop(error: OSError) -> None:
+        if not isinstance(error, _ABSENT):  # removed meanwhile, or never there
+            with readable(str(error.filename or uri)):
+                raise error
+
+    for directory, folders, names in os.walk(uri, onerror=stop):
+        inner = os.path.relpath(directory, uri)
+        yield "" if inner == "." else inner.replace(os.sep, "/") + "/", folders, names
 
 
 def digest(uri: str, *, sync: bool = False) -> tuple[str, int]:
@@ -272,9 +444,10 @@ def digest(uri: str, *, sync: bool = False) -> tuple[str, int]:
         if sync and is_local(uri):
             with full_disk_guard(uri):
                 os.fsync(file.fileno())
-        while count := file.readinto(view):
-            hasher.update(view[:count])
-            size += count
+        with readable(uri):
+            while count := file.readinto(view):
+                hasher.update(view[:count])
+                size += count
     return hasher.hexdigest(), size
 
 
@@ -285,12 +458,54 @@ def size_of(uri: str) -> int:
         FileNotFoundError: There is no such file.
     """
     if is_local(uri):
-        try:
+        with readable(uri):
             return os.stat(uri).st_size
-        except NotADirectoryError as error:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
     fs, path = filesystem(uri)
-    return int(fs.size(path))
+    with readable(uri):
+        return int(fs.size(path))
+
+
+def free_bytes(uri: str) -> int | None:
+    """Return the bytes free where ``uri`` is or will be; None where nobody says."""
+    if not is_local(uri):
+        return None
+    directory = uri
+    while directory != "/" and not os.path.isdir(directory):
+        directory = parent(directory)
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return None
+
+
+def require_free(uri: str, needed: int, what: str) -> None:
+    """Refuse to begin what will not find the room it needs.
+
+    Args:
+        uri: Where it will write.
+        needed: Bytes; 0: not known.
+        what: What writes, for the message.
+
+    Raises:
+        StorageFull: There is less.
+    """
+    free = free_bytes(uri) if needed else None
+    if free is not None and free < needed:
+        raise StorageFull(
+            f"no space left for {what}: it needs up to {needed:,} bytes at {uri}, {free:,} are free; free some space and "
+            "run the same command again (what is committed is kept), ask for less (--track, --test, --checkpoint-every), "
+            "or choose another place with --out"
+        )
+
+
+def used_bytes(uri: str) -> int:
+    """Return the bytes of all files below a local ``uri``."""
+    found = 0
+    for prefix, _, names in walk(uri):
+        for name in names:
+            with contextlib.suppress(OSError):  # removed meanwhile
+                found += os.lstat(f"{uri}/{prefix}{name}").st_size
+    return found
 
 
 def flush_directories(root: str, paths: Sequence[str]) -> None:
@@ -316,9 +531,14 @@ def _tag(info: Any) -> tuple[int, str | None]:
 
 def _open_to_read(uri: str) -> Any:
     if is_local(uri):
-        return open(uri, "rb", buffering=0)
+        with readable(uri):
+            try:
+                return open_regular(uri)
+            except IsADirectoryError as error:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
     fs, path = filesystem(uri)
-    return fs.open(path, "rb", block_size=_HASH_BUFFER_BYTES)
+    with readable(uri):
+        return fs.open(path, "rb", block_size=_HASH_BUFFER_BYTES)
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:
@@ -346,12 +566,5 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _free_bytes(uri: str) -> str:
-    if not is_local(uri):
-        return ""
-    directory = uri
-    while directory != "/" and not os.path.isdir(directory):
-        directory = parent(directory)
-    try:
-        return f" ({shutil.disk_usage(directory).free / 1e6:.1f} MB free)"
-    except OSError:
-        return ""
+    free = free_bytes(uri)
+    return "" if free is None else f" ({free / 1e6:.1f} MB free)"

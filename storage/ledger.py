@@ -12,14 +12,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from weakref import WeakSet
 
 from . import files as disk
 from . import layout
-from .errors import CorruptStore, IncompleteStage
+from .errors import CorruptStore, IncompleteStage, StoreError
 from .manifest import (
     CONTRADICTION,
     FileEntry,
@@ -173,7 +172,7 @@ class Ledger:
         known = _known.manifests.get(target)
         if known is not None and tag is not None and known[0] == tag:
             return known[1]
-        data, signature = disk.read_signed(target)
+        data, signature = disk.read_signed(target, most=disk.DOCUMENT_BYTES)
         found = parse(data, target, stage, unit)
         tag = signature if signature is not None else tag
         if tag is not None and not (signature and _fresh(signature)):
@@ -299,8 +298,7 @@ class Ledger:
         Raises:
             CorruptStore: One is not what its manifest says.
         """
-        with ThreadPoolExecutor(THREADS) as pool:
-            problems = [line for line in pool.map(self._distrust, entries) if line]
+        problems = [line for line in disk.in_threads(self._distrust, entries, THREADS) if line]
         if problems:
             raise CorruptStore(problems[0])
 
@@ -320,8 +318,8 @@ class Ledger:
             return self._compare(uri, entry, digest, recall, limit)
         except FileNotFoundError:
             return "missing"
-        except OSError as error:
-            return f"cannot be read ({error.strerror or error})"
+        except StoreError as error:
+            return f"cannot be read ({error})"
 
     def _compare(self, uri: str, entry: FileEntry, digest: bool, recall: bool, limit: int | None) -> str:
         if is_local(uri):

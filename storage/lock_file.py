@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .files import filesystem, full_disk_guard, partial_name
+from .files import DOCUMENT_BYTES, filesystem, full_disk_guard, partial_name, read_bytes
 from .uri import is_local
 
 _NO_LINKS = frozenset(
@@ -84,24 +84,23 @@ def lock_file(uri: str) -> LockFile:
 class _Local(LockFile):
     def read(self) -> Seen | None:
         try:
-            with open(self.uri, "rb", buffering=0) as file:
-                return Seen(file.read())
-        except (FileNotFoundError, NotADirectoryError):
+            return Seen(read_bytes(self.uri, most=DOCUMENT_BYTES))
+        except FileNotFoundError:
             return None
 
     def create(self, data: bytes) -> Seen | None:
         data = _padded(data)
         for attempt in range(_RETRIES):
-            try:
-                with full_disk_guard(self.uri):
+            with full_disk_guard(self.uri):
+                try:
                     os.makedirs(os.path.dirname(self.uri), exist_ok=True)
                     return self._link(data)
-            except FileExistsError:
-                return None
-            except FileNotFoundError:  # who has the run clears its litter, or removed the empty directory
-                if attempt == _RETRIES - 1:
-                    raise
-                time.sleep(0.01)
+                except FileExistsError:
+                    return None
+                except FileNotFoundError:  # who has the run clears its litter, or removed the empty directory
+                    if attempt == _RETRIES - 1:
+                        raise
+            time.sleep(0.01)
         return None
 
     def _link(self, data: bytes) -> Seen:

@@ -6,7 +6,7 @@ import os
 
 from . import layout
 from .errors import StoreError
-from .files import PARTIAL, filesystem
+from .files import PARTIAL, filesystem, readable
 from .uri import is_local, parent
 
 MARK = "hydra_pipe_run"
@@ -35,11 +35,13 @@ def check_place(uri: str) -> None:
             raise StoreError(
                 f"cannot write {uri}: {above} is no directory; choose a directory of its own with --out"
             )
-        names = os.listdir(uri) if above == uri else []
+        with readable(uri):
+            names = os.listdir(uri) if above == uri else []
     else:
         fs, path = filesystem(uri)
         try:
-            names = [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)]
+            with readable(uri):
+                names = [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)]
         except FileNotFoundError:
             names = []
     found = sorted(n for n in names if not n.startswith(".") and PARTIAL not in n and n not in _HARMLESS)

@@ -17,7 +17,7 @@ import zarr
 
 from . import files
 from .arrays import Source, StoredArray, read_group, write_group
-from .documents import plain
+from .documents import plain, taken_apart
 from .errors import CorruptStore, IncompleteStage, StoreError
 from .uri import check_name, check_uri, join
 
@@ -162,6 +162,13 @@ class RowStore:
         if MARK not in described:
             raise IncompleteStage(f"{uri} was not created to its end; run the stage that writes it again")
         data = StoredArray.open(uri, name, source)
+        with taken_apart(f"{uri}/zarr.json"):
+            return cls._described(uri, name, data, described, source)
+
+    @classmethod
+    def _described(
+        cls, uri: str, name: str, data: StoredArray, described: dict[str, Any], source: Source
+    ) -> RowStore:
         if len(data.shape) != 2 or not isinstance(described[MARK], dict) or "columns" not in described[MARK]:
             raise CorruptStore(
                 f"{uri}: {name} is no (rows, columns) store; run the stage that writes it again"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from . import files as disk
@@ -119,8 +118,7 @@ class RunDirectory:
         check_writable(self.uri)
         target = self.manifest_path(stage, unit)
         names = sorted(set(files))
-        with ThreadPoolExecutor(THREADS) as pool:
-            entries = tuple(pool.map(self._entry, names))
+        entries = tuple(disk.in_threads(self._entry, names, THREADS))
         if is_local(self.uri):
             with disk.full_disk_guard(self.uri):
                 disk.flush_directories(self.uri, [self.path(name) for name in names])
@@ -169,8 +167,8 @@ class RunDirectory:
             found = self.ledger.compare(entry, digest=digests, recall=recall)
             return f"{entry.path}: {found}" if found else None
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            return [line for line in pool.map(problem, manifest.files) if line is not None]
+        found = disk.in_threads(problem, manifest.files, THREADS)
+        return [line for line in found if line is not None]
 
     def drop(self, stage: str, unit: str | None = None) -> None:
         """Remove the manifest of a unit, or of every unit of a stage: it counts as not done again."""
@@ -241,15 +239,12 @@ class RunDirectory:
         # A killed writer may leave an empty directory, which no list of files shows.
         if not is_local(self.uri):
             return []
-        walk = os.walk(self.uri)
-        return [
-            os.path.relpath(os.path.join(top, name), self.uri) for top, names, _ in walk for name in names
-        ]
+        return [prefix + name for prefix, names, _ in disk.walk(self.uri) for name in names]
 
     def _read_marked(self) -> dict[str, Any]:
         target = self.path(layout.RUN_INFO)
         try:
-            return load(disk.read_bytes(target), target)
+            return load(disk.read_bytes(target, most=disk.DOCUMENT_BYTES), target)
         except FileNotFoundError as error:
             raise RunNotFound(
                 f"no run at {self.uri}: run.json is missing; make one with "

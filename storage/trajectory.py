@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import Source, StoredArray, read_group
-from .errors import CorruptStore, IncompleteStage
+from .documents import taken_apart
+from .errors import IncompleteStage
 from .files import read_bytes
 from .trajectory_format import MARK, MOMENTS, NOISE, PER_STEP, SOMETIMES, ParameterEntry, parameter_entry
 from .trajectory_writer import TrajectoryWriter
@@ -174,12 +175,10 @@ def open_trajectory(uri: str, source: Source = read_bytes) -> Trajectory:
     if MARK not in attrs:
         raise IncompleteStage(f"{uri} was not recorded to its end; run `hydra-pipe record` again")
     mark = attrs.pop(MARK)
-    try:
+    with taken_apart(f"{uri}/zarr.json"):
         parameters = tuple(parameter_entry(entry) for entry in attrs.pop("parameters"))
-        columns, epoch_digest, noisy = mark["epochs"], list(attrs.pop("epoch_digest")), mark["noisy"]
+        columns, epoch_digest, noisy = list(mark["epochs"]), list(attrs.pop("epoch_digest")), mark["noisy"]
         sometimes = [name for name in SOMETIMES if name in mark.get("sometimes", ())]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptStore(f"{uri}/zarr.json is damaged ({error}); run the stage again") from error
 
     def read(name: str) -> Any:
         return StoredArray.open(uri, name, source).read()

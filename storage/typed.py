@@ -18,6 +18,8 @@ from .errors import CorruptStore
 
 _REST = "rest"
 _NULL = "null"
+_MOST = 2**63
+"""No count, size or seed is beyond 64 bits; Python would read on."""
 
 T = TypeVar("T")
 
@@ -93,6 +95,8 @@ class _Reader:
 
     def read(self, kind: Any, data: Any, place: str) -> Any:
         """Return a value of a type."""
+        if type(data) is int and kind in (int, float) and not -_MOST <= data < _MOST:
+            return self._wrong(data, place, "a number of 64 bits")
         if type(data) is kind:  # most values: texts and numbers
             return data
         if kind is Any or kind is object:

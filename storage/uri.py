@@ -10,12 +10,12 @@ import os
 import re
 
 from .errors import SpecError
+from .secrets import holds_credentials
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "memory")
 """fsspec protocols a run directory may use besides the local file system."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_USER_INFORMATION = re.compile(r"://[^/]*@")
 _ONE_SLASH = re.compile(r"(file|s3|gs|az|memory):", re.IGNORECASE)
 _NOT_INSIDE = frozenset({"", ".", ".."})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -41,10 +41,10 @@ def check_uri(uri: str | os.PathLike[str]) -> str:
     if any(ord(letter) < 32 for letter in text):
         raise SpecError(f"the run address {text!r} holds control characters; give it without them")
     # A secret must not reach any message, so this comes before every check that prints the address.
-    if _USER_INFORMATION.search(text):
+    if holds_credentials(text):
         raise SpecError(
-            "the run address holds user information (an '@' before the first '/'); leave it out and "
-            "give credentials through the provider's own configuration"
+            "the address holds credentials (something before an '@', or a key or signature after '?'); leave them out "
+            "and give credentials through the provider's own configuration"
         )
     if "::" in text:
         raise SpecError(f"the run address {text!r} is a chain ('::'); give one plain address")

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import Source, StoredArray, read_group
+from .documents import taken_apart
 from .errors import CorruptStore
 from .files import read_bytes
 from .trajectory_format import MARK
@@ -130,14 +131,12 @@ def read_visits(uri: str, source: Source = read_bytes) -> Visits | None:
         IncompleteStage: There is no trajectory.
         CorruptStore: It is damaged.
     """
-    mark = read_group(uri, source).get(MARK, {}).get("visits")
-    if mark is None:
-        return None
-    try:
+    with taken_apart(f"{uri}/zarr.json"):
+        mark = read_group(uri, source).get(MARK, {}).get("visits")
+        if mark is None:
+            return None
         names: Sequence[str] = [str(name) for name in mark["arrays"]]
         loss_dtype = str(mark["loss_dtype"])
-    except (KeyError, TypeError) as error:
-        raise CorruptStore(f"{uri}/zarr.json is damaged ({error}); run the stage again") from error
     found = {
         name: StoredArray.open(uri, f"visits/{name}", source).read() if name in names else None
         for name in FORMS

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ...storage import layout
 from ...storage.errors import CorruptStore
+from ...storage.tables import read_table
 from ...workers.replay.by_epoch import RAW, pairs
 from ..reading.unit_values import UnitValues, values_of
 from ..vocabulary import EKFAC, EXACT, FAST, by_epoch_stage
@@ -181,9 +181,7 @@ class _Look:
     def _read(self, table: str, parts: Sequence[tuple[str, str]]) -> pa.Table:
         directory = self.run.directory
         return pa.concat_tables(
-            pq.read_table(
-                pa.BufferReader(directory.vouched(directory.path(layout.by_epoch(part, table, unit))))
-            )
+            read_table(directory.path(layout.by_epoch(part, table, unit)), source=directory.vouched)
             for part, unit in parts
         )
 

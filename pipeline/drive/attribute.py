@@ -237,7 +237,7 @@ def _estimate(session: Session, estimator: Estimator) -> Stages:
     compute = compute_of(session.spec)
     yield Stage(
         name=stage,
-        units=units_of(stage, blocks.shards),
+        units=units_of(stage, blocks.shards, len(surveyed.tracked) * itemsize_of(session.spec.dtype)),
         handler=lambda: EstimateWork(
             uri=directory.uri,
             recipe=surveyed.recipe,
@@ -262,7 +262,7 @@ def _estimate(session: Session, estimator: Estimator) -> Stages:
         ),
     )
     row = surveyed.dimension * itemsize_of(session.spec.dtype)
-    cut = cut_reduce(len(surveyed.tracked), len(surveyed.tested), row, session.spec.reduce_memory)
+    cut = cut_reduce(len(surveyed.tracked), len(surveyed.tested), row, session.reduce_memory())
     yield from reduce_method(
         session,
         cut,

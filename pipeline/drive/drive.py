@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ...storage import layout
 from ...storage.errors import SpecError, SpecMismatch
+from ...storage.files import free_bytes, require_free, used_bytes
 from ...storage.rundir import RunDirectory
 from ...workers.training.recorded import is_recorded
 from ..executors.base import Executor
@@ -99,7 +101,13 @@ def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observe
         )
     # A resumed run keeps the cut it began with, whatever `auto` would choose today.
     fixed = stored.entry(spec.base_method).shards if stored else None
-    plan = cut(replace(spec, seeds=1), surveyed, executor.capacity(start=False), shards=fixed)
+    plan = cut(
+        replace(spec, seeds=1),
+        surveyed,
+        executor.capacity(start=False),
+        shards=fixed,
+        reduce_memory=stored.reduce_memory if stored else None,
+    )
     if replaced:  # only now: what cannot be done must not cost the run that is there
         directory.delete_results()
         session.note(f"replaced the run at {directory.uri}")
@@ -120,6 +128,7 @@ def drive(begun: Begun, stages: Sequence[str]) -> None:
         raise SpecError(f"stage {unknown[0]!r} is not one of {', '.join(STAGES)}")
     session, plan = begun.session, begun.plan
     session.directory.clear_litter()
+    check_space(session, plan, stages)
     begun.note(stages)
     makers: dict[str, Callable[[Session, Plan], Stages]] = {
         RECORD: record,
@@ -131,6 +140,29 @@ def drive(begun: Begun, stages: Sequence[str]) -> None:
         if stage in stages:
             run_stages(session, makers[stage](session, plan))
     _close(session, plan)
+
+
+def check_space(session: Session, plan: Plan, stages: Sequence[str]) -> None:
+    """Hold what the plan says that stages write against what is free, less what they have written already.
+
+    Raises:
+        StorageFull: There is less.
+    """
+    spec, disk = session.spec, plan.disk
+    stored = layout.by_test if spec.mode == ADJOINT else layout.hypergradients
+    kind = layout.BY_TEST if spec.mode == ADJOINT else layout.HYPERGRADIENTS
+    parts = {
+        RECORD: (disk["trajectory"] + disk["visits"], layout.TRAJECTORY),
+        TEST_GRADIENTS: (disk["test_gradients"], layout.TEST_GRADIENTS),
+        REPLAY: (disk[kind], stored(spec.base_method)),
+        REDUCE: (disk["contributions"], layout.table("contributions", spec.method)),
+    }
+    free = free_bytes(session.directory.uri)
+    chosen = [parts[stage] for stage in stages]
+    if free is None or free >= sum(planned for planned, _ in chosen):
+        return
+    left = sum(max(0, planned - used_bytes(session.directory.path(at))) for planned, at in chosen)
+    require_free(session.directory.uri, left, " and ".join(stages))
 
 
 def reduce(session: Session, plan: Plan) -> Stages:

@@ -46,7 +46,7 @@ def record(session: Session, plan: Plan) -> Stages:
         session.note(unkept)
     yield Stage(
         name=RECORD,
-        units=[Unit(stage=RECORD, name=TRAJECTORY)],
+        units=[Unit(stage=RECORD, name=TRAJECTORY, disk_bytes=plan.disk["trajectory"] + plan.disk["visits"])],
         handler=lambda: record_work(session) if step is None else cut_work(session, step),
         total=plan.steps,
         label="step",
@@ -109,7 +109,7 @@ def test_gradients(session: Session, plan: Plan) -> Stages:
         },
         attrs={"n_test": plan.n_test},
     )
-    units = units_of(TEST_GRADIENTS, plan.test_blocks)
+    units = units_of(TEST_GRADIENTS, plan.test_blocks, plan.dimension * plan.itemsize)
     make_store(session, TEST_GRADIENTS, store)
     yield Stage(
         name=TEST_GRADIENTS,
@@ -143,7 +143,7 @@ def target_gradients(session: Session, plan: Plan) -> Stages:
     kind = plan.targets.kind
     yield Stage(
         name=stage_of(kind),
-        units=units_of(stage_of(kind), plan.target_blocks),
+        units=units_of(stage_of(kind), plan.target_blocks, plan.dimension * plan.itemsize),
         handler=lambda: TargetGradientWork(uri=session.directory.uri, targets=kind),
         total=plan.n_tested * len(plan.target_blocks),
         label="row",

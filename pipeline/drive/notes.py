@@ -51,7 +51,10 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: RunInfo | Non
         chosen=chosen(surveyed),
         made_of=made_of_notes(stored, surveyed.made_of),
         layout=LayoutEntry(
-            shards=len(plan.shards), chunk_rows=plan.chunk_rows, test_chunk_rows=plan.test_chunk_rows
+            shards=len(plan.shards),
+            chunk_rows=plan.chunk_rows,
+            test_chunk_rows=plan.test_chunk_rows,
+            reduce_memory=plan.reduce_memory,
         ),
         methods=kept,
         stages=before.stages,

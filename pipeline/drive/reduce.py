@@ -22,7 +22,7 @@ from .stages import Session, Stage, Stages, units_of
 def reduce_method(session: Session, cut: ReduceCut, method: str, handler: Callable[[], Handler]) -> Stages:
     """Have a handler write the tables of a method block by block, then write ``interclass``."""
     directory, stage = session.directory, f"{method}/{REDUCE}"
-    units = units_of(stage, cut.blocks)
+    units = units_of(stage, cut.blocks, cut.row_bytes)
     done = yield Stage(
         name=stage,
         units=units,

@@ -46,7 +46,8 @@ def replay(session: Session, plan: Plan) -> Stages:
     if spec.form == EKFAC:
         # Made with another basis, these are void.
         yield curvature(session, voids=(stage, f"{spec.method}/{REDUCE}"))
-    units = units_of(stage, plan.shards)
+    columns = plan.n_tracked if adjoint else plan.dimension
+    units = units_of(stage, plan.shards, columns * plan.itemsize)
     vectors = sum(shard.rows for shard in plan.shards)
     share = spec.hessian_share if spec.form in CARRIED else None
     yield from preflight(session, plan, method=spec.base_method, later=units, vectors=vectors, share=share)

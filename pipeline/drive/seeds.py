@@ -140,7 +140,7 @@ def average(session: Session, source: str) -> None:
     # Tiles follow from the numbers of samples alone; shards there are none.
     targets = target_set(spec.targets, surveyed.tested, surveyed.test_labels[surveyed.tested])
     row = surveyed.dimension * itemsize_of(spec.dtype)
-    cut = cut_reduce(len(surveyed.tracked), len(targets), row, spec.reduce_memory)
+    cut = cut_reduce(len(surveyed.tracked), len(targets), row, session.reduce_memory())
 
     def note(info: RunInfo) -> RunInfo:
         return replace(

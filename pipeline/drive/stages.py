@@ -108,6 +108,10 @@ class Session(Runner):
     spec: RunSpec
     surveyed: Survey
 
+    def reduce_memory(self) -> int:
+        """Return the memory that the run's tiles are cut for: what it began with, so that bits stay the same."""
+        return self.info().reduce_memory or self.spec.reduce_memory
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
@@ -267,6 +271,8 @@ def commit_index(
     directory.commit(stage, INDEX, [f"{store.base}/{name}" for name in made.metadata_files()], {}, reading)
 
 
-def units_of(stage: str, spans: Sequence[Shard]) -> list[Unit]:
-    """Return one unit a span of rows."""
-    return [Unit(stage=stage, name=span.name, arguments=span) for span in spans]
+def units_of(stage: str, spans: Sequence[Shard], row_bytes: int = 0) -> list[Unit]:
+    """Return one unit a span of rows, each of which becomes ``row_bytes`` at most (0: not known)."""
+    return [
+        Unit(stage=stage, name=span.name, arguments=span, disk_bytes=span.rows * row_bytes) for span in spans
+    ]

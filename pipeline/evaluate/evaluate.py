@@ -30,6 +30,7 @@ from ..plan.provenance import look_and_check
 from ..plan.stored_spec import REPEATED, stored_spec
 from ..plan.survey import Integers, compute_of, resolve_recipe
 from ..reading.reader import Reader, open_reader
+from ..spec.checks import whole
 from ..spec.spec import RunSpec
 from ..units.retrain import Change, RetrainWork, unchanged
 from ..vocabulary import EVALUATE_SCORES, RETRAIN, SUMMARY, Way
@@ -73,9 +74,14 @@ class Questions:
     def __post_init__(self) -> None:
         if self.retraining not in get_args(Way):
             raise SpecError(f"retraining {self.retraining!r}: must be one of {', '.join(get_args(Way))}")
-        for name, least in (("subsets", 0), ("leave_one_out", 0), ("seed", 0), ("seeds", 1)):
-            if getattr(self, name) < least:
-                raise SpecError(f"{name} {getattr(self, name)}: must be at least {least}")
+        limits = (
+            ("subsets", 0, 10**5),
+            ("leave_one_out", 0, 10**6),
+            ("seed", 0, 2**63 - 1),
+            ("seeds", 1, 1000),
+        )
+        for name, least, most in limits:
+            whole(least, most)(name, getattr(self, name))
         if self.subsets in (1, 2):
             raise SpecError(f"subsets {self.subsets}: a rank correlation needs at least 3; or 0 for none")
         for name in ("fractions", "remove", "perturb"):

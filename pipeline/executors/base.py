@@ -42,11 +42,13 @@ class Unit:
         stage: Name of the stage.
         name: Name of the unit, unique in its stage.
         arguments: What the handler needs to know of it; a value that pickles, None where the name says all.
+        disk_bytes: What it writes, at most; 0: not known. Looked for before it begins.
     """
 
     stage: str
     name: str
     arguments: object = None
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

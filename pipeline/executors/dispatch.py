@@ -10,6 +10,7 @@ from ...storage.errors import WorkerLost
 from . import raysetup
 from .base import Stopping, Unit, never, stopped
 from .events import Observer, UnitBackedUp, UnitFinished, UnitProgress, UnitRetried, UnitStarted
+from .stalls import Stalls
 from .stragglers import Stragglers
 
 
@@ -22,6 +23,7 @@ class Dispatch:
         observer: Hears of starts, progress, retries and ends.
         max_attempts: How often a unit is tried when workers die.
         clock: Returns seconds that only grow.
+        timeout: Seconds that an attempt at a unit may take; None: any.
         stopping: Whether no further unit is to be begun.
     """
 
@@ -33,8 +35,10 @@ class Dispatch:
         *,
         max_attempts: int,
         clock: Callable[[], float],
+        timeout: float | None = None,
         stopping: Stopping = never,
     ) -> None:
+        self.stalls = Stalls(stage, observer, clock=clock, timeout=timeout)
         self._stopping = stopping
         self._stage, self._units, self._observer = stage, list(units), observer
         self._max_attempts, self._clock = max_attempts, clock
@@ -72,6 +76,7 @@ class Dispatch:
         self._attempts[unit.name] += 1
         self._began[unit.name] = self._clock()
         self._stragglers.begin(unit.name)
+        self.stalls.begin(unit.name)
         self._seen.pop(unit.name, None)
         self._observer(UnitStarted(stage=self._stage, unit=unit.name, attempt=self._attempts[unit.name]))
         return unit
@@ -83,6 +88,7 @@ class Dispatch:
             return  # the worker behind
         if seen != (done, total) and name not in self._results:
             self._seen[name] = (done, total)
+            self.stalls.moved(name)
             self._observer(UnitProgress(stage=self._stage, unit=name, done=done, total=total))
 
     def straggles(self, unit: Unit) -> bool:
@@ -101,6 +107,7 @@ class Dispatch:
     def finish(self, unit: Unit, values: dict[str, Any], *, second: bool = False) -> None:
         """Note that a unit is done, by its attempt or by the ``second`` beside it."""
         self._results[unit.name] = values
+        self.stalls.end(unit.name)
         seconds = self._clock() - (self._backed_up if second else self._began)[unit.name]
         self._stragglers.finish(unit.name, seconds)
         self._observer(UnitFinished(stage=self._stage, unit=unit.name, seconds=seconds, values=values))
@@ -111,11 +118,12 @@ class Dispatch:
         Raises:
             WorkerLost: It was tried ``max_attempts`` times.
         """
+        self.stalls.end(unit.name)
         self._stragglers.lose(unit.name)
         tried = self._attempts[unit.name]
         if tried >= self._max_attempts:
             raise WorkerLost(
-                f"{self._stage} {unit.name}: its worker died {tried} time(s), the limit is "
+                f"{self._stage} {unit.name}: its worker was lost {tried} time(s), the limit is "
                 f"{self._max_attempts}; last: {reason}; {_remedy(reason)}"
             )
         self._queue.appendleft(unit)

@@ -3,7 +3,8 @@
 The pipeline never prints. A progress bar, a log or a test is an ``Observer``: a function that takes
 one event. The driver of a run emits ``RunStarted``, ``StageStarted``, ``UnitSkipped``,
 ``StageFinished`` and ``RunFinished``; an executor emits the other unit events. All of them arrive
-in the thread that called ``run``; an observer that raises ends the run.
+in the thread that called ``run``; an observer that raises ends the run. (``UnitStalled`` alone comes from another
+thread where units are done in this process: the caller's is the one that does not move.)
 """
 
 from __future__ import annotations
@@ -112,6 +113,15 @@ class UnitRetried(Event):
     unit: str
     attempt: int
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitStalled(Event):
+    """A unit has made no progress for ``seconds``; said once a minute while that lasts."""
+
+    stage: str
+    unit: str
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

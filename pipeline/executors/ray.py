@@ -39,7 +39,7 @@ _OBJECT_STORE = 100 << 20  # bytes; next to nothing goes through it
 def make_executor(spec: ExecutionSpec) -> Executor:
     """Return the executor that ``spec`` asks for. Nothing is started yet."""
     if spec.executor == "serial":
-        return SerialExecutor()
+        return SerialExecutor(unit_timeout=spec.unit_timeout)
     return RayExecutor(
         address=spec.address,
         workers=spec.workers,
@@ -47,6 +47,7 @@ def make_executor(spec: ExecutionSpec) -> Executor:
         cpus=spec.cpus_per_actor,
         start_timeout=spec.start_timeout,
         max_attempts=spec.max_attempts,
+        unit_timeout=spec.unit_timeout,
     )
 
 
@@ -63,6 +64,7 @@ class RayExecutor:
         cpus: CPUs a worker holds.
         start_timeout: Seconds to wait while not a single worker is up.
         max_attempts: How often a unit is tried when its workers die.
+        unit_timeout: Seconds after which the attempt at a unit counts as lost; None: never.
         clock: Returns seconds that only grow.
         tick: Most seconds between two looks at the workers.
     """
@@ -76,12 +78,14 @@ class RayExecutor:
         cpus: float = 1.0,
         start_timeout: float = 120.0,
         max_attempts: int = 3,
+        unit_timeout: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         tick: float = 0.25,
     ) -> None:
         self._address, self._workers = address, workers
         self._gpus, self._cpus = gpus, cpus
         self._start_timeout, self._max_attempts = start_timeout, max_attempts
+        self._unit_timeout = unit_timeout
         self._clock, self._tick = clock, tick
         self._ray: Any = None
         self._joined = self._owned = False  # we called ray.init; it started a cluster
@@ -240,7 +244,13 @@ class RayExecutor:
         self._pool_demand = demand
         observer = Measured(observer, ray_counters(), label)
         dispatch = Dispatch(
-            stage, units, observer, max_attempts=self._max_attempts, clock=self._clock, stopping=stopping
+            stage,
+            units,
+            observer,
+            max_attempts=self._max_attempts,
+            clock=self._clock,
+            timeout=self._unit_timeout,
+            stopping=stopping,
         )
         target = worker_target(
             lambda: placement.slots(self._nodes(), demand),

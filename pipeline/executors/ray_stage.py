@@ -113,6 +113,8 @@ class Wave:
             self._back_up()
             self._ask_progress()
             self._listen()
+            self._end_overdue()
+            self._dispatch.stalls.say()
             self._check_alive()
 
     def _load(self, worker: Worker) -> None:
@@ -234,6 +236,17 @@ class Wave:
                 "the same hydra-pipe, torch and Python are installed on every node"
             ) from error
         self._observer(Note(message=f"a worker died while starting: {reason}; starting another"))
+
+    def _end_overdue(self) -> None:
+        """Give up the workers of units that take longer than they may, and queue those units again."""
+        for worker in list(self._pool):
+            reason = self._dispatch.stalls.overdue(worker.unit.name) if worker.unit is not None else None
+            if reason is not None and worker.unit is not None:
+                self._pool.remove(worker)
+                # Killed before the unit goes to another: two workers on one unit would be one too many.
+                with contextlib.suppress(Exception):
+                    self._ray.kill(worker.actor, no_restart=True)
+                self._dispatch.lose(worker.unit, reason)
 
     def _check_alive(self) -> None:
         now = self._settings.clock()

@@ -59,10 +59,11 @@ class ReduceTiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReduceCut:
-    """The reduce stage of a method: how a unit works, and which units there are."""
+    """The reduce stage of a method: how a unit works, which units there are, and the bytes that a row becomes."""
 
     tiles: ReduceTiles
     blocks: tuple[Shard, ...]
+    row_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +119,7 @@ class Plan:
     seconds: Mapping[str, float]
     slots: int
     seeds: int
+    reduce_memory: int
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -169,7 +171,14 @@ def make_plan(spec: RunSpec) -> Plan:
     return replace(cut(spec, surveyed, capacity), warnings=surveyed.warnings)
 
 
-def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | None = None) -> Plan:
+def cut(
+    spec: RunSpec,
+    surveyed: Survey,
+    capacity: Capacity,
+    *,
+    shards: int | None = None,
+    reduce_memory: int | None = None,
+) -> Plan:
     """Cut the work of a surveyed recipe for machines of this capacity.
 
     Args:
@@ -177,9 +186,10 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
         surveyed: The recipe's numbers.
         capacity: Of the executor.
         shards: A number of shards that is fixed already, by an earlier start of the same run.
+        reduce_memory: What its tiles were cut for, likewise.
 
     Raises:
-        DoesNotFit: See ``make_plan``.
+        DoesNotFit: See ``make_plan``; also where any worker needs more than ``--memory`` allows.
     """
     n, m, dimension = len(surveyed.tracked), len(surveyed.tested), surveyed.dimension
     targets = target_set(spec.targets, surveyed.tested, surveyed.test_labels[surveyed.tested])
@@ -189,16 +199,17 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
     slots = capacity.slots or 1
     test_chunk_rows = chunk_rows_for(dimension, itemsize, m)
     per_block = max(1, TEST_BLOCK_BYTES // (row * test_chunk_rows)) * test_chunk_rows
-    reduce = cut_reduce(n, q, row, spec.reduce_memory)
+    process = surveyed.process_bytes
+    budget = reduce_memory or _within(spec, n, q, row, process)
+    reduce = cut_reduce(n, q, row, budget)
     # A mean is added up in float64, and every unit reads all test gradients: as few units as fit.
     target_chunk_rows = chunk_rows_for(dimension, itemsize, q)
-    per_unit = max(1, spec.reduce_memory // 2 // (8 * dimension * target_chunk_rows)) * target_chunk_rows
+    per_unit = max(1, budget // 2 // (8 * dimension * target_chunk_rows)) * target_chunk_rows
     kept = checkpoint_steps(surveyed.steps, dimension, itemsize, spec.checkpoint_every)
-    process = surveyed.process_bytes
     workers = {
         RECORD: process + memory_bytes(spec, surveyed),
         REPLAY: sharding.load.bytes(replay),
-        TEST_GRADIENTS: process + (per_block + TEST_BATCH) * row,
+        TEST_GRADIENTS: process + (min(m, per_block) + min(m, TEST_BATCH)) * row,
         REDUCE: process + reduce.tiles.bytes + WRITER_BYTES,
     }
     if spec.exact_rank:
@@ -227,6 +238,8 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
             times["other seeds"] = (spec.seeds - 1) * times.pop("total")
             times["total"] = sum(times.values())
     disk["total"] = sum(disk.values())
+    if spec.memory:
+        _check_memory(workers, process, spec.memory, fixed=shards is not None)
     return Plan(
         n_train=surveyed.n_train,
         n_test=surveyed.n_test,
@@ -249,13 +262,58 @@ def cut(spec: RunSpec, surveyed: Survey, capacity: Capacity, *, shards: int | No
         seconds=times,
         slots=slots,
         seeds=spec.seeds,
+        reduce_memory=budget,
+    )
+
+
+def _within(spec: RunSpec, n: int, q: int, row: int, process: int) -> int:
+    """Return the memory that tiles are cut for: what is asked for, halved while ``--memory`` does not hold it.
+
+    Halved and not fitted: what a process takes by itself is measured and varies a little, and the tiles must not.
+    """
+    budget = spec.reduce_memory
+    least = _least(row, q)
+    while spec.memory and budget // 2 >= least:
+        if process + reduce_tiles(n, q, row, budget).bytes + WRITER_BYTES <= spec.memory:
+            break
+        budget //= 2
+    return budget
+
+
+_REMEDIES = {
+    RECORD: "leave out what is kept of each visit (--visits off)",
+    REPLAY: "use more --shards, or track fewer samples",
+    TEST_GRADIENTS: "use fewer test samples (--test)",
+    REDUCE: "use a smaller --reduce-memory",
+    CORRECTION: "use a smaller --exact-rank",
+}
+
+
+def _check_memory(workers: Mapping[str, int], process: int, allowed: int, *, fixed: bool) -> None:
+    """Refuse what needs more than ``--memory``: it holds for everything in a process, the process itself included.
+
+    Raises:
+        DoesNotFit: Names the worker that needs most, and how to make it need less.
+    """
+    name, needed = max(workers.items(), key=lambda item: item[1])
+    if needed <= allowed:
+        return
+    remedy = _REMEDIES.get(name, "use a smaller --reduce-memory")
+    if process > allowed:
+        remedy = "a process that only trains takes more already: use a smaller --batch-size"
+    elif fixed:
+        remedy = f"{remedy} in a run of its own: this one keeps the cut that it began with"
+    raise DoesNotFit(
+        f"the {name} worker needs {needed:,} bytes ({process:,} of them for the process itself), --memory allows "
+        f"{allowed:,} bytes; {remedy}, or allow more with --memory"
     )
 
 
 def cut_reduce(n: int, q: int, row_bytes: int, budget: int) -> ReduceCut:
     """Cut the reduce stage of n tracked samples and Q targets; arguments as of `reduce_tiles`."""
     tiles = reduce_tiles(n, q, row_bytes, budget)
-    return ReduceCut(tiles=tiles, blocks=spans(n, tiles.unit_rows, "rows"))
+    written = int(q * BYTES_PER_VALUE)
+    return ReduceCut(tiles=tiles, blocks=spans(n, tiles.unit_rows, "rows"), row_bytes=written)
 
 
 def reduce_tiles(n: int, q: int, row_bytes: int, budget: int) -> ReduceTiles:
@@ -268,7 +326,7 @@ def reduce_tiles(n: int, q: int, row_bytes: int, budget: int) -> ReduceTiles:
     Raises:
         DoesNotFit: The budget does not hold one row of each.
     """
-    least = max(8 * row_bytes, 40 * q)
+    least = _least(row_bytes, q)
     if budget < least:
         raise DoesNotFit(
             f"--reduce-memory {budget:,} bytes does not hold rows of {row_bytes:,} bytes and their "
@@ -282,6 +340,10 @@ def reduce_tiles(n: int, q: int, row_bytes: int, budget: int) -> ReduceTiles:
     used = (1 + (unit > strip)) * strip * row_bytes + (1 + (q > panel)) * panel * row_bytes
     used += int(1.3 * unit * q * 8)
     return ReduceTiles(unit_rows=unit, strip_rows=strip, panel_rows=panel, file_tests=file_tests, bytes=used)
+
+
+def _least(row_bytes: int, q: int) -> int:
+    return max(8 * row_bytes, 40 * q)
 
 
 def _tiled(rows: int, total: int) -> int:

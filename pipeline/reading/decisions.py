@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ...storage import layout
 from ...storage.arrays import Source
@@ -22,6 +21,7 @@ from ...storage.documents import load
 from ...storage.errors import CorruptStore, IncompleteStage, InputError, SpecMismatch
 from ...storage.files import read_bytes
 from ...storage.schemas import DECISION
+from ...storage.tables import read_table
 from ...storage.typed import from_json
 from ...storage.uri import check_uri, join
 from ..vocabulary import CLEAN
@@ -149,9 +149,11 @@ def load_decision(
                 "or run hydra-pipe clean with --overwrite"
             )
     try:
-        table = pq.read_table(pa.BufferReader(data[layout.DECISION_TABLE])).cast(DECISION)
+        table = read_table(
+            join(place, layout.DECISION_TABLE), DECISION, source=lambda uri: data[layout.DECISION_TABLE]
+        )
         weights = np.load(io.BytesIO(data[layout.SAMPLE_WEIGHTS]), allow_pickle=False)
-    except (KeyError, ValueError, pa.ArrowException) as error:
+    except (KeyError, ValueError, EOFError, OSError) as error:
         raise CorruptStore(
             f"{place}: cannot be read ({error}); run hydra-pipe clean with --overwrite"
         ) from None

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ...storage import layout
-from ...storage.contributions import legible
 from ...storage.errors import IncompleteStage
+from ...storage.tables import read_table
 from ..vocabulary import DETECT
 from .unit_values import DetectionValues, values_of
 
@@ -59,9 +58,7 @@ def read_detection(run: Reader, name: str) -> Detection:
             f"{run.uri} has no detection {name!r}; it has {', '.join(there) or 'none'}; make one with "
             f"`hydra-pipe detect {run.uri} --by ...`"
         )
-    with legible(run.uri):
-        table = pq.read_table(
-            pa.BufferReader(run.directory.vouched(run.directory.path(layout.detection(name))))
-        )
+    directory = run.directory
+    table = read_table(directory.path(layout.detection(name)), source=directory.vouched)
     run.current([manifest])
     return Detection(name=name, table=table, values=values_of(DetectionValues, manifest))

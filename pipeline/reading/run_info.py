@@ -81,11 +81,12 @@ class StageEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutEntry:
-    """How a run was cut: shards, and rows of a chunk of its stores."""
+    """How a run was cut: shards, rows of a chunk of its stores, and the memory that its tiles are made for."""
 
     shards: int | None = None
     chunk_rows: int | None = None
     test_chunk_rows: int | None = None
+    reduce_memory: int | None = None
     rest: Mapping[str, Any] = rest_field()
 
 
@@ -302,6 +303,13 @@ class RunInfo:
         """Return the seeds that a method is averaged over; empty where it is none."""
         entry = self.entry(method)
         return list(entry.seeds or ()) if entry.mode == SEEDS else []
+
+    @property
+    def reduce_memory(self) -> int | None:
+        """Bytes that the tiles of the tables were cut for; None: not yet."""
+        found = self.layout.reduce_memory
+        older = self.identity.get("reduce_memory")
+        return older if found is None and isinstance(older, int) else found
 
     @property
     def training_size(self) -> int:

@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...storage.errors import SpecError
+from ...storage.secrets import holds_credentials
 
 Check = Callable[[str, Any], Any]
 
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}{tail}": 1000**n for n, letter in enumerate("kmgt", start=1) for tail in ("", "b")}
 _UNITS |= {f"{letter}{tail}": 1024**n for n, letter in enumerate("kmgt", start=1) for tail in ("i", "ib")}
+MOST = 10**9
+"""What a count may be where nothing says less: beyond it something overflows, or never ends."""
+MOST_BYTES = 1 << 60
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
 
 
@@ -32,12 +36,22 @@ def parse_bytes(size: Any, what: str) -> int:
         match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
         if match is None or match[2].lower() not in _UNITS:
             raise SpecError(
-                f"{what} {size!r}: no size in bytes; write a number, or one such as 4GiB or 512MB"
+                f"{what} {shown(size)}: no size in bytes; write a number, or one such as 4GiB or 512MB"
             )
-        value = int(float(match[1]) * _UNITS[match[2].lower()])
-    if value < 1:
-        raise SpecError(f"{what} {size!r}: must be at least one byte")
+        amount = float(match[1]) * _UNITS[match[2].lower()]
+        value = int(min(amount, 2.0 * MOST_BYTES))
+    if not 1 <= value <= MOST_BYTES:
+        raise SpecError(f"{what} {shown(size)}: must be at least one byte and at most {MOST_BYTES >> 50} PiB")
     return value
+
+
+def shown(value: Any) -> str:
+    """Return a wrong value as a message shows it: its beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def near(word: str, known: list[str]) -> str:
@@ -56,7 +70,7 @@ def one_of(*known: str) -> Check:
 
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in known:
-            raise SpecError(f"{name} {value!r}: {near(str(value), list(known))} ({' or '.join(known)})")
+            raise SpecError(f"{name} {shown(value)}: {near(str(value), list(known))} ({' or '.join(known)})")
         return value
 
     return check
@@ -65,13 +79,15 @@ def one_of(*known: str) -> Check:
 def whole(least: int, most: int | None = None, *, optional: bool = False) -> Check:
     """Return the check of a whole number from ``least`` to ``most``."""
 
-    limit = f"at least {least}" if most is None else f"{least} to {most}"
+    most = MOST if most is None else most
 
     def check(name: str, value: Any) -> int | None:
         if optional and value is None:
             return None
-        if not _is_integer(value) or int(value) < least or (most is not None and int(value) > most):
-            raise SpecError(f"{name} {value!r}: must be a whole number, {limit}")
+        if not _is_integer(value) or not least <= int(value) <= most:
+            raise SpecError(
+                f"{name} {shown(value)}: must be a whole number, at least {least} and at most {most:,}"
+            )
         return int(value)
 
     return check
@@ -84,11 +100,13 @@ def number(least: float, *, optional: bool = False, whole_above_one: bool = Fals
         if optional and value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise SpecError(f"{name} {value!r}: must be a number, at least {least:g}")
+            raise SpecError(f"{name} {shown(value)}: must be a number, at least {least:g}")
         if value < least:
-            raise SpecError(f"{name} {value!r}: must be at least {least:g}")
+            raise SpecError(f"{name} {shown(value)}: must be at least {least:g}")
         if whole_above_one and value > 1 and value != int(value):
-            raise SpecError(f"{name} {value!r}: above 1 only whole GPUs can be given; use {math.ceil(value)}")
+            raise SpecError(
+                f"{name} {shown(value)}: above 1 only whole GPUs can be given; use {math.ceil(value)}"
+            )
         return float(value)
 
     return check
@@ -99,7 +117,7 @@ def between(least: float, most: float) -> Check:
 
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-            raise SpecError(f"{name} {value!r}: must be a number from {least:g} to {most:g}")
+            raise SpecError(f"{name} {shown(value)}: must be a number from {least:g} to {most:g}")
         return float(value)
 
     return check
@@ -117,7 +135,7 @@ def size(*, optional: bool = False) -> Check:
 def flag(name: str, value: Any) -> bool:
     """Check a yes or no."""
     if not isinstance(value, bool):
-        raise SpecError(f"{name} {value!r}: must be true or false")
+        raise SpecError(f"{name} {shown(value)}: must be true or false")
     return value
 
 
@@ -141,16 +159,21 @@ def recipe(name: str, value: Any) -> Any:
 def arguments(name: str, value: Any) -> dict[str, Any]:
     """Check keyword arguments that are to be stored as JSON."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise SpecError(f"{name} {value!r}: must map names of constructor arguments to values")
+        raise SpecError(f"{name} {shown(value)}: must map names of constructor arguments to values")
     for key, entry in value.items():
         if not key.isidentifier():
             raise SpecError(f"{name} {key!r}: no name of an argument; use letters, digits and _")
         try:
-            json.dumps(entry, allow_nan=False)
-        except (TypeError, ValueError):
+            text = json.dumps(entry, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
             raise SpecError(
-                f"{name} {key}={entry!r}: must be plain data (text, number, list, table) to be stored"
+                f"{name} {key}={shown(entry)}: must be plain data (text, number, list, table) to be stored"
             ) from None
+        if holds_credentials(text):  # run.json would keep them, and everybody who reads the run
+            raise SpecError(
+                f"{name} {key}: holds an address with credentials; leave them out and give them through the provider's "
+                "own configuration"
+            )
     return dict(value)
 
 
@@ -159,7 +182,7 @@ def out(name: str, value: Any) -> str | None:
     if value is None:
         return None
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise SpecError(f"{name} {value!r}: must be a path or URI of a directory")
+        raise SpecError(f"{name} {shown(value)}: must be a path or URI of a directory")
     from ...storage.uri import check_uri
 
     check_uri(value)
@@ -169,12 +192,14 @@ def out(name: str, value: Any) -> str | None:
 
 def shards(name: str, value: Any) -> int | str:
     """Check a number of shards, or ``auto``."""
-    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,18}\s*", value):
         value = int(value)
     if value == "auto":
         return "auto"
-    if not _is_integer(value) or int(value) < 1:
-        raise SpecError(f"{name} {value!r}: must be a whole number, at least 1, or auto")
+    if not _is_integer(value) or not 1 <= int(value) <= MOST:
+        raise SpecError(
+            f"{name} {shown(value)}: must be a whole number, at least 1 and at most {MOST:,}, or auto"
+        )
     return int(value)
 
 
@@ -185,11 +210,11 @@ def samples(name: str, value: Any) -> str | tuple[int, ...]:
     if _is_integer(value) and not hasattr(value, "__len__"):
         return str(int(value))
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
-        raise SpecError(f"{name} {value!r}: must be all, N, A:B, F%, a file, or positions")
+        raise SpecError(f"{name} {shown(value)}: must be all, N, A:B, F%, a file, or positions")
     positions = list(value)
     for place, position in enumerate(positions):
-        if not _is_integer(position) or int(position) < 0:
-            raise SpecError(f"{name}[{place}] {position!r}: must be a position, a whole number from 0")
+        if not _is_integer(position) or not 0 <= int(position) < 2**62:
+            raise SpecError(f"{name}[{place}] {shown(position)}: must be a position, a whole number from 0")
     if not positions:
         raise SpecError(f"{name}: no sample is named; give at least one, or all")
     return tuple(int(position) for position in positions)
@@ -216,8 +241,8 @@ def ray_address(value: Any, what: str) -> str:
             "from outside the cluster use `ray job submit`"
         )
     host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise SpecError(f"{what} {value!r}: must be host:port, auto or local")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise SpecError(f"{what} {shown(value)}: must be host:port, auto or local")
     return str(value)
 
 
@@ -230,6 +255,6 @@ def steps(name: str, value: Any) -> tuple[int, ...] | None:
         found = tuple(dict.fromkeys(int(part) for part in parts))
     except (TypeError, ValueError):
         found = ()
-    if not found or min(found) < 0:
-        raise SpecError(f"{name} {value!r}: write steps of the training, from 0 on, such as 0,100,400")
+    if not found or min(found) < 0 or max(found) > MOST:
+        raise SpecError(f"{name} {shown(value)}: write steps of the training, from 0 on, such as 0,100,400")
     return found

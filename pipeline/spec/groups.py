@@ -65,10 +65,10 @@ class TrainingSpec(Group):
         default_factory=dict,
         metadata=of_the_run(checks.arguments, stored=lambda group: group._made_with()),
     )
-    epochs: int | None = field(default=None, metadata=of_the_run(checks.whole(1, optional=True)))
+    epochs: int | None = field(default=None, metadata=of_the_run(checks.whole(1, 10**6, optional=True)))
     batch_size: int | None = field(default=None, metadata=of_the_run(checks.whole(1, optional=True)))
     seed: int | None = field(default=None, metadata=of_the_run(checks.whole(0, 2**63 - 1, optional=True)))
-    seeds: int = field(default=1, metadata=free(checks.whole(1)))  # each has a record of its own
+    seeds: int = field(default=1, metadata=free(checks.whole(1, 1000)))  # each has a record of its own
     dtype: Dtype = field(default="float32", metadata=of_the_run(checks.one_of(*get_args(Dtype))))
     checkpoint_every: int | None = field(default=None, metadata=of_the_run(checks.whole(1, optional=True)))
     init: str | None = field(
@@ -178,8 +178,8 @@ class CurvatureSpec(Group):
     """
 
     hessian: Hessian = field(default="none", metadata=of_the_method(checks.one_of(*get_args(Hessian))))
-    exact_rank: int = field(default=0, metadata=of_the_method(checks.whole(0)))
-    curvature_checkpoints: int = field(default=5, metadata=of_the_method(checks.whole(1)))
+    exact_rank: int = field(default=0, metadata=of_the_method(checks.whole(0, 10**6)))
+    curvature_checkpoints: int = field(default=5, metadata=of_the_method(checks.whole(1, 10**6)))
     curvature_at: Sequence[int] | str | None = field(default=None, metadata=of_the_method(checks.steps))
     curvature_samples: int = field(default=4096, metadata=of_the_method(checks.whole(1)))
     curvature_core: int = field(default=256, metadata=of_the_method(checks.whole(0)))
@@ -228,10 +228,10 @@ class PlacementSpec(Group):
         default=None, metadata=free(checks.number(0, optional=True, whole_above_one=True))
     )
     cpus_per_actor: float = field(default=1, metadata=free(checks.number(0.01)))
-    workers: int | None = field(default=None, metadata=free(checks.whole(1, optional=True)))
+    workers: int | None = field(default=None, metadata=free(checks.whole(1, 10**5, optional=True)))
     threads: int | None = field(
         default=None,
-        metadata=of_the_run(checks.whole(1, optional=True), stored=lambda group: group.torch_threads),
+        metadata=of_the_run(checks.whole(1, 4096, optional=True), stored=lambda group: group.torch_threads),
     )
     device: Device = field(default="auto", metadata=of_the_run(checks.one_of(*get_args(Device))))
     shards: int | str = field(default="auto", metadata=of_the_method(checks.shards))
@@ -250,15 +250,17 @@ class BudgetSpec(Group):
     Attributes:
         memory: Main memory one worker may use, bytes; None: measured. Text such as ``"4GiB"`` is
             turned into bytes.
-        reduce_memory: Memory of one reduce worker's tile, bytes or text; fixes the tiles.
+        reduce_memory: Memory of one reduce worker's tile at most, bytes or text. A run keeps the tiles that it began with.
         max_attempts: How often a unit is tried when its workers die.
         start_timeout: Seconds to wait for the first worker.
+        unit_timeout: Seconds after which the attempt at a unit counts as lost; None: never.
     """
 
     memory: int | None = field(default=None, metadata=free(checks.size(optional=True)))
-    reduce_memory: int = field(default=1 << 30, metadata=of_the_run(checks.size()))
-    max_attempts: int = field(default=3, metadata=free(checks.whole(1)))
+    reduce_memory: int = field(default=1 << 30, metadata=free(checks.size()))
+    max_attempts: int = field(default=3, metadata=free(checks.whole(1, 1000)))
     start_timeout: float = field(default=120.0, metadata=free(checks.number(0.1)))
+    unit_timeout: float | None = field(default=None, metadata=free(checks.number(1, optional=True)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...storage.errors import SpecError
+from ...storage.files import read_given
 
 Indices = NDArray[np.int64]
 
-_COUNT = re.compile(r"\d+")
-_RANGE = re.compile(r"([+-]?\d+)?:([+-]?\d+)?")
-_SHARE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*%")
+_COUNT = re.compile(r"[0-9]{1,18}")
+_RANGE = re.compile(r"([+-]?[0-9]{1,18})?:([+-]?[0-9]{1,18})?")
+_SHARE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*%")
 
 
 def select(
@@ -111,16 +111,12 @@ def _share(
 
 
 def _from_file(name: str, total: int, what: str) -> Indices:
-    path = Path(name).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_given(name, what).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise SpecError(f"{what} {name}: neither all, N, A:B, F% nor a file that exists") from None
     except UnicodeDecodeError:
         raise SpecError(f"{what} {name}: not a text file; write one position a line in UTF-8") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SpecError(f"{what} {name}: cannot be read ({reason}); give a text file") from None
     stripped = ((n, line.partition("#")[0].strip()) for n, line in enumerate(lines, start=1))
     return _listed(((f"{name}, line {n}", text) for n, text in stripped if text), total, what)
 

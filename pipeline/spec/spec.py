@@ -72,10 +72,12 @@ class RunSpec(OutputSpec, ExecutionSpec, CurvatureSpec, QuestionSpec, TrainingSp
         if is_open(stored):
             asked = {name: value for name, value in asked.items() if name in stored}
             stored = {name: stored[name] for name in asked}
-        names = [*asked, *(name for name in stored if name not in asked)]
+        # What an older version counted among what decides numbers, and is none of it.
+        free = names(type(self), Decides.NOTHING)
+        both = [*asked, *(name for name in stored if name not in asked and name not in free)]
         return [
             f"{name}: stored {_short(stored, name)}, asked {_short(asked, name)}"
-            for name in names
+            for name in both
             if name not in stored or name not in asked or stored[name] != asked[name]
         ]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ...storage.errors import SpecError
+from ...storage.files import read_given
 from .checks import near
 
 
@@ -23,11 +23,15 @@ def read_spec_file(path: str, names: Sequence[str]) -> dict[str, Any]:
         SpecError: The file cannot be read, is no TOML, or has an unknown or doubled key.
     """
     try:
-        table = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"--config {path}: {error.strerror or error}; give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"--config {path}: no TOML ({error})") from None
+        table = tomllib.loads(read_given(path, "--config").decode())
+    except FileNotFoundError:
+        raise SpecError(f"--config {path}: No such file; give a TOML file") from None
+    except ValueError as error:
+        raise SpecError(f"--config {path}: no TOML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise SpecError(
+            f"--config {path}: no TOML for us (nested too deep); write settings, one a line"
+        ) from None
     known = ["set" if name == "recipe_args" else name for name in names]
     values: dict[str, Any] = {}
     for key, value in table.items():

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ...storage import layout
 from ...storage.contributions import write_table
 from ...storage.rundir import RunDirectory
 from ...storage.schemas import RETRAIN_LOSSES, RETRAIN_WEIGHTS, TRAINING_LOSS
+from ...storage.tables import read_table
 from ...workers.training.retrain import (
     SampleLosses,
     WeightedTraining,
@@ -157,4 +157,4 @@ class RetrainWork(TrainingWork):
 
 def read_part(run: RunDirectory, kind: str, unit: str) -> pa.Table:
     """Return the table that a retraining wrote: ``retrain``, ``weights`` or ``training_loss``."""
-    return pq.read_table(pa.BufferReader(run.vouched(run.path(layout.evaluation(kind, unit)))))
+    return read_table(run.path(layout.evaluation(kind, unit)), source=run.vouched)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ...storage import layout
 from ...storage.contributions import write_table
 from ...storage.rundir import RunDirectory
 from ...storage.schemas import RETRAIN_LOSSES
+from ...storage.tables import read_table
 from ...workers.recipe import Recipe
 from ...workers.training.relabelled import relabelled
 from ...workers.training.retrain import retrain_subset, retrain_weighted, test_losses
@@ -133,7 +133,7 @@ def _scaled(weights: Floats) -> Floats | None:
 
 def test_losses_of(run: RunDirectory, unit: str) -> pa.Table:
     """Return the test losses after a retraining; see ``storage.schemas.RETRAIN_LOSSES``."""
-    return pq.read_table(pa.BufferReader(run.vouched(run.path(layout.retrained(unit)))))
+    return read_table(run.path(layout.retrained(unit)), source=run.vouched)
 
 
 def seeds_of(recipe: Recipe, count: int) -> range:

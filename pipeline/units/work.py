@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ...storage import layout
+from ...storage.files import require_free
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory, open_trajectory
 from ...storage.typed import to_json
@@ -44,6 +45,7 @@ def commit_unit(uri: str, unit: Unit, work: Callable[[RunDirectory], Result]) ->
     begun, checked = time.perf_counter(), digests_checked()
     reset_peak()
     run = RunDirectory(uri)
+    require_free(run.uri, unit.disk_bytes, f"{unit.stage} {unit.name}")
     reading = run.ledger.remember()
     with user_code(f"{unit.stage} {unit.name} raised"):
         files, values = work(run)

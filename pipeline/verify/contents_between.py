@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ...storage import layout
 from ...storage.curvature import read_curvature
@@ -17,6 +16,7 @@ from ...storage.errors import HydraError
 from ...storage.rows import RowStore
 from ...storage.rundir import Manifest
 from ...storage.schemas import DETECTION
+from ...storage.tables import read_table
 from ..reading.detections import detection_names, labels_digest, read_detection
 from ..reading.panels import targets
 from ..reading.unit_values import UnitValues, values_of
@@ -159,11 +159,8 @@ class _Judging:
                 place = layout.locate(entry.path)
                 if place is None or entry.path in self.damaged or entry.path in layout.SUMMARIES:
                     continue
-                table = pq.read_table(
-                    pa.BufferReader(
-                        self.check.run.directory.vouched(self.check.run.directory.path(entry.path))
-                    )
-                )
+                directory = self.check.run.directory
+                table = read_table(directory.path(entry.path), source=directory.vouched)
                 self.check.advance(table.nbytes, stage)
                 self._finite(entry.path, table)
                 if place.kind.folder == layout.BY_EPOCH:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ...storage import layout
 from ...storage.errors import HydraError
+from ...storage.tables import read_table
 from ..reading.decisions import Decision, read_decision
 from ..reading.outcomes import read_outcome
 from ..vocabulary import CLEAN, CLEAN_OUTCOME, CLEAN_RETRAIN
@@ -46,9 +45,8 @@ def retrainings(check: Contents, damaged: Collection[str]) -> None:
         for entry in manifest.files:
             if entry.path in damaged:
                 continue
-            table = pq.read_table(
-                pa.BufferReader(check.run.directory.vouched(check.run.directory.path(entry.path)))
-            )
+            directory = check.run.directory
+            table = read_table(directory.path(entry.path), source=directory.vouched)
             check.advance(table.nbytes, CLEAN_RETRAIN)
             check.finite(f"{entry.path}: loss", table["loss"].to_numpy())
             index, count = table["test_index"].to_numpy(), check.info.n_test
@@ -77,14 +75,14 @@ def _outcome(check: Contents, decision: Decision, damaged: Collection[str]) -> N
     """Hold the table and the summary of an outcome against the losses of the retrainings."""
     directory, name = check.run.directory, decision.name
     path = layout.decision(name, layout.OUTCOME_TABLE)
-    table = pq.read_table(pa.BufferReader(directory.vouched(directory.path(path))))
+    table = read_table(directory.path(path), source=directory.vouched)
     there, judging = set(directory.units(CLEAN_RETRAIN)), decision.values.judging
     for row in table.to_pylist():
         file = layout.retrained(row["unit"])
         if row["unit"] not in there:
             check.problems.append(f"{path}: {row['unit']} is no retraining of this run")
         elif file not in damaged:
-            losses = pq.read_table(pa.BufferReader(directory.vouched(directory.path(file))))
+            losses = read_table(directory.path(file), source=directory.vouched)
             mine = slice(None) if judging is None else np.isin(losses["test_index"].to_numpy(), judging)
             found = float(losses["loss"].to_numpy()[mine].mean())
             if not np.isclose(found, row["loss"], rtol=1e-12, atol=0):

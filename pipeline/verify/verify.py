@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import pyarrow as pa
-
 from ...storage import layout
-from ...storage.errors import CorruptStore, HydraError, RunNotFound
+from ...storage.errors import HydraError, RunNotFound
 from ...storage.files import PARTIAL, list_files
 from ...storage.schemas import SCHEMAS
 from ..reading.stage_states import stage_states
@@ -132,19 +131,26 @@ def verify(run: Reader, *, progress: Progress | None = None) -> Verification:
 def _verify(run: Reader, progress: Progress | None) -> Verification:
     try:
         verifier = _Verifier(run, progress)
-    except CorruptStore as error:  # a manifest that cannot be read: nothing can be held against it
-        ledger = run.directory.ledger
-        damaged = [line for stage in run.directory.stages() for line in ledger.damaged(stage)]
-        return Verification(
-            run=run.uri,
-            files=0,
-            bytes=0,
-            rows={},
-            problems=tuple(dict.fromkeys(_line(problem) for problem in (*damaged, str(error)))),
-            notes=("nothing else is checked until every manifest can be read",),
-            conservation={"applicable": False, "reason": "a manifest is damaged"},
-        )
+    except HydraError as error:  # a manifest that cannot be read: nothing can be held against it
+        damaged = []
+        with contextlib.suppress(HydraError):
+            ledger = run.directory.ledger
+            damaged = [line for stage in run.directory.stages() for line in ledger.damaged(stage)]
+        return unreadable(run.uri, (*damaged, str(error)), "every manifest")
     return verifier.verify()
+
+
+def unreadable(uri: str, problems: Sequence[str], what: str) -> Verification:
+    """Return the verdict on a run of which ``what`` cannot be read."""
+    return Verification(
+        run=uri,
+        files=0,
+        bytes=0,
+        rows={},
+        problems=tuple(dict.fromkeys(map(_line, problems))),
+        notes=(f"nothing else is checked until {what} can be read",),
+        conservation={"applicable": False, "reason": f"not before {what} can be read"},
+    )
 
 
 class _Verifier:
@@ -161,11 +167,11 @@ class _Verifier:
         self.checked = 0
 
     def verify(self) -> Verification:
-        self._files()
-        self._strays()
         directory = self.run.directory
-        self.problems += made_from_another(directory, self.manifests)
-        self.notes += unknown_inputs(directory, self.manifests)
+        self._guard("manifests", self._files)
+        self._guard("strays", self._strays)
+        self.problems += self._guard("manifests", partial(made_from_another, directory, self.manifests)) or []
+        self.notes += self._guard("manifests", partial(unknown_inputs, directory, self.manifests)) or []
         contents = Contents(self.run, self._advance)
         self._stages()
         if self._readable(RECORD, layout.TRAJECTORY):
@@ -335,7 +341,7 @@ class _Verifier:
             return check()
         except HydraError as error:
             self.problems.append(_line(str(error)))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException) as error:
+        except Exception as error:  # noqa: BLE001 - a verdict is given whatever bytes are there
             self.problems.append(_line(f"{name}: cannot be read: {type(error).__name__}: {error}"))
         return None
 

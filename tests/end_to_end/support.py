@@ -12,6 +12,7 @@ from hydra_pipe.pipeline.executors.events import Event, UnitFinished, UnitSkippe
 from hydra_pipe.pipeline.opened_run import Run, open_run
 from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
+from hydra_pipe.storage import layout
 
 METHOD = "method=hydra"
 
@@ -94,6 +95,7 @@ def manifests(uri: Path | str) -> dict[str, tuple[int, bytes]]:
 
 
 def files(uri: Path | str) -> list[str]:
-    """Return all files below a directory, relative, sorted."""
+    """Return all files below a directory but the log, which every command adds to; relative, sorted."""
     root = Path(uri)
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    found = (path for path in root.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(root)) for path in found if path.name != layout.LOG)

@@ -400,6 +400,7 @@ def test_a_configuration_file_that_is_missing(tmp_path):
 def test_memory_too_small_says_how_many_shards_fit(tmp_path, monkeypatch):
     # What a process needs is measured and varies; here it is fixed, so that the buffers decide.
     monkeypatch.setattr("hydra_pipe.pipeline.plan.survey.peak_bytes", lambda: 100_000_000)
+    monkeypatch.setattr("hydra_pipe.pipeline.plan.plan.WRITER_BYTES", 0)
     words = ("plan", "tests.recipes:Long", "--executor", "serial", "--format", "json")
     memory = json.loads(cli(*words, "--shards", "1").stdout)["memory"]
     assert memory["one process without buffers"] == 100_000_000

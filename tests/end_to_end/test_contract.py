@@ -188,6 +188,7 @@ def test_parquet_files_have_exactly_the_columns_of_the_contract(finished):
     names = {path.name for path in Path(finished.uri).iterdir()}
     assert names == {
         "run.json",
+        "log.jsonl",
         "manifests",
         "trajectory.zarr",
         "hypergradients",

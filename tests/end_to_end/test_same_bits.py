@@ -59,7 +59,7 @@ def test_a_subset_of_samples_has_the_bits_it_has_among_all(right, tmp_path):
 
 
 def test_small_reduce_tiles_hardly_change_a_number_and_never_with_shards(right, tmp_path):
-    """Tiles are part of the spec: other tiles are another run, the same tiles the same bits."""
+    """The same tiles give the same bits; a run keeps those that it began with (``test_reduce_memory``)."""
     found = []
     least = 8 * 4 * right["hypergradients"].shape[1]  # eight rows, below which it is refused
     for shards in (1, 5):

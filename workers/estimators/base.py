@@ -100,10 +100,17 @@ class Estimator(ABC):
         return asdict(self)
 
 
+_MOST = 10**9
+"""Iterations and samples that an option may ask for."""
+
+
 def whole(name: str, value: object, least: int = 1) -> None:
     """Raise SpecError unless ``value`` is a whole number of at least ``least``."""
+    most = 2**63 - 1 if name == "seed" else _MOST
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SpecError(f"option {name} is {value!r}; use a whole number of at least {least}")
+        raise SpecError(f"option {name} is {value!r:.60}; use a whole number of at least {least}")
+    if value > most:
+        raise SpecError(f"option {name} is larger than {most:,}; use a whole number of at most that")
 
 
 def number(

@@ -52,7 +52,7 @@ class StateFile:
             InputError: It is not there, is another one, or holds no weights.
         """
         try:
-            data = read_bytes(self.uri)
+            data = read_bytes(self.uri, most=1 << 42)
         except OSError as error:
             raise InputError(
                 f"initial state {self.uri}: {error.strerror or error}; every machine that trains must see it there"

@@ -90,7 +90,7 @@ def test_ray_exports_them(ray_cluster, tmp_path, monkeypatch):
 
     ray_metrics.ray_counters.cache_clear()
     executor = RayExecutor(ray_cluster, workers=1)
-    executor.run("metrics-test", units(2), Count(directory=str(tmp_path)), null, label="step")
+    executor.run("metrics-test", units(2), Count(directory=str(tmp_path), pause=0.5), null, label="step")
     (node,) = [node for node in ray.nodes() if node["Alive"]]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     deadline, wanted = time.monotonic() + 60, ("steps", "units")

@@ -73,7 +73,13 @@ def test_shards_are_whole_chunks_and_cover_everything(shards):
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_what_does_not_fit_says_how_many_shards_would():
+def only_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the replay alone decide: the other stages of so small a run need more than its shards."""
+    monkeypatch.setattr("hydra_pipe.pipeline.plan.plan._check_memory", lambda *given, **more: None)
+
+
+def test_what_does_not_fit_says_how_many_shards_would(monkeypatch):
+    only_shards(monkeypatch)
     spec = RunSpec(recipe=Images(), executor="serial", shards=1, memory=1000 << 20)
     surveyed = survey(spec, trial=False)
     held = surveyed.row_numbers * 4
@@ -88,13 +94,43 @@ def test_what_does_not_fit_says_how_many_shards_would():
         cut(spec, replace(surveyed, process_bytes=spec.memory), machines(1))
 
 
-def test_auto_takes_a_shard_a_worker_or_more_where_memory_wants_more():
+def test_auto_takes_a_shard_a_worker_or_more_where_memory_wants_more(monkeypatch):
+    only_shards(monkeypatch)
     spec = RunSpec(recipe=Images(), executor="serial")
     surveyed = survey(spec, trial=False)
     assert len(cut(spec, surveyed, machines(4, 64 * GIB)).shards) == 4
     little = surveyed.process_bytes + 12 * surveyed.row_numbers * 4
     plan = cut(replace(spec, memory=little), surveyed, machines(1))
     assert len(plan.shards) > 2
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A survey of a model of a million parameters, in a process of 500 MB."""
+    surveyed = survey(RunSpec(recipe=Images(), executor="serial"), trial=False)
+    return replace(surveyed, dimension=10**6, process_bytes=500 << 20)
+
+
+def test_memory_holds_for_every_worker_and_the_process_itself(wide):
+    spec = RunSpec(recipe=Images(), executor="serial", shards=45)
+    free = cut(spec, wide, machines(1))
+    assert free.reduce_memory == 1 << 30
+    assert free.memory.largest == free.memory.workers["reduce"]
+    # Tiles are cut smaller, by halves, until they fit.
+    allowed = free.memory.largest - (50 << 20)
+    less = cut(replace(spec, memory=allowed), wide, machines(1))
+    assert less.memory.largest <= allowed
+    assert less.reduce_memory in [1 << k for k in range(22, 30)]
+    # What the run began with stays, and is refused where it does not fit.
+    with pytest.raises(
+        DoesNotFit, match=r"the reduce worker needs [\d,]+ bytes \(524,288,000 of them"
+    ) as caught:
+        cut(replace(spec, memory=allowed), wide, machines(1), shards=45, reduce_memory=1 << 30)
+    for says in (f"--memory allows {allowed:,} bytes", "smaller --reduce-memory", "in a run of its own"):
+        assert says in str(caught.value)
+    # 900 MiB were allowed and 1.3 GiB used: now this is said before.
+    with pytest.raises(DoesNotFit, match=r"the record worker needs|the [a-z-]+ worker needs"):
+        cut(replace(spec, memory=(500 << 20) + 4096), replace(wide, row_numbers=1), machines(1), shards=45)
 
 
 def raylets() -> str:

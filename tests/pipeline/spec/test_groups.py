@@ -64,6 +64,7 @@ OTHER: dict[str, Any] = {
     "reduce_memory": 1 << 20,
     "max_attempts": 5,
     "start_timeout": 9.0,
+    "unit_timeout": 99.0,
     "out": "o",
     "overwrite": True,
 }

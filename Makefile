@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test coverage check fuzz test-slow test-gpu bench wheel clean
+.PHONY: run test coverage check fuzz test-slow test-gpu torture bench wheel clean
 
 # One environment, built from pyproject.toml under constraints.txt; rebuilt when either changes.
 $(STAMP): pyproject.toml constraints.txt
@@ -38,6 +38,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# Stored runs damaged and drivers disturbed, by the hundred; half an hour and more.
+torture: $(STAMP)
+	$(BIN)/python -m tests.torture
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -239,14 +239,13 @@ class Wave:
 
     def _end_overdue(self) -> None:
         """Give up the workers of units that take longer than they may, and queue those units again."""
-        for worker in list(self._pool):
-            reason = self._dispatch.stalls.overdue(worker.unit.name) if worker.unit is not None else None
-            if reason is not None and worker.unit is not None:
-                self._pool.remove(worker)
-                # Killed before the unit goes to another: two workers on one unit would be one too many.
-                with contextlib.suppress(Exception):
-                    self._ray.kill(worker.actor, no_restart=True)
-                self._dispatch.lose(worker.unit, reason)
+        for unit in {worker.unit.name: worker.unit for worker in self._pool if worker.unit}.values():
+            reason = self._dispatch.stalls.overdue(unit.name)
+            if reason is not None:
+                # Killed before the unit goes to another, and its second attempt with it.
+                for worker in self._others_at(unit):
+                    self._end(worker)
+                self._dispatch.lose(unit, reason)
 
     def _check_alive(self) -> None:
         now = self._settings.clock()

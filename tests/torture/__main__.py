@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from tests.torture.cluster import cluster
 from tests.torture.session import faults, mutations
 from tests.torture.tally import Tally
 
@@ -24,14 +25,19 @@ from tests.torture.tally import Tally
 @click.option("--seed", default=1, show_default=True, help="Draws every fault.")
 @click.option("--mutations", "mutated", default=1000, show_default=True, help="Damaged files.")
 @click.option("--faults", "disturbed", default=200, show_default=True, help="Disturbed drivers.")
+@click.option("--ray", "on_ray", default=24, show_default=True, help="Disturbed runs on Ray.")
 @click.option("--to", type=click.Path(path_type=Path), help="Write the counts there, as JSON.")
-def main(seed: int, mutated: int, disturbed: int, to: Path | None) -> None:
+def main(seed: int, mutated: int, disturbed: int, on_ray: int, to: Path | None) -> None:
     """Damage runs and disturb drivers; nothing may be wrong, silent, lost, crashed or untidy."""
     os.fsync = lambda descriptor: None  # no power is cut here
     tally, skipped, began = Tally(), [], time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with tempfile.TemporaryDirectory(prefix="torture-") as scratch, Progress(*columns) as progress:
-        for name, work, count in (("mutations", mutations, mutated), ("drivers", faults, disturbed)):
+        for name, work, count in (
+            ("mutations", mutations, mutated),
+            ("drivers", faults, disturbed),
+            ("Ray", cluster, on_ray),
+        ):
             if not count:
                 continue
             task = progress.add_task(name, total=count)
@@ -42,6 +48,11 @@ def main(seed: int, mutated: int, disturbed: int, to: Path | None) -> None:
             )
     console = Console()
     console.print(_table(tally))
+    for kind, took in tally.recoveries().items():
+        console.print(
+            f"{kind}: at work again after {took['median']:.1f} s (median of {took['count']}), at most {took['most']:.1f} s",
+            markup=False,
+        )
     for line in (*skipped, *tally.bad):
         console.print(line, markup=False, soft_wrap=True)
     console.print(
@@ -49,7 +60,8 @@ def main(seed: int, mutated: int, disturbed: int, to: Path | None) -> None:
     )
     if to is not None:
         counts = {f"{kind}: {result}": number for (kind, result), number in sorted(tally.outcomes.items())}
-        to.write_text(json.dumps({"seed": seed, "counts": counts, "bad": tally.bad}, indent=2) + "\n")
+        told = {"seed": seed, "counts": counts, "recovery_seconds": tally.recoveries(), "bad": tally.bad}
+        to.write_text(json.dumps(told, indent=2) + "\n")
     sys.exit(1 if tally.bad else 0)
 
 

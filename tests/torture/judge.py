@@ -42,7 +42,7 @@ def answers(run: Run) -> dict[str, Answer]:
         }
         if run.averages(method):
             asked[f"{method}: spread"] = lambda run, m=method: _table(run.spread(m).to_table())
-    for method in ("hydra",):
+    for method in (name for name in run.methods() if run.directory.units(f"{name}/replay")):
         asked[f"{method}: hypergradients"] = lambda run, m=method: run.hypergradients(m)[:]
         asked[f"{method}: rows"] = lambda run, m=method: run.hypergradient_store(m).read(
             0, run.hypergradient_store(m).rows

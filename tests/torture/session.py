@@ -21,13 +21,24 @@ def again(place: Path) -> None:
 
 
 def mutations(
-    scratch: Path, tally: Tally, *, count: int, seed: int, heard: Callable[[], None] = lambda: None
+    scratch: Path,
+    tally: Tally,
+    *,
+    count: int,
+    seed: int,
+    whole: bool = True,
+    heard: Callable[[], None] = lambda: None,
 ) -> None:
-    """Damage two runs ``count`` times in all: one with every kind of result, and one that is run again each time."""
-    whole = every_kind(scratch / "every-kind")
-    base = scratch / "base"
+    """Damage two runs ``count`` times in all: one with every kind of result, and one that is run again each time.
+
+    Without ``whole`` only the latter.
+    """
+    base, rounds = scratch / "base", []
     again(base)
-    for place, number, repeat in ((whole, count // 2, None), (base, count - count // 2, again)):
+    if whole:
+        rounds.append((every_kind(scratch / "every-kind"), count // 2, None))
+    rounds.append((base, count - count // 2 if whole else count, again))
+    for place, number, repeat in rounds:
         chance = random.Random(f"{seed} {place.name}")
         (scratch / f"{place.name}-damaged").mkdir()
         damage(

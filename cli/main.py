@@ -43,10 +43,10 @@ class HydraGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what it raises into one line on stderr and an exit code."""
-        with _terminable():
-            return self._invoked(ctx)
+        with _terminable() as told:
+            return self._invoked(ctx, told)
 
-    def _invoked(self, ctx: click.Context) -> Any:
+    def _invoked(self, ctx: click.Context, told: list[int]) -> Any:
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
@@ -62,10 +62,10 @@ class HydraGroup(click.Group):
         except HydraError as error:
             _report(ctx, f"error: {plain(str(error))}")
             ctx.exit(error.exit_code)
-        except Terminated:
-            _report(ctx, "terminated (SIGTERM); the same command continues where this one stopped")
-            ctx.exit(TERMINATED)
         except KeyboardInterrupt:
+            if told:  # within Ray's own code `Terminated` comes out as a plain interrupt
+                _report(ctx, "terminated (SIGTERM); the same command continues where this one stopped")
+                ctx.exit(TERMINATED)
             _report(ctx, "interrupted; the same command continues where this one stopped")
             ctx.exit(INTERRUPTED)
         except Exception as error:  # noqa: BLE001 - the last line before the user
@@ -88,19 +88,21 @@ class HydraGroup(click.Group):
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn the first SIGTERM into `Terminated`; what follows it is left to take its time."""
+def _terminable() -> Iterator[list[int]]:
+    """Turn the first SIGTERM into `Terminated`; what follows it is left to take its time. Yields the signals that came."""
+    told: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield told
         return
 
     def terminate(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        told.append(number)
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        yield
+        yield told
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import click
@@ -67,6 +69,22 @@ def test_interruption_is_one_line_and_130() -> None:
     assert result.exit_code == 130
     assert result.stderr.startswith("interrupted")
     assert result.stderr.count("\n") == 1
+
+
+def test_sigterm_is_told_from_an_interrupt_also_where_ray_makes_it_one() -> None:
+    """Ray's own code looks for signals while it waits, and raises a `KeyboardInterrupt` of its own for whatever came."""
+
+    @click.command(cls=HydraGroup, invoke_without_command=True)
+    def waiting() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    result = CliRunner().invoke(waiting)
+    assert result.exit_code == 143
+    assert result.stderr == "terminated (SIGTERM); the same command continues where this one stopped\n"
 
 
 @pytest.mark.parametrize(

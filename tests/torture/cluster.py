@@ -205,13 +205,13 @@ def _actor(ground: Ground, out: Path, way: tuple[str, str]) -> None:
     name, detail = kind.get(fault, f"actor killed: {stage.rsplit('/')[-1]}"), f"{action} in {stage} {unit}"
     (faults := out.with_suffix(".faults")).mkdir()
     plan, watch = FaultPlan(directory=str(faults), script={unit: [action]}), Watch()
-    limit = {"unit_timeout": UNIT_TIMEOUT} if fault in ("hang", "stop") else {}
+    limit = UNIT_TIMEOUT if fault in ("hang", "stop") else None
     try:
         with (
             mock.patch.object(RayExecutor, "run", spoiled(RayExecutor.run, plan)),
             mock.patch.object(stragglers, "LEAST_SECONDS", 2.0 if fault == "straggle" else 1e9),
         ):
-            ground.run(out, watch, **limit)
+            ground.run(out, watch, unit_timeout=limit)
     except HydraError as error:
         ground.tally.note(name, "lost", f"{detail}: {error}")
         return
@@ -223,22 +223,36 @@ def _actor(ground: Ground, out: Path, way: tuple[str, str]) -> None:
 
 
 def _machine(ground: Ground, out: Path, stage: str) -> None:
-    """Kill the raylet of the second machine during a stage."""
-    name, pids, number = "raylet killed", set[int](), ground.chance.randint(1, 4)
-    seen: list[events.Event] = []
+    """Kill the raylet of the second machine during a stage, once as many of its units are at work as can be."""
+    name, pids, go_on = "raylet killed", set[int](), out.with_suffix(".go-on")
+    units = [unit for unit, _ in ground.places[stage]]
+    at_work: set[str] = set()
 
-    def now(event: events.Event) -> bool:
-        if isinstance(event, events.UnitStarted | events.UnitProgress) and event.stage == stage:
-            seen.append(event)
-        return len(seen) == number or (isinstance(event, events.StageFinished) and event.stage == stage)
+    def full(event: events.Event) -> bool:
+        if isinstance(event, events.UnitStarted) and event.stage == stage:
+            at_work.add(event.unit)
+        return len(at_work) == min(2, len(units))
 
-    watch = Watch(when=now, act=lambda: pids.update(ground.nodes.lose()))
+    def lose() -> None:
+        pids.update(ground.nodes.lose())
+
+    later = threading.Timer(ground.chance.uniform(0.0, 0.6), lose)
+
+    def act() -> None:
+        go_on.touch()
+        later.start()
+
+    (faults := out.with_suffix(".faults")).mkdir()
+    plan = FaultPlan(directory=str(faults), script={unit: [f"wait:{go_on}"] for unit in units})
+    watch = Watch(when=full, act=act)
     try:
-        ground.run(out, watch)
+        with mock.patch.object(RayExecutor, "run", spoiled(RayExecutor.run, plan)):
+            ground.run(out, watch)
+        later.join()
     except HydraError as error:
         ground.tally.note(name, "lost", f"{stage}: {error}")
     else:
-        outcome, why = ground.judge(out, pids, watch.seconds, MACHINE_SECONDS)
+        outcome, why = ground.judge(out, pids | plan.pids(), watch.seconds, MACHINE_SECONDS)
         ground.tally.note(name, outcome, f"{stage}: {why}", seconds=watch.seconds)
     ground.nodes.restore()
 

@@ -69,14 +69,18 @@ def _second() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def two_nodes() -> Iterator[TwoNodes]:
-    """Start the two, in a directory of their own that no other Ray of this machine looks at; they end with the block."""
+def two_nodes(**more: Any) -> Iterator[TwoNodes]:
+    """Start the two, in a directory of their own that no other Ray of this machine looks at; they end with the block.
+
+    Args:
+        more: Of the head, as Ray's own `Cluster` takes it.
+    """
     from ray.cluster_utils import Cluster
 
     directory = tempfile.mkdtemp(prefix="ht-", dir="/tmp")  # short: sockets lie in it
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with mock.patch.dict(os.environ, RAY_TMPDIR=directory, PYTHONPATH=path):
-        head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
+        head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, **more}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             yield TwoNodes(cluster=cluster, second=cluster.add_node(**_second()))

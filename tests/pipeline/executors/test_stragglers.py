@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hydra_pipe.cli.progress import LogListener
+from hydra_pipe.pipeline.drive.writing import Fenced
 from hydra_pipe.pipeline.executors import events, stragglers
 from hydra_pipe.pipeline.executors.base import side_by_side
 from hydra_pipe.pipeline.executors.dispatch import Dispatch
@@ -95,6 +96,8 @@ def test_units_that_clear_a_place_first_are_done_by_one_worker_only() -> None:
     assert ReplayWork.side_by_side
     assert ReduceWork.side_by_side
     assert not side_by_side(lambda unit, report: {})
+    for says in (True, False):  # nor does it get lost on the way to the workers
+        assert side_by_side(Fenced(handler=Count(directory="", side_by_side=says), uri="", owner="")) is says
 
 
 @pytest.fixture

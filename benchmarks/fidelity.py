@@ -209,7 +209,7 @@ def _measure(result: Result, sizes: Mapping[str, Any], folder: Path, task: Task)
             )
         )
     if task.methods:
-        attribute(place, {name: {} for name in task.methods}, task.recipe, executor="serial", device="cpu")
+        attribute(place, {name: {} for name in task.methods}, task.recipe, executor="serial")
     found = evaluate(
         place,
         task.recipe,

@@ -204,6 +204,14 @@ def of_seed(seed: int) -> str:
     return f"{SEEDS}/seed={seed}"
 
 
+def split_seed(path: str) -> tuple[str, str]:
+    """Return (place of the run of another seed, or nothing; the rest) of a path or stage that may lie in one."""
+    parts = path.split("/", 2)
+    if len(parts) == 3 and parts[0] == SEEDS and parts[1].startswith("seed="):
+        return "/".join(parts[:2]), parts[2]
+    return "", path
+
+
 def locate(path: str) -> Place | None:
     """Return what a file, relative to the run, belongs to; None where it is no result."""
     folder, _, rest = path.partition("/")

@@ -185,7 +185,9 @@ class Ledger:
     def _stage(self, stage: str) -> _Stage:
         with self._lock:
             if stage not in self._stages:
-                self._stages[stage] = self._load(stage)
+                seed, own = layout.split_seed(stage)
+                of = Ledger(join(self.uri, seed)) if seed else self
+                self._stages[stage] = of._load(own)
             return self._stages[stage]
 
     def _load(self, stage: str) -> _Stage:
@@ -382,10 +384,10 @@ class Ledger:
             self._readings.add(found)
         return found
 
-    def use(self, units: Iterable[Manifest]) -> None:
-        """Count units as read whose values were."""
+    def use(self, units: Iterable[Manifest], *, seed: str = "") -> None:
+        """Count units as read: their values were, or the tables of a run with another seed at ``seed`` inside this one."""
         for manifest in units:
-            self._note(manifest)
+            self._note(manifest, f"{seed}/" if seed else "")
 
     def inputs(self, reading: Reading) -> dict[str, str]:
         """Return what a manifest says of what was read: these units, and what they were made from."""
@@ -395,8 +397,10 @@ class Ledger:
         }
         found = named({key: self.content(one) for key, one in reading.units.items()}, known)
         above: dict[str, str] = {}
-        for one in reading.units.values():
-            for key, content in (one.inputs or {}).items():
+        for (stage, _), one in reading.units.items():
+            place = stage.removesuffix(one.stage)
+            for name, content in (one.inputs or {}).items():
+                key = place + name
                 if above.setdefault(key, content) != content:
                     above[key] = CONTRADICTION
         return {**above, **found}
@@ -452,12 +456,12 @@ class Ledger:
             one for stage in stages for one in self._stage(stage).units.values() if self.other_inputs(one)
         ]
 
-    def _note(self, manifest: Manifest) -> None:
+    def _note(self, manifest: Manifest, place: str = "") -> None:
         if not self._readings:
             return
         with self._lock:
             for reading in self._readings:  # the first version counts: what read two is to be done again
-                reading.units.setdefault((manifest.stage, manifest.unit), manifest)
+                reading.units.setdefault((place + manifest.stage, manifest.unit), manifest)
 
 
 def _opened(uri: str, digests: bool) -> Ledger:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import layout
 from .documents import load, plain
 from .errors import CorruptStore, SpecError
 from .stages import may_write
@@ -54,7 +55,7 @@ class Manifest:
         files: The files, sorted by path.
         values: Numbers the unit reported, JSON-able.
         inputs: What it was made from, and what that was made from: contents by ``<stage>/<unit>``, or by ``<stage>/<first>:<last>`` for a range
-            of units; None: a version committed it that did not say.
+            of units; those of a run with another seed begin with its place. None: a version committed it that did not say.
     """
 
     stage: str
@@ -149,7 +150,7 @@ def parse_input(key: str, where: str) -> tuple[str, str, str]:
     stage, _, units = key.rpartition("/")
     first, _, last = units.partition(":")
     try:
-        for part in (*stage.split("/"), first, last or first):
+        for part in (*layout.split_seed(stage)[1].split("/"), first, last or first):
             check_name(part, "input")
     except SpecError as error:
         raise CorruptStore(f"{where} names the input {key!r}: {error}; run the stage again") from error

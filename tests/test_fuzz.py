@@ -263,7 +263,7 @@ def test_command_lines(finished, tmp_path_factory, data):
         raise RecipeError("no recipe is loaded in this test")
 
     command = data.draw(st.sampled_from(list(main.commands)))
-    own = [option for name, option in options() if name == command]
+    own = [option for name, option in options() if name == command and option != "--debug"]
     words = data.draw(st.lists(st.one_of(WORDS, st.sampled_from(own)), max_size=5))
     first = data.draw(st.sampled_from([["nowhere"], [str(finished)], []]))
     if command in ("detect", "clean", "report", "explain", "evaluate", "attribute") and first == [

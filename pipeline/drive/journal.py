@@ -34,6 +34,7 @@ from ..executors.events import (
     UnitProgress,
     UnitRetried,
     UnitSkipped,
+    UnitStalled,
     UnitStarted,
     UnitStraggles,
 )
@@ -54,6 +55,7 @@ _LOGGED = (
     UnitStarted,
     UnitFinished,
     UnitRetried,
+    UnitStalled,
     UnitStraggles,
     UnitBackedUp,
     StageFinished,

@@ -52,6 +52,9 @@ from ..spec.spec import RunSpec
 from ..spec.state_file import sha256_of
 from ..vocabulary import CARRIED, RECORD, TRAJECTORY
 
+MOST_ENTRIES = 1 << 31
+"""Places in all batches of a record: 8 GiB of indices."""
+
 Integers = npt.NDArray[np.int64]
 
 
@@ -214,6 +217,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     seed_everything(recipe.seed)
     test = _call(recipe, "test_dataset")
     n_train, n_test = check_dataset(train, "train"), check_dataset(test, "test")
+    _check_batches(recipe, n_train)
     check_overlap(train, test)
     seed_everything(recipe.seed)
     model = _call(recipe, "model")
@@ -314,6 +318,17 @@ def _compiled_notes(compiled: list[str]) -> list[str]:
         return []
     more = f" and {len(compiled) - 1} more" if len(compiled) > 1 else ""
     return [f"{compiled[0]}{more} is compiled: it is recorded and replayed as it is written, uncompiled"]
+
+
+def _check_batches(recipe: Recipe, n_train: int) -> None:
+    """Refuse a training whose batches alone no record could hold, before anything of that size is made."""
+    size = int(recipe.batch_size)
+    steps = recipe.max_steps or int(recipe.epochs) * -(-n_train // size)
+    if steps * size > MOST_ENTRIES:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: {steps:,} steps of batch_size {size:,} are {steps * size:,} places in batches to record, at "
+            f"most {MOST_ENTRIES:,}; use a smaller batch size, or fewer epochs"
+        )
 
 
 def _call(recipe: Recipe, method: str, *arguments: Any) -> Any:

@@ -48,6 +48,9 @@ class AverageWork(Work):
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write means and spreads of a block."""
         members = [open_reader(uri) for uri in self.members]
+        for member in members:
+            made = member.directory.manifests(f"{self.source}/{REDUCE}")
+            run.ledger.use(made, seed=member.uri.removeprefix(run.uri).strip("/"))
         files, values = average_rows(run, self.job, members, self.source, unit.name, *rows_of(unit), report)
         return files, replace(values, members=self.digests)
 

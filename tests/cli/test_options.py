@@ -133,7 +133,7 @@ def test_help_has_headings(command: str, headings: list[str]) -> None:
 def test_each_stage_shows_what_it_uses() -> None:
     whole, stages = flags_of("run"), {name: flags_of(name) for name in ("record", "replay", "reduce")}
     method = {"--mode", "--hessian", "--targets", "--exact-rank", "--shards", "--option"}
-    fixed = {"--epochs", "--seed", "--set", "--track", "--test", "--dtype", "--threads", "--reduce-memory"}
+    fixed = {"--epochs", "--seed", "--set", "--track", "--test", "--dtype", "--threads"}
     assert method | fixed <= whole
     assert stages["record"] == whole - method - {"--method"}
     assert method <= stages["replay"]

@@ -63,6 +63,7 @@ def test_a_recipe_is_no_pipe(tmp_path):
         ("--max-attempts", HUGE),
         ("--exact-rank", HUGE, "--hessian", "ekfac"),
         ("--batch-size", HUGE),
+        ("--batch-size", "1000000000"),
         ("--checkpoint-every", HUGE),
         ("--seed", "9" * 30),
         ("--track", "9" * 5000),

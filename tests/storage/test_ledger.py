@@ -178,6 +178,24 @@ def test_what_was_made_from_two_versions_of_one_thing_is_never_current(place: st
     assert "record trajectory" in (run.ledger.outdated([made]) or "")
 
 
+def test_the_run_of_another_seed_may_be_an_input(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    inner = run.of_seed(1)
+    shard = a_shard(inner, 0, b"abcd", a_record(inner, {}))
+    a_record(run, {})
+    reading = run.ledger.remember()
+    run.ledger.use([shard], seed="seeds/seed=1")
+    made = run.commit("hydra-seeds2/reduce", "rows-00000", [], {}, reading)
+    assert made.inputs is not None
+    assert set(made.inputs) == {"seeds/seed=1/hydra/replay/shard-00000", "seeds/seed=1/record/trajectory"}
+    assert run.ledger.outdated([made]) is None
+    a_record(run, {"other": 1})
+    assert run.ledger.outdated([made]) is None
+    a_record(inner, {"other": 1})
+    assert "seeds/seed=1/record trajectory" in (run.ledger.outdated([made]) or "")
+    assert run.ledger.outdated_units(run.stages()) == [made]
+
+
 def test_tables_beyond_the_budget_are_compared_by_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

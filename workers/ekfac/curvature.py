@@ -127,8 +127,8 @@ class CurvatureEstimate:
             lanes_D = training.layout.column_groups(self.lanes).numpy()
             outer = [layer for layer in factors.layers.values() if are_outer(self.ways, layer)]
             self.metric = metric_of(self.trajectory, self.settings, lanes_D, outer)
-            root = torch.from_numpy(np.sqrt(self.metric.scale))
-            self.root = root.to(device=training.device, dtype=training.dtype)
+            scale = torch.from_numpy(np.sqrt(self.metric.scale))
+            self.root = scale.to(device=training.device, dtype=training.dtype)
         for done, k in enumerate(self.kept, start=1):
             for found in self._passes(engine, k):
                 root = self.root
@@ -141,8 +141,9 @@ class CurvatureEstimate:
         engine.close()
         blocks = factors.blocks()
         basis = Eigenbasis(blocks, training.layout, training.dtype, training.device, None)
-        scale = None if self.metric is None else self.metric.scale
-        eigen = EigenGradients(training.recipe, training.model, training.layout, self.ways, basis, scale)
+        metric = self.metric
+        scaled_by = None if metric is None else metric.scale
+        eigen = EigenGradients(training.recipe, training.model, training.layout, self.ways, basis, scaled_by)
         rows = []
         for done, k in enumerate(self.kept, start=count + 1):
             rows.append(self._mean(eigen, k, lambda block: block.double().square().sum(0)))
@@ -168,7 +169,6 @@ class CurvatureEstimate:
             ends = training.updates.nonzero()[0]
             visits = int((training.batches >= 0).sum())
             eigenvalues *= visits / float(self.trajectory.divisor[ends].sum())
-        metric = self.metric
         if metric is not None and coupled_decay(self.settings).any():
             whole = Eigenbasis(blocks, training.layout, training.dtype, training.device, core)
             metric = replace(metric, decay=diagonal(whole, metric.scale))

@@ -98,7 +98,8 @@ def metric_of(
 
 def outer_fit(values_OI: Floats, there_OI: Bools) -> tuple[Floats, Bools]:
     """Return a_o + b_i nearest to the values where they are there, and which rows and columns have any, (O, I)."""
-    rows, columns = there_OI.any(1), there_OI.any(0)
+    rows: Bools = np.any(there_OI, axis=1)
+    columns: Bools = np.any(there_OI, axis=0)
     known = np.where(there_OI, values_OI, 0.0)
     per_row, per_column = np.maximum(there_OI.sum(1), 1), np.maximum(there_OI.sum(0), 1)
     a, b = np.zeros(len(rows)), np.zeros(len(columns))

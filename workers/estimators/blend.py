@@ -3,8 +3,8 @@
     C(i, j)  =  (W A(i, j) / a_j  +  (1 - W) B(i, j) / b_j)  (W a_j + (1 - W) b_j)
 
 with A of ``--hessian mixed``, B of ``--hessian ekfac``, and a_j, b_j their standard deviations over the tracked samples. Where
-training is not smooth the two are wrong in different ways: the one follows every bend of the recorded training and speaks of small
-changes, the other smooths and speaks of large ones (docs/benchmarks.md). Without the division the larger one would win, which
+training is not smooth the two are wrong in different ways (docs/benchmarks.md): the one follows every bend of the recorded training, the
+other smooths it. Without the division the larger one would win, which
 is not the better one. Sign and scale are those of C; W = 1 gives A, W = 0 gives B.
 """
 
@@ -40,7 +40,7 @@ class Blend(Estimator):
     FOLLOWS_TRAINING = True
     VECTORS = 8
 
-    weight: float = 0.5
+    weight: float = 0.7
     share: float = 0.5
     samples: int = SAMPLES
     core: int = CORE

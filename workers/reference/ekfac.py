@@ -85,7 +85,7 @@ class DenseCurvature:
 
     def _eigenvalues(self, step: int) -> npt.NDArray[np.float64]:
         trajectory = self.trajectory
-        values = self.values[int(np.abs(self.steps - self.made[step]).argmin())]
+        values: npt.NDArray[np.float64] = self.values[int(np.abs(self.steps - self.made[step]).argmin())]
         if trajectory.clip_factor is not None:
             values = values * min(1.0, float(trajectory.clip_factor[step]))
         if self.metric is None:
@@ -103,7 +103,8 @@ class DenseCurvature:
             most.append(self._most(step, i, decay if decoupled else 0.0))
         if self.metric.decay is not None:
             values = values + np.repeat(coupled, self.sizes) * self.metric.decay
-        return np.minimum(values, np.repeat(most, self.sizes))
+        cut: npt.NDArray[np.float64] = np.minimum(values, np.repeat(most, self.sizes))
+        return cut
 
     def _stepped(self, step: int, k: int) -> bool:
         return self.trajectory.active is None or bool(self.trajectory.active[step, k])

@@ -10,7 +10,9 @@ from hydra_pipe.pipeline.drive.stages import Needed, Runner, Stage, run_stage, r
 from hydra_pipe.pipeline.executors.base import Report, Unit
 from hydra_pipe.pipeline.executors.serial import SerialExecutor
 from hydra_pipe.pipeline.reading.run_info import read_info
+from hydra_pipe.storage.documents import dump
 from hydra_pipe.storage.errors import IncompleteStage
+from hydra_pipe.storage.files import write_bytes
 from hydra_pipe.storage.rundir import RunDirectory
 
 
@@ -77,11 +79,33 @@ def test_what_a_stage_needs_is_asked_before_anything_is_made(runner):
     assert "m/work" not in read_info(one.directory).stages
 
 
-def test_what_is_void_is_forgotten_before_the_work(runner):
-    """Killed in the work, nothing is left that was made from what was to be replaced."""
+def of_an_earlier_version(one: Runner, name: str) -> None:
+    """Commit a unit whose manifest does not say what it was made from."""
+    made = one.directory.commit(name, "x", [], {})
+    data = dump(replace(made, inputs=None).document(), seal=True)
+    write_bytes(one.directory.manifest_path(name, "x"), data)
+
+
+def test_what_says_its_inputs_is_void_only_where_they_are_others(runner):
     one, _ = runner
-    one.directory.commit("m/later", "x", [], {})
-    one.directory.commit("other/later", "x", [], {})
+    run_stage(one, stage(one, "a"))
+    reading = one.directory.ledger.remember()
+    one.directory.ledger.use(one.directory.manifests("m/work"))
+    one.directory.commit("m/later", "x", [], {}, reading)
+    one.directory.drop("m/work")
+    run_stage(one, stage(one, "a", voids=["m/later"]))
+    assert one.directory.units("m/later") == ["x"]
+    one.directory.commit("m/work", "a", [], {"rows": 2})
+    one.directory.drop("m/work", "b")
+    run_stage(one, stage(one, "a b"))
+    assert one.directory.units("m/later") == []
+
+
+def test_what_is_void_is_forgotten_before_the_work(runner):
+    """Killed in the work, nothing of an earlier version is left that was made from what was to be replaced."""
+    one, _ = runner
+    for name in ("m/later", "other/later"):
+        of_an_earlier_version(one, name)
     with pytest.raises(KeyboardInterrupt):
         run_stage(one, stage(one, "a b", failing="a", voids=["m/later", "m/none"]))
     assert one.directory.stages() == ["other/later"]

@@ -52,8 +52,8 @@ WORDS = (
     "--quiet",
 )
 ACTOR_SECONDS, MACHINE_SECONDS = 15.0, 60.0
-"""So long at most from the notice that a worker, or a machine, is lost until the unit is at work again."""
-UNIT_TIMEOUT = 12.0
+"""So long at most until a unit is at work again: from the notice that its worker is lost, from the kill of its machine's raylet."""
+UNIT_TIMEOUT = 20.0
 """Of runs with an actor that hangs; longer than any unit here takes."""
 
 
@@ -64,13 +64,15 @@ class Watch:
     Attributes:
         act: Called once, at the event that ``when`` says.
         when: Whether that is this event.
-        seconds: Of every recovery.
+        seconds: Of every recovery, from the notice that a unit was lost.
+        again: When it was at work again, seconds of the clock.
         done: Units that were done.
     """
 
     when: Callable[[events.Event], bool] = lambda event: False
     act: Callable[[], None] = lambda: None
     seconds: list[float] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     _lost: dict[str, float] = field(default_factory=dict)
     _acted: bool = False
@@ -81,6 +83,7 @@ class Watch:
             self._lost[event.unit] = now
         elif isinstance(event, events.UnitStarted) and event.unit in self._lost:
             self.seconds.append(now - self._lost.pop(event.unit))
+            self.again.append(now)
         elif isinstance(event, events.UnitFinished):
             self.done.append(event.unit)
         if not self._acted and self.when(event):
@@ -223,37 +226,45 @@ def _actor(ground: Ground, out: Path, way: tuple[str, str]) -> None:
 
 
 def _machine(ground: Ground, out: Path, stage: str) -> None:
-    """Kill the raylet of the second machine during a stage, once as many of its units are at work as can be."""
+    """Kill the raylet of the second machine during a stage, with as many of its units at work as can be.
+
+    They go on only when the loss was noticed: a worker may outlive its raylet by a moment, and finish a short unit.
+    """
     name, pids, go_on = "raylet killed", set[int](), out.with_suffix(".go-on")
-    units = [unit for unit, _ in ground.places[stage]]
-    at_work: set[str] = set()
+    units, at_work = [unit for unit, _ in ground.places[stage]], set[str]()
+    killed: list[float] = []
 
     def full(event: events.Event) -> bool:
         if isinstance(event, events.UnitStarted) and event.stage == stage:
             at_work.add(event.unit)
+        if isinstance(event, events.UnitRetried):
+            go_on.touch()
         return len(at_work) == min(2, len(units))
 
+    def release() -> None:
+        with contextlib.suppress(FileNotFoundError):  # all is over
+            go_on.touch()
+
     def lose() -> None:
+        killed.append(time.monotonic())
         pids.update(ground.nodes.lose())
-
-    later = threading.Timer(ground.chance.uniform(0.0, 0.6), lose)
-
-    def act() -> None:
-        go_on.touch()
+        # A stage of one unit may have it on the other machine, where nothing is lost.
+        later = threading.Timer(ground.chance.uniform(0.1, 2.0) if len(units) == 1 else 90.0, release)
+        later.daemon = True
         later.start()
 
     (faults := out.with_suffix(".faults")).mkdir()
     plan = FaultPlan(directory=str(faults), script={unit: [f"wait:{go_on}"] for unit in units})
-    watch = Watch(when=full, act=act)
+    watch = Watch(when=full, act=lose)
     try:
         with mock.patch.object(RayExecutor, "run", spoiled(RayExecutor.run, plan)):
             ground.run(out, watch)
-        later.join()
     except HydraError as error:
         ground.tally.note(name, "lost", f"{stage}: {error}")
     else:
-        outcome, why = ground.judge(out, pids | plan.pids(), watch.seconds, MACHINE_SECONDS)
-        ground.tally.note(name, outcome, f"{stage}: {why}", seconds=watch.seconds)
+        took = [again - killed[0] for again in watch.again[:1]]
+        outcome, why = ground.judge(out, pids | plan.pids(), took, MACHINE_SECONDS)
+        ground.tally.note(name, outcome, f"{stage}: {why}", seconds=took)
     ground.nodes.restore()
 
 

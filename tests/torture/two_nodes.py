@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -50,7 +50,7 @@ class TwoNodes:
     def restore(self) -> None:
         """Put another machine in the place of the one that was lost."""
         self.cluster.remove_node(self.second, allow_graceful=False)
-        self.second = self.cluster.add_node(**_second())
+        self.second = _patiently(lambda: self.cluster.add_node(**_second()))
 
     def workers(self) -> set[int]:
         """Return the actors of hydra-pipe that live on either machine."""
@@ -81,12 +81,27 @@ def two_nodes(**more: Any) -> Iterator[TwoNodes]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with mock.patch.dict(os.environ, RAY_TMPDIR=directory, PYTHONPATH=path):
         head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, **more}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = _patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         try:
-            yield TwoNodes(cluster=cluster, second=cluster.add_node(**_second()))
+            yield TwoNodes(cluster=cluster, second=_patiently(lambda: cluster.add_node(**_second())))
         finally:
             cluster.shutdown()
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _patiently(start: Callable[[], Any]) -> Any:
+    """Start a machine of Ray, again where it was not up in the half minute that Ray waits; a busy one takes longer."""
+    for attempt in range(4):
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            return start()
+        except Exception:
+            for child in set(psutil.Process().children(recursive=True)) - before:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            if attempt == 3:
+                raise
+    raise AssertionError
 
 
 def left(pids: Iterable[int], seconds: float = 60.0) -> set[int]:

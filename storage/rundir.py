@@ -253,7 +253,7 @@ class RunDirectory:
         except CorruptStore as error:
             what = str(error).rpartition("; ")[0] or str(error)
             raise CorruptStore(
-                f"{what}; restore it from a copy, or, if you changed it yourself, remove its line document_sha256"
+                f"{what}; restore it from a copy, remove its line document_sha256 if you changed it yourself, or choose another --out"
             ) from error
 
     def _entry(self, name: str) -> FileEntry:

@@ -14,6 +14,7 @@ from ...storage import layout
 from ...storage.errors import IncompleteStage
 from ...storage.tables import read_table
 from ..vocabulary import DETECT
+from .stage_states import refuse_outdated
 from .unit_values import DetectionValues, values_of
 
 if TYPE_CHECKING:
@@ -60,5 +61,5 @@ def read_detection(run: Reader, name: str) -> Detection:
         )
     directory = run.directory
     table = read_table(directory.path(layout.detection(name)), source=directory.vouched)
-    run.current([manifest])
+    refuse_outdated(directory, [manifest])
     return Detection(name=name, table=table, values=values_of(DetectionValues, manifest))

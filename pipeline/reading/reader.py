@@ -8,7 +8,7 @@ samples, M test samples, D trainable parameters.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ...storage import layout
@@ -17,7 +17,7 @@ from ...storage.rundir import RunDirectory
 from ...storage.uri import check_uri
 from ..vocabulary import COMPLETE, FAST, RECORD, REDUCE, REPLAY, TEST_GRADIENTS
 from .run_info import RunInfo
-from .stage_states import stage_state
+from .stage_states import refuse_outdated, stage_state
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import pyarrow.dataset as pa_dataset
     import zarr
 
-    from ...storage.manifest import Manifest
     from ...storage.rows import RowStore
     from ...storage.schemas import Kind
     from ...storage.trajectory import Trajectory
@@ -203,20 +202,8 @@ class Reader:
         from ...storage.contributions import dataset
 
         method = self.method(method)
-        self.current(self.directory.ledger.readable(f"{method}/{REDUCE}"))
+        refuse_outdated(self.directory, self.directory.ledger.readable(f"{method}/{REDUCE}"))
         return dataset(self.directory, kind, method)
-
-    def current(self, units: Sequence[Manifest]) -> None:
-        """Refuse units that were made from another version of what the run holds.
-
-        Raises:
-            IncompleteStage: Names the unit and what it was made from.
-        """
-        why = self.directory.ledger.outdated(units)
-        if why:
-            raise IncompleteStage(
-                f"{self.uri}: {why}; `hydra-pipe status {self.uri}` shows the command that does it again"
-            )
 
     def _state(self, stage: str) -> str:
         return stage_state(self.directory, self.noted, stage).state
@@ -224,7 +211,7 @@ class Reader:
     def _require(self, stage: str) -> None:
         if self._state(stage) != COMPLETE:
             raise self._incomplete(stage)
-        self.current(self.directory.ledger.readable(stage))
+        refuse_outdated(self.directory, self.directory.ledger.readable(stage))
 
     def _incomplete(self, stage: str) -> IncompleteStage:
         state = stage_state(self.directory, self.noted, stage)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ...storage.rundir import RunDirectory
+from ...storage.errors import IncompleteStage
+from ...storage.rundir import Manifest, RunDirectory
 from ..vocabulary import (
     ADJOINT,
     ATTRIBUTE,
@@ -162,3 +163,16 @@ def _sum(values: Sequence[Number | None]) -> Number | None:
     """Return the sum of what is known; None where nothing is."""
     known = [value for value in values if value is not None]
     return sum(known[1:], start=known[0]) if known else None
+
+
+def refuse_outdated(directory: RunDirectory, units: Sequence[Manifest]) -> None:
+    """Refuse units that were made from another version of what the run holds.
+
+    Raises:
+        IncompleteStage: Names the unit and what it was made from.
+    """
+    why = directory.ledger.outdated(units)
+    if why:
+        raise IncompleteStage(
+            f"{directory.uri}: {why}; `hydra-pipe status {directory.uri}` shows the command that does it again"
+        )

@@ -101,8 +101,9 @@ def test_a_record_made_again_makes_what_was_computed_of_it_void(tmp_path):
     run(RunSpec(**fields, at=5))
     other = {**fields, "out": str(tmp_path / "other"), "seed": 8}
     run(RunSpec(**other), stages=("record",))
-    shutil.rmtree(tmp_path / "run" / "trajectory.zarr")
-    shutil.copytree(tmp_path / "other" / "trajectory.zarr", tmp_path / "run" / "trajectory.zarr")
+    for part in ("trajectory.zarr", "manifests/record"):
+        shutil.rmtree(tmp_path / "run" / part)
+        shutil.copytree(tmp_path / "other" / part, tmp_path / "run" / part)
     notes = []
     with pytest.raises(ReplayDiverged):  # since it is the record of another seed
         run(RunSpec(**fields, at=5), observer=lambda event: notes.append(getattr(event, "message", "")))

@@ -67,8 +67,9 @@ def test_every_field_of_the_spec_can_be_given(tmp_path: Any) -> None:
     assert same == [
         "at_checkpoint",
         "at",
+        "wait",
         "reduce_memory",
-    ]  # instead of a training; its middle; 1GiB is the default
+    ]  # instead of a training; its middle; not waiting and 1GiB are the default
     assert spec_of("--at", "4").at == 4
     assert spec_of("--at-checkpoint", str(tmp_path / "w.pt")).at_checkpoint == str(tmp_path / "w.pt")
     assert (spec.shards, spec.memory, spec.recipe_args) == (3, 4 << 30, {"a": 1})
@@ -250,7 +251,7 @@ def test_every_option_of_the_spec_stands_below_the_heading_of_its_group() -> Non
 
 
 def test_who_takes_what_follows_from_the_fields() -> None:
-    assert PLACEMENT == ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers")
+    assert PLACEMENT == ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers", "wait")
     assert BUDGET == ("memory", "reduce_memory", "max_attempts", "start_timeout", "unit_timeout")
     assert (*PLACEMENT, *BUDGET) == stored_spec.PLACEMENT
     assert set(OF_THE_RUN) == {"executor", "cpus_per_actor", "threads", "device"}

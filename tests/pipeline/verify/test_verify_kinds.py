@@ -19,6 +19,7 @@ from hydra_pipe.storage.rundir import RunDirectory
 
 from hydra_pipe import open_run
 from tests.every_kind import every_kind, listed
+from tests.forging import vouch
 
 FOLDERS = [kind.folder for kind in layout.KINDS]
 
@@ -138,15 +139,6 @@ def other_unit(table: pa.Table) -> pa.Table:
     return table.set_column(at, "unit", pa.array(["unheard-of"] * len(table)))
 
 
-def commit_anew(place: Path, beginnings: set[str]) -> None:
-    """Write manifests for the files as they are: only the contents can give them away."""
-    directory = RunDirectory(str(place))
-    for stage in directory.stages():
-        for m in directory.manifests(stage):
-            if any(f.path.startswith(tuple(beginnings)) for f in m.files):
-                directory.commit(stage, m.unit, [f.path for f in m.files], m.values)
-
-
 NORMS = layout.training_gradients("norms")
 RANK, FAST, EXACT, SEEDS = "hydra-ekfac-rank2", "hydra", "hydra-exact", "hydra-seeds2"
 LOOKED = "over_training/every-2-ekfac"
@@ -205,7 +197,7 @@ def disagreeing(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
         mine = [case for case, its in zip(CONTENTS, rounds, strict=True) if its == number]
         for where, change, given, _ in mine:
             change(place, where, *given)
-        commit_anew(place, {where for where, *_ in mine})
+        vouch(place)
         found[number] = verify(open_run(place))
     return found
 

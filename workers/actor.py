@@ -10,6 +10,8 @@ import os
 import pickle
 import platform
 import socket
+import threading
+import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
@@ -35,6 +37,7 @@ class UnitWorker:
     def __init__(self, gpus: float) -> None:
         if not gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        end_with_parent()
         self._handler: Callable[..., dict[str, Any]] | None = None
         self._progress: Progress | None = None
 
@@ -80,6 +83,22 @@ class UnitWorker:
     def pid(self) -> int:
         """Return the process id; answers while ``run`` computes."""
         return os.getpid()
+
+
+def end_with_parent(every: float = 1.0) -> None:
+    """Have this process end, whatever it does, when the one that started it is gone.
+
+    A worker whose raylet died would otherwise work on, and live as long as the cluster does: Ray asks it to end,
+    and waits for the unit in work.
+    """
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=look, name="hydra-pipe-parent", daemon=True).start()
 
 
 def versions() -> dict[str, str]:

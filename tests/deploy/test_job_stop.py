@@ -53,9 +53,13 @@ def test_ray_job_stop_and_submit_again(tmp_path: Path, monkeypatch: pytest.Monke
         "ekfac",
     ]
     command += ["--out", str(out)]
-    with two_nodes(include_dashboard=True, dashboard_port=port) as nodes:
+    ports = {"dashboard_port": port, "dashboard_agent_listen_port": free_port()}
+    with two_nodes(include_dashboard=True, **ports) as nodes:
         client = JobSubmissionClient(f"http://127.0.0.1:{port}")
-        assert submit.main([*words, *command]) == 0
+        deadline = time.monotonic() + 120
+        while submit.main([*words, *command]) != 0:  # what takes jobs comes up after the dashboard
+            assert time.monotonic() < deadline
+            time.sleep(1)
         begun = out / "manifests" / "hydra-ekfac" / "replay" / "shard-00000.json"
         deadline = time.monotonic() + 300
         while not begun.exists():

@@ -237,8 +237,6 @@ def _machine(ground: Ground, out: Path, stage: str) -> None:
     def full(event: events.Event) -> bool:
         if isinstance(event, events.UnitStarted) and event.stage == stage:
             at_work.add(event.unit)
-        if isinstance(event, events.UnitRetried):
-            go_on.touch()
         return len(at_work) == min(2, len(units))
 
     def release() -> None:
@@ -253,12 +251,17 @@ def _machine(ground: Ground, out: Path, stage: str) -> None:
         later.daemon = True
         later.start()
 
+    def listen(event: events.Event) -> None:
+        watch(event)
+        if isinstance(event, events.UnitRetried):
+            release()
+
     (faults := out.with_suffix(".faults")).mkdir()
     plan = FaultPlan(directory=str(faults), script={unit: [f"wait:{go_on}"] for unit in units})
     watch = Watch(when=full, act=lose)
     try:
         with mock.patch.object(RayExecutor, "run", spoiled(RayExecutor.run, plan)):
-            ground.run(out, watch)
+            ground.run(out, listen)
     except HydraError as error:
         ground.tally.note(name, "lost", f"{stage}: {error}")
     else:

@@ -60,7 +60,7 @@ def kills(
             kinds.append(SIGNALS[sent])
             if code not in STOPPED[sent]:
                 tally.note(SIGNALS[sent], "crashed", f"exit code {code}: {said.read_text()[-300:]}")
-        code = nursery.drive(words(out, 0), said=said)
+        code = nursery.drive(words(out, 0.02), said=said)
         result, detail = _ended(out, code, said, right)
         for kind in kinds:
             tally.note(kind, result, detail)

@@ -431,6 +431,11 @@ def test_a_decision_is_seen_in_status_and_is_no_part_of_the_run(there):
 def test_a_new_record_makes_decisions_void(there):
     clean(there, drop=5, name="mine")
     there.directory.drop("record")
+    same = run(RunSpec(recipe=Small(), out=there.uri, mode="adjoint", targets="mean", **SERIAL))
+    assert decision_names(same) == ["mine"], "the same bits make nothing void"
+    (record,) = there.directory.manifests("record")
+    files = [entry.path for entry in record.files]
+    there.directory.commit("record", record.unit, files, {**record.values, "checked_steps": 0})
     again = run(RunSpec(recipe=Small(), out=there.uri, mode="adjoint", targets="mean", **SERIAL))
     assert decision_names(again) == []
     assert stage_state(again.directory, again.noted, "clean").state == "missing"

@@ -520,7 +520,8 @@ def test_a_damaged_table_gets_its_line(built, table, by):
         line = str(caught.value)
     else:
         line = refused(built.uri, "--by", by)
-    assert f"a table of {built.uri} cannot be read (" in line
+    assert f"{built.uri}: {table}/" in line
+    assert " is damaged: " in line
     assert f"`hydra-pipe verify {built.uri}` names what is damaged" in line
     assert "\n" not in line
 

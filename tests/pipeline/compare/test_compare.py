@@ -122,7 +122,7 @@ def test_a_missing_pair_is_noticed(tmp_path: Path):
     add_method(built, "hydra-exact", built.exact)
     part = next(Path(built.uri).glob("contributions/method=hydra-exact/part-00001*"))
     part.unlink()
-    with pytest.raises(CorruptStore, match="part-00001-00000.parquet is damaged: missing"):
+    with pytest.raises(CorruptStore, match=r"part-00001-00000\.parquet is damaged: missing"):
         compare(open_run(built.uri))
 
 

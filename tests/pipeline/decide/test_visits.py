@@ -28,6 +28,7 @@ from hydra_pipe.storage.errors import HydraError, IncompleteStage, InputError, S
 from hydra_pipe.storage.visits import Visits
 from torch.utils.data import TensorDataset
 
+from tests.forging import vouch
 from tests.recipes import Small
 
 NAMES = ("margin", "loss", "final-loss", "early-loss", "forgetting", "variability", "confident")
@@ -305,6 +306,7 @@ def test_verify_finds_a_changed_visit(copy: Path) -> None:
     assert verify(open_run(copy)).ok
 
     def problems() -> list[str]:
+        vouch(copy)
         contents = Contents(open_run(copy), lambda _done, _what: None)
         check_visits(contents)
         return contents.problems

@@ -538,7 +538,7 @@ def test_evaluate_averages_the_truth_too(place):
     assert np.allclose(stored, wanted, rtol=1e-12)
     with pytest.raises(InputError, match=r"no run with seed 6, only 3, 4, 5; make it with"):
         evaluate(str(place), Small(), questions=replace(asked, seeds=4))
-    with pytest.raises(SpecError, match="seeds 0: must be at least 1"):
+    with pytest.raises(SpecError, match="seeds 0: must be a whole number, at least 1 and at most"):
         Questions(seeds=0)
     assert verify(open_run(place)).ok
 

@@ -68,12 +68,16 @@ def test_a_wrong_type_is_refused_by_field_everywhere(place, change, message):
     edit(place, change)
     with pytest.raises(CorruptStore, match=f"run.json: {message}"):
         open_run(place)
-    for words in (["status", str(place)], ["top", str(place)], ["verify", str(place)]):
+    for words in (["status", str(place)], ["top", str(place)]):
         shown = CliRunner().invoke(main, words)
-        assert shown.exit_code in (1, 2), words
+        assert shown.exit_code == 1, words
         (line,) = shown.stderr.strip().splitlines()
         assert "run.json: " in line
         assert "restore the file" in line
+    verdict = CliRunner().invoke(main, ["verify", str(place), "--format", "json"])
+    assert verdict.exit_code == 1
+    (problem,) = json.loads(verdict.stdout)["problems"]
+    assert "run.json: " in problem
 
 
 def test_a_manifest_of_a_wrong_type_is_named_by_verify(place):

@@ -129,6 +129,7 @@ def verify(run: Reader, *, progress: Progress | None = None) -> Verification:
 
 
 def _verify(run: Reader, progress: Progress | None) -> Verification:
+    run.directory.ledger.refresh()  # the run as it is now, whenever it was opened
     try:
         verifier = _Verifier(run, progress)
     except HydraError as error:  # a manifest that cannot be read: nothing can be held against it

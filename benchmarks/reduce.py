@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from hydra_pipe.pipeline.plan.plan import reduce_tiles
 from hydra_pipe.pipeline.units.reduce import ReduceJob, bounds, reduce_rows
+from hydra_pipe.storage import layout
+from hydra_pipe.storage.files import list_files
 from hydra_pipe.storage.rows import RowStore, chunk_rows_for
 from hydra_pipe.storage.rundir import RunDirectory
 from hydra_pipe.workers.determinism import prepare_process
@@ -49,6 +51,12 @@ def _shape(
         run_uri / "hypergradients" / "method=hydra.zarr", "hypergradient", tracked, dimension, draw
     )
     right, right_rows = _store(run_uri / "test_gradients.zarr", "gradient", tests, dimension, draw)
+    for stage, unit, store in (
+        ("hydra/replay", "shard-00000", layout.hypergradients("hydra")),
+        ("test-gradients", "block-00000", layout.TEST_GRADIENTS),
+    ):
+        names = [f"{store}/{name}" for name in list_files(run_directory.path(store))]
+        run_directory.commit(stage, unit, names, {})
     tiles = reduce_tiles(tracked, tests, dimension * 4, sizes["memory"])
     unknown = np.zeros(tracked, dtype=np.int64)
     job = ReduceJob(

@@ -17,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from tests.torture.cluster import cluster
+from tests.torture.pairs import pairs
 from tests.torture.session import faults, mutations
+from tests.torture.stores import stores
 from tests.torture.tally import Tally
 
 
@@ -26,8 +28,12 @@ from tests.torture.tally import Tally
 @click.option("--mutations", "mutated", default=1000, show_default=True, help="Damaged files.")
 @click.option("--faults", "disturbed", default=200, show_default=True, help="Disturbed drivers.")
 @click.option("--ray", "on_ray", default=24, show_default=True, help="Disturbed runs on Ray.")
+@click.option("--pairs", "paired", default=50, show_default=True, help="Pairs of commands on one run.")
+@click.option("--stores", "stored", default=12, show_default=True, help="Runs on an S3 that fails.")
 @click.option("--to", type=click.Path(path_type=Path), help="Write the counts there, as JSON.")
-def main(seed: int, mutated: int, disturbed: int, on_ray: int, to: Path | None) -> None:
+def main(
+    seed: int, mutated: int, disturbed: int, on_ray: int, paired: int, stored: int, to: Path | None
+) -> None:
     """Damage runs and disturb drivers; nothing may be wrong, silent, lost, crashed or untidy."""
     os.fsync = lambda descriptor: None  # no power is cut here
     tally, skipped, began = Tally(), [], time.monotonic()
@@ -36,6 +42,8 @@ def main(seed: int, mutated: int, disturbed: int, on_ray: int, to: Path | None) 
         for name, work, count in (
             ("mutations", mutations, mutated),
             ("drivers", faults, disturbed),
+            ("pairs", pairs, paired),
+            ("S3", stores, stored),
             ("Ray", cluster, on_ray),
         ):
             if not count:

@@ -71,10 +71,11 @@ def pairs(
     tally: Tally,
     *,
     count: int,
-    chance: random.Random,
+    seed: int,
     heard: Callable[[], None] = lambda: None,
 ) -> None:
     """Start ``count`` pairs, a third of them with ``--wait``; then each command once more, alone."""
+    chance = random.Random(f"{seed} pairs")
     with Drivers() as drivers:
         sound = scratch / "sound"
         assert drivers.start((*RUN, "--out", sound)).wait() == 0

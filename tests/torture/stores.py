@@ -31,10 +31,11 @@ def stores(
     tally: Tally,
     *,
     count: int,
-    chance: random.Random,
+    seed: int,
     heard: Callable[[], None] = lambda: None,
 ) -> None:
     """Make ``count`` runs in turn on a faulty store, killed at a request, and through an outage."""
+    chance = random.Random(f"{seed} stores")
     with bucket() as held, mock.patch.dict(os.environ, held.environment):
         nursery = Nursery()
         try:

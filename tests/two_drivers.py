@@ -27,7 +27,7 @@ from typing import Self
 ROOT = Path(__file__).resolve().parents[1]
 
 _CODE = """
-import os, sys, json, signal
+import os, sys, json, resource, signal
 import hydra_pipe.pipeline.run, hydra_pipe.workers.training.record, hydra_pipe.pipeline.units.reduce
 import hydra_pipe.pipeline.units.estimate, hydra_pipe.workers.estimators, hydra_pipe.workers.ekfac.curvature
 import hydra_pipe.pipeline.decide.detect, hydra_pipe.pipeline.evaluate.evaluate
@@ -49,10 +49,13 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         sys.stdin.close()
-        os.dup2(os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+        os.dup2(os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
         os.dup2(2, 1)
         for name, value in asked["seconds"].items():
             setattr(lock, name, value)
+        for name, value in asked["limits"].items():
+            which = getattr(resource, name)
+            resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
         main(asked["words"])
         os._exit(0)
     print(child, flush=True)
@@ -129,15 +132,29 @@ class Drivers:
         self._process.stdin.flush()
         return self._line()
 
-    def start(self, words: Sequence[object], **seconds: float) -> Driver:
+    def start(
+        self,
+        words: Sequence[object],
+        *,
+        said: Path | None = None,
+        limits: Mapping[str, int] | None = None,
+        **seconds: float,
+    ) -> Driver:
         """Start ``hydra-pipe`` with these words.
 
         Args:
             words: Of the command line.
+            said: File for what it writes; None: one of its own.
+            limits: Soft limits of its process, by their names in `resource`.
             seconds: Constants of ``storage.lock`` that are others for it.
         """
-        log = Path(self._logs.name, f"{len(self._started)}.log")
-        asked = {"words": [str(word) for word in words], "log": str(log), "seconds": seconds}
+        log = said or Path(self._logs.name, f"{len(self._started)}.log")
+        asked = {
+            "words": [str(word) for word in words],
+            "log": str(log),
+            "limits": dict(limits or {}),
+            "seconds": seconds,
+        }
         driver = Driver(self, int(self.ask(asked)), log)
         self._started.append(driver)
         return driver

@@ -24,6 +24,7 @@ from tests.end_to_end.slow_recipes import Paused, Wide
 from tests.end_to_end.support import Heard, assert_same_bits, cli, files, manifests, numbers, serial
 from tests.faults import FaultPlan, spoiled
 from tests.recipes import Images, Small
+from tests.small_disk import fill, mounted
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,8 @@ def test_killed_workers_change_no_bit(ray_cluster, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    found = Nursery()
-    yield found
-    found.close()
+    with Nursery() as found:
+        yield found
 
 
 def test_a_driver_killed_again_and_again_ends_with_the_same_bits(nursery, right, tmp_path):
@@ -331,25 +331,11 @@ def test_stages_one_by_one_are_the_run(wholes, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], check=False, capture_output=True
-    )
-    if done.returncode != 0:
-        pytest.skip("mounting is not permitted here")
     try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(place: Path, leave: int) -> Path:
-    """Fill a file system up to ``leave`` free bytes; return the file to remove."""
-    filler = place / ".filler"
-    free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
-    filler.write_bytes(b"x" * max(0, free - leave))
-    return filler
+        with mounted(tmp_path / "disk", "4m") as place:
+            yield place
+    except PermissionError as error:
+        pytest.skip(str(error))
 
 
 def test_a_disk_that_fills_up_during_replay(small_disk, tmp_path):

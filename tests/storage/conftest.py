@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+
+from tests.small_disk import mounted
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -30,17 +31,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB; the test is skipped where mounting is not allowed."""
-    target = tmp_path / "small"
-    target.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(target)]
     try:
-        done = subprocess.run(mount, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip("mounting is not allowed here")
-    yield target
-    subprocess.run(["umount", str(target)], check=True)
+        with mounted(tmp_path / "small", "1m") as place:
+            yield place
+    except PermissionError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(params=["at once", "later"])

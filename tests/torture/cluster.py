@@ -25,7 +25,8 @@ from hydra_pipe import RunSpec, run
 from tests.end_to_end.nursery import PAUSED, Nursery
 from tests.faults import FaultPlan, spoiled
 from tests.torture.drivers import SIGNALS, STOPPED
-from tests.torture.judge import expected, problems
+from tests.torture.ground import Ground
+from tests.torture.judge import expected, untidy
 from tests.torture.tally import Tally
 from tests.torture.two_nodes import TwoNodes, left, two_nodes
 
@@ -92,25 +93,15 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ground:
-    """What the faults are tried on.
+class RayGround(Ground):
+    """The same on two machines of Ray.
 
     Attributes:
         nodes: The two machines.
-        nursery: Makes drivers.
-        scratch: A directory.
-        tally: Gets the outcomes.
-        chance: What draws the faults.
-        right: The answers of the undisturbed run.
         places: Units by stage, with the number of times that each reports.
     """
 
     nodes: TwoNodes
-    nursery: Nursery
-    scratch: Path
-    tally: Tally
-    chance: random.Random
-    right: dict[str, str]
     places: Mapping[str, Sequence[tuple[str, int]]]
 
     def run(self, out: Path, observer: events.Observer, **fields: Any) -> None:
@@ -126,10 +117,10 @@ class Ground:
             return "lost", f"done again: {again.done}"
         if expected(out) != self.right:
             return "wrong", "other numbers"
-        found = [str(path) for path in out.rglob("*.partial*")] + list(problems(out))
-        found += [f"process {pid} is left" for pid in left(pids)]
-        if found:
-            return "untidy", str(found[:3])
+        if found := untidy(out):
+            return found
+        if remaining := left(pids):
+            return "untidy", f"processes {remaining} are left"
         if late := [f"{one:.1f} s" for one in seconds if one > limit]:
             return "late", f"at work again after {late}, {limit:g} s are allowed"
         return "repaired", ""
@@ -139,32 +130,28 @@ def cluster(
     scratch: Path, tally: Tally, *, count: int, seed: int, heard: Callable[[], None] = lambda: None
 ) -> None:
     """Disturb ``count`` runs on Ray: half of them by actors, the others by machines and drivers in turn."""
-    nursery = Nursery()
-    try:
-        with two_nodes() as nodes:
-            watched: list[events.Event] = []
-            spec = RunSpec(out=str(scratch / "right"), executor="serial", **FIELDS)
-            run(spec, observer=watched.append)
-            ground = Ground(
-                nodes=nodes,
-                nursery=nursery,
-                scratch=scratch,
-                tally=tally,
-                chance=random.Random(f"{seed} cluster"),
-                right=expected(scratch / "right"),
-                places=_places(watched),
-            )
-            ways = {
-                _actor: cycle(_ways(ground)),
-                _machine: cycle(ground.places),
-                _driver: cycle((False, True)),
-            }
-            for number in range(count):
-                kind = (_actor, _machine, _actor, _driver)[number % 4]
-                kind(ground, scratch / f"run-{number}", next(ways[kind]))
-                heard()
-    finally:
-        nursery.close()
+    with Nursery() as nursery, two_nodes() as nodes:
+        watched: list[events.Event] = []
+        spec = RunSpec(out=str(scratch / "right"), executor="serial", **FIELDS)
+        run(spec, observer=watched.append)
+        ground = RayGround(
+            nodes=nodes,
+            nursery=nursery,
+            scratch=scratch,
+            tally=tally,
+            chance=random.Random(f"{seed} cluster"),
+            right=expected(scratch / "right"),
+            places=_places(watched),
+        )
+        ways = {
+            _actor: cycle(_ways(ground)),
+            _machine: cycle(ground.places),
+            _driver: cycle((False, True)),
+        }
+        for number in range(count):
+            kind = (_actor, _machine, _actor, _driver)[number % 4]
+            kind(ground, scratch / f"run-{number}", next(ways[kind]))
+            heard()
 
 
 def _places(watched: Sequence[events.Event]) -> dict[str, list[tuple[str, int]]]:
@@ -177,7 +164,7 @@ def _places(watched: Sequence[events.Event]) -> dict[str, list[tuple[str, int]]]
     return found
 
 
-def _ways(ground: Ground) -> Iterator[tuple[str, str]]:
+def _ways(ground: RayGround) -> Iterator[tuple[str, str]]:
     """Return stages and faults such that after few of them each stage and each fault was met."""
     stages = list(ground.places)
     faults = ("kill", "kill@", "kill-after", "hang", "kill>", "stop", "exit:3", "straggle")
@@ -190,7 +177,7 @@ def _ways(ground: Ground) -> Iterator[tuple[str, str]]:
     yield from (pair for pair in pairs if pair[1] != "straggle" or len(ground.places[pair[0]]) > 1)
 
 
-def _actor(ground: Ground, out: Path, way: tuple[str, str]) -> None:
+def _actor(ground: RayGround, out: Path, way: tuple[str, str]) -> None:
     """Have the worker of one unit die, hang or stand still."""
     stage, fault = way
     unit, steps = ground.chance.choice(ground.places[stage])
@@ -225,7 +212,7 @@ def _actor(ground: Ground, out: Path, way: tuple[str, str]) -> None:
     ground.tally.note(name, outcome, f"{detail}: {why}", seconds=watch.seconds)
 
 
-def _machine(ground: Ground, out: Path, stage: str) -> None:
+def _machine(ground: RayGround, out: Path, stage: str) -> None:
     """Kill the raylet of the second machine during a stage, with as many of its units at work as can be.
 
     They go on only when the loss was noticed: a worker may outlive its raylet by a moment, and finish a short unit.
@@ -271,7 +258,7 @@ def _machine(ground: Ground, out: Path, stage: str) -> None:
     ground.nodes.restore()
 
 
-def _driver(ground: Ground, out: Path, own: bool) -> None:
+def _driver(ground: RayGround, out: Path, own: bool) -> None:
     """Signal drivers at random moments, on the two machines or each with a Ray of its ``own``; the last one finishes."""
     said, hit = out.with_suffix(".said"), []
 

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from hydra_pipe.pipeline.opened_run import Run, open_run
 from hydra_pipe.pipeline.verify.verify import verify
+from hydra_pipe.storage import files
 from hydra_pipe.storage.errors import HydraError
 
 Answer = Callable[[Run], Any]
@@ -88,6 +89,28 @@ def problems(place: Path | str) -> tuple[str, ...]:
         return tuple(verify(open_run(place)).problems)
     except HydraError as error:
         return (str(error),)
+
+
+def untidy(place: Path | str) -> tuple[str, str] | None:
+    """Return what a run has that it should not, as an outcome; None: nothing."""
+    left = [name for name in files.list_files(str(place)) if files.PARTIAL in name] + list(problems(place))
+    return ("untidy", str(left[:3])) if left else None
+
+
+def ended(place: Path | str, code: int, said: str, right: Mapping[str, str]) -> tuple[str, str]:
+    """Return what became of a run after its last driver, which nothing disturbed.
+
+    Args:
+        place: The run.
+        code: The driver's exit code.
+        said: What it printed.
+        right: Answers of the sound run.
+    """
+    if code != 0:
+        return "lost", f"run again: exit code {code}: {said[-300:]}"
+    if expected(place) != right:
+        return "wrong", "other numbers"
+    return untidy(place) or ("repaired", "")
 
 
 def _trajectory(run: Run) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_pipe import open_run
-from tests.torture.judge import expected, problems
+from tests.torture.judge import expected, untidy
 from tests.torture.tally import Tally
 from tests.two_drivers import Drivers
 
@@ -112,8 +112,7 @@ def _outcome(
     now = expected(out)
     if pair.refused == USED and any(now[name] != digest for name, digest in right.items()):
         return "wrong", "other numbers"
-    left = [str(path) for path in out.rglob("*.partial*")] + list(problems(out))
-    return ("untidy", str(left[:3])) if left else ("unharmed", "")
+    return untidy(out) or ("unharmed", "")
 
 
 def _words(words: tuple[str, ...], out: Path, waits: bool) -> list[str]:

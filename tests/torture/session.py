@@ -12,6 +12,7 @@ from tests.every_kind import every_kind
 from tests.recipes import Small
 from tests.torture import drivers
 from tests.torture.damage import damage
+from tests.torture.ground import Ground
 from tests.torture.tally import Tally
 
 
@@ -60,8 +61,8 @@ def faults(
     Returns:
         What could not be tried here, a line each.
     """
-    nursery, skipped = Nursery(), []
-    try:
+    skipped = []
+    with Nursery() as nursery:
         right = drivers.sound(nursery, scratch / "right")
         shares = {
             drivers.kills: count - 2 * (count // 4),
@@ -69,11 +70,16 @@ def faults(
             drivers.limits: count // 4,
         }
         for kind, share in shares.items():
-            chance = random.Random(f"{seed} {kind.__name__}")
+            ground = Ground(
+                nursery=nursery,
+                scratch=scratch,
+                tally=tally,
+                chance=random.Random(f"{seed} {kind.__name__}"),
+                right=right,
+                heard=heard,
+            )
             try:
-                kind(nursery, scratch, tally, count=share, chance=chance, right=right, heard=heard)
+                kind(ground, share)
             except PermissionError as error:
                 skipped.append(f"{kind.__name__}: {error}")
-    finally:
-        nursery.close()
     return skipped

@@ -15,7 +15,8 @@ from hydra_pipe.storage import files
 
 from tests.end_to_end.nursery import OPTIONS, Nursery
 from tests.torture.bucket import SECRET, Bucket, bucket
-from tests.torture.judge import expected, problems
+from tests.torture.ground import Ground
+from tests.torture.judge import ended, expected
 from tests.torture.tally import Tally
 
 SIZE = ("--track", "6", "--test", "4", "--epochs", "1")
@@ -35,83 +36,56 @@ def stores(
     heard: Callable[[], None] = lambda: None,
 ) -> None:
     """Make ``count`` runs in turn on a faulty store, killed at a request, and through an outage."""
-    chance = random.Random(f"{seed} stores")
-    with bucket() as held, mock.patch.dict(os.environ, held.environment):
-        nursery = Nursery()
-        try:
-            assert nursery.drive(words(str(scratch / "right"))) == 0
-            right = expected(scratch / "right")
-            quiet = _requests(nursery, held, scratch)
-            for number in range(count):
-                kind = (_faulty, _killed, _outage)[number % 3]
-                kind(nursery, held, scratch / "said", f"run-{number}", tally, chance, right, quiet)
-                heard()
-        finally:
-            nursery.close()
+    with bucket() as held, mock.patch.dict(os.environ, held.environment), Nursery() as nursery:
+        assert nursery.drive(words(str(scratch / "right"))) == 0
+        ground = Ground(
+            nursery=nursery,
+            scratch=scratch,
+            tally=tally,
+            chance=random.Random(f"{seed} stores"),
+            right=expected(scratch / "right"),
+        )
+        assert nursery.drive(words(held.uri("quiet")), said=ground.said) == 0, ground.said.read_text()
+        quiet = held.seen.total()
+        for number in range(count):
+            kind = (_faulty, _killed, _outage)[number % 3]
+            kind(ground, held, held.uri(f"run-{number}"), quiet)
+            heard()
 
 
-def _requests(nursery: Nursery, held: Bucket, scratch: Path) -> int:
-    """Return how many requests an undisturbed run makes."""
-    assert nursery.drive(words(held.uri("quiet")), said=scratch / "said") == 0, (scratch / "said").read_text()
-    return held.seen.total()
-
-
-def _faulty(
-    nursery: Nursery,
-    held: Bucket,
-    said: Path,
-    name: str,
-    tally: Tally,
-    chance: random.Random,
-    right: dict[str, str],
-    quiet: int,
-) -> None:
-    held.chance = random.Random(chance.random())
-    held.rate = chance.uniform(0.02, 0.2)
-    code = nursery.drive(words(held.uri(name)), said=said)
+def _faulty(ground: Ground, held: Bucket, out: str, quiet: int) -> None:
+    held.chance = random.Random(ground.chance.random())
+    held.rate = ground.chance.uniform(0.02, 0.2)
+    code = ground.nursery.drive(words(out), said=ground.said)
     held.rate = 0.0
     if code != 0:
-        tally.note("faulty store", "lost", f"retries did not get through: {said.read_text()[-300:]}")
+        ground.tally.note(
+            "faulty store", "lost", f"retries did not get through: {ground.said.read_text()[-300:]}"
+        )
         return
-    tally.note("faulty store", *_ended(nursery, held, name, said, right))
+    ground.tally.note("faulty store", *_ended(ground, out))
 
 
-def _killed(
-    nursery: Nursery,
-    held: Bucket,
-    said: Path,
-    name: str,
-    tally: Tally,
-    chance: random.Random,
-    right: dict[str, str],
-    quiet: int,
-) -> None:
-    last = held.seen.total() + chance.randrange(quiet)
+def _killed(ground: Ground, held: Bucket, out: str, quiet: int) -> None:
+    last = held.seen.total() + ground.chance.randrange(quiet)
 
     def kill(number: int) -> None:
-        if number == last and nursery.child is not None:
+        if number == last and ground.nursery.child is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(nursery.child, signal.SIGKILL)
+                os.kill(ground.nursery.child, signal.SIGKILL)
 
     with mock.patch.object(held, "after", kill):
-        code = nursery.drive(words(held.uri(name)), said=said)
+        code = ground.nursery.drive(words(out), said=ground.said)
     if code not in (0, -signal.SIGKILL):
-        tally.note("driver killed at a request", "crashed", f"exit code {code}: {said.read_text()[-300:]}")
+        ground.tally.note(
+            "driver killed at a request", "crashed", f"exit code {code}: {ground.said.read_text()[-300:]}"
+        )
         return
-    tally.note("driver killed at a request", *_ended(nursery, held, name, said, right))
+    ground.tally.note("driver killed at a request", *_ended(ground, out))
 
 
-def _outage(
-    nursery: Nursery,
-    held: Bucket,
-    said: Path,
-    name: str,
-    tally: Tally,
-    chance: random.Random,
-    right: dict[str, str],
-    quiet: int,
-) -> None:
-    last = held.seen.total() + chance.randrange(quiet)
+def _outage(ground: Ground, held: Bucket, out: str, quiet: int) -> None:
+    last = held.seen.total() + ground.chance.randrange(quiet)
 
     def down(number: int) -> None:
         if number >= last:
@@ -119,27 +93,20 @@ def _outage(
 
     began = time.monotonic()
     with mock.patch.object(held, "after", down):
-        code = nursery.drive(words(held.uri(name)), said=said)
+        code = ground.nursery.drive(words(out), said=ground.said)
     held.rate, held.kinds = 0.0, Bucket().kinds
-    spoken, took = said.read_text(), time.monotonic() - began
+    spoken, took = ground.said.read_text(), time.monotonic() - began
     lines = [line for line in spoken.splitlines() if line.startswith("error:")]
     if code not in (0, 1) or (code == 1 and len(lines) != 1) or "Traceback" in spoken or took > 300:
-        tally.note("store down", "crashed", f"exit code {code} after {took:.0f} s: {spoken[-300:]}")
+        ground.tally.note("store down", "crashed", f"exit code {code} after {took:.0f} s: {spoken[-300:]}")
         return
-    tally.note("store down", *_ended(nursery, held, name, said, right))
+    ground.tally.note("store down", *_ended(ground, out))
 
 
-def _ended(nursery: Nursery, held: Bucket, name: str, said: Path, right: dict[str, str]) -> tuple[str, str]:
+def _ended(ground: Ground, out: str) -> tuple[str, str]:
     """Return what became of a run after the same command with nothing in its way."""
-    out = held.uri(name)
-    code = nursery.drive(words(out), said=said)
-    if code != 0:
-        return "lost", f"run again: exit code {code}: {said.read_text()[-300:]}"
-    if expected(out) != right:
-        return "wrong", "other numbers"
-    left = list(problems(out))
+    code = ground.nursery.drive(words(out), said=ground.said)
+    found, detail = ended(out, code, ground.said.read_text(), ground.right)
     listed = files.list_files(out)
-    left += [
-        f"{path} holds the secret" for path in listed if SECRET.encode() in files.read_bytes(f"{out}/{path}")
-    ]
-    return ("untidy", str(left[:3])) if left else ("repaired", "")
+    told = [path for path in listed if SECRET.encode() in files.read_bytes(f"{out}/{path}")]
+    return ("untidy", f"the secret is in {told[:3]}") if told else (found, detail)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import os
 
+from ..storage.refused import REMEDIES
+
 _REMEDIES = {
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "end other work: the system has too many files open",
+    **REMEDIES,
     errno.ENOSPC: "free some space, then run the same command again: what is committed is kept",
     errno.EDQUOT: "free some space, then run the same command again: what is committed is kept",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",

@@ -24,7 +24,9 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 from . import chunks, files
 from .documents import parse, taken_apart
 from .errors import CorruptStore, DoesNotFit, IncompleteStage, StoreError
+from .refused import full_disk_guard
 from .sourced import Sourced
+from .threads import in_threads
 from .uri import is_local, join
 
 T = TypeVar("T")
@@ -57,7 +59,7 @@ def open_store(uri: str, *, read_only: bool) -> LocalStore | FsspecStore:
 
 def write_group(uri: str, attrs: dict[str, Any]) -> None:
     """Create the group at ``uri`` if it is not there, and set all its attributes at once."""
-    with files.full_disk_guard(uri):
+    with full_disk_guard(uri):
         group = zarr.open_group(open_store(uri, read_only=False), mode="a", zarr_format=3)
         group.attrs.put(attrs)
 
@@ -159,7 +161,7 @@ class StoredArray:
         if fill is None:
             fill = np.nan if kind.kind == "f" else kind.type(0)
         array, group = _documents(shape, kind, chunk, dimensions, fill)
-        with files.full_disk_guard(uri):
+        with full_disk_guard(uri):
             files.remove(join(uri, name), recursive=True)
             parts = name.split("/")
             for k in range(len(parts)):
@@ -376,7 +378,7 @@ def run_all(function: Callable[[T], None], items: Iterable[T], uri: str) -> None
             failed.set()
             raise
 
-    files.in_threads(unless_failed, work, limit)
+    in_threads(unless_failed, work, limit)
 
 
 def _cores() -> int:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from . import files, layout
 from .errors import CorruptStore, IncompleteStage, StoreError
+from .refused import full_disk_guard
 from .rundir import RunDirectory
 from .schemas import CONTRIBUTIONS, SCHEMAS, Kind
 from .uri import check_uri, is_local, parent
@@ -239,9 +240,9 @@ def _place_for(uri: str) -> Iterator[str]:
     descriptor, path = tempfile.mkstemp(prefix="hydra-pipe-", suffix=files.PARTIAL)
     os.close(descriptor)
     try:
-        with files.full_disk_guard(path):
+        with full_disk_guard(path):
             yield path
-        with files.full_disk_guard(uri):
+        with full_disk_guard(uri):
             fs, target = files.filesystem(uri)
             fs.put_file(path, target)
     finally:

@@ -15,31 +15,16 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from .errors import CorruptStore, HydraError, ResourceError, SpecError, StorageFull, StoreError
+from .errors import CorruptStore, SpecError, StoreError
+from .refused import ABSENT, full_disk_guard, readable, reason
 from .uri import is_local, parent
 
 PARTIAL = ".partial"
 """Mark of every temporary name."""
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_FULL_WORDS = ("no space left on device", "disk quota exceeded")
-_WRITE_REMEDIES = {
-    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or use another file system",
-    errno.EEXIST: "something else is in the way there; remove it, or end the other process that writes",
-}
-_REMEDIES = {
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "the system has too many files open; end other work",
-    errno.ENOMEM: "free some memory",
-    errno.EACCES: "check who may read it",
-    errno.EPERM: "check who may read it",
-    errno.ELOOP: "a symbolic link there leads to itself; remove it",
-}
-_ABSENT = (FileNotFoundError, NotADirectoryError)
 _HASH_BUFFER_BYTES = 8 << 20
 
 DOCUMENT_BYTES = 256 << 20
@@ -48,101 +33,6 @@ FILE_BYTES = 4 << 30
 """The largest file of a run that is read whole: a chunk has 2 GiB at most."""
 GIVEN_BYTES = 64 << 20
 """The largest file of settings or positions that is read for a user."""
-
-T = TypeVar("T")
-U = TypeVar("U")
-
-
-@contextlib.contextmanager
-def full_disk_guard(uri: str) -> Iterator[None]:
-    """Turn what the system says while writing at ``uri`` into this package's errors.
-
-    Raises:
-        StorageFull: The disk is full or a quota is reached (also when zarr, pyarrow or fsspec
-            wrapped that error).
-        StoreError: The place cannot be written (no directory, read-only, no permission, …).
-    """
-    try:
-        yield
-    except StoreError:
-        raise
-    except Exception as error:
-        if _is_full(error):
-            raise StorageFull(
-                f"no space left while writing {uri}{_free_bytes(uri)}; free some space or choose another "
-                "place with --out, then run the same command again: what is committed is kept"
-            ) from error
-        if isinstance(error, OSError):
-            remedy = _WRITE_REMEDIES.get(error.errno or 0) or (
-                _REMEDIES[error.errno]
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-                else "choose a writable directory with --out"
-            )
-            raise StoreError(f"cannot write {uri}: {_reason(error)}; {remedy}") from error
-        if not is_local(uri) and not isinstance(error, HydraError):
-            raise StoreError(
-                f"cannot write {uri}: {_said(error)}; check the connection and the credentials"
-            ) from error
-        raise
-
-
-@contextlib.contextmanager
-def readable(uri: str) -> Iterator[None]:
-    """Turn what the system says while reading at ``uri`` into this package's errors.
-
-    Raises:
-        FileNotFoundError: There is nothing.
-        StoreError: It is there and cannot be read (no permission, too many open files, …).
-    """
-    try:
-        yield
-    except _ABSENT as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "check the disk or the connection")
-        raise StoreError(f"cannot read {uri}: {_reason(error)}; {remedy}, then try again") from error
-    except HydraError:
-        raise
-    except Exception as error:
-        if is_local(uri):
-            raise
-        raise StoreError(
-            f"cannot read {uri}: {_said(error)}; check the connection and the credentials"
-        ) from error
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else " ".join(str(error).split()) or type(error).__name__
-
-
-def _said(error: Exception) -> str:
-    """Return one line on what a client of an object store raised."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def in_threads(function: Callable[[T], U], items: Iterable[T], threads: int) -> list[U]:
-    """Call ``function`` on every item, some at a time; return what it returned, in order.
-
-    The first error ends it: what has not begun is not begun any more.
-
-    Raises:
-        ResourceError: The system gives this process no more threads.
-    """
-    work = list(items)
-    if len(work) < 2 or threads < 2:
-        return [function(item) for item in work]
-    pool = ThreadPoolExecutor(min(threads, len(work)))
-    try:
-        try:
-            waiting = [pool.submit(function, item) for item in work]
-        except RuntimeError as error:
-            raise ResourceError(
-                f"the system gives this process no more threads ({error}); raise the limit (ulimit -u), "
-                "or end other work"
-            ) from error
-        return [one.result() for one in waiting]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -265,7 +155,7 @@ def read_given(path: str, what: str, *, most: int = GIVEN_BYTES) -> bytes:
     except StoreError as error:
         raise SpecError(f"{what} {path}: {error}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte
-        why = _reason(error) if isinstance(error, OSError) else str(error)
+        why = reason(error) if isinstance(error, OSError) else str(error)
         raise SpecError(f"{what} {path}: cannot be read ({why}); give a text file") from None
     if len(data) > most:
         raise SpecError(f"{what} {path}: has more than the {most:,} bytes that are read; give a smaller file")
@@ -418,7 +308,7 @@ def walk(uri: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """
 
     def stop(error: OSError) -> None:
-        if not isinstance(error, _ABSENT):  # removed meanwhile, or never there
+        if not isinstance(error, ABSENT):  # removed meanwhile, or never there
             with readable(str(error.filename or uri)):
                 raise error
 
@@ -463,39 +353,6 @@ def size_of(uri: str) -> int:
     fs, path = filesystem(uri)
     with readable(uri):
         return int(fs.size(path))
-
-
-def free_bytes(uri: str) -> int | None:
-    """Return the bytes free where ``uri`` is or will be; None where nobody says."""
-    if not is_local(uri):
-        return None
-    directory = uri
-    while directory != "/" and not os.path.isdir(directory):
-        directory = parent(directory)
-    try:
-        return shutil.disk_usage(directory).free
-    except OSError:
-        return None
-
-
-def require_free(uri: str, needed: int, what: str) -> None:
-    """Refuse to begin what will not find the room it needs.
-
-    Args:
-        uri: Where it will write.
-        needed: Bytes; 0: not known.
-        what: What writes, for the message.
-
-    Raises:
-        StorageFull: There is less.
-    """
-    free = free_bytes(uri) if needed else None
-    if free is not None and free < needed:
-        raise StorageFull(
-            f"no space left for {what}: it needs up to {needed:,} bytes at {uri}, {free:,} are free; free some space and "
-            "run the same command again (what is committed is kept), ask for less (--track, --test, --checkpoint-every), "
-            "or choose another place with --out"
-        )
 
 
 def used_bytes(uri: str) -> int:
@@ -545,26 +402,3 @@ def _write_all(descriptor: int, view: memoryview) -> None:
     # One os.write moves at most 2 GiB and may write less than asked.
     while len(view):
         view = view[os.write(descriptor, view) :]
-
-
-def _is_full(error: BaseException | None) -> bool:
-    seen: set[int] = set()
-    pending = [error]
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, OSError):
-            text = str(current).lower()
-            if current.errno in _FULL or any(words in text for words in _FULL_WORDS):
-                return True
-        if isinstance(current, BaseExceptionGroup):
-            pending += current.exceptions
-        pending += [current.__cause__, current.__context__]
-    return False
-
-
-def _free_bytes(uri: str) -> str:
-    free = free_bytes(uri)
-    return "" if free is None else f" ({free / 1e6:.1f} MB free)"

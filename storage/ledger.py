@@ -31,6 +31,7 @@ from .manifest import (
     stages_named,
 )
 from .stages import stages_of
+from .threads import in_threads
 from .uri import check_name, is_local, join
 
 THREADS = 8
@@ -298,7 +299,7 @@ class Ledger:
         Raises:
             CorruptStore: One is not what its manifest says.
         """
-        problems = [line for line in disk.in_threads(self._distrust, entries, THREADS) if line]
+        problems = [line for line in in_threads(self._distrust, entries, THREADS) if line]
         if problems:
             raise CorruptStore(problems[0])
 

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .files import DOCUMENT_BYTES, filesystem, full_disk_guard, partial_name, read_bytes
+from .files import DOCUMENT_BYTES, filesystem, partial_name, read_bytes
+from .refused import full_disk_guard
 from .uri import is_local
 
 _NO_LINKS = frozenset(

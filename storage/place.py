@@ -6,7 +6,8 @@ import os
 
 from . import layout
 from .errors import StoreError
-from .files import PARTIAL, filesystem, readable
+from .files import PARTIAL, filesystem
+from .refused import readable
 from .uri import is_local, parent
 
 MARK = "hydra_pipe_run"

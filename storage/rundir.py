@@ -18,6 +18,8 @@ from .ledger import THREADS, Ledger, Reading
 from .lock import check_writable
 from .manifest import FileEntry, Manifest, parse
 from .place import MARK
+from .refused import full_disk_guard
+from .threads import in_threads
 from .uri import check_uri, is_local, join
 
 __all__ = ["FORMAT", "MARK", "FileEntry", "Manifest", "RunDirectory"]
@@ -118,9 +120,9 @@ class RunDirectory:
         check_writable(self.uri)
         target = self.manifest_path(stage, unit)
         names = sorted(set(files))
-        entries = tuple(disk.in_threads(self._entry, names, THREADS))
+        entries = tuple(in_threads(self._entry, names, THREADS))
         if is_local(self.uri):
-            with disk.full_disk_guard(self.uri):
+            with full_disk_guard(self.uri):
                 disk.flush_directories(self.uri, [self.path(name) for name in names])
         inputs = {} if reading is None else self.ledger.inputs(reading)
         made = Manifest(stage=stage, unit=unit, files=entries, values=dict(values), inputs=inputs)
@@ -167,7 +169,7 @@ class RunDirectory:
             found = self.ledger.compare(entry, digest=digests, recall=recall)
             return f"{entry.path}: {found}" if found else None
 
-        found = disk.in_threads(problem, manifest.files, THREADS)
+        found = in_threads(problem, manifest.files, THREADS)
         return [line for line in found if line is not None]
 
     def drop(self, stage: str, unit: str | None = None) -> None:

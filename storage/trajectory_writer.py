@@ -19,6 +19,7 @@ from . import files
 from .arrays import StoredArray, write_group
 from .documents import plain
 from .errors import StoreError
+from .refused import full_disk_guard
 from .trajectory_format import DIMENSIONS, MARK, MOMENTS, NOISE, PER_STEP, SOMETIMES, ParameterEntry
 from .uri import check_name, check_uri, is_local
 from .visits import VisitsWriter
@@ -256,7 +257,7 @@ class TrajectoryWriter:
 
     def _give_name(self) -> None:
         if is_local(self.uri):
-            with files.full_disk_guard(self.uri):
+            with full_disk_guard(self.uri):
                 # What an interrupted run left there; a directory cannot be renamed over another.
                 old = files.partial_name(self.uri)
                 if os.path.lexists(self.uri):

@@ -145,17 +145,22 @@ def look_at(run: Path) -> None:
     named(lambda: open_run(run).hypergradient_store().read(0, 2))
 
 
+@st.composite
+def odd_document(draw, before: bytes) -> bytes:
+    """One value of a document is another or gone, or its bytes are mangled; without its seal, which alone would notice."""
+    if not draw(st.booleans()):
+        return draw(mangled(before))
+    document = json.loads(before)
+    document.pop("document_sha256", None)
+    where = draw(st.sampled_from(list(places(document))))
+    return json.dumps(changed(document, where, draw(st.one_of(st.just(...), ODD)))).encode()
+
+
 @fuzzed
 @given(data=st.data())
 def test_run_json(finished, data):
     path = finished / "run.json"
-    document = json.loads(path.read_bytes())
-    document.pop("document_sha256", None)  # else the seal alone would notice
-    if data.draw(st.booleans()):
-        where = data.draw(st.sampled_from(list(places(document))))
-        text = json.dumps(changed(document, where, data.draw(st.one_of(st.just(...), ODD)))).encode()
-    else:
-        text = data.draw(mangled(path.read_bytes()))
+    text = data.draw(odd_document(path.read_bytes()))
     with replaced(path, text):
         look_at(finished)
 
@@ -164,13 +169,7 @@ def test_run_json(finished, data):
 @given(data=st.data())
 def test_manifests(finished, data):
     path = finished / data.draw(st.sampled_from(documents(finished)))
-    document = json.loads(path.read_bytes())
-    document.pop("document_sha256", None)
-    if data.draw(st.booleans()):
-        where = data.draw(st.sampled_from(list(places(document))))
-        text = json.dumps(changed(document, where, data.draw(st.one_of(st.just(...), ODD)))).encode()
-    else:
-        text = data.draw(mangled(path.read_bytes()))
+    text = data.draw(odd_document(path.read_bytes()))
     with replaced(path, text):
         look_at(finished)
         assert "unexpected" not in cli("verify", finished, "--quiet").output

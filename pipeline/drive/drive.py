@@ -13,8 +13,9 @@ from functools import partial
 
 from ...storage import layout
 from ...storage.errors import SpecError, SpecMismatch
-from ...storage.files import free_bytes, require_free, used_bytes
+from ...storage.files import used_bytes
 from ...storage.rundir import RunDirectory
+from ...storage.space import free_bytes, require_free
 from ...workers.training.recorded import is_recorded
 from ..executors.base import Executor
 from ..executors.events import Observer, RunStarted

@@ -136,7 +136,9 @@ class Journal:
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_size > MOST_BYTES:
                 os.replace(path, self._directory.path(layout.LOG_BEFORE))
-        with open(path, "ab", buffering=0) as file:
+        # Not to wait for ever where somebody put a pipe in its place.
+        how = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+        with open(os.open(path, how, 0o666), "ab", buffering=0) as file:
             file.write(data)
 
     def _put(self, data: bytes) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ...storage import layout
-from ...storage.files import require_free
 from ...storage.rundir import RunDirectory
+from ...storage.space import require_free
 from ...storage.trajectory import Trajectory, open_trajectory
 from ...storage.typed import to_json
 from ...workers.data.user_code import user_code

@@ -12,7 +12,7 @@ from hydra_pipe.pipeline.reading.unit_values import UnitValues
 from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.pipeline.units.work import commit_unit
-from hydra_pipe.storage import files
+from hydra_pipe.storage import space
 from hydra_pipe.storage.errors import StorageFull
 from hydra_pipe.storage.rundir import RunDirectory
 
@@ -47,7 +47,7 @@ def test_a_run_goes_on_with_another_reduce_memory_and_the_same_bits(finished, tm
 
 def test_less_disk_than_the_plan_says_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("hydra_pipe.pipeline.drive.drive.free_bytes", lambda uri: 100)
-    monkeypatch.setattr("hydra_pipe.storage.files.free_bytes", lambda uri: 100)
+    monkeypatch.setattr("hydra_pipe.storage.space.free_bytes", lambda uri: 100)
     with pytest.raises(
         StorageFull, match=r"needs up to [\d,]+ bytes at .*, 100 are free; free some space"
     ) as caught:
@@ -60,7 +60,7 @@ def test_what_is_written_already_is_not_needed_again(finished, tmp_path, monkeyp
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     # Small stores are larger than their numbers: nothing is left to write.
     monkeypatch.setattr("hydra_pipe.pipeline.drive.drive.free_bytes", lambda uri: 1)
-    monkeypatch.setattr("hydra_pipe.storage.files.free_bytes", lambda uri: 1)
+    monkeypatch.setattr("hydra_pipe.storage.space.free_bytes", lambda uri: 1)
     serial(out, Small(), shards=1)
 
 
@@ -73,10 +73,10 @@ def test_every_unit_looks_for_its_room_before_it_begins(tmp_path, monkeypatch):
         return [], UnitValues()
 
     unit = Unit(stage="hydra/replay", name="shard-00000", disk_bytes=1 << 20)
-    monkeypatch.setattr("hydra_pipe.storage.files.free_bytes", lambda uri: (1 << 20) - 1)
+    monkeypatch.setattr("hydra_pipe.storage.space.free_bytes", lambda uri: (1 << 20) - 1)
     with pytest.raises(StorageFull, match=r"hydra/replay shard-00000: it needs up to 1,048,576 bytes"):
         commit_unit(run_directory.uri, unit, work)
     assert begun == []
     monkeypatch.undo()
-    assert files.free_bytes(str(tmp_path / "not" / "there")) > 0
-    assert files.free_bytes("memory://x") is None
+    assert space.free_bytes(str(tmp_path / "not" / "there")) > 0
+    assert space.free_bytes("memory://x") is None

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hydra_pipe.storage import files
 from hydra_pipe.storage.errors import StorageFull, StoreError
+from hydra_pipe.storage.refused import full_disk_guard
 from hydra_pipe.storage.uri import join
 
 
@@ -81,16 +82,16 @@ def test_the_guard_sees_through_wrapped_errors() -> None:
         except OSError as error:
             raise RuntimeError("codec failed") from error
 
-    with pytest.raises(StorageFull), files.full_disk_guard("/x/y"):
+    with pytest.raises(StorageFull), full_disk_guard("/x/y"):
         wrapped()
-    with pytest.raises(StorageFull), files.full_disk_guard("s3://bucket/y"):
+    with pytest.raises(StorageFull), full_disk_guard("s3://bucket/y"):
         raise OSError("Error writing bytes. Detail: [errno 28] No space left on device")
-    with pytest.raises(StorageFull), files.full_disk_guard("/x"):
+    with pytest.raises(StorageFull), full_disk_guard("/x"):
         raise ExceptionGroup("several", [ValueError("x"), OSError(errno.ENOSPC, "full")])
-    with pytest.raises(ValueError, match="mine"), files.full_disk_guard("/x"):
+    with pytest.raises(ValueError, match="mine"), full_disk_guard("/x"):
         raise ValueError("mine")
     # An unrelated text about space is no full disk.
-    with pytest.raises(ValueError, match="no space"), files.full_disk_guard("/x"):
+    with pytest.raises(ValueError, match="no space"), full_disk_guard("/x"):
         raise ValueError("no space left on device tree")
 
 

@@ -18,7 +18,7 @@ the b + e of its own step, and nothing else of Adam moves: ``dm <- b1 dm + (1 - 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -98,13 +98,13 @@ class StepMove:
     def of(self, tangent: Tangent, *, frozen: bool) -> None:
         """Move a tangent; ``frozen``: in a form without the Hessian."""
         source = self._clipped(tangent)
-        for k, group in self._stepped():
-            if self.adam is None:
-                self._sgd(k, group, tangent, source[k])
-            else:
-                step = self.adam[k]
-                assert step is not None
+        self._each(
+            tangent,
+            source,
+            lambda step, k: (
                 step.frozen(k, tangent, source[k]) if frozen else step.exact(k, tangent, source[k])
+            ),
+        )
 
     def bent(self, tangent: Tangent, curvature: DenseCurvature) -> None:
         """Move a tangent with EKFAC curvature, which clipping makes smaller and leaves its directions."""
@@ -112,13 +112,23 @@ class StepMove:
         source = self._clipped(tangent)
         if pull is not None:
             source = [s + b for s, b in zip(source, pull, strict=True)]
+        self._each(
+            tangent,
+            source,
+            lambda step, k: step.in_metric(
+                k, tangent, source[k], curvature.rho(self.step, k) * curvature.scale[k]
+            ),
+        )
+
+    def _each(self, tangent: Tangent, source: list[Tensor], adam: Callable[[_Adam, int], None]) -> None:
+        """Move every parameter that is stepped: by SGD, or by what ``adam`` does with its step."""
         for k, group in self._stepped():
             if self.adam is None:
                 self._sgd(k, group, tangent, source[k])
             else:
                 step = self.adam[k]
                 assert step is not None
-                step.in_metric(k, tangent, source[k], curvature.rho(self.step, k) * curvature.scale[k])
+                adam(step, k)
 
     def _clipped(self, tangent: Tangent) -> list[Tensor]:
         """Return a tangent's part of the gradient of the step's loss as clipping passes it on."""

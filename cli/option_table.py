@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from ..pipeline.spec.groups import BatchNorm, Device, Dtype, ExecutorName, PerSample, VisitsKept
+from ..pipeline.spec.groups import BatchNorm, Device, Dtype, ExecutorName, PerSample, StoreDtype, VisitsKept
 from ..pipeline.spec.spec import RunSpec
 from ..pipeline.vocabulary import Hessian, Mode, Targets
 
@@ -132,6 +132,26 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "Gradients of single samples: the fastest way that agrees with autograd when tried, or autograd "
         "itself, one backward pass a sample (slow, always right).",
         type=click.Choice(get_args(PerSample)),
+    ),
+    _saying(
+        "--layers",
+        "all",
+        "Parameters that count: patterns over their names, with commas between; a module's name stands for all below it.",
+        metavar="PATTERN,...",
+    ),
+    _saying(
+        "--project",
+        "rows are whole",
+        "With --mode forward: project rows of hypergradients and of test gradients to at most K numbers, seeded, so that inner "
+        "products are kept in expectation.",
+        type=_POSITIVE,
+        metavar="K",
+    ),
+    _saying(
+        "--store-dtype",
+        "as --dtype",
+        "With --mode forward: what hypergradients are stored as; float16 has a scale a row.",
+        type=click.Choice(get_args(StoreDtype)),
     ),
     _option(
         "--executor",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .output import Column, Table, plain, show, show_bytes, show_seconds, typed
@@ -97,6 +97,7 @@ def status_tables(found: Mapping[str, Any]) -> list[Table | str]:
         "training samples": _of(found["n_tracked"], found["n_train"], "tracked"),
         "test samples": _of(found["n_test_tracked"], found["n_test"], "tracked"),
         "parameters": found["dimension"],
+        "rows": _rows_kept(found["rows_kept"]),
         "methods": ", ".join(f"{name} ({state})" for name, state in found["methods"].items()) or None,
     }
     rows = [
@@ -121,6 +122,17 @@ def status_tables(found: Mapping[str, Any]) -> list[Table | str]:
     if found["resume"] and not found["writer"]:
         parts += ["", "to do what is missing:", f"  {typed(found['resume'])}"]
     return parts
+
+
+def _rows_kept(kept: Mapping[str, Any]) -> str | None:
+    """Return what is kept of rows, in words; None where that is all."""
+    told = []
+    if kept["layers"] is not None:
+        told.append(f"parameters {','.join(kept['layers'])}")
+    if kept["columns"] is not None:
+        told.append(f"{kept['columns']:,} numbers")
+    told += [f"{method} as {dtype}" for method, dtype in kept["store_dtype"].items()]
+    return ", ".join(told) or None
 
 
 def _writer_facts(writer: Mapping[str, Any] | None) -> dict[str, str]:
@@ -171,9 +183,39 @@ def verification_tables(found: Mapping[str, Any]) -> list[Table | str]:
     parts: list[Table | str] = [*lines]
     if lines:
         parts.append("")
+    if found["stores"]:
+        parts += [_losses_table(found["stores"]), ""]
     if found["rows"]:
         parts += [rows, ""]
     return [*parts, _facts(None, facts)]
+
+
+def _losses_table(stores: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what storing rows in fewer numbers or bits costs, on a sample."""
+    first = stores[0]
+    return Table(
+        title=f"hypergradients as they are stored, against whole ones: {first['rows']} samples, {first['targets']} targets",
+        columns=(
+            Column(key="method", header="method"),
+            Column(key="numbers", header="numbers a row", right=True),
+            Column(key="dtype", header="stored as"),
+            Column(key="spearman", header="Spearman", right=True),
+            Column(key="spearman_mean", header="of the means", right=True),
+            Column(key="error", header="error", right=True),
+        ),
+        rows=[
+            {
+                **row,
+                "numbers": f"{row['columns']:,} of {row['parameters']:,}",
+                **{
+                    key: "-" if row[key] is None else f"{row[key]:.4f}"
+                    for key in ("spearman", "spearman_mean")
+                },
+                "error": f"{row['error']:.1e}",
+            }
+            for row in stores
+        ],
+    )
 
 
 def plan_tables(sections: Mapping[str, Any]) -> list[Table | str]:

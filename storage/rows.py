@@ -15,15 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from . import files
+from . import files, precision
 from .arrays import Source, StoredArray, read_group, write_group
 from .documents import plain, taken_apart
 from .errors import CorruptStore, IncompleteStage, StoreError
+from .precision import PRECISIONS
 from .uri import check_name, check_uri, join
 
 MARK = "hydra_pipe_rows"
 _WIDE_ROW_BYTES = 64 << 20
 _COLUMN_CHUNK_ROWS = 1 << 20
+SCALE = "scale"
+"""Column of a store of float16: what each row was divided by."""
 
 
 def chunk_rows_for(
@@ -54,7 +57,8 @@ class RowStore:
         name: Name of the array in it, such as ``hypergradient``.
         rows: n.
         columns: D.
-        dtype: ``float32`` or ``float64``.
+        dtype: ``float32`` or ``float64``, of what is written and read.
+        precision: What is kept of it where that is less, see `hydra_pipe.storage.precision`; None: all.
         chunk_rows: Rows a chunk.
         attrs: What the creator noted, JSON-able.
     """
@@ -69,13 +73,16 @@ class RowStore:
     ) -> None:
         self.uri, self.name, self._data, self._source = uri, name, data, source
         self.rows, self.columns = data.shape
-        self.dtype, self.chunk_rows = str(data.dtype), data.chunk[0]
+        mark = described.pop(MARK)
+        self.precision: str | None = mark.get("precision")
+        self.dtype = "float32" if self.precision else str(data.dtype)
+        self.chunk_rows = data.chunk[0]
         # Column name -> whether its values were given in full at creation (else: written by block).
-        self._given: dict[str, bool] = dict(described.pop(MARK)["columns"])
+        self._given: dict[str, bool] = dict(mark["columns"])
         self.attrs, self._column_arrays = described, dict[str, StoredArray]()
 
     def __repr__(self) -> str:
-        return f"RowStore({self.uri!r}, {self.name!r}, {self.rows} x {self.columns} {self.dtype})"
+        return f"RowStore({self.uri!r}, {self.name!r}, {self.rows} x {self.columns} {self.precision or self.dtype})"
 
     @classmethod
     def create(
@@ -90,6 +97,7 @@ class RowStore:
         dimensions: tuple[str, str],
         row_columns: Mapping[str, npt.NDArray[Any]],
         attrs: Mapping[str, Any],
+        precision: str | None = None,
     ) -> RowStore:
         """Create a store, or open the one that is there with the same metadata.
 
@@ -106,6 +114,7 @@ class RowStore:
                 taken as a placeholder: it costs no file, and blocks of it, aligned like rows, can be
                 filled by `write_column`. Any other column is stored at once.
             attrs: JSON-able notes.
+            precision: ``bfloat16`` or ``float16``: keep fewer bits of float32; None: all.
 
         Raises:
             StoreError: A store with other metadata is there, or an argument is impossible.
@@ -113,8 +122,16 @@ class RowStore:
         """
         uri = check_uri(uri)
         given = {key: np.asarray(value) for key, value in row_columns.items()}
+        if precision == "float16":
+            given[SCALE] = np.ones(rows, dtype=np.float32)
         notes = plain(attrs)
-        wanted = {"rows": rows, "columns": columns, "dtype": dtype, "chunk_rows": chunk_rows}
+        wanted = {
+            "rows": rows,
+            "columns": columns,
+            "dtype": dtype,
+            "precision": precision,
+            "chunk_rows": chunk_rows,
+        }
         _check_arguments(uri, name, wanted, given, notes)
         try:
             store = cls.open(uri, name)
@@ -126,7 +143,8 @@ class RowStore:
         row_bytes = columns * np.dtype(dtype).itemsize
         pieces = math.ceil(row_bytes / _WIDE_ROW_BYTES)
         chunk = (chunk_rows, math.ceil(columns / pieces))
-        StoredArray.create(uri, name, shape=(rows, columns), dtype=dtype, chunk=chunk, dimensions=dimensions)
+        kept = "float16" if precision == "float16" else dtype
+        StoredArray.create(uri, name, shape=(rows, columns), dtype=kept, chunk=chunk, dimensions=dimensions)
         for key, values in given.items():
             uniform = _is_uniform(values)
             array = StoredArray.create(
@@ -142,7 +160,8 @@ class RowStore:
                 array.write(0, values)
         # The mark comes last: without it the store counts as not created.
         described = {key: not _is_uniform(values) for key, values in given.items()}
-        write_group(uri, {**notes, MARK: {"format": 1, "array": name, "columns": described}})
+        mark = {"format": 1, "array": name, "columns": described}
+        write_group(uri, {**notes, MARK: mark if precision is None else {**mark, "precision": precision}})
         return cls.open(uri, name)
 
     @classmethod
@@ -173,11 +192,21 @@ class RowStore:
             raise CorruptStore(
                 f"{uri}: {name} is no (rows, columns) store; run the stage that writes it again"
             )
+        kept = described[MARK].get("precision")
+        if kept is not None and (
+            kept not in PRECISIONS or data.dtype != ("float16" if kept == "float16" else "float32")
+        ):
+            raise CorruptStore(
+                f"{uri}: {name} is {data.dtype} and said to hold {kept!r:.20}; run the stage that writes it again"
+            )
         return cls(uri, name, data, described, source)
 
     @property
     def array(self) -> zarr.Array[Any]:
-        """The (n, D) Zarr array, read-only; what was never written reads as NaN there."""
+        """The (n, D) Zarr array as it is stored, read-only: of float16 without the column ``scale``.
+
+        What was never written reads as NaN there.
+        """
         return self._data.array
 
     def read(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
@@ -193,7 +222,10 @@ class RowStore:
             CorruptStore: A checksum is wrong.
             StoreError: The range is outside the store.
         """
-        return self._data.read(start, stop, out)
+        if self.precision != "float16":
+            return self._data.read(start, stop, out)
+        scale = self._column(SCALE).read(start, stop)
+        return precision.from_float16(self._data.read(start, stop), scale, out)
 
     def write(self, start: int, block: npt.NDArray[Any]) -> None:
         """Write whole chunks of rows; ``start`` and the end are multiples of ``chunk_rows`` (or n).
@@ -203,10 +235,36 @@ class RowStore:
             block: Shape (rows, D), of the store's dtype.
 
         Raises:
-            StoreError: Not aligned, or of another shape or dtype; the message states both.
+            StoreError: Not aligned, or of another shape or dtype; the message states both. Or a value beyond bfloat16's largest.
             StorageFull: The disk is full.
         """
-        self._data.write(start, block)
+        if self.precision is None:
+            self._data.write(start, block)
+            return
+        if str(block.dtype) != self.dtype:
+            raise StoreError(
+                f"{self.uri}/{self.name}: the block is {block.dtype}, rows are {self.dtype}; convert it"
+            )
+        largest = float(np.abs(block).max(initial=0.0))
+        if largest > precision.LARGEST:
+            raise StoreError(
+                f"{self.uri}/{self.name}: rows {start}..{start + len(block)} hold {largest:.4e}, rounded to {self.precision} at "
+                f"most {precision.LARGEST:.4e} can be kept; keep them as float32"
+            )
+        if self.precision == "float16":
+            values, scale = precision.to_float16(block)
+            self._data.write(start, values)
+            self._column(SCALE).write(start, scale)
+        else:
+            self._data.write(start, precision.to_bfloat16(block))
+
+    def as_kept(self, block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return rows as they are read back once they are written."""
+        if self.precision is None:
+            return block
+        if self.precision == "float16":
+            return precision.from_float16(*precision.to_float16(block))
+        return precision.to_bfloat16(block)
 
     def column_names(self) -> list[str]:
         """Return the names of the per-row columns."""
@@ -245,8 +303,9 @@ class RowStore:
         array.write(start, converted)
 
     def files(self, start: int, stop: int) -> list[str]:
-        """Return the chunk files, relative to the store, that hold rows ``start`` to ``stop``."""
-        return self._data.chunk_files(start, stop)
+        """Return the files, relative to the store, that `write` fills with rows ``start`` to ``stop``."""
+        found = self._data.chunk_files(start, stop)
+        return found + self.column_files(SCALE, start, stop) if self.precision == "float16" else found
 
     def column_files(self, name: str, start: int, stop: int) -> list[str]:
         """Return the chunk files of a column filled by block that hold rows ``start`` to ``stop``."""
@@ -317,6 +376,11 @@ def _check_arguments(
             raise StoreError(f"{uri}: {key} is {wanted[key]}; it must be at least 1")
     if wanted["dtype"] not in ("float32", "float64"):
         raise StoreError(f"{uri}: dtype {wanted['dtype']!r} is not supported; use float32 or float64")
+    kept = wanted["precision"]
+    if kept is not None and (kept not in PRECISIONS or wanted["dtype"] != "float32"):
+        raise StoreError(
+            f"{uri}: {kept!r} of {wanted['dtype']} is not supported; use {' or '.join(PRECISIONS)} of float32"
+        )
     if MARK in attrs:
         raise StoreError(f"{uri}: the attribute {MARK} is reserved; use another name")
     for key in (name, *given):

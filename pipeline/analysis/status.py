@@ -37,12 +37,29 @@ def status(run: Reader) -> dict[str, Any]:
             key: getattr(run.noted, key)
             for key in ("n_train", "n_test", "n_tracked", "n_test_tracked", "dimension")
         },
+        "rows_kept": _rows_kept(run),
         "methods": methods,
         "warnings": run.noted.warnings(),
         "stages": [dataclasses.asdict(state) for state in states],
         "seeds": _seeds(run),
         "resume": None if complete else _resume(run, states),
         "writer": _writer(run),
+    }
+
+
+def _rows_kept(run: Reader) -> dict[str, Any]:
+    """Return ``layers`` and ``project`` of the run, ``columns`` of its rows (None where they are not known, or all), and
+    ``store_dtype`` by method.
+    """
+    noted = run.noted
+    layers, project = noted.identity.get("layers"), noted.identity.get("project")
+    planned = noted.rest.get("plan", {}).get("run", {}) if layers or project else {}
+    kept = {name: noted.entry(name).store_dtype for name in noted.method_names()}
+    return {
+        "layers": layers,
+        "project": project,
+        "columns": planned.get("numbers a row"),
+        "store_dtype": {name: dtype for name, dtype in kept.items() if dtype},
     }
 
 
@@ -112,7 +129,9 @@ def command_line(spec: Mapping[str, Any], *, uri: str, command: str = "run") -> 
         if field.default is not dataclasses.MISSING and value == field.default:
             continue
         option = name.replace("_", "-")
-        if name in CURVATURE_FIELDS:
+        if name == "layers":
+            words += ["--layers", ",".join(map(str, value))]
+        elif name in CURVATURE_FIELDS:
             steps = value if isinstance(value, (int, str)) else ",".join(map(str, value))
             words += ["--option", f"{option}={steps}"]
         else:

@@ -31,6 +31,7 @@ from ..plan.provenance import check_recipe
 from ..plan.sharding import USUAL_MEMORY, Shard, itemsize_of, spans
 from ..plan.stored_spec import stored_spec
 from ..plan.survey import Survey, compute_of, survey
+from ..reading.kept_rows import refuse_parts
 from ..reading.reader import Reader, open_reader
 from ..reading.run_info import StageEntry
 from ..reading.unit_values import ByEpochValues, all_values, values_of
@@ -127,6 +128,7 @@ def _followed(
     observer: Observer,
     placement: Mapping[str, object],
 ) -> dict[str, object]:
+    refuse_parts(found, "compare --over-training")
     spec = stored_spec(found, recipe, placement, command="compare")
     refuse_unsupported(spec)
     surveyed = survey(spec, trial=False)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ...storage.errors import InputError
 from ...storage.rows import RowStore
+from ..reading.kept_rows import row_map_of
 from .case import Case
 from .passes import Outputs, Passes, aligned
 
@@ -266,8 +267,17 @@ def _hypergradients(case: Case, layer: str) -> Hypergradients:
                 "layer 'last': no parameter of the model is a matrix; name a layer, or use layer=all"
             )
         layer = weights[-1]
-    _, spans = _tensors(case.passes, layer)
-    store = case.run.hypergradient_store(method)
+    tensors, spans = _tensors(case.passes, layer)
+    store, kept = case.run.hypergradient_store(method), row_map_of(case.run)
+    if kept is not None:
+        by_entry = {part.entry: part for part in kept.parts}
+        parts = [by_entry.get(k) for k in tensors]
+        if any(part is None or part.folded for part in parts):
+            raise InputError(
+                f"layer {layer!r}: {case.run.uri} keeps a part of its gradients, or a projection of it; use rows=gradients, or a run "
+                "without --layers and --project"
+            )
+        spans = tuple((part.start, part.kept) for part in parts if part is not None)
     index = store.column("train_index").astype(np.int64)
     return Hypergradients(store=store, rows=aligned(case.tracked, index, case.run.uri), spans=spans)
 

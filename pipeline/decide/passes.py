@@ -27,6 +27,7 @@ from ..plan.provenance import check_named
 from ..plan.sharding import spans
 from ..plan.stored_spec import REPEATED, stored_spec
 from ..plan.untrained import check_recorded
+from ..reading.kept_rows import row_map_of
 from ..reading.stage_states import stage_state
 from ..spec.spec import RunSpec
 from ..vocabulary import COMPLETE, REPLAY, TRAINING_OUTPUTS, own_gradients_stage
@@ -184,10 +185,10 @@ class Passes:
         from ..units.own import SelfInfluenceWork
         from ..vocabulary import self_influence_part
 
-        name = self.with_hypergradients(method)
+        name, kept = self.with_hypergradients(method), row_map_of(self.run)
         store = self._gradient_store(
             self_influence_part(name),
-            lambda begun: (SelfInfluenceWork(**self._common(begun), method=name), 1),
+            lambda begun: (SelfInfluenceWork(**self._common(begun), method=name, row_map=kept), 1),
         )
         return _index(store), store.read(0, store.rows)[:, 0]
 

@@ -28,6 +28,7 @@ from ..plan.sharding import EXACT_TARGETS, USUAL_MEMORY, Cut, cut_targets, items
 from ..plan.stored_spec import stored_spec
 from ..plan.survey import compute_of, survey
 from ..plan.untrained import check_methods
+from ..reading.kept_rows import refuse_parts
 from ..reading.run_info import RunInfo
 from ..spec.spec import averaged
 from ..units.estimate import EstimateWork, PrepareWork
@@ -127,6 +128,7 @@ def _attribute_held(
     seeds: int,
     placement: Mapping[str, object],
 ) -> Run:
+    refuse_parts(found, "attribute")
     spec = replace(stored_spec(found, recipe, placement, command="attribute"), seeds=seeds)
     # The mode of HyDRA's own fast method, so that going on beside it is no other specification.
     mode = found.noted.entry(spec.base_method).mode
@@ -261,7 +263,7 @@ def _estimate(session: Session, estimator: Estimator) -> Stages:
             attrs={"n_train": surveyed.n_train, "method": method},
         ),
     )
-    row = surveyed.dimension * itemsize_of(session.spec.dtype)
+    row = surveyed.columns * itemsize_of(session.spec.dtype)
     cut = cut_reduce(len(surveyed.tracked), len(surveyed.tested), row, session.reduce_memory())
     yield from reduce_method(
         session,

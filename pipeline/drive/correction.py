@@ -74,6 +74,7 @@ def correction(session: Session, plan: Plan) -> Stages:
             tracked=surveyed.tracked,
             targets=spec.targets,
             corrected=spec.method,
+            row_map=surveyed.row_map,
         ),
         total=plan.steps * len(units),
         label="step",

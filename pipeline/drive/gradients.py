@@ -27,7 +27,7 @@ from .stages import (
     make_store,
     units_of,
 )
-from .stores import StoreOf
+from .stores import StoreOf, row_notes
 
 RECORDED = Needed(stage=RECORD, unit=TRAJECTORY, command="record")
 TESTED = Needed(stage=TEST_GRADIENTS, unit=INDEX, command="replay")
@@ -97,7 +97,7 @@ def test_gradients(session: Session, plan: Plan) -> Stages:
         base=layout.TEST_GRADIENTS,
         name="gradient",
         rows=plan.n_tested,
-        columns=plan.dimension,
+        columns=plan.columns,
         dtype=session.spec.dtype,
         chunk_rows=plan.test_chunk_rows,
         dimensions=("test_index", "parameter"),
@@ -107,9 +107,9 @@ def test_gradients(session: Session, plan: Plan) -> Stages:
             "label": unknown,
             "prediction": unknown.copy(),
         },
-        attrs={"n_test": plan.n_test},
+        attrs={"n_test": plan.n_test, **row_notes(surveyed.row_map)},
     )
-    units = units_of(TEST_GRADIENTS, plan.test_blocks, plan.dimension * plan.itemsize)
+    units = units_of(TEST_GRADIENTS, plan.test_blocks, plan.columns * plan.itemsize)
     make_store(session, TEST_GRADIENTS, store)
     yield Stage(
         name=TEST_GRADIENTS,
@@ -120,6 +120,7 @@ def test_gradients(session: Session, plan: Plan) -> Stages:
             compute=compute_of(session.spec),
             tested=surveyed.tested,
             test_labels=surveyed.test_labels,
+            row_map=surveyed.row_map,
         ),
         total=plan.n_tested,
         label="row",
@@ -143,7 +144,7 @@ def target_gradients(session: Session, plan: Plan) -> Stages:
     kind = plan.targets.kind
     yield Stage(
         name=stage_of(kind),
-        units=units_of(stage_of(kind), plan.target_blocks, plan.dimension * plan.itemsize),
+        units=units_of(stage_of(kind), plan.target_blocks, plan.columns * plan.itemsize),
         handler=lambda: TargetGradientWork(uri=session.directory.uri, targets=kind),
         total=plan.n_tested * len(plan.target_blocks),
         label="row",
@@ -152,7 +153,7 @@ def target_gradients(session: Session, plan: Plan) -> Stages:
             base=store_of(kind),
             name="gradient",
             rows=len(plan.targets),
-            columns=plan.dimension,
+            columns=plan.columns,
             dtype=session.spec.dtype,
             chunk_rows=plan.target_chunk_rows,
             dimensions=(plan.targets.axis, "parameter"),

@@ -80,7 +80,9 @@ def run_notes(spec: RunSpec, surveyed: Survey, plan: Plan, stored: RunInfo | Non
     asked = () if spec.at_checkpoint else (spec.base_method, spec.method)  # HyDRA has nothing to follow there
     for method in dict.fromkeys(asked):  # in this order, which readers see
         state = kept[method].state if method in kept else ASKED
-        info = info.with_method(method, state=state, mode=spec.mode, options=options, **notes)
+        info = info.with_method(
+            method, state=state, mode=spec.mode, options=options, store_dtype=spec.narrow_dtype, **notes
+        )
     if spec.seeds > 1:
         seeds = [recipe.seed + k for k in range(spec.seeds)]
         state = kept[spec.averaged].state if spec.averaged in kept else ASKED

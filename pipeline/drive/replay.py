@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from ...storage import layout
+from ...workers.replay.sampled import TARGETS, evenly
 from ..plan.plan import Plan
 from ..plan.survey import compute_of
 from ..reading.run_info import RunInfo
@@ -27,7 +30,7 @@ from .correction import correction, curvature
 from .gradients import RECORDED, TESTED, target_gradients
 from .preflight import preflight
 from .stages import Session, Stage, Stages, units_of
-from .stores import StoreOf
+from .stores import StoreOf, row_notes
 from .trust import trust_of
 
 
@@ -46,8 +49,8 @@ def replay(session: Session, plan: Plan) -> Stages:
     if spec.form == EKFAC:
         # Made with another basis, these are void.
         yield curvature(session, voids=(stage, f"{spec.method}/{REDUCE}"))
-    columns = plan.n_tracked if adjoint else plan.dimension
-    units = units_of(stage, plan.shards, columns * plan.itemsize)
+    row_bytes = plan.n_tracked * plan.itemsize if adjoint else math.ceil(plan.row_bytes)
+    units = units_of(stage, plan.shards, row_bytes)
     vectors = sum(shard.rows for shard in plan.shards)
     share = spec.hessian_share if spec.form in CARRIED else None
     yield from preflight(session, plan, method=spec.base_method, later=units, vectors=vectors, share=share)
@@ -82,12 +85,17 @@ def _by_sample(session: Session, plan: Plan) -> StoreOf:
         base=layout.hypergradients(method),
         name="hypergradient",
         rows=plan.n_tracked,
-        columns=plan.dimension,
-        dtype=session.spec.dtype,
+        columns=plan.columns,
+        dtype=session.spec.row_dtype,
         chunk_rows=plan.chunk_rows,
         dimensions=("train_index", "parameter"),
         row_columns={"train_index": session.surveyed.tracked.astype(np.int32)},
-        attrs={"n_train": plan.n_train, "method": method},
+        attrs={
+            "n_train": plan.n_train,
+            "method": method,
+            **row_notes(session.surveyed.row_map, session.spec.precision),
+        },
+        precision=session.spec.precision,
     )
 
 
@@ -112,17 +120,22 @@ def _work(session: Session) -> ReplayWork | AdjointWork:
     spec, compute = session.spec, compute_of(session.spec)
     if spec.form in CARRIED:  # they differentiate through batch statistics
         compute = replace(compute, batch_norm="coupled")
-    kind = AdjointWork if spec.mode == ADJOINT else ReplayWork
-    return kind(
-        uri=session.directory.uri,
-        recipe=session.surveyed.recipe,
-        compute=compute,
-        method=spec.base_method,
-        form=spec.form,
-        tracked=session.surveyed.tracked,
-        targets=spec.targets,
-        share=spec.hessian_share,
-    )
+    surveyed = session.surveyed
+    common: dict[str, Any] = {
+        "uri": session.directory.uri,
+        "recipe": surveyed.recipe,
+        "compute": compute,
+        "method": spec.base_method,
+        "form": spec.form,
+        "tracked": surveyed.tracked,
+        "targets": spec.targets,
+        "share": spec.hessian_share,
+        "row_map": surveyed.row_map,
+    }
+    if spec.mode == ADJOINT:
+        return AdjointWork(**common)
+    sampled = surveyed.tested[evenly(len(surveyed.tested), TARGETS)]
+    return ReplayWork(**common, sampled_tests=sampled, test_labels=surveyed.test_labels)
 
 
 def _trust(session: Session, plan: Plan, stage: str) -> None:
@@ -134,5 +147,6 @@ def _trust(session: Session, plan: Plan, stage: str) -> None:
         reason = f"{plan.n_tracked} of {plan.n_train} samples are tracked; whole batches were added up in the trials"
     elif not session.surveyed.conservation:
         reason = "batch statistics are held constant"
-    found = trust_of(session.directory, stage, n_train=plan.n_train, lawful=reason)
+    kept = session.surveyed.row_map
+    found = trust_of(session.directory, stage, n_train=plan.n_train, lawful=reason, row_map=kept)
     session.update(lambda info: replace(info, trust={**info.trust, session.spec.base_method: found}))

@@ -139,7 +139,7 @@ def average(session: Session, source: str) -> None:
         directory.drop(stage)
     # Tiles follow from the numbers of samples alone; shards there are none.
     targets = target_set(spec.targets, surveyed.tested, surveyed.test_labels[surveyed.tested])
-    row = surveyed.dimension * itemsize_of(spec.dtype)
+    row = surveyed.columns * itemsize_of(spec.dtype)
     cut = cut_reduce(len(surveyed.tracked), len(targets), row, session.reduce_memory())
 
     def note(info: RunInfo) -> RunInfo:
@@ -232,7 +232,8 @@ def _member(session: Session, seed: int) -> Session:
     own = replace(spec, seeds=1, seed=seed, out=directory.uri, track=track, test=test)
     # All that the survey found but the recipe itself is the same with every seed: `check_data`.
     made = of_another_seed(surveyed.made_of)
-    other = replace(surveyed, recipe=with_seed(surveyed.recipe, seed), made_of=made, notes=())
+    kept = None if surveyed.row_map is None else replace(surveyed.row_map, seed=seed)
+    other = replace(surveyed, recipe=with_seed(surveyed.recipe, seed), made_of=made, notes=(), row_map=kept)
     return replace(session, spec=own, surveyed=other, directory=directory)
 
 

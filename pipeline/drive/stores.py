@@ -12,6 +12,13 @@ from ...storage import files
 from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
 from ...storage.uri import join
+from ...workers.model.row_map import RowMap
+
+
+def row_notes(row_map: RowMap | None, precision: str | None = None) -> dict[str, Any]:
+    """Return what a store says of rows that are not the flat vector of the run's dtype: enough to read them by hand."""
+    kept = {} if row_map is None else {"row_map": row_map.told()}
+    return kept if precision is None else {**kept, "store_dtype": precision}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,6 +38,7 @@ class StoreOf:
     dimensions: tuple[str, str]
     row_columns: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    precision: str | None = None
 
     def create(self, directory: RunDirectory) -> RowStore:
         """Make it."""
@@ -65,4 +73,5 @@ class StoreOf:
             dimensions=self.dimensions,
             row_columns=dict(self.row_columns),
             attrs=dict(self.attrs),
+            precision=self.precision,
         )

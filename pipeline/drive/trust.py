@@ -12,6 +12,7 @@ from ...storage import layout
 from ...storage.errors import ConservationBroken
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import open_trajectory
+from ...workers.model.row_map import RowMap
 from ...workers.recursion.coefficients import recorded_settings
 from ...workers.recursion.conservation import REMEDY, law_of
 from ...workers.recursion.rest import leaves_a_rest
@@ -20,7 +21,9 @@ from ..reading.unit_values import RecordValues, ReplayValues, TestGradientValues
 from ..vocabulary import CLOSING_UNITS, RECORD, TEST_GRADIENTS, TRAJECTORY
 
 
-def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str | None) -> Trust:
+def trust_of(
+    directory: RunDirectory, stage: str, *, n_train: int, lawful: str | None, row_map: RowMap | None = None
+) -> Trust:
     """Return what the units of a stage of replays tell.
 
     Args:
@@ -28,6 +31,7 @@ def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str |
         stage: ``<method>/replay`` or ``<method>/adjoint``.
         n_train: N.
         lawful: Why the conservation law does not apply; None where it does.
+        row_map: What is kept of a row; None: all.
 
     Raises:
         ConservationBroken: The hypergradients do not add up; names the parameter.
@@ -41,7 +45,7 @@ def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str |
         update=None if record is None else values_of(RecordValues, record).checked_steps,
         ways=_joined([unit.ways for unit in units if unit.ways is not None]),
         test_ways=_joined([unit.ways for unit in tests if unit.ways is not None]),
-        law=_law(directory, units, n_train) if lawful is None else Law(checked=False, reason=lawful),
+        law=_law(directory, units, n_train, row_map) if lawful is None else Law(checked=False, reason=lawful),
         products=first.products,
         field=first.field,
         differences=first.differences,
@@ -50,7 +54,7 @@ def trust_of(directory: RunDirectory, stage: str, *, n_train: int, lawful: str |
     )
 
 
-def _law(directory: RunDirectory, units: Sequence[ReplayValues], n_train: int) -> Law:
+def _law(directory: RunDirectory, units: Sequence[ReplayValues], n_train: int, row_map: RowMap | None) -> Law:
     if units and all(unit.lawful for unit in units):
         return Law(checked=True)
     shards = [unit.law for unit in units if unit.law is not None]
@@ -61,7 +65,7 @@ def _law(directory: RunDirectory, units: Sequence[ReplayValues], n_train: int) -
     trajectory = open_trajectory(directory.path(layout.TRAJECTORY), directory.vouched)
     if leaves_a_rest(recorded_settings(trajectory)) and not all("rest" in shard for shard in shards):
         return Law(checked=False, reason="shards did not note what clipping or Adam leave out of their rows")
-    law = law_of(trajectory, shards, n_train, noise)
+    law = law_of(trajectory, shards, n_train, noise, row_map)
     if not law.ok:
         raise ConservationBroken(
             f"the hypergradients of all samples do not add up to what training did to parameter {law.worst!r} "

@@ -63,6 +63,9 @@ def method_differences(spec: RunSpec, info: RunInfo) -> list[str]:
     before, asked = stored_options(spec, info), CurvatureOptions.asked_by(spec)
     if before is not None and before != asked:
         lines.append(f"options: stored {before.to_json()}, asked {asked.to_json()}")
+    if stored.mode is not None and stored.store_dtype != spec.narrow_dtype:
+        before_dtype, asked_dtype = stored.store_dtype or spec.dtype, spec.kept_dtype
+        lines.append(f"store_dtype: stored {before_dtype!r}, asked {asked_dtype!r}")
     if stored.shards and spec.shards not in ("auto", stored.shards, stored.asked_shards):
         lines.append(f"shards: stored {stored.shards}, asked {spec.shards}")
     return [f"{line} (method {spec.base_method})" for line in lines]

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...storage import layout
 from ...storage.errors import DoesNotFit
+from ...storage.precision import NUMBER_BYTES
 from ...storage.rows import chunk_rows_for
 from ...workers.determinism import restored_process
 from ...workers.persample.engine import TILE
@@ -103,6 +104,9 @@ class Plan:
     n_tracked: int
     n_tested: int
     dimension: int
+    columns: int
+    dtype: str
+    kept_dtype: str
     itemsize: int
     steps: int
     chunk_rows: int
@@ -122,6 +126,11 @@ class Plan:
     reduce_memory: int
     warnings: tuple[str, ...] = ()
 
+    @property
+    def row_bytes(self) -> float:
+        """Bytes of a row of hypergradients in its store."""
+        return self.columns * NUMBER_BYTES[self.kept_dtype]
+
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-able sections: run, shards, memory (bytes), disk (bytes), time (seconds), warnings if any."""
         return {
@@ -131,6 +140,8 @@ class Plan:
                 "tracked": self.n_tracked,
                 "tested": self.n_tested,
                 "parameters": self.dimension,
+                **({"numbers a row": self.columns} if self.columns != self.dimension else {}),
+                **({"rows stored as": self.kept_dtype} if self.kept_dtype != self.dtype else {}),
                 "steps": self.steps,
                 "checkpoints": self.checkpoints,
                 "targets": self.targets.kind,
@@ -140,8 +151,7 @@ class Plan:
                 **({"seeds": self.seeds} if self.seeds > 1 else {}),
             },
             "shards": [
-                {**asdict(shard), "bytes": shard.rows * self.dimension * self.itemsize}
-                for shard in self.shards
+                {**asdict(shard), "bytes": round(shard.rows * self.row_bytes)} for shard in self.shards
             ],
             "memory": self.memory.as_dict(),
             "disk": dict(self.disk),
@@ -192,24 +202,25 @@ def cut(
         DoesNotFit: See ``make_plan``; also where any worker needs more than ``--memory`` allows.
     """
     n, m, dimension = len(surveyed.tracked), len(surveyed.tested), surveyed.dimension
+    columns = surveyed.columns
     targets = target_set(spec.targets, surveyed.tested, surveyed.test_labels[surveyed.tested])
-    q, itemsize, row = len(targets), itemsize_of(spec.dtype), dimension * itemsize_of(spec.dtype)
+    q, itemsize, row = len(targets), itemsize_of(spec.dtype), columns * itemsize_of(spec.dtype)
     sharding = Sharding(spec, surveyed, q)
     replay = sharding.cut(shards or sharding.count(capacity))
     slots = capacity.slots or 1
-    test_chunk_rows = chunk_rows_for(dimension, itemsize, m)
+    test_chunk_rows = chunk_rows_for(columns, itemsize, m)
     per_block = max(1, TEST_BLOCK_BYTES // (row * test_chunk_rows)) * test_chunk_rows
     process = surveyed.process_bytes
     budget = reduce_memory or _within(spec, n, q, row, process)
     reduce = cut_reduce(n, q, row, budget)
     # A mean is added up in float64, and every unit reads all test gradients: as few units as fit.
-    target_chunk_rows = chunk_rows_for(dimension, itemsize, q)
-    per_unit = max(1, budget // 2 // (8 * dimension * target_chunk_rows)) * target_chunk_rows
+    target_chunk_rows = chunk_rows_for(columns, itemsize, q)
+    per_unit = max(1, budget // 2 // (8 * columns * target_chunk_rows)) * target_chunk_rows
     kept = checkpoint_steps(surveyed.steps, dimension, itemsize, spec.checkpoint_every)
     workers = {
         RECORD: process + memory_bytes(spec, surveyed),
         REPLAY: sharding.load.bytes(replay),
-        TEST_GRADIENTS: process + (min(m, per_block) + min(m, TEST_BATCH)) * row,
+        TEST_GRADIENTS: process + (min(m, per_block) + min(m, TEST_BATCH)) * dimension * itemsize,
         REDUCE: process + reduce.tiles.bytes + WRITER_BYTES,
     }
     if spec.exact_rank:
@@ -218,12 +229,16 @@ def cut(
         "trajectory": len(kept) * dimension * (1 + surveyed.optimizer_vectors) * itemsize
         + surveyed.steps * (int(surveyed.recipe.batch_size) * 4 + 60),
         "visits": kept_bytes(spec, surveyed),
-        **({layout.HYPERGRADIENTS: n * row} if spec.mode == FORWARD else {layout.BY_TEST: n * q * itemsize}),
+        **(
+            {layout.HYPERGRADIENTS: round(n * columns * NUMBER_BYTES[spec.kept_dtype])}
+            if spec.mode == FORWARD
+            else {layout.BY_TEST: n * q * itemsize}
+        ),
         "test_gradients": m * row,
         "contributions": int(n * q * BYTES_PER_VALUE),
     }
     if targets.kind != SAMPLES:
-        held = min(q, per_unit) * 8 * dimension
+        held = min(q, per_unit) * 8 * columns
         workers["target-gradients"] = process + held + 2 * TARGET_PANEL_BYTES
         disk["target_gradients"] = q * row
     times = seconds_of(surveyed, replay.shards, slots, q, spec)
@@ -246,6 +261,9 @@ def cut(
         n_tracked=n,
         n_tested=m,
         dimension=dimension,
+        columns=columns,
+        dtype=spec.dtype,
+        kept_dtype=spec.kept_dtype,
         itemsize=itemsize,
         steps=surveyed.steps,
         chunk_rows=replay.chunk_rows,

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from ...storage.errors import DoesNotFit
 from ...storage.rows import chunk_rows_for
 from ...workers.hessian.tiles import TILE, working_bytes
+from ...workers.persample.engine import TILE as ROWS_TILE
 from ...workers.replay.adjoint import SEGMENT_BYTES
 from ...workers.replay.projection import TARGET_TILE
+from ...workers.replay.sampled import AT_A_TIME, most_rows
 from ..executors.base import Capacity
 from ..spec.spec import RunSpec
 from ..vocabulary import ADJOINT, CARRIED, EKFAC, EXACT, FAST, Form
@@ -66,16 +68,16 @@ def spans(total: int, rows: int, label: str) -> tuple[Shard, ...]:
     )
 
 
-def cut_forward(samples: int, dimension: int, itemsize: int, count: int) -> Cut:
+def cut_forward(samples: int, columns: int, itemsize: int, count: int) -> Cut:
     """Cut tracked samples into ``count`` shards, fewer where there are not as many chunks.
 
     Args:
         samples: n.
-        dimension: D.
+        columns: Numbers of a row.
         itemsize: Bytes of a number.
         count: Shards.
     """
-    rows = chunk_rows_for(dimension, itemsize, samples, count)
+    rows = chunk_rows_for(columns, itemsize, samples, count)
     return Cut(chunk_rows=rows, shards=_dealt(samples, rows, count, "shard"))
 
 
@@ -126,7 +128,7 @@ class Load:
         return self.process + cut.widest * self.item + spare + self.passing
 
 
-def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form) -> Load:
+def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form, lossy: bool = False) -> Load:
     """Return what a worker of a replay holds.
 
     Args:
@@ -134,22 +136,28 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form) -> Lo
         itemsize: Bytes of a number.
         adjoint: Whether it carries targets backwards.
         form: Of the Hessian.
+        lossy: Whether rows are stored with fewer bits, so that what is lost is sampled.
     """
-    row, carried = surveyed.dimension * itemsize, form in CARRIED
+    whole, carried = surveyed.dimension * itemsize, form in CARRIED
+    row = whole if adjoint else surveyed.columns * itemsize
     vectors = 1 + surveyed.optimizer_vectors
     held = 1 + vectors if surveyed.moments else 1
     if adjoint:
         item = vectors * row + 2 * len(surveyed.tracked) * itemsize
     else:
-        numbers = {FAST: surveyed.row_numbers, EKFAC: surveyed.dimension}
+        numbers = {FAST: surveyed.row_numbers, EKFAC: surveyed.columns}
         item = numbers.get(form, vectors * surveyed.dimension) * itemsize
-    tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * TILE * row
+    tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * TILE * whole
+    folding = 0
+    if not adjoint and (lossy or surveyed.row_map is not None):
+        # Signs, tiles of rows that are folded and turned back, sampled rows and targets.
+        folding = (1 + 3 * ROWS_TILE + most_rows(whole) + 3 * AT_A_TIME) * whole
     return Load(
         process=surveyed.process_bytes,
         item=item,
         row=row,
-        segment=min(SEGMENT_BYTES if carried else 0, surveyed.steps * held * row),
-        passing=tiles if carried else 0,
+        segment=min(SEGMENT_BYTES if carried else 0, surveyed.steps * held * whole),
+        passing=(tiles if carried else 0) + folding,
         adjoint=adjoint,
     )
 
@@ -176,17 +184,18 @@ class Sharding:
     def __init__(self, spec: RunSpec, surveyed: Survey, targets: int) -> None:
         self.itemsize = itemsize_of(spec.dtype)
         self._asked, self._memory = spec.shards, spec.memory
-        self._dimension = surveyed.dimension
+        self._columns = surveyed.columns
         self._tile = EXACT_TARGETS if spec.form in CARRIED else TARGET_TILE
         adjoint = spec.mode == ADJOINT
         self.items = targets if adjoint else len(surveyed.tracked)
-        self.load = load_of(surveyed, self.itemsize, adjoint=adjoint, form=spec.form)
+        lossy = spec.kept_dtype != spec.dtype
+        self.load = load_of(surveyed, self.itemsize, adjoint=adjoint, form=spec.form, lossy=lossy)
 
     def cut(self, count: int) -> Cut:
         """Return the cut into ``count`` shards."""
         if self.load.adjoint:
             return cut_targets(self.items, self._tile, count)
-        return cut_forward(self.items, self._dimension, self.itemsize, count)
+        return cut_forward(self.items, self._columns, self.itemsize, count)
 
     def needed(self, count: int) -> int:
         """Return the bytes that a worker of the largest of ``count`` shards will use."""

@@ -58,9 +58,12 @@ def stage_spec(given: Mapping[str, Any], *, command: str) -> RunSpec:
     own = {k: v for k, v in given.items() if k not in (*PLACEMENT, *FILES, "recipe", "out", "overwrite")}
     if "recipe_args" in own:
         own["recipe_args"] = {**spec.recipe_args, **own["recipe_args"]}
-    asked = replace(spec, **{**own, "mode": ADJOINT})  # which fits all targets
+    # The mode that fits all targets, and nothing that it would refuse.
+    asked = replace(spec, **{**own, "mode": ADJOINT, "project": None, "store_dtype": None})
     before = begun(run.noted, asked.base_method)
     kept: dict[str, Any] = {"mode": before.mode} if before and before.mode else {}
+    if before and before.store_dtype:
+        kept["store_dtype"] = before.store_dtype
     if command == REDUCE and asked.targets != SAMPLES:
         kept.setdefault("mode", ADJOINT)  # the only one; that it was not replayed is said later
     options = stored_options(asked, run.noted)

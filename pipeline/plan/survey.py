@@ -24,11 +24,11 @@ from ...workers.determinism import compiled_parts, preserved_generators, run_unc
 from ...workers.hessian.tiles import activation_bytes
 from ...workers.memory import peak_bytes, reset_peak
 from ...workers.model.autocast import noticed
+from ...workers.model.row_map import RowMap
 from ...workers.persample.engine import PerSampleGradients
 from ...workers.persample.ways import Ways
 from ...workers.recipe import Recipe
-from ...workers.replay.buffers import row_numbers
-from ...workers.replay.fast import kept_as_factors
+from ...workers.replay.fast import numbers_per_row
 from ...workers.training.initial import StateFile
 from ...workers.training.last_batch import check_last_batch
 from ...workers.training.made_of import FirstSteps, data_of, first_steps, made_of, with_first_steps
@@ -82,6 +82,7 @@ class Survey:
         optimizer_vectors: Vectors like the weights that the optimiser keeps, as many as a tangent needs.
         moments: Whether derivatives of a step depend on where training is (Adam, clipping).
         autocast: The types that the losses compute in under ``torch.autocast``.
+        row_map: What is kept of a row of D numbers, in stores and in buffers; None: all.
     """
 
     recipe: Recipe
@@ -105,6 +106,12 @@ class Survey:
     optimizer_vectors: int = 1
     moments: bool = False
     autocast: tuple[str, ...] = ()
+    row_map: RowMap | None = None
+
+    @property
+    def columns(self) -> int:
+        """Numbers of a stored row."""
+        return self.dimension if self.row_map is None else self.row_map.columns
 
 
 def resolve_recipe(spec: TrainingSpec) -> Recipe:
@@ -250,9 +257,11 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
     with user_code("the first training step failed:", always=True):
         training = Training(recipe, compute)
         training.guarded = True
+        # Here, since a layer that is not there should be said before anything is tried.
+        row_map = RowMap.of(training.layout.entries, spec.layers, spec.project, recipe.seed)
         made = made_of(training, data)
         with noticed() as autocast:
-            tried = _try_steps(training, trial=trial) if training.steps else _NO_STEPS
+            tried = _try_steps(training, row_map, trial=trial) if training.steps else _NO_STEPS
     return Survey(
         recipe=recipe,
         n_train=n_train,
@@ -275,6 +284,7 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         optimizer_vectors=len(training.family.vectors),
         moments=training.family.scaled or training.max_norm is not None,
         autocast=tuple(sorted(autocast)),
+        row_map=row_map,
     )
 
 
@@ -298,17 +308,17 @@ _NO_STEPS = _Tried(
 )
 
 
-def _try_steps(training: Training, *, trial: bool) -> _Tried:
+def _try_steps(training: Training, row_map: RowMap | None, *, trial: bool) -> _Tried:
     """Take the first steps, and see how per-sample gradients are had in them."""
     check_last_batch(training)
     ways = tried_ways(training)
     first = first_steps(training)
-    epochs, entries = training.epochs, training.layout.entries
+    entries = training.layout.entries
     return _Tried(
         first=first,
         conservation=not training.holds_statistics,
         strategies={e.name: s for e, s in zip(entries, ways.strategies, strict=True) if s in ("func", "vjp")},
-        row_numbers=row_numbers(training.layout, kept_as_factors(training, ways), epochs),
+        row_numbers=numbers_per_row(training, ways, row_map),
         seconds=_time_steps(training, ways, first) if trial else None,
     )
 

@@ -47,6 +47,7 @@ class MethodEntry:
         source: Of an average: the method that is averaged.
         seeds: Of an average: over which seeds.
         preflight: What its preflight saw.
+        store_dtype: What its hypergradients are stored as; None: as the run's dtype.
     """
 
     state: State = PARTIAL
@@ -60,6 +61,7 @@ class MethodEntry:
     source: str | None = None
     seeds: tuple[int, ...] | None = None
     preflight: Preflight | None = None
+    store_dtype: str | None = None
     rest: Mapping[str, Any] = rest_field()
 
 

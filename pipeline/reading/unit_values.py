@@ -69,6 +69,23 @@ class TestGradientValues(UnitValues):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LossValues:
+    """What storing rows in fewer numbers or bits loses, on a sample; see ``workers.replay.sampled``.
+
+    Attributes:
+        train_index: Of the sampled rows, (S,).
+        test_index: Of the sampled targets, (T,).
+        whole: Contributions by whole rows, (S, T).
+        stored: By what is stored of them.
+    """
+
+    train_index: tuple[int, ...]
+    test_index: tuple[int, ...]
+    whole: tuple[tuple[float, ...], ...]
+    stored: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReplayValues(UnitValues):
     """A shard of tracked samples, or a block of targets.
 
@@ -77,6 +94,7 @@ class ReplayValues(UnitValues):
         ways: How per-sample gradients were had; see ``PerSampleGradients.told``.
         law: What the shard adds to the conservation law; see ``RowSums.values``.
         lawful: Whether every target of the block obeys it.
+        loss: What storing its rows in fewer numbers or bits loses; None: nothing.
         products: How products with the Hessian were had.
         field: How an update that is no gradient was differentiated.
         differences: Whether products were held against differences of the gradient.
@@ -88,6 +106,7 @@ class ReplayValues(UnitValues):
     ways: Mapping[str, Any] | None = None
     law: Mapping[str, Any] | None = None
     lawful: bool | None = None
+    loss: LossValues | None = None
     products: Any = None
     field: Any = None
     differences: Any = None

@@ -65,10 +65,12 @@ def _is_integer(value: Any) -> bool:
     return not isinstance(value, bool) and hasattr(value, "__index__")
 
 
-def one_of(*known: str) -> Check:
+def one_of(*known: str, optional: bool = False) -> Check:
     """Return the check of a word out of ``known``."""
 
-    def check(name: str, value: Any) -> str:
+    def check(name: str, value: Any) -> str | None:
+        if optional and value is None:
+            return None
         if not isinstance(value, str) or value not in known:
             raise SpecError(f"{name} {shown(value)}: {near(str(value), list(known))} ({' or '.join(known)})")
         return value
@@ -218,6 +220,21 @@ def samples(name: str, value: Any) -> str | tuple[int, ...]:
     if not positions:
         raise SpecError(f"{name}: no sample is named; give at least one, or all")
     return tuple(int(position) for position in positions)
+
+
+def patterns(name: str, value: Any) -> tuple[str, ...] | None:
+    """Check patterns over names, in a list or as text with commas."""
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else value
+    if isinstance(parts, (bytes, Mapping)) or not hasattr(parts, "__iter__"):
+        raise SpecError(f"{name} {shown(value)}: must be patterns over names of parameters, such as fc2.*")
+    listed = list(parts)
+    if not listed or not all(isinstance(part, str) and part.strip() for part in listed):
+        raise SpecError(
+            f"{name} {shown(value)}: must be patterns over names of parameters, such as fc2.*,head.weight"
+        )
+    return tuple(dict.fromkeys(part.strip() for part in listed))
 
 
 def address(name: str, value: Any) -> str | None:

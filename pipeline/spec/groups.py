@@ -27,6 +27,7 @@ from .setting import Group, free, of_the_method, of_the_run
 from .state_file import identity_of, state_file
 
 Dtype = Literal["float32", "float64"]
+StoreDtype = Literal["float32", "bfloat16", "float16"]
 BatchNorm = Literal["constant", "coupled"]
 PerSample = Literal["auto", "vjp"]
 VisitsKept = Literal["auto", "on", "off"]
@@ -138,6 +139,12 @@ class QuestionSpec(Group):
             ``coupled``: differentiated through.
         per_sample: ``auto``: the fastest way to each parameter's per-sample gradients that agrees with
             autograd when tried; ``vjp``: autograd itself, one backward pass a sample.
+        layers: Parameters that count: patterns over their names (or text such as ``"head.*,norm.weight"``); None: all.
+            Contributions are then what goes through these alone.
+        project: In forward mode: most numbers that a row of hypergradients or test gradients is projected to;
+            None: rows are whole.
+        store_dtype: In forward mode: what hypergradients are stored as, ``float32``, ``bfloat16`` or ``float16``
+            with a scale a row; None: as ``dtype``.
     """
 
     track: str | int | Sequence[int] = field(default="all", metadata=of_the_run(checks.samples))
@@ -152,6 +159,15 @@ class QuestionSpec(Group):
         # Rounding alone, so that runs of before it existed go on.
         metadata=of_the_run(checks.one_of(*get_args(PerSample)), unless_default=True),
     )
+    layers: Sequence[str] | str | None = field(
+        default=None, metadata=of_the_run(checks.patterns, unless_default=True)
+    )
+    project: int | None = field(
+        default=None, metadata=of_the_run(checks.whole(1, optional=True), unless_default=True)
+    )
+    store_dtype: StoreDtype | None = field(
+        default=None, metadata=of_the_method(checks.one_of(*get_args(StoreDtype), optional=True))
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +176,12 @@ class QuestionSpec(Group):
                 f"targets {self.targets!r}: only mode='adjoint' carries targets, {self.mode!r} has every test "
                 "sample at the same price; use mode='adjoint', or targets='samples' and the table interclass"
             )
+        for name in ("project", "store_dtype"):
+            if self.mode == ADJOINT and getattr(self, name) is not None:
+                raise SpecError(
+                    f"{name} {getattr(self, name)!r}: mode='adjoint' stores no rows, so that it has no meaning there; leave "
+                    "it out, or use mode='forward'"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

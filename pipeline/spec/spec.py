@@ -30,6 +30,39 @@ class RunSpec(OutputSpec, ExecutionSpec, CurvatureSpec, QuestionSpec, TrainingSp
         SpecError: A field is wrong; the message has its value, the limit and the remedy.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.project is not None and self.exact_rank:
+            raise SpecError(
+                f"project {self.project}: exact_rank carries whole gradients, and a run with project keeps none; leave one "
+                "of them out"
+            )
+        for name in ("layers", "project", "store_dtype"):
+            if self.at_checkpoint and getattr(self, name) is not None:
+                raise SpecError(
+                    f"{name} {getattr(self, name)!r}: with at_checkpoint no hypergradients are made; leave it out"
+                )
+
+    @property
+    def kept_dtype(self) -> str:
+        """What a number of a stored hypergradient is."""
+        return self.store_dtype or self.dtype
+
+    @property
+    def narrow_dtype(self) -> str | None:
+        """The same where it is not ``dtype``; else None."""
+        return None if self.kept_dtype == self.dtype else self.kept_dtype
+
+    @property
+    def precision(self) -> str | None:
+        """What is kept of float32 in stored hypergradients, see ``storage.precision``; None: all."""
+        return None if self.store_dtype in (None, "float32") else self.store_dtype
+
+    @property
+    def row_dtype(self) -> str:
+        """What rows of hypergradients are written and read as."""
+        return self.dtype if self.store_dtype is None else "float32"
+
     @property
     def base_method(self) -> str:
         """Name of the stores of this form and these targets, before any correction by ``exact_rank``."""

@@ -139,6 +139,8 @@ class CorrectionWork(CarryingWork):
             run.path(layout.corrections(self.corrected, layout.DIRECTIONS)), "direction", run.vouched
         )
         directions = stored.read(start, stop).astype(self.compute.dtype)
+        if self.row_map is not None:
+            directions = self.row_map.expand(directions)
         exact = make_replay(EXACT, ADJOINT, self.coupled(), trajectory, self.tracked, targets=directions)
         found = exact.run(report).contributions()
         del exact  # what one replay holds is gone before the other begins

@@ -11,6 +11,7 @@ from ...storage import layout
 from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
 from ...workers.data.labels import with_labels
+from ...workers.model.row_map import RowMap
 from ...workers.replay.targets import mean_gradients
 from ...workers.training.finite import check_own_gradients
 from ...workers.training.test_gradients import TestGradients
@@ -30,12 +31,14 @@ class TestGradientWork(TrainingWork):
     Attributes:
         tested: Test indices asked for, (M,).
         test_labels: Class of every sample of the test dataset, -1 where there is none.
+        row_map: What is kept of a row; None: all.
     """
 
     __test__ = False  # no test case, whatever its name begins with
 
     tested: Integers
     test_labels: Integers
+    row_map: RowMap | None = None
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write the gradients of a block; the driver writes the columns once every block is there."""
@@ -47,7 +50,7 @@ class TestGradientWork(TrainingWork):
         check_own_gradients(training, gradients.dataset, chosen, rows.gradient, rows.loss)
         gradients.engine.close()
         store = RowStore.open(run.path(layout.TEST_GRADIENTS), "gradient")  # committed after its units
-        store.write(start, rows.gradient)
+        store.write(start, rows.gradient if self.row_map is None else self.row_map.apply(rows.gradient))
         files = [f"{layout.TEST_GRADIENTS}/{name}" for name in store.files(start, stop)]
         return files, TestGradientValues(
             rows=stop - start,

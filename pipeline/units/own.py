@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from ...storage import layout
@@ -18,6 +19,7 @@ from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory
 from ...workers.data.labels import with_labels
 from ...workers.estimators.tracin import TracIn, checkpoints_used
+from ...workers.model.row_map import Folds, RowMap
 from ...workers.training.outputs import TrainingOutputs
 from ...workers.training.own_gradients import OwnGradients, Projection, norms, products
 from ...workers.training.training import Training
@@ -129,9 +131,11 @@ class SelfInfluenceWork(OwnGradientWork):
 
     Attributes:
         method: Whose hypergradients.
+        row_map: What is kept of a row; None: all.
     """
 
     method: str
+    row_map: RowMap | None = None
 
     @property
     def part(self) -> str:
@@ -143,9 +147,12 @@ class SelfInfluenceWork(OwnGradientWork):
         store = RowStore.open(run.path(layout.hypergradients(self.method)), "hypergradient", run.vouched)
         chosen = self.tracked[rows]
         found = np.empty((len(chosen), 1))
+        training = gradients.training
+        folds = None if self.row_map is None else Folds(self.row_map, training.dtype, torch.device("cpu"))
 
         def take(start: int, block: Tensor) -> None:
             first = rows.start + start
+            block = block if folds is None else folds.apply_(block)
             found[start : start + len(block), 0] = products(block, store.read(first, first + len(block)))
 
         gradients.each(chosen, take, lambda done: report(done, len(chosen)))

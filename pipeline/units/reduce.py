@@ -159,7 +159,7 @@ def _joined(
     panels = Panels(gradients.read, tests, gradients.columns, gradients.dtype, device)
     strips = [(start + first, start + last) for first, last in bounds(stop - start, job.tiles.strip_rows)]
     rows = Panels(hypergradients.read, strips, hypergradients.columns, hypergradients.dtype, device)
-    block = np.empty((stop - start, gradients.rows), dtype=hypergradients.dtype)
+    block = np.empty((stop - start, gradients.rows), dtype=gradients.dtype)
     for first, last, strip in rows:
         contributions(strip, panels, job.n_train, block[first - start : last - start])
         report(last - start, stop - start)

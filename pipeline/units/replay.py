@@ -12,14 +12,17 @@ from ...storage.curvature import Curvature, read_curvature
 from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory
+from ...workers.data.labels import with_labels
+from ...workers.model.row_map import RowMap
 from ...workers.recursion.conservation import RowSums, check_sums
 from ...workers.reference.growth import check_finite
 from ...workers.replay.base import Replay
 from ...workers.replay.make import make_replay
+from ...workers.replay.sampled import both_ways, rows_of_shard
 from ...workers.training.training import Training
 from ..executors.base import Report, Unit
 from ..plan.sharding import WRITE_CHUNKS
-from ..reading.unit_values import ReplayValues
+from ..reading.unit_values import LossValues, ReplayValues
 from ..spec.targets import store_of
 from ..vocabulary import ADJOINT, CARRIED, EKFAC, FAST, FORWARD
 from .reduce import bounds
@@ -38,6 +41,7 @@ class CarryingWork(TrainingWork):
         tracked: Train indices asked for, (n,).
         targets: Kind of the targets.
         share: Of the Hessian in the products of a form that carries vectors.
+        row_map: What is kept of a row; None: all.
     """
 
     method: str
@@ -45,6 +49,7 @@ class CarryingWork(TrainingWork):
     tracked: Integers
     targets: str
     share: float = 1.0
+    row_map: RowMap | None = None
 
     def basis(self, run: RunDirectory) -> Curvature | None:
         """Return the curvature of the form, where it has one."""
@@ -85,31 +90,90 @@ class CarryingWork(TrainingWork):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplayWork(CarryingWork):
-    """Handler of shards of tracked samples."""
+    """Handler of shards of tracked samples.
+
+    Attributes:
+        sampled_tests: Test indices with which it is sampled what storing rows in fewer numbers or bits loses.
+        test_labels: Class of every sample of the test dataset, -1 where there is none.
+    """
+
+    sampled_tests: Integers
+    test_labels: Integers
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write the hypergradients of a shard."""
         start, stop = rows_of(unit)
         training, trajectory = self.training(), recorded(run)
         tracked, bent = self.tracked[start:stop], self.basis(run)
-        replay = make_replay(
-            self.form, FORWARD, training, trajectory, tracked, curvature=bent, share=self.share
-        ).run(report)
         base = layout.hypergradients(self.method)
         store = RowStore.open(run.path(base), "hypergradient", run.vouched)
-        sums = RowSums(training.layout.entries)
+        sampled = self._sampled(training, store, stop - start)
+        replay = make_replay(
+            self.form,
+            FORWARD,
+            training,
+            trajectory,
+            tracked,
+            curvature=bent,
+            share=self.share,
+            row_map=self.row_map,
+            sampled=sampled,
+        ).run(report)
+        sums = RowSums(training.layout.entries, self.row_map)
+        unfolded = replay.sink.whole() if sampled else None
+        whole, stored = [] if unfolded is None else [unfolded], []
         for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
             rows = replay.numpy(first, last)
             self.finite(rows, "hypergradients", trajectory)
-            store.write(start + first, rows)
             if self.lawful(training):
                 sums.add(rows)
+            kept = rows if store.dtype == self.compute.dtype else self._narrow(rows, store.dtype, trajectory)
+            store.write(start + first, kept)
+            here = [k - first for k in sampled if first <= k < last]
+            if here:
+                stored.append(store.as_kept(kept[here]))
+                whole += [rows[here]] if unfolded is None else []
         replay.close()
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         notes = replay.told()
         if self.lawful(training):
             notes["law"] = sums.values(replay.sink.rest)
+        if sampled:
+            found = np.concatenate(stored)
+            notes["loss"] = self._loss(trajectory, tracked[sampled], np.concatenate(whole), found)
         return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)
+
+    def _sampled(self, training: Training, store: RowStore, rows: int) -> list[int]:
+        """Return the rows of a shard of ``rows`` that are held whole; none where nothing is lost."""
+        exact = store.precision is None and store.dtype == self.compute.dtype
+        if exact and not (self.row_map is not None and self.row_map.folds):
+            return []
+        row_bytes = training.layout.dimension * training.dtype.itemsize
+        return rows_of_shard(rows, len(self.tracked), row_bytes)
+
+    def _narrow(
+        self, rows: npt.NDArray[np.floating], dtype: str, trajectory: Trajectory
+    ) -> npt.NDArray[np.floating]:
+        with np.errstate(over="ignore"):
+            narrow: npt.NDArray[np.floating] = rows.astype(dtype)
+        return self.finite(narrow, f"hypergradients as {dtype}", trajectory)
+
+    def _loss(
+        self,
+        trajectory: Trajectory,
+        train_index: Integers,
+        whole: npt.NDArray[np.floating],
+        stored: npt.NDArray[np.floating],
+    ) -> LossValues:
+        """Return the contributions of sampled rows by whole rows, and by what is stored of them."""
+        training = Training(with_labels(self.recipe, self.test_labels), self.compute)
+        right, found = both_ways(training, trajectory, self.sampled_tests, whole, stored, self.row_map)
+        return LossValues(
+            train_index=tuple(train_index.tolist()),
+            test_index=tuple(self.sampled_tests.tolist()),
+            whole=tuple(map(tuple, right.tolist())),
+            stored=tuple(map(tuple, found.tolist())),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +185,8 @@ class AdjointWork(CarryingWork):
         start, stop = rows_of(unit)
         training, trajectory = self.training(), recorded(run)
         targets = self.target_gradients(run).read(start, stop)
+        if self.row_map is not None:
+            targets = self.row_map.expand(targets)
         back = make_replay(
             self.form,
             ADJOINT,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ...storage.precision import UNIT as UNIT_OF
 from ...storage.trajectory import Trajectory
 from ...workers.recursion.coefficients import recorded_settings
 from ...workers.recursion.conservation import (
@@ -33,10 +34,13 @@ from ...workers.recursion.conservation import (
     worst_of,
 )
 from ...workers.recursion.rest import UNIT, leaves_a_rest
+from ..reading.kept_rows import row_map_of
 from ..reading.unit_values import ReplayValues, values_of
 from ..vocabulary import ADJOINT, CLOSING_UNITS, FAST, FORWARD, REPLAY
 
 if TYPE_CHECKING:
+    from ...storage.rows import RowStore
+    from ...workers.model.row_map import RowMap
     from ..reading.reader import Reader
 
 Found: TypeAlias = dict[str, Any]
@@ -71,39 +75,77 @@ def conservation(run: Reader) -> Found:
     if reason is not None:
         return {"applicable": False, "reason": reason}
     store = run.hypergradient_store(METHOD)
-    total = np.zeros(store.columns)
+    total, absolute = np.zeros(store.columns), np.zeros(store.columns)
+    unit = rounding_unit(run, store)
     rows = block_rows(store.chunk_rows, store.columns, np.dtype(store.dtype).itemsize)
     for start in range(0, store.rows, rows):
-        total += store.read(start, min(start + rows, store.rows)).sum(0, dtype=np.float64)
-    return judged(run, total)
+        block = store.read(start, min(start + rows, store.rows))
+        total += block.sum(0, dtype=np.float64)
+        if unit is not None:
+            absolute += np.abs(block).sum(0, dtype=np.float64)
+    return judged(run, total, row_map_of(run), None if unit is None else unit * absolute)
 
 
-def judged(run: Reader, total: npt.NDArray[np.float64]) -> Found:
-    """Hold the sum of all hypergradients, (D,), against the law; returns as `conservation`."""
+def rounding_unit(run: Reader, store: RowStore) -> float | None:
+    """Return how far a number may have been rounded when it was stored, relative; None: not at all."""
+    kept = store.precision or store.dtype
+    return None if kept == run.noted.identity.get("dtype", kept) else UNIT_OF[kept]
+
+
+def judged(
+    run: Reader,
+    total: npt.NDArray[np.float64],
+    row_map: RowMap | None = None,
+    rounded: npt.NDArray[np.float64] | None = None,
+) -> Found:
+    """Hold the sum of all hypergradients against the law.
+
+    Args:
+        run: The run.
+        total: The sum, (columns,).
+        row_map: What is kept of a row; None: all, so that there are D columns.
+        rounded: What the rounding of stored rows may come to in the sum, (columns,); None: nothing.
+
+    Returns:
+        As `conservation`.
+    """
     trajectory, n_train = run.trajectory(), run.noted.training_size
     manifests = run.directory.manifests(f"{METHOD}/{REPLAY}")
     shards = [values_of(ReplayValues, m) for m in manifests if m.unit not in CLOSING_UNITS]
-    if not leaves_a_rest(recorded_settings(trajectory)):
+    rest = leaves_a_rest(recorded_settings(trajectory))
+    if not rest and row_map is None and rounded is None:
         return compare(trajectory, total, n_train=n_train, noise=_noise(shards))
-    if not all(shard.law is not None and "rest" in shard.law for shard in shards):
+    if any(shard.law is None for shard in shards):
+        return {"applicable": False, "reason": "the shards did not note the sizes of their rows"}
+    if rest and not all(shard.law is not None and "rest" in shard.law for shard in shards):
         reason = "the shards did not note what clipping or Adam leave out of the hypergradients"
         return {"applicable": False, "reason": reason}
-    return _compare_along(trajectory, total, shards, n_train)
+    return _compare_along(trajectory, total, shards, n_train, row_map, rounded)
 
 
 def _compare_along(
-    trajectory: Trajectory, total: npt.NDArray[np.float64], shards: Sequence[ReplayValues], n_train: int
+    trajectory: Trajectory,
+    total: npt.NDArray[np.float64],
+    shards: Sequence[ReplayValues],
+    n_train: int,
+    row_map: RowMap | None,
+    rounded: npt.NDArray[np.float64] | None,
 ) -> Found:
     """Compare along the directions that the shards noted; returns as `compare`, of each group its worst parameter.
 
     Errors are relative to what the parameter moved or, where that is more, to the size of a row.
     """
-    sums = np.asarray(RowSums(trajectory.parameters).along(total))
+    rows = RowSums(trajectory.parameters, row_map)
+    sums, entries = np.asarray(rows.along(total)), rows.parameters
     noted = [shard.law for shard in shards if shard.law is not None]
-    laws = laws_of(trajectory, sums, noted, n_train, _noise(shards))
+    rounding = None
+    if rounded is not None:
+        spans = [slice(e.start, e.start + math.prod(e.shape)) for e in entries]
+        rounding = np.array([float(np.linalg.norm(rounded[span])) for span in spans]) / n_train
+    laws = laws_of(trajectory, sums, noted, n_train, _noise(shards), row_map, rounding)
     groups = []
-    for group in sorted({entry.group for entry in trajectory.parameters}):
-        of_group = [one for one, e in zip(laws, trajectory.parameters, strict=True) if e.group == group]
+    for group in sorted({entry.group for entry in entries}):
+        of_group = [one for one, e in zip(laws, entries, strict=True) if e.group == group]
         worst = worst_of(of_group)
         groups.append({"group": group, "error": worst.error, "limit": worst.limit})
     return {"applicable": True, "ok": all(one.ok for one in laws), "groups": groups}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +13,14 @@ from ...storage import layout
 from ...storage.rows import RowStore
 from ...storage.trajectory_format import LOOP
 from ...workers.replay.targets import mean_gradients
+from ..reading.kept_rows import row_map_of
 from ..reading.panels import targets
 from ..spec.targets import store_of, target_of_each
 from ..vocabulary import SAMPLES
 from . import conservation as law
 
 if TYPE_CHECKING:
+    from ...workers.model.row_map import RowMap
     from ..reading.reader import Reader
 
 MEAN_TOLERANCE = 1e-4
@@ -38,6 +41,16 @@ class Contents:
         self.advance = advance
         self.problems: list[str] = []
         self.rows: dict[str, int] = {}
+
+    @cached_property
+    def row_map(self) -> RowMap | None:
+        """What is kept of the rows of the run; None: all."""
+        return row_map_of(self.run)
+
+    @property
+    def columns(self) -> int | None:
+        """Numbers of a row; None: not known."""
+        return self.info.dimension if self.row_map is None else self.row_map.columns
 
     def trajectory(self) -> None:
         """Check the record: finite values, first and last checkpoint, digests of the checkpoints."""
@@ -61,7 +74,7 @@ class Contents:
     def test_gradients(self) -> None:
         """Check the test gradients: counts, indices, finite values."""
         store = self.run.test_gradients()
-        self.shape(layout.TEST_GRADIENTS, store, self.info.n_test_tracked, self.info.dimension)
+        self.shape(layout.TEST_GRADIENTS, store, self.info.n_test_tracked, self.columns)
         self.index(f"{layout.TEST_GRADIENTS}/test_index", store.column("test_index"), self.info.n_test)
         self.stream(layout.TEST_GRADIENTS, store)
 
@@ -69,7 +82,7 @@ class Contents:
         """Check that the gradients of classes, or of the mean, are the means of the test gradients."""
         name, tests = store_of(kind), self.run.test_gradients()
         store = RowStore.open(self.run.directory.path(name), "gradient", self.run.directory.vouched)
-        self.shape(name, store, None, self.info.dimension)
+        self.shape(name, store, None, self.columns)
         step = law.block_rows(store.chunk_rows, store.columns, 8)
         for start in range(0, store.rows, step):
             stop = min(store.rows, start + step)
@@ -98,12 +111,14 @@ class Contents:
         """
         name = layout.hypergradients(method)
         store = self.run.hypergradient_store(method)
-        self.shape(name, store, self.info.n_tracked, self.info.dimension)
+        self.shape(name, store, self.info.n_tracked, self.columns)
         self.index(f"{name}/train_index", store.column("train_index"), self.info.n_train)
-        total = self.stream(name, store)
+        unit = law.rounding_unit(self.run, store)
+        absolute = np.zeros(store.columns)
+        total = self.stream(name, store, None if unit is None else absolute)
         if not lawful or method != law.METHOD or law.not_applicable(self.run) is not None:
             return {}
-        found = law.judged(self.run, total)
+        found = law.judged(self.run, total, self.row_map, None if unit is None else unit * absolute)
         self.problems += [
             f"{name}: the sum of all rows is off the recorded weights by {g['error']:.1e} "
             f"(relative, parameter group {g['group']}), the limit is {g['limit']:.1e}"
@@ -194,8 +209,14 @@ class Contents:
                     f"its members, first at train_index {int(stored['train_index'][int(wrong.argmax())].as_py())}"
                 )
 
-    def stream(self, name: str, store: RowStore) -> np.ndarray:
-        """Read all rows, report those that are not finite, return their sum in float64, (D,)."""
+    def stream(self, name: str, store: RowStore, absolute: np.ndarray | None = None) -> np.ndarray:
+        """Read all rows, report those that are not finite, return their sum in float64, (D,).
+
+        Args:
+            name: Of the store.
+            store: It.
+            absolute: Where the absolute values are added up, too; None: nowhere.
+        """
         total = np.zeros(store.columns)
         itemsize = np.dtype(store.dtype).itemsize
         step = law.block_rows(store.chunk_rows, store.columns, itemsize)
@@ -206,6 +227,8 @@ class Contents:
                 rows = f"{int(bad.sum())} rows are not finite, first row {start + int(bad.argmax())}"
                 self.problems.append(f"{name}: {rows}")
             total += block.sum(0, dtype=np.float64)
+            if absolute is not None:
+                absolute += np.abs(block).sum(0, dtype=np.float64)
             self.advance(block.nbytes, name)
         self.rows[name] = store.rows
         return total

@@ -130,7 +130,7 @@ def corrections(check: Contents, method: str) -> None:
     corrected = RowStore.open(open_at(where(layout.CORRECTED)), "contribution", check.run.directory.vouched)
     rank = directions.rows
     for name, store, rows, columns in (
-        (layout.DIRECTIONS, directions, rank, check.info.dimension),
+        (layout.DIRECTIONS, directions, rank, check.columns),
         (layout.COORDINATES, coordinates, check.info.target_count(method), rank),
         (layout.CORRECTED, corrected, rank, check.info.n_tracked),
     ):

@@ -33,11 +33,13 @@ from ..executors.events import Note, Observer, StageFinished, StageStarted, Unit
 from ..plan.provenance import look_and_check
 from ..plan.stored_spec import REPEATED, stored_spec
 from ..plan.survey import compute_of, resolve_recipe
+from ..reading.kept_rows import row_map_of
 from ..reading.panels import tested
 from ..reading.reader import Reader
 from ..reading.unit_values import UnitValues, all_values
 from ..spec.method_options import CurvatureOptions
 from ..vocabulary import ADJOINT, EKFAC, EXACT, FORMS, GAUSS_NEWTON, MIXED, REPLAY, TEST_GRADIENTS
+from .conservation import rounding_unit
 from .deep_checks import DeepVerification, Findings, rows_of, spread
 
 HESSIANS: dict[str, Form] = {form: hessian for hessian, form in FORMS.items()}
@@ -115,6 +117,7 @@ class _Deep:
         look_and_check(run.uri, run.noted, spec, observer)
         self.recipe, self.compute = resolve_recipe(spec), compute_of(spec)
         self.trajectory, self.n_train = run.trajectory(), run.noted.training_size
+        self.row_map = row_map_of(run)
         self.covered = [name for name in methods if name in HESSIANS or _corrected(name)]
         self.notes = [
             f"{name}: not covered; the reference knows {', '.join(HESSIANS)}, corrected or not"
@@ -181,6 +184,7 @@ class _Deep:
         with self._stage("verify/test-gradients", len(self.columns)):
             right = dense_test_gradients(training, self.trajectory, tests)
             plain = dense_test_gradients(training, self.trajectory, tests, training.dtype)
+        right, plain = self._kept(right), self._kept(plain)
         # Where a sample is predicted almost surely, its gradient is a small difference of numbers near 1:
         # what plain autograd loses there in the run's dtype is no fault of the run.
         lost = float(np.linalg.norm(plain - right, axis=1).max())
@@ -236,6 +240,7 @@ class _Deep:
 
     def _method(self, method: str, form: Form, tangents: Floats) -> None:
         """Hold what a method stored against the reference, and its tables against what it stored."""
+        tangents = self._kept(tangents)
         limits, expected = self._limits(form), self._products(tangents)
         if self.run.noted.entry(method).mode == ADJOINT:
             store = RowStore.open(
@@ -245,10 +250,17 @@ class _Deep:
             kept = "contributions (adjoint = forward)"
             self.found.numbers(method, kept, products, expected, limits, self.found.pair)
         else:
-            stored = rows_of(self.run.hypergradient_store(method), self.rows)
-            self.found.rows(method, "hypergradients", stored, tangents, limits, self.found.sample)
+            store = self.run.hypergradient_store(method)
+            stored, rounded = rows_of(store, self.rows), rounding_unit(self.run, store) or 0.0
+            allowed = {dtype: max(limit, rounded) for dtype, limit in limits.items()}
+            self.found.rows(method, "hypergradients", stored, tangents, allowed, self.found.sample)
             products = self._products(stored)
-            if form in tolerances.CARRIED:
+            if self.row_map is not None and self.row_map.folds:
+                if form in tolerances.CARRIED:
+                    self.notes.append(
+                        f"{method}: not carried backwards, the run keeps projections of its targets"
+                    )
+            elif form in tolerances.CARRIED:
                 found = self._carried_back(method)
                 self.found.numbers(
                     method, "forward = adjoint", found, expected[:, : found.shape[1]], limits, self.found.pair
@@ -263,6 +275,7 @@ class _Deep:
         path, where = self.run.directory.path, partial(layout.corrections, method)
         directions = RowStore.open(path(where(layout.DIRECTIONS)), "direction", self.run.directory.vouched)
         along = directions.read(0, directions.rows).astype(np.float64)
+        ekfac, exact = self._kept(ekfac), self._kept(exact)
         store = RowStore.open(path(where(layout.CORRECTED)), "contribution", self.run.directory.vouched)
         corrections = store.read(0, store.rows)[:, self.rows].T.astype(np.float64)
         right = -((exact - ekfac) @ along.T) / self.n_train
@@ -279,6 +292,8 @@ class _Deep:
         """Return the contributions of the samples to a few targets by the adjoint engine, (n, k)."""
         training = Training(self.recipe, replace(self.compute, batch_norm="coupled"))
         targets = self.gradients[:ADJOINTS].astype(self.compute.dtype)
+        if self.row_map is not None:
+            targets = self.row_map.expand(targets)
         with self._stage("verify/adjoint", training.steps) as report:
             back = make_replay(
                 method,
@@ -291,6 +306,10 @@ class _Deep:
             )
             found = back.run(report).contributions()
         return found.T.astype(np.float64)
+
+    def _kept(self, rows: Floats) -> Floats:
+        """Return what the run keeps of rows of D numbers."""
+        return rows if self.row_map is None else self.row_map.apply(rows).astype(np.float64, copy=False)
 
     def _products(self, tangents: Floats) -> Floats:
         """Return C(i, j) from hypergradients, (n, Q)."""

@@ -12,6 +12,7 @@ from ...storage import layout
 from ...storage.errors import HydraError, RunNotFound
 from ...storage.files import PARTIAL, list_files
 from ...storage.schemas import SCHEMAS
+from ..reading.kept_rows import StoreLoss, store_losses
 from ..reading.stage_states import stage_states
 from ..spec.targets import store_of
 from ..vocabulary import (
@@ -81,6 +82,8 @@ class Verification:
         problems: One line each; empty when all is well.
         notes: What was not checked and why, one line each.
         conservation: What `conservation.conservation` returns.
+        stores: What storing hypergradients in fewer numbers or bits costs, one mapping a method; see
+            `reading.kept_rows.StoreLoss`.
     """
 
     run: str
@@ -90,6 +93,7 @@ class Verification:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     conservation: dict[str, Any]
+    stores: tuple[StoreLoss, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -200,6 +204,7 @@ class _Verifier:
         if not found:
             reason = law.not_applicable(self.run) or "the stores it needs are damaged"
             found = {"applicable": False, "reason": reason}
+        stores = self._guard(layout.HYPERGRADIENTS, partial(store_losses, self.run)) or []
         return Verification(
             run=self.run.uri,
             files=len(self.sizes),
@@ -209,6 +214,7 @@ class _Verifier:
             problems=tuple(dict.fromkeys([*self.problems, *contents.problems])),
             notes=tuple(self.notes),
             conservation=found,
+            stores=tuple(stores),
         )
 
     def _between(self, stage: str, contents: Contents) -> None:

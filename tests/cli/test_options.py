@@ -57,7 +57,7 @@ def test_every_field_of_the_spec_can_be_given(tmp_path: Any) -> None:
     (tmp_path / "w.pt").touch()
     text = "mod:Recipe --out o --shards 3 --track 10% --test 0:5 --mode adjoint --hessian ekfac "
     text += "--targets classes --exact-rank 4 --dtype float64 --epochs 2 --batch-size 8 --seed 0 --seeds 3 "
-    text += "--batch-norm coupled --per-sample vjp "
+    text += "--batch-norm coupled --per-sample vjp --layers head.*,fc "
     text += "--executor serial --address 10.0.0.1:6379 --gpus-per-actor 0.5 --cpus-per-actor 2 "
     text += "--workers 3 --threads 1 --device cpu --memory 4GiB --reduce-memory 1GiB --overwrite "
     text += "--checkpoint-every 7 --curvature-checkpoints 3 --curvature-at 0,5 --curvature-samples 9 --curvature-core 8 --curvature-share 0.3 --max-attempts 5 --start-timeout 9 --unit-timeout 99 --visits off --set a=1"
@@ -67,9 +67,14 @@ def test_every_field_of_the_spec_can_be_given(tmp_path: Any) -> None:
     assert same == [
         "at_checkpoint",
         "at",
+        "project",
+        "store_dtype",
         "wait",
         "reduce_memory",
-    ]  # instead of a training; its middle; not waiting and 1GiB are the default
+    ]  # instead of a training; its middle; not of adjoint mode; not waiting and 1GiB are the default
+    assert spec.layers == ("head.*", "fc")
+    rows = spec_of("--project", "4096", "--store-dtype", "float16")
+    assert (rows.project, rows.store_dtype) == (4096, "float16")
     assert spec_of("--at", "4").at == 4
     assert spec_of("--at-checkpoint", str(tmp_path / "w.pt")).at_checkpoint == str(tmp_path / "w.pt")
     assert (spec.shards, spec.memory, spec.recipe_args) == (3, 4 << 30, {"a": 1})
@@ -133,12 +138,12 @@ def test_help_has_headings(command: str, headings: list[str]) -> None:
 
 def test_each_stage_shows_what_it_uses() -> None:
     whole, stages = flags_of("run"), {name: flags_of(name) for name in ("record", "replay", "reduce")}
-    method = {"--mode", "--hessian", "--targets", "--exact-rank", "--shards", "--option"}
+    method = {"--mode", "--hessian", "--targets", "--exact-rank", "--shards", "--store-dtype", "--option"}
     fixed = {"--epochs", "--seed", "--set", "--track", "--test", "--dtype", "--threads"}
     assert method | fixed <= whole
     assert stages["record"] == whole - method - {"--method"}
     assert method <= stages["replay"]
-    assert stages["reduce"] == stages["replay"] - {"--mode", "--shards", "--option"}
+    assert stages["reduce"] == stages["replay"] - {"--mode", "--shards", "--store-dtype", "--option"}
     assert not fixed & (stages["replay"] | stages["reduce"])
     assert not any("curvature-" in flag for flag in whole.union(*stages.values()))
     for command in ("replay", "reduce"):  # a run is replaced by those that make a whole one
@@ -255,4 +260,4 @@ def test_who_takes_what_follows_from_the_fields() -> None:
     assert BUDGET == ("memory", "reduce_memory", "max_attempts", "start_timeout", "unit_timeout")
     assert (*PLACEMENT, *BUDGET) == stored_spec.PLACEMENT
     assert set(OF_THE_RUN) == {"executor", "cpus_per_actor", "threads", "device"}
-    assert set(METHOD) == {"mode", "hessian", "targets", "exact_rank", "shards", *CURVATURE}
+    assert set(METHOD) == {"mode", "hessian", "targets", "exact_rank", "shards", "store_dtype", *CURVATURE}

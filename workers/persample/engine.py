@@ -57,7 +57,7 @@ class PerSampleGradients:
         factored: Entries (weights of Linear layers) handed over as factors instead of in the block.
 
     Attributes:
-        columns: Per entry, its first column in the block; None for factored entries.
+        columns: Per entry, its first column in the block; None for factored entries, and those not asked for.
         width: Columns of the block, D when nothing is factored.
         repaired: Names of parameters that had to go by ``vjp`` in a step where their strategy did not fit.
     """
@@ -82,7 +82,8 @@ class PerSampleGradients:
         like = self._parameters[0]
         self.tile = self.tile_for(like)
         self.factored = factored
-        self.columns, self.width = _columns(layout, factored)
+        self._unasked = frozenset(i for i, way in enumerate(self.strategies) if way == "none")
+        self.columns, self.width = _columns(layout, factored | self._unasked)
         self._block = torch.empty(self.tile, self.width, dtype=like.dtype, device=like.device)
         self.views = _views(self._block, layout, self.columns)
         self._ready: dict[int, Tensor] = {}
@@ -227,7 +228,7 @@ class PerSampleGradients:
             return frozenset()
         form = form_of(losses_B, self.index)
         if form not in self._forms:
-            self._forms[form] = bad = self.ways.judge(self.model, batch, before)
+            self._forms[form] = bad = self.ways.judge(self.model, batch, before) - self._unasked
             if bad:
                 self._repair(sorted(bad), "a step with another graph than those tried before disagrees")
         return self._forms[form]

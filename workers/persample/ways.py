@@ -13,9 +13,9 @@ from ..model.state import Kept
 from ..recipe import Batch
 from .capture import Form
 
-Strategy = Literal["outer", "rule", "second", "lent", "func", "vjp"]
+Strategy = Literal["outer", "rule", "second", "lent", "func", "vjp", "none"]
 """``outer``: a rule whose result is one outer product a row, so that it may be kept as factors. ``second``: a rule
-of a layer whose batch is on the second axis; ``lent``: of one whose output all samples share (see ``capture``)."""
+of a layer whose batch is on the second axis; ``lent``: of one whose output all samples share (see ``capture``). ``none``: its gradients are not asked for."""
 
 RULED: Mapping[Strategy, Form] = {"outer": "first", "rule": "first", "second": "second", "lent": "lent"}
 """Strategies that go by a layer's rule, and the form of its calls."""

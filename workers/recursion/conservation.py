@@ -7,7 +7,8 @@ Without the Hessian and with every training sample tracked
 (m_0: the momentum that training began with, mostly none; the rest: 0 but for clipped steps and Adam, where each
 replay follows it, see ``rest``). So a shard notes, for each parameter, the sum of its rows along `DIRECTIONS` random
 directions of +-1: the sums of all shards must be what the record says along the same directions, and
-nothing is read again.
+nothing is read again. Rows that are kept in part, or folded (see ``model.row_map``), obey the law of what is kept: both sides
+go through the same linear map.
 Letters: n rows of a shard, D parameters, P parameter tensors.
 """
 
@@ -23,6 +24,7 @@ import torch
 
 from ...storage.errors import ConservationBroken
 from ...storage.trajectory import ParameterEntry, Trajectory
+from ..model.row_map import RowMap
 from .coefficients import phi, psi, recorded_settings
 from .rest import NOISE, UNIT, Rest
 
@@ -71,10 +73,12 @@ class RowSums:
 
     Args:
         parameters: Of the flat vector.
+        row_map: What is kept of a row; None: all.
     """
 
-    def __init__(self, parameters: Sequence[ParameterEntry]) -> None:
-        self.parameters = tuple(parameters)
+    def __init__(self, parameters: Sequence[ParameterEntry], row_map: RowMap | None = None) -> None:
+        self.row_map = row_map
+        self.parameters = tuple(parameters) if row_map is None else row_map.kept_entries()
         self.total: Float | None = None
         self.squares: Float | None = None
         self.sampled = 0
@@ -106,9 +110,13 @@ class RowSums:
         }
         vector = None if rest is None else rest.vector
         if rest is not None and vector is not None:
+            slack = rest.slack
+            if self.row_map is not None:
+                vector = self.row_map.apply(vector[None])[0]
+                slack = slack[[part.entry for part in self.row_map.parts]]
             found["rest"] = self.along(vector)
             found["rest_size"] = [float(np.linalg.norm(vector[_span(e)])) for e in self.parameters]
-            found["slack"] = rest.slack.tolist()
+            found["slack"] = slack.tolist()
         return found
 
     def along(self, vector_D: Float) -> list[list[float]]:
@@ -137,7 +145,11 @@ class Law:
 
 
 def law_of(
-    trajectory: Trajectory, shards: Sequence[Mapping[str, Sequence[object]]], n_train: int, noise: float = 0.0
+    trajectory: Trajectory,
+    shards: Sequence[Mapping[str, Sequence[object]]],
+    n_train: int,
+    noise: float = 0.0,
+    row_map: RowMap | None = None,
 ) -> Law:
     """Compare the sums that the shards noted with the record.
 
@@ -146,9 +158,10 @@ def law_of(
         shards: What ``RowSums.values`` gave, one a shard; together they hold every training sample.
         n_train: N.
         noise: How exactly rows of a batch added up in the trials, relative; see ``Ways``.
+        row_map: What is kept of a row; None: all.
     """
     sums = np.sum([np.asarray(s["sum"], dtype=np.float64) for s in shards], axis=0)
-    return worst_of(laws_of(trajectory, sums, shards, n_train, noise))
+    return worst_of(laws_of(trajectory, sums, shards, n_train, noise, row_map))
 
 
 def worst_of(laws: Sequence[Law]) -> Law:
@@ -168,6 +181,8 @@ def laws_of(
     shards: Sequence[Mapping[str, Sequence[object]]],
     n_train: int,
     noise: float = 0.0,
+    row_map: RowMap | None = None,
+    rounding: Float | None = None,
 ) -> list[Law]:
     """Compare the sum of all rows with the record, by parameter.
 
@@ -177,6 +192,8 @@ def laws_of(
         shards: See ``law_of``; for the sizes of rows and what they leave out.
         n_train: N.
         noise: See ``law_of``.
+        row_map: See ``law_of``.
+        rounding: (P,) what rounding of the stored rows may come to in the mean row; None: nothing.
     """
 
     def of(name: str) -> Float:
@@ -194,25 +211,31 @@ def laws_of(
     first = start.first.weights
     dtype, steps = str(first.dtype), len(trajectory.loss)
     found, base = [], max(BASE[dtype], NOISY * max(noise, autocast_rounding(trajectory)))
-    for k, entry in enumerate(trajectory.parameters):
+    entries = trajectory.parameters
+    if row_map is not None:
+        entries = tuple(row_map.entries[part.entry] for part in row_map.parts)
+    for k, entry in enumerate(entries):
         here = _span(entry)
         before, after = first[here].astype(np.float64), last[here].astype(np.float64)
         # SGD leaves a parameter without a gradient alone, weight decay included: nothing is lost then.
         still = np.array_equal(before, after) and not np.any(sums[k])
         held, pushed = (before, 0.0 * before) if entry.group < 0 or still else start.of(entry)
         expected = after - held - pushed
+        if row_map is not None:
+            expected = row_map.apply_part(k, expected)
         squares = float(after @ after) + float(held @ held) + float(pushed @ pushed)
         drift = UNIT[dtype] * math.sqrt(steps * (squares + float(rest_size[k]) ** 2))
         scale = max(float(np.linalg.norm(expected)), float(sizes[k]))
         error = float(np.abs(sums[k] + rest[k] - projections(expected, k)).max())
-        found.append((entry.name, error, base * scale + drift + float(slack[k]), scale))
+        allowed = base * scale + drift + float(slack[k]) + (0.0 if rounding is None else float(rounding[k]))
+        found.append((entry.name, error, allowed, scale))
     largest = max((scale for *_rest, scale in found), default=0.0)
     laws = []
-    for name, error, rounding, scale in found:
+    for name, error, allowed, scale in found:
         # What moved by so much less than others may be what rounding of theirs leaves of zero.
         more = UNIT[dtype] * largest if scale < NOISE * largest else 0.0
-        allowed, per = SPREAD * (rounding + more), scale or 1.0
-        laws.append(Law(worst=name, error=error / per, limit=allowed / per if scale else 0.0))
+        limit, per = SPREAD * (allowed + more), scale or 1.0
+        laws.append(Law(worst=name, error=error / per, limit=limit / per if scale else 0.0))
     return laws
 
 

@@ -110,6 +110,10 @@ class RowSink(Sink, Protocol):
     def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
         """Return rows as a (stop - start, D) array on the host."""
 
+    def whole(self) -> npt.NDArray[np.floating] | None:
+        """Return sampled rows before they are folded, in the parameters that are kept; None: rows are not folded."""
+        return None
+
 
 class ProductSink(Sink, Protocol):
     """Keeps products with targets: adjoint mode."""

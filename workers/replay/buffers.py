@@ -45,10 +45,14 @@ def factor_slots(shape: Sequence[int], epochs: int) -> int:
     return slots if slots >= 2 else 0
 
 
-def row_numbers(layout: Layout, factored: frozenset[int], epochs: int) -> int:
+def row_numbers(
+    layout: Layout, factored: frozenset[int], epochs: int, left_out: frozenset[int] = frozenset()
+) -> int:
     """Return how many numbers the buffers hold per tracked sample."""
     total = 0
     for i, entry in enumerate(layout.entries):
+        if i in left_out:
+            continue
         slots = factor_slots(entry.shape, epochs) if i in factored else 0
         if slots:
             total += slots * (_up(entry.shape[0]) + _up(entry.shape[1]))
@@ -67,7 +71,7 @@ class HypergradientBuffers:
         rows: Tracked samples of the shard.
         layout: Where each parameter lies.
         factored: Entries whose gradients come as factors.
-        columns: First column of the other entries in the blocks that are added.
+        columns: First column of the other entries in the blocks that are added; None: not asked for.
         epochs: Epochs of the run: visits of each sample.
         dtype: Of the hypergradients.
         device: Where the training runs.
@@ -84,7 +88,10 @@ class HypergradientBuffers:
         device: torch.device,
     ) -> None:
         self.rows, self.layout, self.columns = rows, layout, columns
-        self.home, pinned = _home(rows * row_numbers(layout, factored, epochs) * dtype.itemsize, device)
+        left_out = frozenset(i for i, c in enumerate(columns) if c is None) - factored
+        self._kept = [i for i in range(len(columns)) if i not in left_out]
+        numbers = rows * row_numbers(layout, factored, epochs, left_out)
+        self.home, pinned = home_of(numbers * dtype.itemsize, device)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self.home, pin_memory=pinned)
@@ -127,15 +134,17 @@ class HypergradientBuffers:
             factors.end_epoch()
 
     def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
-        """Return rows as a (stop - start, D) array on the host."""
-        out = torch.empty(stop - start, self.layout.dimension, dtype=self.dense.dtype)
-        for i, entry in enumerate(self.layout.entries):
+        """Return rows as a (stop - start, D) array on the host: of the parameters that are asked for."""
+        width = sum(self.layout.size(i) for i in self._kept)
+        out, at = torch.empty(stop - start, width, dtype=self.dense.dtype), 0
+        for i in self._kept:
             size, column = self.layout.size(i), self.columns[i]
-            target = out[:, entry.start : entry.start + size]
+            target = out[:, at : at + size]
+            at += size
             if column is not None:
                 target.copy_(self.dense[start:stop, column : column + size])
             else:
-                self.factors[i].form(start, stop, target.view(-1, *entry.shape))
+                self.factors[i].form(start, stop, target.view(-1, *self.layout.entries[i].shape))
         array: npt.NDArray[np.floating] = out.numpy()
         return array
 
@@ -192,7 +201,7 @@ class _Factors:
         return torch.bmm(left.transpose(1, 2), right)[:, : self.shape[0], : self.shape[1]]
 
 
-def _home(needed: int, device: torch.device) -> tuple[torch.device, bool]:
+def home_of(needed: int, device: torch.device) -> tuple[torch.device, bool]:
     """Return where buffers of ``needed`` bytes live, and whether that is pinned host memory."""
     if device.type != "cuda":
         return device, False

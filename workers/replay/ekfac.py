@@ -20,6 +20,7 @@ from ...storage.curvature import Curvature
 from ...storage.trajectory import Trajectory
 from ..ekfac.eigenbasis import Eigenbasis, wide_tile
 from ..ekfac.eigengradients import EigenGradients
+from ..model.row_map import RowMap
 from ..persample.engine import TILE, PerSampleGradients
 from ..recipe import Batch
 from ..recursion.clipping import Clip
@@ -30,6 +31,7 @@ from ..recursion.steps import lanes_of
 from ..training.training import Training
 from ..training.trials import tried_ways
 from .base import HeldBatch, ProductSink, RowSink, share
+from .mapped import MappedSums
 from .projection import Projections
 
 
@@ -125,8 +127,20 @@ class Turned:
 class EkfacRows(Turned, RowSink):
     """Dense sums of rows in the eigenbasis; see ``Replay`` and ``Turned``."""
 
-    def __init__(self, training: Training, trajectory: Trajectory, rows: int, curvature: Curvature) -> None:
+    def __init__(
+        self,
+        training: Training,
+        trajectory: Trajectory,
+        rows: int,
+        curvature: Curvature,
+        row_map: RowMap | None = None,
+        sampled: Sequence[int] = (),
+    ) -> None:
         super().__init__(training, trajectory, curvature)
+        self._mapped: MappedSums | None = None
+        if row_map is not None:  # they are turned back visit by visit, so that no whole sum is held
+            self._mapped = MappedSums(rows, row_map, sampled, training.dtype, training.device)
+            return
         like = torch.empty(0, dtype=training.dtype, device=training.device)
         tile = self.basis.tile
         self.sums = like.new_zeros(-(-rows // tile) * tile, training.layout.dimension)
@@ -134,14 +148,32 @@ class EkfacRows(Turned, RowSink):
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled rows."""
         self.turned.take_(block)
+        if self._mapped is not None:
+            self._add_back(rows, block.mul_(self.scale), self._mapped)
+            return
         if self.sums.device.type != "cpu" or self.basis.tile > TILE:
             self.sums.index_add_(0, rows.to(self.sums.device), block.mul_(self.scale))
             return
         for row, gradient in zip(rows.tolist(), block, strict=True):  # one pass through memory, not two
             self.sums[row].addcmul_(gradient, self.scale)
 
+    def _add_back(self, rows: Tensor, block: Tensor, sums: MappedSums) -> None:
+        """Turn rows back, in whole tiles, and add what is kept of them."""
+        size = self.basis.tile
+        for start in range(0, len(block), size):
+            part = block[start : start + size]
+            tile = part.new_zeros(size, part.shape[1])
+            tile[: len(part)] = part
+            sums.add(rows[start : start + size], self.turned.to_parameters(tile)[: len(part)], 1.0)
+
+    def whole(self) -> npt.NDArray[np.floating] | None:
+        """Return sampled rows before they are folded; see ``RowSink``."""
+        return None if self._mapped is None else self._mapped.whole()
+
     def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
         """Return hypergradient rows in parameter order, on the host; see ``Replay``."""
+        if self._mapped is not None:
+            return self._mapped.numpy(start, stop)
         parts, size = [], self.basis.tile
         for tile in range(start - start % size, stop, size):  # whole tiles: the same bits for any shard
             turned = self.turned.to_parameters(self.sums[tile : tile + size])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...storage.trajectory import Trajectory
 from ..hessian.tiles import TILE, HessianTiles, StepTiles
+from ..model.row_map import RowMap
 from ..model.state import buffers_from
 from ..persample.engine import PerSampleGradients
 from ..recipe import Batch
@@ -42,9 +43,20 @@ class ExactRows(RowSink):
         trajectory: The record.
         rows: n.
         share: Of the Hessian in the products; see ``HessianTiles``.
+        row_map: What is kept of a row; tangents are carried whole. None: all.
+        sampled: Rows of which ``whole`` is asked.
     """
 
-    def __init__(self, training: Training, trajectory: Trajectory, rows: int, *, share: float = 1.0) -> None:
+    def __init__(
+        self,
+        training: Training,
+        trajectory: Trajectory,
+        rows: int,
+        *,
+        share: float = 1.0,
+        row_map: RowMap | None = None,
+        sampled: Sequence[int] = (),
+    ) -> None:
         assert training.compute.batch_norm == "coupled"
         self.training, layout = training, training.layout
         self._steps = Steps(recorded_settings(trajectory), layout, training.dtype, training.device)
@@ -55,6 +67,7 @@ class ExactRows(RowSink):
         self.state = [torch.zeros_like(self.weights) for _ in range(self._steps.vectors)]
         self.tiles = HessianTiles(training, alone=True, share=share)
         self._touched = torch.zeros(rows, dtype=torch.bool)
+        self._row_map, self._sampled = row_map, list(sampled)
 
     @property
     def deferred(self) -> bool:
@@ -109,7 +122,13 @@ class ExactRows(RowSink):
     def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
         """Return hypergradient rows on the host; see ``Replay``."""
         array: npt.NDArray[np.floating] = self.weights[start:stop].cpu().numpy()
-        return array
+        return array if self._row_map is None else self._row_map.apply(array)
+
+    def whole(self) -> npt.NDArray[np.floating] | None:
+        """Return sampled rows before they are folded; see ``RowSink``."""
+        if self._row_map is None or not self._row_map.folds:
+            return None
+        return self._row_map.whole.apply(self.weights[self._sampled].cpu().numpy())
 
     def told(self) -> dict[str, Any]:
         """Return how the gradients and the products were had."""

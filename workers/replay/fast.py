@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...storage.trajectory import Trajectory
 from ..model.layout import Layout
+from ..model.row_map import RowMap
 from ..persample.engine import PerSampleGradients
 from ..persample.ways import Ways
 from ..recipe import Batch
@@ -28,7 +29,8 @@ from ..recursion.steps import Steps, lanes_of
 from ..training.training import Training
 from ..training.trials import tried_ways
 from .base import HeldBatch, RowSink, share
-from .buffers import HypergradientBuffers, factor_slots
+from .buffers import HypergradientBuffers, factor_slots, row_numbers
+from .mapped import MappedSums, asked_ways, is_mapped, unasked
 
 
 class Scaled:
@@ -59,21 +61,34 @@ class Scaled:
 class FastRows(Scaled, RowSink):
     """Sums of scaled gradients, Linear weights as factors where that is less; see ``Replay``."""
 
-    def __init__(self, training: Training, trajectory: Trajectory, rows: int) -> None:
-        ways = tried_ways(training, trajectory)
+    def __init__(
+        self,
+        training: Training,
+        trajectory: Trajectory,
+        rows: int,
+        row_map: RowMap | None = None,
+        sampled: Sequence[int] = (),
+    ) -> None:
+        left_out = unasked(training, row_map)
+        ways = asked_ways(tried_ways(training, trajectory), left_out)
         layout, epochs = training.layout, training.epochs
         scaling = StepScales(training, trajectory)
-        factored = kept_as_factors(training, ways)
+        mapped = is_mapped(training, row_map)
+        factored = frozenset() if mapped else kept_as_factors(training, ways)
         self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored)
-        self.buffers = HypergradientBuffers(
-            rows, layout, factored, self.engine.columns, epochs, training.dtype, training.device
-        )
-        self._scales = Scales(training, scaling, factored)
+        columns, dtype, device = self.engine.columns, training.dtype, training.device
+        self._mapped: MappedSums | None = None
+        if mapped:
+            assert row_map is not None
+            self._mapped = MappedSums(rows, row_map, sampled, dtype, device, columns)
+        else:
+            self.buffers = HypergradientBuffers(rows, layout, factored, columns, epochs, dtype, device)
+        self._scales = Scales(training, scaling, factored | left_out)
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled gradients to the dense rows."""
         self._scales.steps.clip_(block)
-        self.buffers.add(rows, block, self._scales.block())
+        (self._mapped or self.buffers).add(rows, block, self._scales.block())
 
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None) -> None:
         """Note a visit of a factored entry."""
@@ -85,11 +100,15 @@ class FastRows(Scaled, RowSink):
 
     def end_epoch(self) -> None:
         """Let the buffers fold their factors."""
-        self.buffers.end_epoch()
+        (self._mapped or self.buffers).end_epoch()
 
     def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
         """Return hypergradient rows on the host; see ``Replay``."""
-        return self.buffers.numpy(start, stop)
+        return (self._mapped or self.buffers).numpy(start, stop)
+
+    def whole(self) -> npt.NDArray[np.floating] | None:
+        """Return sampled rows before they are folded; see ``RowSink``."""
+        return None if self._mapped is None else self._mapped.whole()
 
 
 class Scales:
@@ -98,18 +117,23 @@ class Scales:
     Args:
         training: The training that is replayed.
         steps: Coefficients and preconditioners.
-        factored: Entries that are no columns of the blocks.
+        absent: Entries that are no columns of the blocks.
     """
 
-    def __init__(self, training: Training, steps: StepScales, factored: frozenset[int] = frozenset()) -> None:
+    def __init__(self, training: Training, steps: StepScales, absent: frozenset[int] = frozenset()) -> None:
         self._training, self.steps = training, steps
         layout, self._lanes = training.layout, steps.lanes
         lanes = set(self._lanes)
         self._lane = lanes.pop() if len(lanes) == 1 else None
         columns = [layout.column_groups()[:0]]
+        there = torch.ones(layout.dimension, dtype=torch.bool)
         for i, lane in enumerate(self._lanes):
-            if i not in factored:
+            if i not in absent:
                 columns.append(torch.full((layout.size(i),), lane))
+            else:
+                start = layout.entries[i].start
+                there[start : start + layout.size(i)] = False
+        self._there = there.to(training.device) if absent else None
         self._columns = Columns(torch.cat(columns), training.dtype, training.device)
 
     def begin(self, step: int) -> None:
@@ -123,7 +147,8 @@ class Scales:
             one = self._lane is not None
             self._block = float(self._per_lane[self._lane]) if one else self._columns.whole(self._per_lane)
             if self.steps.preconditioner is not None:
-                self._block = self.steps.preconditioner * self._block
+                whole = self.steps.preconditioner
+                self._block = (whole if self._there is None else whole[self._there]) * self._block
         return self._block
 
     def of_entry(self, entry: int) -> float:
@@ -179,6 +204,15 @@ class StepScales:
         """Turn rows (R, D) of gradients into what clipping makes of them, in place."""
         if self._clip is not None:
             self._clip.map_(block)
+
+
+def numbers_per_row(training: Training, ways: Ways, row_map: RowMap | None) -> int:
+    """Return how many numbers the buffers of the fast form hold per tracked sample."""
+    if row_map is not None and is_mapped(training, row_map):
+        return row_map.columns
+    left_out = unasked(training, row_map)
+    factored = kept_as_factors(training, asked_ways(ways, left_out))
+    return row_numbers(training.layout, factored, training.epochs, left_out)
 
 
 def kept_as_factors(training: Training, ways: Ways) -> frozenset[int]:

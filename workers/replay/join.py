@@ -68,12 +68,12 @@ def contributions(hypergradient_nD: torch.Tensor, panels: Panels, n_train: int, 
     """Write C of one strip into ``out_nM``, shape (n, M), in the stores' dtype.
 
     Args:
-        hypergradient_nD: The strip, on the panels' device.
+        hypergradient_nD: The strip, on the panels' device; in the panels' dtype or a narrower one.
         panels: The test gradients, columns 0 to M.
         n_train: N.
         out_nM: Receives the contributions.
     """
     out = torch.from_numpy(out_nM)
     for start, stop, right in panels:
-        out[:, start:stop] = torch.mm(hypergradient_nD, right.T)
+        out[:, start:stop] = torch.mm(hypergradient_nD.to(right.dtype), right.T)
     out /= -float(n_train)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from ...storage.curvature import Curvature
 from ...storage.trajectory import Trajectory
+from ..model.row_map import RowMap
 from ..recursion.forms import ADJOINT, CARRIED, EKFAC, FAST, FORWARD, Mode
 from ..training.training import Training
 from ..training.verified import Rows
@@ -31,6 +33,8 @@ def make_replay(
     *,
     curvature: Curvature | None = None,
     share: float = 1.0,
+    row_map: RowMap | None = None,
+    sampled: Sequence[int] = (),
 ) -> Replay[RowSink]: ...
 
 
@@ -58,6 +62,8 @@ def make_replay(
     curvature: Curvature | None = None,
     share: float = 1.0,
     targets: npt.NDArray[np.floating] | None = None,
+    row_map: RowMap | None = None,
+    sampled: Sequence[int] = (),
 ) -> Replay[RowSink] | Replay[ProductSink] | Adjoint:
     """Return what replays the record in a form and a mode: ``run`` it, take the result, ``close`` it.
 
@@ -71,6 +77,8 @@ def make_replay(
         curvature: For the EKFAC form: basis and eigenvalues.
         share: For ``CARRIED`` forms: of the Hessian in the products, 1 exact, 0 Gauss-Newton; see ``HessianTiles``.
         targets: In adjoint mode the gradients of the targets at w_T, (Q, D).
+        row_map: In forward mode: what is kept of a row; None: all.
+        sampled: In forward mode: numbers of the rows of which the sink's ``whole`` tells what they were.
 
     Raises:
         ReplayDiverged: See ``VerifiedReplay``.
@@ -81,9 +89,12 @@ def make_replay(
     assert form in (FAST, EKFAC, *CARRIED), form
     assert mode in (FORWARD, ADJOINT), mode
     if targets is None:
+        kept: dict[str, Any] = {"row_map": row_map, "sampled": sampled}
         if curvature is not None:
-            return Replay(*given, partial(EkfacRows, curvature=curvature))
-        return Replay(*given, partial(ExactRows, share=share) if form in CARRIED else FastRows)
+            return Replay(*given, partial(EkfacRows, curvature=curvature, **kept))
+        if form in CARRIED:
+            return Replay(*given, partial(ExactRows, share=share, **kept))
+        return Replay(*given, partial(FastRows, **kept))
     if curvature is not None:
         return Replay(*given, partial(EkfacProducts, curvature=curvature, targets_QD=targets))
     if form in CARRIED:

@@ -44,6 +44,9 @@ OTHER: dict[str, Any] = {
     "targets": "mean",
     "batch_norm": "coupled",
     "per_sample": "vjp",
+    "layers": ("head.*",),
+    "project": 64,
+    "store_dtype": "float16",
     "hessian": "exact",
     "exact_rank": 4,
     "curvature_checkpoints": 3,
@@ -114,7 +117,8 @@ def test_identity_changes_with_what_decides_the_run_alone(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path(OTHER["init"]).write_bytes(b"weights")
-    spec = RunSpec(threads=1, mode="adjoint", hessian="ekfac")
+    forward = name in ("project", "store_dtype")  # what adjoint mode refuses
+    spec = RunSpec(threads=1, mode="forward" if forward else "adjoint", hessian="ekfac")
     changed = replace(spec, **{name: OTHER[name]})
     differing = [line.partition(":")[0] for line in changed.differences(spec.identity())]
     assert differing == ([name] if name in names(RunSpec, Decides.RUN) else [])

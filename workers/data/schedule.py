@@ -140,14 +140,14 @@ def schedule_of(recipe: ScheduledRecipe, n_train: int) -> Schedule:
         if epoch == 0:
             _check_room(len(block) * epochs if limit is None else limit * parts, size)
         steps = -(-len(block) // parts)
-        distinct = distinct and len(order) == n_train == len(np.unique(order))
+        distinct = distinct and len(order) == n_train and bool(np.bincount(order).max() == 1)
         if limit is not None and updates + steps > limit:
             steps, distinct = limit - updates, False
             block = block[: steps * parts]
-        begins = np.arange(0, len(block), parts)
-        counts = np.diff(begins, append=len(block))
-        first.append(batches + np.repeat(begins, counts))
-        last.append(batches + np.repeat(begins + counts - 1, counts))
+        at = np.arange(len(block))
+        begins = at - at % parts
+        first.append(batches + begins)
+        last.append(batches + np.minimum(begins + parts, len(block)) - 1)
         blocks.append(block)
         batches, updates, epoch = batches + len(block), updates + steps, epoch + 1
         ends.append(batches)

@@ -35,6 +35,7 @@ NAMES = (
     "memory",
     "startup",
     "storage",
+    "stores",
     "fidelity",
     "approximation",
     "detectors",

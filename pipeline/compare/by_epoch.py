@@ -128,7 +128,7 @@ def _followed(
     observer: Observer,
     placement: Mapping[str, object],
 ) -> dict[str, object]:
-    refuse_parts(found, "compare --over-training")
+    refuse_parts(found, "compare --every")
     spec = stored_spec(found, recipe, placement, command="compare")
     refuse_unsupported(spec)
     surveyed = survey(spec, trial=False)

@@ -12,13 +12,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from hydra_pipe.cli.main import main
+from hydra_pipe.pipeline.compare.by_epoch import Course, by_epoch
+from hydra_pipe.pipeline.decide.gradient_rows import rows_of
 from hydra_pipe.pipeline.drive.attribute import attribute
 from hydra_pipe.pipeline.verify.deep import verify_deep
 from hydra_pipe.pipeline.verify.verify import verify
 from hydra_pipe.storage.errors import InputError, SpecError, SpecMismatch
 from hydra_pipe.workers.model.row_map import RowMap
+from hydra_pipe.workers.training.own_gradients import OwnGradients
+from hydra_pipe.workers.training.training import Compute, Training
 
 from hydra_pipe import Run, RunSpec, open_run, run
+from tests.pipeline.decide.test_own_gradients import case
 from tests.recipes import Small
 
 LAYERS = ("0.weight", "2.bias")
@@ -62,10 +67,10 @@ def whole(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def folded(tmp_path_factory) -> Run:
-    """The same, projected and in bfloat16, in three shards."""
+    """The same, projected and in bfloat16, in two shards."""
     out = tmp_path_factory.mktemp("kept") / "folded"
     for hessian in ("none", "ekfac", "exact"):
-        go(out, Small(), hessian=hessian, **CURVATURE, project=26, store_dtype="bfloat16", shards=3)
+        go(out, Small(), hessian=hessian, **CURVATURE, project=26, store_dtype="bfloat16", shards=2)
     return open_run(str(out))
 
 
@@ -187,7 +192,7 @@ def test_a_lost_shard_is_made_again_with_the_same_bits(folded, tmp_path):
     copy = open_run(str(place))
     copy.directory.drop("hydra/replay", "shard-00001")
     before = stored(folded, "hydra")
-    again = go(place, Small(), project=26, store_dtype="bfloat16", shards=3)
+    again = go(place, Small(), project=26, store_dtype="bfloat16", shards=2)
     np.testing.assert_array_equal(stored(again, "hydra"), before)
     np.testing.assert_array_equal(table(again, "hydra"), table(folded, "hydra"))
     assert verify(again).ok
@@ -228,6 +233,25 @@ def test_a_layer_that_is_not_there_is_named_before_anything_is_done(tmp_path):
 def test_what_needs_whole_gradients_says_so(folded):
     with pytest.raises(InputError, match="was made with project 26, and attribute needs whole gradients"):
         attribute(folded.uri, {"gradient-dot": {}}, Small(), executor="serial")
+    with pytest.raises(
+        InputError, match="was made with project 26, and compare --every needs whole gradients"
+    ):
+        by_epoch(folded.uri, Course(every=1), Small(), executor="serial")
+
+
+def test_detectors_take_the_rows_that_are_kept(whole, folded):
+    exact, lossy = (case(one, Small(), rows="hypergradients", layer="all") for one in (whole, folded))
+    assert rows_of(exact).dimensions == D
+    with pytest.raises(
+        InputError, match="keeps a part of its gradients, or a projection of it; use rows=gradients"
+    ):
+        rows_of(lossy)
+    influence = [one.passes.self_influence("hydra")[1] for one in (exact, lossy)]
+    assert np.corrcoef(*influence)[0, 1] > 0.5
+    own = OwnGradients(Training(Small(), Compute(dtype="float64", device="cpu")), folded.trajectory())
+    gradients = own.rows(np.arange(45)).gradient
+    products = (kept_of(folded, None, 26).apply(gradients) * stored(folded, "hydra")).sum(1)
+    np.testing.assert_allclose(influence[1], products, rtol=1e-10)
 
 
 def test_the_command_line_says_it(tmp_path):

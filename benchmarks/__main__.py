@@ -38,6 +38,7 @@ NAMES = (
     "fidelity",
     "approximation",
     "detectors",
+    "peers",
 )
 
 

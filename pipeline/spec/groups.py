@@ -181,7 +181,7 @@ class CurvatureSpec(Group):
     exact_rank: int = field(default=0, metadata=of_the_method(checks.whole(0, 10**6)))
     curvature_checkpoints: int = field(default=5, metadata=of_the_method(checks.whole(1, 10**6)))
     curvature_at: Sequence[int] | str | None = field(default=None, metadata=of_the_method(checks.steps))
-    curvature_samples: int = field(default=4096, metadata=of_the_method(checks.whole(1)))
+    curvature_samples: int = field(default=1024, metadata=of_the_method(checks.whole(1)))
     curvature_core: int = field(default=256, metadata=of_the_method(checks.whole(0)))
     curvature_share: float = field(default=0.5, metadata=of_the_method(checks.between(0.01, 0.99)))
 

@@ -20,10 +20,10 @@ def test_ekfac_and_mixtures_have_options() -> None:
         assert CurvatureOptions.asked_by(CurvatureSpec(hessian=hessian)) == CurvatureOptions()  # type: ignore[arg-type]
     assert CurvatureOptions().to_json() == CurvatureOptions().as_fields() == {}
     found = CurvatureOptions.asked_by(CurvatureSpec(hessian="ekfac")).to_json()
-    assert json.dumps(found) == '{"checkpoints": 5, "samples": 4096, "core": 256}'
+    assert json.dumps(found) == '{"checkpoints": 5, "samples": 1024, "core": 256}'
     given = CurvatureSpec(hessian="ekfac", curvature_at="0,40", curvature_core=0)
     found = CurvatureOptions.asked_by(given).to_json()
-    assert json.dumps(found) == '{"at": [0, 40], "checkpoints": 5, "samples": 4096, "core": 0}'
+    assert json.dumps(found) == '{"at": [0, 40], "checkpoints": 5, "samples": 1024, "core": 0}'
     mixed = CurvatureSpec(hessian="mixed", curvature_share=0.25)
     assert CurvatureOptions.asked_by(mixed).to_json() == {"share": 0.25}
 
@@ -74,7 +74,7 @@ def info(methods: dict[str, Any]) -> RunInfo:
 
 def test_methods_of_one_form_share_their_options() -> None:
     spec = RunSpec(hessian="ekfac", mode="adjoint", targets="mean", curvature_at=(0, 5))
-    stored = {"at": [0, 5], "checkpoints": 5, "samples": 4096, "core": 4}
+    stored = {"at": [0, 5], "checkpoints": 5, "samples": 1024, "core": 4}
     methods = {"hydra-ekfac": {"state": "complete", "mode": "forward", "options": stored}}
     asked = {**stored, "core": 256}
     assert method_differences(spec, info(methods)) == [

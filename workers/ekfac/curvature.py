@@ -32,7 +32,7 @@ from ..persample.reference import constant_statistics
 from ..persample.trials import choose_ways
 from ..recipe import Batch
 from ..recursion.coefficients import recorded_settings
-from ..recursion.eigencoefficients import coupled_decay
+from ..recursion.eigencoefficients import coupled_decay, flat_directions
 from ..recursion.steps import lanes_of
 from ..training.fixed_pass import FixedPass, fixed_pass
 from ..training.metrics import evaluating
@@ -51,6 +51,9 @@ SAMPLES = 1024
 
 CHECKPOINTS = 5
 """Checkpoints of the record it is taken at."""
+
+FLAT = 0.01
+"""Eigenvalues that change no coefficient of the recursion by more than this share are 0."""
 
 CORE = 256
 """Leading coordinates that keep their full curvature, at most."""
@@ -106,8 +109,10 @@ class CurvatureEstimate:
         samples: int = SAMPLES,
         core: int = CORE,
         at: Sequence[int] | None = None,
+        flat: float = FLAT,
     ) -> None:
         self.training, self.trajectory, self.core, self.most = training, trajectory, core, samples
+        self.flat = flat
         self.kept = chosen_checkpoints(trajectory, checkpoints, at)
         self.settings = recorded_settings(trajectory)
         self.lanes = lanes_of(self.settings, training.layout)
@@ -154,7 +159,7 @@ class CurvatureEstimate:
         if metric is not None and coupled_decay(self.settings).any():
             metric = replace(metric, decay=diagonal(Eigenbasis(blocks, *place, core), metric.scale))
         steps = self.trajectory.checkpoint_steps[self.kept]
-        return Curvature(
+        found = Curvature(
             blocks=blocks,
             core=core,
             steps=np.asarray(steps, dtype=np.int64),
@@ -166,6 +171,11 @@ class CurvatureEstimate:
             },
             metric=metric,
         )
+        if self.flat:
+            found.eigenvalues[
+                :, flat_directions(self.settings, basis.lanes(self.lanes).numpy(), found, self.flat)
+            ] = 0.0
+        return found
 
     def _blocks(self, tell: Callable[[], None]) -> tuple[BlockBasis, ...]:
         """Return the eigenvectors of the Kronecker factors, over all checkpoints; sets the metric."""

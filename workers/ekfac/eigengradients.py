@@ -40,6 +40,7 @@ class EigenGradients(PerSampleGradients):
         basis: The eigenbasis.
         scale: (D,) P of the metric in which gradients are turned; None: as they are.
         coordinates: (C,) those that rows consist of, ascending; None: all, and so they must be where steps clip.
+        factored: Entries that are no columns of the tiles; None: the weights of all blocks that come as factors.
 
     Attributes:
         root: P^1/2, (D,).
@@ -55,6 +56,7 @@ class EigenGradients(PerSampleGradients):
         basis: Eigenbasis,
         scale: npt.NDArray[np.float64] | None = None,
         coordinates: Tensor | None = None,
+        factored: frozenset[int] | None = None,
     ) -> None:
         like = layout.parameters(model)[0]
         root = None if scale is None else torch.from_numpy(np.sqrt(scale)).to(like)
@@ -70,7 +72,8 @@ class EigenGradients(PerSampleGradients):
                 p, q = (torch.from_numpy(np.sqrt(side)).to(like).unsqueeze(1) for side in found)
                 left, right = p * left, q * right
             self.sides[k] = (left, right)
-        factored = frozenset(basis.blocks[k].entries[0] for k in self.sides)
+        if factored is None:
+            factored = frozenset(basis.blocks[k].entries[0] for k in self.sides)
         self.basis, self.root = basis, root
         super().__init__(recipe, model, layout, ways, factored)
         self._block_of = {block.entries[0]: k for k, block in enumerate(basis.blocks)}

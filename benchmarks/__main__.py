@@ -39,6 +39,7 @@ NAMES = (
     "fidelity",
     "approximation",
     "detectors",
+    "peers",
 )
 
 

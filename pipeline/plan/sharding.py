@@ -145,7 +145,7 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form, lossy
     if adjoint:
         item = vectors * row + 2 * len(surveyed.tracked) * itemsize
     else:
-        numbers = {FAST: surveyed.row_numbers, EKFAC: surveyed.columns}
+        numbers = {FAST: surveyed.row_numbers, EKFAC: _ekfac_numbers(surveyed)}
         item = numbers.get(form, vectors * surveyed.dimension) * itemsize
     tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * TILE * whole
     folding = 0
@@ -160,6 +160,11 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form, lossy
         passing=(tiles if carried else 0) + folding,
         adjoint=adjoint,
     )
+
+
+def _ekfac_numbers(surveyed: Survey) -> int:
+    """Return the numbers that EKFAC keeps a sample at most: of a row in part, as many again that bend (``replay.split``)."""
+    return surveyed.dimension if surveyed.row_map is None else 2 * surveyed.columns
 
 
 def correction_bytes(surveyed: Survey, itemsize: int, rank: int) -> int:

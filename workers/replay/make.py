@@ -21,6 +21,7 @@ from .ekfac import EkfacProducts, EkfacRows
 from .exact import ExactRows
 from .fast import FastRows
 from .projection import FastProducts
+from .split import SplitProducts, SplitRows, splits
 
 
 @overload
@@ -91,12 +92,14 @@ def make_replay(
     if targets is None:
         kept: dict[str, Any] = {"row_map": row_map, "sampled": sampled}
         if curvature is not None:
-            return Replay(*given, partial(EkfacRows, curvature=curvature, **kept))
+            rows = SplitRows if splits(training, trajectory, curvature, row_map) else EkfacRows
+            return Replay(*given, partial(rows, curvature=curvature, **kept))
         if form in CARRIED:
             return Replay(*given, partial(ExactRows, share=share, **kept))
         return Replay(*given, partial(FastRows, **kept))
     if curvature is not None:
-        return Replay(*given, partial(EkfacProducts, curvature=curvature, targets_QD=targets))
+        products = SplitProducts if splits(training, trajectory, curvature) else EkfacProducts
+        return Replay(*given, partial(products, curvature=curvature, targets_QD=targets))
     if form in CARRIED:
         return Adjoint(*given, targets, share=share)
     return Replay(*given, partial(FastProducts, targets_QD=targets))

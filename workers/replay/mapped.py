@@ -72,7 +72,7 @@ class MappedSums:
 
     def whole(self) -> npt.NDArray[np.floating]:
         """Return the sampled rows before they are folded."""
-        array: npt.NDArray[np.floating] = self.sampled.cpu().numpy()
+        array: npt.NDArray[np.floating] = self.sampled.cpu().numpy().copy()
         return array
 
 

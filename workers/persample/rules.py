@@ -9,7 +9,7 @@ Rules never touch the module's state. Whether a rule applies to a model is not b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,18 @@ def convolution(module: nn.Module, name: str, x_R: Tensor, d_R: Tensor, out: Ten
 
 def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: torch.Size) -> Tensor:
     """Return what each kernel position saw, (R * groups, I, X), I = channels a group times kernel."""
+    windows = _view_of_windows(module, x_R, out_size)
+    kernel = (module.in_channels // module.groups, *module.kernel_size)
+    length, positions = math.prod(kernel), math.prod(out_size)
+    out = aligned(x_R, x_R.shape[0] * module.groups, length, positions)
+    inner = out.view(x_R.shape[0], module.groups, *out.shape[1:])[:, :, :length, :positions]
+    inner = inner.unflatten(3, out_size).unflatten(2, kernel)
+    inner.copy_(windows.unflatten(1, (module.groups, kernel[0])))
+    return out
+
+
+def _view_of_windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: torch.Size) -> Tensor:
+    """Return the same (R, channels, *kernel, *out_size), nothing copied."""
     space = x_R.ndim - 2
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     # The reversed list is what F.pad wants; it also holds what padding="same" came to.
@@ -106,21 +118,18 @@ def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: t
         *(strides[2 + k] * module.dilation[k] for k in range(space)),
         *(strides[2 + k] * module.stride[k] for k in range(space)),
     )
-    windows = x_R.as_strided(size, stride)
-    kernel = (module.in_channels // module.groups, *module.kernel_size)
-    length, positions = math.prod(kernel), math.prod(out_size)
-    out = aligned(x_R, x_R.shape[0] * module.groups, length, positions)
-    inner = out.view(x_R.shape[0], module.groups, *out.shape[1:])[:, :, :length, :positions]
-    inner = inner.unflatten(3, out_size).unflatten(2, kernel)
-    inner.copy_(windows.unflatten(1, (module.groups, kernel[0])))
-    return out
+    return x_R.as_strided(size, stride)
 
 
-def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_B: Tensor, out_size: torch.Size) -> Tensor:
-    """Return what each kernel position of an ungrouped convolution saw, (B * X, I)."""
-    length, positions = module.weight[0].numel(), math.prod(out_size)
-    windows = _windows(module, x_B, out_size)[:, :length, :positions]
-    return windows.transpose(1, 2).reshape(-1, length)
+def unfolded(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_B: Tensor, out_size: torch.Size, steps: Sequence[int]
+) -> Tensor:
+    """Return what an ungrouped convolution saw at every so many positions of its output, (B * X, I)."""
+    windows = _view_of_windows(module, x_B, out_size)
+    kernel = windows.ndim - len(out_size)
+    windows = windows[(slice(None),) * kernel + tuple(slice(None, None, step) for step in steps)]
+    axes = (0, *range(kernel, windows.ndim), *range(1, kernel))
+    return windows.permute(axes).reshape(-1, module.weight[0].numel())
 
 
 ALIGNMENT = 16

@@ -64,7 +64,8 @@ class FastRows(Scaled, RowSink):
         layout, epochs = training.layout, training.epochs
         scaling = StepScales(training, trajectory)
         factored = kept_as_factors(training, ways)
-        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored)
+        largest = training.batches.shape[1]
+        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored, largest)
         self.buffers = HypergradientBuffers(
             rows, layout, factored, self.engine.columns, epochs, training.dtype, training.device
         )

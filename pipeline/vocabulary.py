@@ -30,9 +30,11 @@ RECORD = stages.RECORD
 REDUCE = stages.REDUCE
 REPLAY = stages.REPLAY
 RETRAIN = stages.RETRAIN
+SEGMENTS = stages.SEGMENTS
 TEST_GRADIENTS = stages.TEST_GRADIENTS
 TRAINING_GRADIENTS = stages.TRAINING_GRADIENTS
 TRAINING_OUTPUTS = stages.TRAINING_OUTPUTS
+WAYS = stages.WAYS
 by_epoch_stage = stages.by_epoch_stage
 own_gradients_stage = stages.own_gradients_stage
 stage_of = stages.stage_of
@@ -46,7 +48,7 @@ ADJOINT = forms.ADJOINT
 PREFLIGHT = "preflight"
 DECIDING = (DETECT, CLEAN, CLEAN_OUTCOME)
 """Stages whose units are whole one by one: each was asked for by itself."""
-SINGLE = (f"/{CURVATURE}", f"/{DIRECTIONS}", f"/{PREFLIGHT}", EVALUATE_SCORES, BY_EPOCH_SCORES)
+SINGLE = (f"/{CURVATURE}", f"/{DIRECTIONS}", f"/{PREFLIGHT}", f"/{WAYS}", EVALUATE_SCORES, BY_EPOCH_SCORES)
 """Ends of the names of stages of one unit."""
 
 # ---------------------------------------------------------------------- units

@@ -5,7 +5,7 @@ A field is None where the unit was committed by a version that did not note it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -82,6 +82,7 @@ class ReplayValues(UnitValues):
         differences: Whether products were held against differences of the gradient.
         running_statistics: Whether there are some.
         matrix: What stands in the Hessian's place; None: nothing.
+        segments: Of the training, whose sums the rows are; None: they come from one replay.
     """
 
     steps: int | None = None
@@ -93,6 +94,21 @@ class ReplayValues(UnitValues):
     differences: Any = None
     running_statistics: bool | None = None
     matrix: str | None = None
+    segments: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaysValues(UnitValues):
+    """The ways to per-sample gradients, tried once for all segments; fields as of ``persample.ways.Ways``."""
+
+    strategies: tuple[str, ...] = ()
+    untried: tuple[int, ...] = ()
+    random: bool = False
+    coupled: bool | None = None
+    graphs: tuple[int, ...] = ()
+    noise: float = 0.0
+    trials: int = 0
+    tried_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -307,3 +323,12 @@ def values_of(kind: type[V], manifest: Manifest) -> V:
 def all_values(kind: type[V], directory: RunDirectory, stage: str) -> list[V]:
     """Return what the manifests of a stage say, sorted by unit."""
     return [values_of(kind, manifest) for manifest in directory.manifests(stage)]
+
+
+def joined_ways(ways: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what the ways that units took have in common, and all that was repaired."""
+    if not ways:
+        return None
+    repaired = sorted({name for one in ways for name in one["repaired"]})
+    blocks = sum(one.get("repaired_blocks", 0) for one in ways)
+    return {**ways[0], "repaired": repaired, **({"repaired_blocks": blocks} if blocks else {})}

@@ -47,6 +47,7 @@ from ..model.state import (
 from ..persample.engine import Watch
 from ..persample.one_batch import NOISE
 from ..persample.reference import constant_statistics, couples_samples
+from ..persample.ways import Ways
 from ..recipe import Batch, Recipe
 from ..recursion.clipping import Clip, clipped, max_norm_of
 from ..recursion.families import family_of, family_or_sgd
@@ -97,6 +98,7 @@ class Training:
         own_losses: (B,) losses of the last step's samples, on the device.
         guarded: Whether each step's gradients are looked at before they move the weights. A replay
             follows a record whose gradients were.
+        known_ways: Ways to per-sample gradients that were tried in this training already, elsewhere; None: not yet.
         before_update: Called with a step whose gradient is complete, before rows of its last batch are handed
             over and before the optimiser moves the weights; see ``moment``.
         divisors: (T,) float64: a step's loss is the sum of its samples' losses over this; NaN where it depends
@@ -109,6 +111,7 @@ class Training:
     """
 
     guarded = False
+    known_ways: Ways | None = None
     before_update: Callable[[int], None] | None = None
 
     def __init__(self, recipe: Recipe, compute: Compute) -> None:

@@ -37,6 +37,10 @@ def tried_ways(training: Training, trajectory: Trajectory | None = None) -> Ways
     """
     if training.compute.per_sample == "vjp":
         return always_vjp(training.layout)
+    if training.known_ways is not None:
+        return with_judge(
+            training.known_ways, training.recipe, training.layout, constant=training.holds_statistics
+        )
     with preserved_generators():
         trials = [_at(training, None, 0), _at(training, None, 0, as_run=True)]
         if trajectory is not None and trials[0].rows:  # else all goes by vjp

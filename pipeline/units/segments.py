@@ -6,6 +6,8 @@ The rows that come out are written where one replay would write them, so whoever
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,12 +30,13 @@ from ...workers.replay.base import Replay
 from ...workers.replay.ekfac import EkfacRows, TurnedGradients
 from ...workers.replay.fast import FastRows
 from ...workers.replay.partial import Adder, EkfacAdder, FastAdder, Form, Streamed, Sums
-from ...workers.training.training import Training
+from ...workers.training.optimizer_state import OptimizerState
+from ...workers.training.training import Compute, Training
 from ...workers.training.trials import tried_ways
 from ..executors.base import Report, Unit
 from ..plan.sharding import WRITE_CHUNKS, Shard
 from ..reading.unit_values import ReplayValues, WaysValues, joined_ways, values_of
-from ..vocabulary import EKFAC, FAST, SEGMENTS, WAYS
+from ..vocabulary import EKFAC, FAST, RECORD, SEGMENTS, TRAJECTORY, WAYS
 from .reduce import bounds
 from .replay import CarryingWork
 from .work import Result, TrainingWork, recorded, rows_of
@@ -62,13 +65,44 @@ class Piece:
         return f"{self.shard.name}-segment-{self.number:05d}"
 
 
+_kept: dict[tuple[str, str, Compute], Training] = {}
+"""The training of the run whose segments this process does: reading the data again for each would cost more than a short
+segment."""
+
+
+@contextmanager
+def kept_training(work: TrainingWork, run: RunDirectory, trajectory: Trajectory) -> Iterator[Training]:
+    """Yield a training that stands at its beginning, a fresh one or the one that this process used before.
+
+    What training does depends on the state that the record keeps and on nothing else, or each segment would not end
+    where the next begins. One that failed is not used again.
+    """
+    manifest = run.manifest(RECORD, TRAJECTORY)
+    assert manifest is not None
+    key = (run.uri, run.ledger.content(manifest), work.compute)
+    training = _kept.pop(key, None)
+    _kept.clear()
+    if training is None:
+        training = work.training()
+    else:
+        prepare_process(work.compute.threads)
+        start = trajectory.checkpoint(0)
+        training.load_weights(start.weights, start.buffers)
+        training.load_optimizer(OptimizerState.of(start))
+    yield training
+    training.before_update = None
+    _kept[key] = training
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WaysWork(TrainingWork):
     """Handler of the trial of the ways to per-sample gradients, which all segments share."""
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Try them along the whole record."""
-        ways = tried_ways(self.training(), recorded(run))
+        trajectory = recorded(run)
+        with kept_training(self, run, trajectory) as training:
+            ways = tried_ways(training, trajectory)
         return [], WaysValues(
             strategies=ways.strategies,
             untried=tuple(sorted(ways.untried)),
@@ -127,8 +161,22 @@ class SegmentWork(CarryingWork):
         rows = shard.start + np.flatnonzero(np.isin(self.tracked[shard.start : shard.stop], seen))
         if not len(rows) and len(self.tracked) < int(trajectory.attrs["n_train"]):  # else the law is followed
             return [], ReplayValues(rows=0, start=shard.start, steps=0)
-        training, bent = self.training(), self.basis(run)
-        training.known_ways = tried(run, self.method)
+        with kept_training(self, run, trajectory) as training:
+            training.known_ways = tried(run, self.method)
+            files, notes = self._replay(run, piece, rows, training, trajectory, report)
+        return files, ReplayValues(rows=len(rows), start=shard.start, steps=piece.stop - piece.first, **notes)
+
+    def _replay(
+        self,
+        run: RunDirectory,
+        piece: Piece,
+        rows: Integers,
+        training: Training,
+        trajectory: Trajectory,
+        report: Report,
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Replay a segment for some rows; return its files and what its manifest says."""
+        bent = self.basis(run)
         ends = trajectory.epoch_ends
         epoch = bisect_right(ends, piece.first)
         epochs = bisect_left(ends, piece.stop) - epoch + 1
@@ -147,7 +195,7 @@ class SegmentWork(CarryingWork):
         if self.lawful(training):
             sums, segment = RowSums(training.layout.entries), (piece.first, piece.stop)
             notes["law"] = sums.left_out(replay.sink.rest, segment)
-        return files, ReplayValues(rows=len(rows), start=shard.start, steps=piece.stop - piece.first, **notes)
+        return files, notes
 
     def _write(self, run: RunDirectory, piece: Piece, rows: Integers, sums: Sums) -> list[str]:
         base, form, itemsize = layout.partial_sums(self.method, piece.name), sums.form, self._itemsize
@@ -188,6 +236,7 @@ class AddWork(CarryingWork):
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write the hypergradients of a block of rows."""
         start, stop = rows_of(unit)
+        _kept.clear()
         prepare_process(self.compute.threads)
         trajectory = recorded(run)
         done = self._done(run, start)

@@ -26,6 +26,7 @@ WIDE = 170
 
 NAMES = (
     "replay",
+    "segments",
     "checks",
     "reduce",
     "detect",

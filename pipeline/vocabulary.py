@@ -48,7 +48,7 @@ ADJOINT = forms.ADJOINT
 PREFLIGHT = "preflight"
 DECIDING = (DETECT, CLEAN, CLEAN_OUTCOME)
 """Stages whose units are whole one by one: each was asked for by itself."""
-SINGLE = (f"/{CURVATURE}", f"/{DIRECTIONS}", f"/{PREFLIGHT}", f"/{WAYS}", EVALUATE_SCORES, BY_EPOCH_SCORES)
+SINGLE = (f"/{CURVATURE}", f"/{DIRECTIONS}", f"/{PREFLIGHT}", EVALUATE_SCORES, BY_EPOCH_SCORES)
 """Ends of the names of stages of one unit."""
 
 # ---------------------------------------------------------------------- units

@@ -6,11 +6,12 @@ from ...storage import layout
 from ...storage.files import exists, list_files, remove
 from ...storage.trajectory import Trajectory, open_trajectory
 from ...workers.training.borders import cut_at
+from ...workers.training.trials import trials_in_all
 from ..executors.base import Unit
 from ..plan.plan import Plan
 from ..plan.sharding import Shard
 from ..plan.survey import compute_of
-from ..units.segments import AddWork, Piece, SegmentWork, WaysWork
+from ..units.segments import AddWork, Piece, SegmentWork, Share, WaysWork
 from ..vocabulary import SEGMENTS, WAYS
 from .stages import Session, Stage, Stages
 
@@ -34,14 +35,17 @@ def segment_stages(session: Session, plan: Plan, stage: str) -> Stages:
     spans = borders(trajectory, plan)
     _say_uneven(session, trajectory, spans, plan)
     needed = [shard for shard in plan.shards if any(_holds(shard, block) for block in missing)]
+    shares = min(plan.segments.count, trials_in_all(trajectory, plan.steps))
     recipe, compute = session.surveyed.recipe, compute_of(spec)
     yield Stage(
         name=f"{method}/{WAYS}",
-        units=[Unit(stage=f"{method}/{WAYS}", name=WAYS)],
+        units=[
+            Unit(stage=f"{method}/{WAYS}", name=share.name, arguments=share)
+            for share in (Share(part=part, parts=shares) for part in range(shares))
+        ],
         handler=lambda: WaysWork(uri=directory.uri, recipe=recipe, compute=compute),
         total=0,
         label="trial",
-        closing=False,
     )
     pieces = [
         Piece(shard=shard, first=first, stop=stop, number=number)

@@ -12,17 +12,21 @@ from dataclasses import dataclass, replace
 from ...storage.rows import chunk_rows_for
 from ...workers.replay.buffers import factor_slots
 from ...workers.training.record import CHECKPOINT_BYTES
+from ...workers.training.trials import LEAST, STEPS_A_TRIAL
 from ..executors.base import Capacity
 from ..spec.spec import RunSpec
-from ..vocabulary import CARRIED, FAST, FORWARD
+from ..vocabulary import CARRIED, EKFAC, FAST, FORWARD
 from .sharding import WRITE_CHUNKS, Cut, Load, Shard, Sharding, cut_forward, spans
 from .survey import Survey
 
 LEAST_STEPS = 16
 """Steps of a segment that ``auto`` makes, at least: a unit has to build its model first."""
 
-SETUP_STEPS = 10
-"""Tracked steps that building a training takes, about."""
+SETUP_STEPS, TRIAL_STEPS = 10, 6
+"""Tracked steps that building a training takes, about, and a trial of the ways to per-sample gradients."""
+
+EKFAC_SEGMENTS = 16
+"""Segments that ``auto`` makes with EKFAC, at most: each follows its coefficients back from the end of training."""
 
 MOST_BLOCKS = 64
 """Blocks in which rows are added up, unless they are many bytes: each reads a piece of every store of sums."""
@@ -202,6 +206,8 @@ class Choice:
         if asked != "auto":
             return self._with(capacity, shards, min(int(asked), steps))
         most = max(1, min(slots, steps // LEAST_STEPS, self._affordable()))
+        if spec.form == EKFAC:
+            most = min(most, EKFAC_SEGMENTS)
         counts = sorted({most, *(2**k for k in range(most.bit_length()) if 2**k <= most)})
         found = [self._with(capacity, shards, count) for count in counts]
         return min(found, key=lambda one: self.seconds(one[0], one[1], slots))
@@ -244,7 +250,11 @@ def replay_seconds(
         slots: W.
     """
     each = plain + (tracked - plain) * min(1.0, share)
-    setup = 0.0 if found.count == 1 else SETUP_STEPS * tracked
-    one = setup + each * steps / found.count
-    moved = 2 * found.bytes / MOVED_RATE / max(1, min(slots, shards * found.count))
-    return one * math.ceil(shards * found.count / slots) + moved
+    trials = TRIAL_STEPS * tracked * (1 + max(LEAST, steps // STEPS_A_TRIAL))
+    setup = SETUP_STEPS * tracked
+    if found.count == 1:
+        return (setup + trials + each * steps) * math.ceil(shards / slots)
+    busy = min(slots, shards * found.count)
+    waves = math.ceil(shards * found.count / slots)
+    moved = 2 * found.bytes / MOVED_RATE / min(slots, len(found.blocks))
+    return setup + trials / min(busy, found.count) + each * steps / found.count * waves + moved

@@ -52,7 +52,11 @@ _FREE = (RETRAIN, CLEAN_RETRAIN)
 
 
 def _is_free(stage: str) -> bool:
-    return stage in (*_FREE, *DECIDING) or stage.startswith(f"{BY_EPOCH}/") or stage.endswith(f"/{SEGMENTS}")
+    return (
+        stage in (*_FREE, *DECIDING)
+        or stage.startswith(f"{BY_EPOCH}/")
+        or stage.endswith((f"/{SEGMENTS}", f"/{WAYS}"))
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ...storage.rundir import Manifest, RunDirectory
-from ...storage.typed import from_json, rest_field
+from ...storage.typed import from_json, null_field, rest_field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,17 +98,29 @@ class ReplayValues(UnitValues):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WaysValues(UnitValues):
-    """The ways to per-sample gradients, tried once for all segments; fields as of ``persample.ways.Ways``."""
+class TrialValues:
+    """What one batch showed of the ways to per-sample gradients; fields but ``number`` as of ``persample.one_batch.Trial``."""
 
-    strategies: tuple[str, ...] = ()
-    untried: tuple[int, ...] = ()
-    random: bool = False
-    coupled: bool | None = None
-    graphs: tuple[int, ...] = ()
+    number: int
+    verdicts: tuple[str, ...]
+    random: bool
+    coupled: bool | None = null_field()
+    rows: int
+    graph: int | None = null_field()
     noise: float = 0.0
-    trials: int = 0
-    tried_rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaysValues(UnitValues):
+    """A share of the trials of the ways to per-sample gradients, made once for all segments.
+
+    Attributes:
+        trials: Of this share.
+        parts: How many shares there are.
+    """
+
+    trials: tuple[TrialValues, ...] = ()
+    parts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

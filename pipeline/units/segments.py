@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory
 from ...workers.determinism import prepare_process
 from ...workers.model.layout import Layout
+from ...workers.persample.one_batch import Trial
 from ...workers.persample.ways import Ways
 from ...workers.recursion.conservation import RowSums
 from ...workers.recursion.rest import joined_rests
@@ -32,10 +33,10 @@ from ...workers.replay.fast import FastRows
 from ...workers.replay.partial import Adder, EkfacAdder, FastAdder, Form, Streamed, Sums
 from ...workers.training.optimizer_state import OptimizerState
 from ...workers.training.training import Compute, Training
-from ...workers.training.trials import tried_ways
+from ...workers.training.trials import some_trials, trials_in_all, ways_of
 from ..executors.base import Report, Unit
 from ..plan.sharding import WRITE_CHUNKS, Shard
-from ..reading.unit_values import ReplayValues, WaysValues, joined_ways, values_of
+from ..reading.unit_values import ReplayValues, TrialValues, WaysValues, joined_ways, values_of
 from ..vocabulary import EKFAC, FAST, RECORD, SEGMENTS, TRAJECTORY, WAYS
 from .reduce import bounds
 from .replay import CarryingWork
@@ -95,49 +96,58 @@ def kept_training(work: TrainingWork, run: RunDirectory, trajectory: Trajectory)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """The ``part``-th of ``parts`` shares of the trials: the argument of a unit."""
+
+    part: int
+    parts: int
+
+    @property
+    def name(self) -> str:
+        """Of the unit."""
+        return f"trials-{self.part:05d}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WaysWork(TrainingWork):
-    """Handler of the trial of the ways to per-sample gradients, which all segments share."""
+    """Handler of the trials of the ways to per-sample gradients, which all segments share."""
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
-        """Try them along the whole record."""
-        trajectory = recorded(run)
+        """Make every so many-th of the trials along the whole record."""
+        trajectory, share = recorded(run), unit.arguments
+        assert isinstance(share, Share)
         with kept_training(self, run, trajectory) as training:
-            ways = tried_ways(training, trajectory)
-        return [], WaysValues(
-            strategies=ways.strategies,
-            untried=tuple(sorted(ways.untried)),
-            random=ways.random,
-            coupled=ways.coupled,
-            graphs=tuple(sorted(ways.graphs)),
-            noise=ways.noise,
-            trials=ways.trials,
-            tried_rows=ways.rows,
-        )
+            numbers = range(share.part, trials_in_all(trajectory, training.steps), share.parts)
+            fixed = training.compute.per_sample == "vjp"  # there is nothing to be tried
+            found = [] if fixed else some_trials(training, trajectory, numbers)
+        told = [
+            TrialValues(number=number, **{one.name: getattr(trial, one.name) for one in fields(Trial)})
+            for number, trial in zip(numbers, found, strict=False)
+        ]
+        return [], WaysValues(trials=tuple(told), parts=share.parts)
 
 
-def tried(run: RunDirectory, method: str) -> Ways:
-    """Return the ways that were tried for the segments of a method.
+def tried(run: RunDirectory, method: str, trajectory: Trajectory) -> Ways | None:
+    """Return what the trials for the segments of a method came to; None: none had to be made.
 
     Raises:
-        IncompleteStage: They were not.
+        IncompleteStage: Some were not made.
     """
-    manifest = run.manifest(f"{method}/{WAYS}", WAYS)
-    if manifest is None:
-        raise IncompleteStage(
-            f"{run.uri}: stage {method}/{WAYS} has not finished; run `hydra-pipe replay` again"
-        )
-    run.ledger.use([manifest])
-    found = values_of(WaysValues, manifest)
-    return Ways(
-        strategies=found.strategies,  # type: ignore[arg-type]
-        untried=frozenset(found.untried),
-        random=found.random,
-        coupled=found.coupled,
-        graphs=frozenset(found.graphs),
-        noise=found.noise,
-        trials=found.trials,
-        rows=found.tried_rows,
-    )
+    stage = f"{method}/{WAYS}"
+    manifests = run.manifests(stage)
+    found = [values_of(WaysValues, manifest) for manifest in manifests]
+    if not found or len(found) != found[0].parts:
+        raise IncompleteStage(f"{run.uri}: stage {stage} has not finished; run `hydra-pipe replay` again")
+    run.ledger.use(manifests)
+    told = sorted((trial for one in found for trial in one.trials), key=lambda trial: trial.number)
+    names = [one.name for one in fields(Trial)]
+    trials = [Trial(**{name: getattr(trial, name) for name in names}) for trial in told]
+    return ways_of(trials, flat_layout(trajectory)) if trials else None
+
+
+def flat_layout(trajectory: Trajectory) -> Layout:
+    """Return where each parameter of a record lies."""
+    return Layout(entries=trajectory.parameters, dimension=int(trajectory.attrs["dimension"]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +172,7 @@ class SegmentWork(CarryingWork):
         if not len(rows) and len(self.tracked) < int(trajectory.attrs["n_train"]):  # else the law is followed
             return [], ReplayValues(rows=0, start=shard.start, steps=0)
         with kept_training(self, run, trajectory) as training:
-            training.known_ways = tried(run, self.method)
+            training.known_ways = tried(run, self.method, trajectory)
             files, notes = self._replay(run, piece, rows, training, trajectory, report)
         return files, ReplayValues(rows=len(rows), start=shard.start, steps=piece.stop - piece.first, **notes)
 
@@ -291,9 +301,8 @@ class AddWork(CarryingWork):
     def _adder(self, run: RunDirectory, trajectory: Trajectory) -> Adder:
         bent = self.basis(run)
         if self.form == FAST or bent is None:
-            flat = Layout(entries=trajectory.parameters, dimension=int(trajectory.attrs["dimension"]))
-            return FastAdder(flat, len(trajectory.epoch_ends), self.compute.torch_dtype)
+            return FastAdder(flat_layout(trajectory), len(trajectory.epoch_ends), self.compute.torch_dtype)
         assert self.form == EKFAC
         training = Training(self.recipe, self.compute)
-        training.known_ways = tried(run, self.method)
+        training.known_ways = tried(run, self.method, trajectory)
         return EkfacAdder(TurnedGradients(training, trajectory, bent), training.dtype, training.device)

@@ -92,7 +92,8 @@ def test_the_sums_are_gone_once_they_are_added_up(four):
     for manifest in directory.manifests("hydra/replay"):
         if manifest.unit != "index":
             assert manifest.values["segments"] == 4
-            assert set(manifest.inputs) == {"record/trajectory", "hydra/ways/ways", "hydra/replay/index"}
+            made_from = {name.rpartition("/")[0] for name in manifest.inputs}
+            assert made_from == {"record", "hydra/ways", "hydra/replay"}
 
 
 def test_shards_change_no_bit(four, tmp_path):

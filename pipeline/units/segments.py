@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...storage import layout
+from ...storage import files, layout
 from ...storage.errors import IncompleteStage
 from ...storage.manifest import Manifest
 from ...storage.rows import RowStore, chunk_rows_for
 from ...storage.rundir import RunDirectory
 from ...storage.trajectory import Trajectory
+from ...storage.uri import join
 from ...workers.determinism import prepare_process
 from ...workers.model.layout import Layout
 from ...workers.persample.one_batch import Trial
@@ -173,8 +174,10 @@ class SegmentWork(CarryingWork):
             return [], ReplayValues(rows=0, start=shard.start, steps=0)
         with kept_training(self, run, trajectory) as training:
             training.known_ways = tried(run, self.method, trajectory)
-            files, notes = self._replay(run, piece, rows, training, trajectory, report)
-        return files, ReplayValues(rows=len(rows), start=shard.start, steps=piece.stop - piece.first, **notes)
+            written, notes = self._replay(run, piece, rows, training, trajectory, report)
+        return written, ReplayValues(
+            rows=len(rows), start=shard.start, steps=piece.stop - piece.first, **notes
+        )
 
     def _replay(
         self,
@@ -199,18 +202,21 @@ class SegmentWork(CarryingWork):
                 training, trajectory, tracked, partial(EkfacRows, curvature=bent, first=piece.first)
             )
         replay.segment(piece.first, piece.stop, report)
-        files = self._write(run, piece, rows, Sums(replay.sink, epoch)) if len(rows) else []
+        written = self._write(run, piece, rows, Sums(replay.sink, epoch)) if len(rows) else []
         replay.close()
         notes = replay.told()
         if self.lawful(training):
             sums, segment = RowSums(training.layout.entries), (piece.first, piece.stop)
             notes["law"] = sums.left_out(replay.sink.rest, segment)
-        return files, notes
+        return written, notes
 
     def _write(self, run: RunDirectory, piece: Piece, rows: Integers, sums: Sums) -> list[str]:
         base, form, itemsize = layout.partial_sums(self.method, piece.name), sums.form, self._itemsize
-        store = RowStore.create(
-            run.path(base),
+        uri = run.path(base)
+        # Made elsewhere and copied: two workers may do the same unit, and making a store clears its place.
+        temporary = files.partial_name(uri)
+        made = RowStore.create(
+            temporary,
             name=SUMS,
             rows=len(rows),
             columns=form.width,
@@ -220,6 +226,11 @@ class SegmentWork(CarryingWork):
             row_columns={"row": rows.astype(np.int32)},
             attrs={"form": form.told(), "first": piece.first, "stop": piece.stop},
         )
+        for name in made.metadata_files():
+            data = files.read_bytes(join(temporary, *name.split("/")))
+            files.write_bytes(join(uri, *name.split("/")), data)
+        files.remove(temporary, recursive=True)
+        store = RowStore.open(uri, SUMS)
         size = max(1, WRITTEN_BYTES // (store.chunk_rows * form.width * itemsize)) * store.chunk_rows
         for first, last in bounds(len(rows), size):
             store.write(first, sums.numpy(first, last))
@@ -265,11 +276,11 @@ class AddWork(CarryingWork):
             if laws:
                 sums.add(rows)
             report(last, stop - start)
-        files = [f"{base}/{name}" for name in store.files(start, stop)]
+        written = [f"{base}/{name}" for name in store.files(start, stop)]
         notes: dict[str, Any] = {"ways": joined_ways([one.ways for one in found if one.ways is not None])}
         if laws:
             notes["law"] = {**sums.values(), **joined_rests(laws)}
-        return files, ReplayValues(
+        return written, ReplayValues(
             rows=stop - start,
             start=start,
             steps=len(trajectory.batches),

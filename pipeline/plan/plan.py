@@ -280,7 +280,7 @@ def cut(
         target_blocks=spans(q, per_unit, "block"),
         reduce=reduce,
         checkpoints=len(kept),
-        memory=Memory(process=process, buffers=replay.widest * sharding.load.item, workers=workers),
+        memory=Memory(process=process, buffers=segmented.buffers, workers=workers),
         disk=disk,
         seconds=times,
         slots=slots,

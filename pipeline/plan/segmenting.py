@@ -56,6 +56,7 @@ class Segmented:
         pieces: Blocks of a shard.
         bytes: Of all sums, written once and read once.
         unit_bytes: Of the sums of one unit.
+        buffers: Bytes that a worker holds of its samples, at most.
         worker: Bytes that a worker of a segment uses.
         adder: Bytes that one uses that adds up.
     """
@@ -67,6 +68,7 @@ class Segmented:
     pieces: int
     bytes: int
     unit_bytes: int
+    buffers: int
     worker: int
     adder: int
 
@@ -130,6 +132,7 @@ def segmented(spec: RunSpec, surveyed: Survey, cut: Cut, load: Load, count: int)
             pieces=1,
             bytes=0,
             unit_bytes=0,
+            buffers=cut.widest * load.item,
             worker=load.bytes(cut),
             adder=0,
         )
@@ -159,6 +162,7 @@ def segmented(spec: RunSpec, surveyed: Survey, cut: Cut, load: Load, count: int)
         pieces=math.ceil(cut.widest / per_block),
         bytes=count * visited(surveyed, rows, count) * written * itemsize,
         unit_bytes=seen * written * itemsize,
+        buffers=seen * held * itemsize,
         worker=load.process + seen * held * itemsize + writing + load.passing,
         adder=load.process + adding + 2 * count * chunk_bytes,
     )

@@ -107,6 +107,12 @@ def stage_state(directory: RunDirectory, info: RunInfo, stage: str) -> StageStat
     if units is None and complete:
         units = len(work)
     seconds = noted.seconds
+    if stage.endswith(
+        f"/{REPLAY}"
+    ):  # the segments that it added up are gone from the list, and not their time
+        cut = stage.removesuffix(REPLAY) + SEGMENTS
+        gone = None if directory.units(cut) else info.stages.get(cut, StageEntry()).seconds
+        seconds = _sum([seconds, gone])
     return StageState(
         stage=stage,
         state=COMPLETE if complete else PARTIAL if manifests else MISSING,

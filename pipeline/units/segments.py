@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -174,10 +173,7 @@ class SegmentWork(CarryingWork):
             return [], ReplayValues(rows=0, start=shard.start, steps=0)
         with kept_training(self, run, trajectory) as training:
             training.known_ways = tried(run, self.method, trajectory)
-            written, notes = self._replay(run, piece, rows, training, trajectory, report)
-        return written, ReplayValues(
-            rows=len(rows), start=shard.start, steps=piece.stop - piece.first, **notes
-        )
+            return self._replay(run, piece, rows, training, trajectory, report)
 
     def _replay(
         self,
@@ -187,7 +183,7 @@ class SegmentWork(CarryingWork):
         training: Training,
         trajectory: Trajectory,
         report: Report,
-    ) -> tuple[list[str], dict[str, Any]]:
+    ) -> Result:
         """Replay a segment for some rows; return its files and what its manifest says."""
         bent = self.basis(run)
         ends = trajectory.epoch_ends
@@ -204,11 +200,17 @@ class SegmentWork(CarryingWork):
         replay.segment(piece.first, piece.stop, report)
         written = self._write(run, piece, rows, Sums(replay.sink, epoch)) if len(rows) else []
         replay.close()
-        notes = replay.told()
+        law = None
         if self.lawful(training):
             sums, segment = RowSums(training.layout.entries), (piece.first, piece.stop)
-            notes["law"] = sums.left_out(replay.sink.rest, segment)
-        return written, notes
+            law = sums.left_out(replay.sink.rest, segment)
+        return written, ReplayValues(
+            rows=len(rows),
+            start=piece.shard.start,
+            steps=piece.stop - piece.first,
+            law=law,
+            **replay.told(),
+        )
 
     def _write(self, run: RunDirectory, piece: Piece, rows: Integers, sums: Sums) -> list[str]:
         base, form, itemsize = layout.partial_sums(self.method, piece.name), sums.form, self._itemsize
@@ -277,15 +279,13 @@ class AddWork(CarryingWork):
                 sums.add(rows)
             report(last, stop - start)
         written = [f"{base}/{name}" for name in store.files(start, stop)]
-        notes: dict[str, Any] = {"ways": joined_ways([one.ways for one in found if one.ways is not None])}
-        if laws:
-            notes["law"] = {**sums.values(), **joined_rests(laws)}
         return written, ReplayValues(
             rows=stop - start,
             start=start,
             steps=len(trajectory.batches),
             segments=len(self.segments),
-            **notes,
+            ways=joined_ways([one.ways for one in found if one.ways is not None]),
+            law={**sums.values(), **joined_rests(laws)} if laws else None,
         )
 
     def _done(self, run: RunDirectory, start: int) -> list[Manifest]:

@@ -96,6 +96,14 @@ def test_the_sums_are_gone_once_they_are_added_up(four):
             assert made_from == {"record", "hydra/ways", "hydra/replay"}
 
 
+def test_a_file_among_sums_that_are_gone_is_a_stray(four, tmp_path):
+    out = Path(shutil.copytree(four.uri, tmp_path / "run"))
+    stray = layout.partial_sums("hydra", "shard-00000-segment-00009") + "/zarr.json"
+    (out / stray).parent.mkdir(parents=True)
+    (out / stray).write_text("{}")
+    assert f"{stray}: no manifest lists this file; remove it" in verify(open_run(out)).problems
+
+
 def test_shards_change_no_bit(four, tmp_path):
     other = serial(tmp_path / "run", Small(), segments=4, shards=3, **EXACT)
     assert_same_bits(numbers(other.uri, shard=False), numbers(four.uri, shard=False))

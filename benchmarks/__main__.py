@@ -27,6 +27,7 @@ WIDE = 170
 NAMES = (
     "replay",
     "operators",
+    "segments",
     "checks",
     "reduce",
     "detect",

@@ -27,6 +27,7 @@ from benchmarks import (
     reduce,
     replay,
     report_page,
+    segments,
     speedup,
     startup,
     storage,
@@ -106,6 +107,7 @@ TINY = {
     "detect": (detect, {**detect.QUICK, "samples": 200, "tests": 20, "detectors": (("harm",),)}),
     "detectors": (detectors, detectors.QUICK),
     "report_page": (report_page, {**report_page.QUICK, "samples": 200, "tests": 20, "rows": (20,)}),
+    "segments": (segments, {**segments.QUICK, "samples": 128, "epochs": 1, "units": 2, "sharded": 0}),
     "storage": (storage, {"rows": 16, "columns": 100, "tile": (20, 10), "rounds": 1}),
     "startup": (startup, {**startup.QUICK, "rounds": 1}),
 }

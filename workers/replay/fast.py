@@ -57,13 +57,22 @@ class Scaled:
 
 
 class FastRows(Scaled, RowSink):
-    """Sums of scaled gradients, Linear weights as factors where that is less; see ``Replay``."""
+    """Sums of scaled gradients, Linear weights as factors where that is less; see ``Replay``.
 
-    def __init__(self, training: Training, trajectory: Trajectory, rows: int) -> None:
+    Args:
+        training: A fresh ``Training`` of the recipe.
+        trajectory: The record.
+        rows: n.
+        epochs: Epochs that are replayed, begun or whole; None: all.
+    """
+
+    def __init__(
+        self, training: Training, trajectory: Trajectory, rows: int, epochs: int | None = None
+    ) -> None:
         ways = tried_ways(training, trajectory)
-        layout, epochs = training.layout, training.epochs
+        layout, epochs = training.layout, training.epochs if epochs is None else epochs
         scaling = StepScales(training, trajectory)
-        factored = kept_as_factors(training, ways)
+        factored = kept_as_factors(training, ways, epochs)
         largest = training.batches.shape[1]
         self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored, largest)
         self.buffers = HypergradientBuffers(
@@ -183,14 +192,14 @@ class StepScales:
             self.clip.map_(block)
 
 
-def kept_as_factors(training: Training, ways: Ways) -> frozenset[int]:
+def kept_as_factors(training: Training, ways: Ways, epochs: int | None = None) -> frozenset[int]:
     """Return the weights whose visits are kept as factors, where steps are numbers times gradients.
 
-    Before a record is there, clipping counts as if it happened.
+    Before a record is there, clipping counts as if it happened. ``epochs``: that are replayed; None: all.
     """
     if training.family.scaled or training.max_norm is not None or not training.schedule.distinct:
         return frozenset()  # a factored visit is one a sample and epoch
-    return factored_entries(training.layout, ways, training.epochs)
+    return factored_entries(training.layout, ways, training.epochs if epochs is None else epochs)
 
 
 def factored_entries(layout: Layout, ways: Ways, epochs: int) -> frozenset[int]:

@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RUNS := $(VENV)/.runs
 
 .PHONY: run test coverage check fuzz test-slow test-gpu torture bench wheel clean
 
-# One environment, built from pyproject.toml under constraints.txt; rebuilt when either changes.
-$(STAMP): pyproject.toml constraints.txt
+# One environment, built from pyproject.toml under constraints.txt; rebuilt when either changes. Running takes
+# what the package itself needs; every other target adds what tests, checks and benchmarks need.
+$(RUNS): WHAT := .
+$(STAMP): WHAT := .[dev]
+$(RUNS) $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '$(WHAT)'
+	touch $(RUNS) $@
 
-run: $(STAMP)
+run: $(RUNS)
 	$(BIN)/hydra-pipe run --shards 8
 
 test: $(STAMP)

@@ -27,8 +27,8 @@ BUDGET = names(BudgetSpec, Decides.NOTHING)
 CURVATURE = CURVATURE_FIELDS
 """Given by ``--option`` and in files. Options of their own too, which ``--help`` does not show."""
 
-METHOD = names(RunSpec, Decides.METHOD)
-"""What `replay` chooses; the record is the same whatever these are."""
+METHOD = tuple(name for name in names(RunSpec, Decides.METHOD) if name != "segments")
+"""What `replay` chooses; the record is the same whatever these are. (It keeps more states for segments.)"""
 
 ELSEWHERE = ("at_checkpoint",)
 """Fields that a run may have and that another command is for: `attribute`."""
@@ -194,7 +194,8 @@ CURVATURE_HELP = (
     f"With --hessian ekfac: curvature-checkpoints=N of the record ({CurvatureSpec.curvature_checkpoints}), or "
     "curvature-at=STEP,... for those nearest; curvature-samples=N training samples at most "
     f"({CurvatureSpec.curvature_samples}); curvature-core=C leading coordinates with their full curvature "
-    f"({CurvatureSpec.curvature_core}). With --hessian mixed: curvature-share=S of the Hessian "
+    f"({CurvatureSpec.curvature_core}); curvature-flat=S: eigenvalues that change no coefficient by more than this "
+    f"share are 0 ({CurvatureSpec.curvature_flat}). With --hessian mixed: curvature-share=S of the Hessian "
     f"({CurvatureSpec.curvature_share})."
 )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ...storage import layout
 from ...storage.errors import IncompleteStage, InputError, RunNotFound
+from ...storage.lock import holding, read_holder
 from ...storage.rundir import RunDirectory
 from ...storage.uri import check_uri
 from ..vocabulary import COMPLETE, FAST, RECORD, REDUCE, REPLAY, TEST_GRADIENTS
@@ -237,6 +238,10 @@ def opened(kind: type[AnyReader], uri: str | os.PathLike[str], *, check: bool = 
     """
     directory = RunDirectory(check_uri(uri), digests=check)
     if not directory.exists():
+        if (holder := read_holder(directory.uri)) is not None and holding(directory.uri) is None:
+            raise RunNotFound(
+                f"no run at {directory.uri} yet: {holder} is about to make it; look again in a while"
+            )
         raise RunNotFound(
             f"no run at {directory.uri}: run.json is missing there; make one with "
             f"`hydra-pipe run --out {directory.uri}`, or check the path"

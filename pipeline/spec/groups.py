@@ -175,6 +175,8 @@ class CurvatureSpec(Group):
             instead; None: spread evenly.
         curvature_samples: With ``ekfac``: at most how many training samples it is averaged over.
         curvature_core: With ``ekfac``: leading coordinates that keep their full curvature; 0: none.
+        curvature_flat: With ``ekfac``: eigenvalues that change no coefficient by more than this share are set to 0,
+            which saves most of the work on large models; 0: all are kept.
         curvature_share: With ``mixed``: share of the Hessian; the rest is the Gauss-Newton matrix's.
     """
 
@@ -182,8 +184,9 @@ class CurvatureSpec(Group):
     exact_rank: int = field(default=0, metadata=of_the_method(checks.whole(0, 10**6)))
     curvature_checkpoints: int = field(default=5, metadata=of_the_method(checks.whole(1, 10**6)))
     curvature_at: Sequence[int] | str | None = field(default=None, metadata=of_the_method(checks.steps))
-    curvature_samples: int = field(default=4096, metadata=of_the_method(checks.whole(1)))
+    curvature_samples: int = field(default=1024, metadata=of_the_method(checks.whole(1)))
     curvature_core: int = field(default=256, metadata=of_the_method(checks.whole(0)))
+    curvature_flat: float = field(default=0.01, metadata=of_the_method(checks.between(0.0, 1.0)))
     curvature_share: float = field(default=0.5, metadata=of_the_method(checks.between(0.01, 0.99)))
 
     def __post_init__(self) -> None:
@@ -222,6 +225,8 @@ class PlacementSpec(Group):
         graphs: ``auto``: on a GPU, replayed steps are captured as CUDA graphs where they can be, with the same bits;
             ``off``: never.
         shards: How many shards the tracked samples are cut into, or ``auto``.
+        segments: In forward mode without the Hessian or with EKFAC: how many segments the steps are cut into, or
+            ``auto``; a unit of the replay is then a shard and a segment. None: 1, or what the method has.
         wait: Wait for another command that writes to the run, where there is one; else that is an error.
     """
 
@@ -239,6 +244,7 @@ class PlacementSpec(Group):
     device: Device = field(default="auto", metadata=of_the_run(checks.one_of(*get_args(Device))))
     graphs: Graphs = field(default="auto", metadata=free(checks.one_of(*get_args(Graphs))))
     shards: int | str = field(default="auto", metadata=of_the_method(checks.shards))
+    segments: int | str | None = field(default=None, metadata=of_the_method(checks.segments))
     wait: bool = field(default=False, metadata=free(checks.flag))
 
     @property

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 
 from ...storage.errors import RecipeError
@@ -127,33 +128,47 @@ def schedule_of(recipe: ScheduledRecipe, n_train: int) -> Schedule:
     size, parts = _whole("batch_size", recipe.batch_size), _whole("accumulate", recipe.accumulate)
     epochs = _whole("epochs", recipe.epochs, least=0)  # 0: trained already, see `StateFile`
     limit = None if recipe.max_steps is None else _whole("max_steps", recipe.max_steps)
-    rows: list[Indices] = []
+    blocks: list[Indices] = [np.full((0, size), -1, dtype=np.int32)]
+    first: list[Integers] = []
+    last: list[Integers] = []
     ends: list[int] = []
-    first: list[int] = []
-    last: list[int] = []
-    epoch, updates, distinct = 0, 0, True
+    epoch, batches, updates, distinct = 0, 0, 0, True
     while epoch < epochs if limit is None else updates < limit:
         order = epoch_order(recipe, n_train, epoch)
-        distinct = distinct and len(order) == n_train == len(np.unique(order))
-        cut = [order[k : k + size] for k in range(0, len(order), size)]
-        for k in range(0, len(cut), parts):
-            if limit is not None and updates == limit:
-                distinct = False
-                break
-            group = cut[k : k + parts]
-            first += [len(rows)] * len(group)
-            last += [len(rows) + len(group) - 1] * len(group)
-            rows += group
-            updates += 1
-        ends.append(len(rows))
-        epoch += 1
+        block = np.full((-(-len(order) // size), size), -1, dtype=np.int32)
+        block.reshape(-1)[: len(order)] = order
+        if epoch == 0:
+            _check_room(len(block) * epochs if limit is None else limit * parts, size)
+        steps = -(-len(block) // parts)
+        distinct = distinct and len(order) == n_train and bool(np.bincount(order).max() == 1)
+        if limit is not None and updates + steps > limit:
+            steps, distinct = limit - updates, False
+            block = block[: steps * parts]
+        at = np.arange(len(block))
+        begins = at - at % parts
+        first.append(batches + begins)
+        last.append(batches + np.minimum(begins + parts, len(block)) - 1)
+        blocks.append(block)
+        batches, updates, epoch = batches + len(block), updates + steps, epoch + 1
+        ends.append(batches)
+    none = np.zeros(0, dtype=np.int64)
     return Schedule(
-        batches=padded(rows, size),
+        batches=np.concatenate(blocks),
         epoch_ends=tuple(ends),
-        first=np.array(first, dtype=np.int64),
-        last=np.array(last, dtype=np.int64),
+        first=np.concatenate([none, *first]),
+        last=np.concatenate([none, *last]),
         distinct=distinct,
     )
+
+
+def _check_room(batches: int, size: int) -> None:
+    """Raise where the indices alone would fill the memory."""
+    needed, most = 4 * batches * size, psutil.virtual_memory().total // 2
+    if needed > most:
+        raise RecipeError(
+            f"{batches:,} batches of {size} samples are {needed / 2**30:,.1f} GiB of training indices, and {most / 2**30:,.1f} "
+            "GiB (half of this machine's memory) are the most; train for fewer epochs or steps"
+        )
 
 
 def _of_record(schedule: Schedule, n_train: int) -> Schedule:

@@ -271,6 +271,11 @@ class Capture:
             _widen(call)
         return [_formed(call, calls) for call in calls]
 
+    def forget(self) -> None:
+        """Let go of the calls caught so far: the pass that they are of is not the one that counts."""
+        self.calls.clear()
+        self._rolled.clear()
+
     def close(self) -> None:
         """Remove all hooks."""
         for handle in self._handles:

@@ -135,6 +135,11 @@ class PerSampleGradients:
         """Return how many rows are worked on at a time."""
         return TILE if like.device.type == "cpu" else DEVICE_TILE
 
+    @property
+    def alone(self) -> bool:
+        """Whether some gradients come from passes of single samples, given the batch (``func``)."""
+        return bool(self._by["func"])
+
     def watch(self, positions: Tensor, sink: TakeRows, factors: TakeFactors | None = None) -> Watch:
         """Return what a training step needs to hand the rows at ``positions`` (R,) to the sinks."""
         return Watch(engine=self, positions=positions, sink=sink, factors=factors)

@@ -9,7 +9,7 @@ Rules never touch the module's state. Whether a rule applies to a model is not b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -140,16 +140,7 @@ def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor) -> Tensor:
 
 def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: torch.Size) -> Tensor:
     """Return what each kernel position saw, (R * groups, I, X), I = channels a group times kernel."""
-    space = x_R.ndim - 2
-    x_R = _padded(module, x_R).contiguous()
-    strides = x_R.stride()
-    size = (*x_R.shape[:2], *module.kernel_size, *out_size)
-    stride = (
-        *strides[:2],
-        *(strides[2 + k] * module.dilation[k] for k in range(space)),
-        *(strides[2 + k] * module.stride[k] for k in range(space)),
-    )
-    windows = x_R.as_strided(size, stride)
+    windows = _view_of_windows(module, x_R, out_size)
     kernel = (module.in_channels // module.groups, *module.kernel_size)
     length, positions = math.prod(kernel), math.prod(out_size)
     out = aligned(x_R, x_R.shape[0] * module.groups, length, positions)
@@ -159,11 +150,29 @@ def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: t
     return out
 
 
-def unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_B: Tensor, out_size: torch.Size) -> Tensor:
-    """Return what each kernel position of an ungrouped convolution saw, (B * X, I)."""
-    length, positions = module.weight[0].numel(), math.prod(out_size)
-    windows = _windows(module, x_B, out_size)[:, :length, :positions]
-    return windows.transpose(1, 2).reshape(-1, length)
+def _view_of_windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_R: Tensor, out_size: torch.Size) -> Tensor:
+    """Return the same (R, channels, *kernel, *out_size), nothing copied."""
+    space = x_R.ndim - 2
+    x_R = _padded(module, x_R).contiguous()
+    strides = x_R.stride()
+    size = (*x_R.shape[:2], *module.kernel_size, *out_size)
+    stride = (
+        *strides[:2],
+        *(strides[2 + k] * module.dilation[k] for k in range(space)),
+        *(strides[2 + k] * module.stride[k] for k in range(space)),
+    )
+    return x_R.as_strided(size, stride)
+
+
+def unfolded(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x_B: Tensor, out_size: torch.Size, steps: Sequence[int]
+) -> Tensor:
+    """Return what an ungrouped convolution saw at every so many positions of its output, (B * X, I)."""
+    windows = _view_of_windows(module, x_B, out_size)
+    kernel = windows.ndim - len(out_size)
+    windows = windows[(slice(None),) * kernel + tuple(slice(None, None, step) for step in steps)]
+    axes = (0, *range(kernel, windows.ndim), *range(1, kernel))
+    return windows.permute(axes).reshape(-1, module.weight[0].numel())
 
 
 ALIGNMENT = 16

@@ -84,6 +84,7 @@ class EigenCoefficients:
         curvature: Eigenvalues, and the metric they belong to.
         device: Where the coefficients are used.
         dtype: Of the coefficients handed out.
+        first: First batch that is asked for; what comes before is not computed.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class EigenCoefficients:
         curvature: Curvature,
         device: torch.device,
         dtype: torch.dtype,
+        first: int = 0,
     ) -> None:
         self.device, self.dtype = device, dtype
         self.settings, self.count = settings, len(lanes)
@@ -105,7 +107,9 @@ class EigenCoefficients:
             self.length = count
             self._segment = (0, torch.zeros(count, self.count, dtype=dtype, device=device))
         kept = None if self._segment is None else self._segment[1]
-        self._borders = self._run_back(0, count, *self._end(), keep=kept)
+        begin = 0 if not first or kept is not None else settings.update(first)
+        begin -= begin % self.length  # the same numbers whatever is first: segments of the table stay
+        self._borders = self._run_back(begin, count, *self._end(), keep=kept)
 
     def at(self, step: int) -> Tensor:
         """Return c_t of the step that a batch belongs to, (D,)."""
@@ -164,6 +168,24 @@ def nearest_checkpoints(settings: Settings, curvature: Curvature) -> npt.NDArray
     count = settings.learning_rate.shape[0]
     found: npt.NDArray[np.intp] = np.abs(np.arange(count)[:, None] - made[None, :]).argmin(1)
     return found
+
+
+def flat_directions(
+    settings: Settings, lanes_D: npt.NDArray[np.int64], curvature: Curvature, share: float
+) -> npt.NDArray[np.bool_]:
+    """Return which directions have so little curvature that no coefficient changes by more than a share, (D,).
+
+    Curvature makes ``exp(-sum of h_t curvature_t)`` of a coefficient, h_t being what a step moves in the long run.
+    """
+    form = scaled_scalars(settings, curvature)
+    moved = form.rate * (form.along * form.gain / np.maximum(1.0 - form.carry, 1e-3) + form.direct)
+    nearest = nearest_checkpoints(settings, curvature)
+    total = np.zeros(curvature.eigenvalues.shape[1])
+    for k, values in enumerate(curvature.eigenvalues):
+        per_lane = np.append(moved[nearest == k].sum(0), 0.0)
+        total += per_lane[lanes_D] * np.maximum(values, 0.0)
+    result: npt.NDArray[np.bool_] = total < share
+    return result
 
 
 def coupled_decay(settings: Settings) -> Float:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from ...storage.errors import RecipeError
 from ...storage.trajectory import TrajectoryWriter
+from ...storage.trajectory_format import BORDERS
 from ..data.batches import fetch, to_device
 from ..data.cast import cast_model
 from ..data.labels import Accuracy, Labels, targets_of
@@ -27,6 +28,7 @@ from ..persample.reference import same_losses
 from ..recipe import Batch, Recipe
 from ..recursion.coefficients import stored_coefficients
 from ..recursion.settings import Recorded
+from .borders import wanted_borders
 from .finite import check_norms
 from .initial import initial_state, load_weights
 from .metrics import OutputWatch, defines_predictions, evaluate, evaluating, evaluation_size
@@ -84,10 +86,17 @@ class Recorder:
         uri: Where ``trajectory.zarr`` goes.
         every: Steps between checkpoints, or None (see ``checkpoint_steps``).
         visits: Whether own losses and margins of every visit are kept; changes nothing else.
+        segments: Of a later replay, whose borders are kept beside the checkpoints; changes nothing else.
     """
 
     def __init__(
-        self, training: Training, uri: str, every: int | None = None, *, visits: bool = True
+        self,
+        training: Training,
+        uri: str,
+        every: int | None = None,
+        *,
+        visits: bool = True,
+        segments: int = 1,
     ) -> None:
         self.training, recipe = training, training.recipe
         training.guarded = True
@@ -127,7 +136,10 @@ class Recorder:
         self.digest_every = DIGEST_EVERY if dimension <= 5_000_000 else 5 * DIGEST_EVERY
         kept = checkpoint_steps(steps, dimension, training.dtype.itemsize, every)
         # Only between two steps of the optimiser is all there is in weights and state.
-        self.kept = sorted({int(training.schedule.first[k]) if k < steps else k for k in kept})
+        between = {int(training.schedule.first[k]) if k < steps else k for k in kept}
+        wanted = wanted_borders(steps, segments, sorted(between))
+        self.borders = sorted({int(training.schedule.first[k]) for k in wanted} - between)
+        self.kept = sorted({*between, *self.borders})
         self.writer = TrajectoryWriter(
             uri,
             dimension=dimension,
@@ -350,6 +362,7 @@ class Recorder:
                 "n_train": training.n_train,
                 "batch_size": recipe.batch_size,
                 "seed": recipe.seed,
+                **({BORDERS: self.borders} if self.borders else {}),
                 **self._told(),
                 "environment": fingerprint(training.device),
             },

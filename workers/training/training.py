@@ -48,6 +48,7 @@ from ..persample.channels import switchable, switched_statistics
 from ..persample.engine import Watch
 from ..persample.one_batch import NOISE
 from ..persample.reference import constant_statistics, couples_samples
+from ..persample.ways import Ways
 from ..recipe import Batch, Recipe
 from ..recursion.clipping import Clip, clipped, max_norm_of
 from ..recursion.families import family_of, family_or_sgd
@@ -102,6 +103,7 @@ class Training:
             follows a record whose gradients were.
         looks_later: Whether they are looked at for many steps at once, ``norms`` being kept meanwhile.
         norms: (step, largest size of a gradient's numbers) that nobody has looked at.
+        known_ways: Ways to per-sample gradients that were tried in this training already, elsewhere; None: not yet.
         before_update: Called with a step whose gradient is complete, before rows of its last batch are handed
             over and before the optimiser moves the weights; see ``moment``.
         divisors: (T,) float64: a step's loss is the sum of its samples' losses over this; NaN where it depends
@@ -115,6 +117,7 @@ class Training:
 
     guarded = False
     looks_later = False
+    known_ways: Ways | None = None
     before_update: Callable[[int], None] | None = None
 
     def __init__(self, recipe: Recipe, compute: Compute) -> None:

@@ -50,6 +50,7 @@ OTHER: dict[str, Any] = {
     "curvature_at": (0, 5),
     "curvature_samples": 9,
     "curvature_core": 8,
+    "curvature_flat": 0.1,
     "curvature_share": 0.3,
     "executor": "serial",
     "address": "10.0.0.1:6379",
@@ -59,6 +60,7 @@ OTHER: dict[str, Any] = {
     "threads": 2,
     "device": "cpu",
     "shards": 3,
+    "segments": 2,
     "wait": True,
     "memory": 1 << 32,
     "reduce_memory": 1 << 20,
@@ -122,7 +124,7 @@ def test_identity_changes_with_what_decides_the_run_alone(
 
 def test_what_decides_the_method_is_in_the_method() -> None:
     decides = names(RunSpec, Decides.METHOD)
-    assert {"mode", "hessian", "targets", "exact_rank", "shards"} <= set(decides)
+    assert {"mode", "hessian", "targets", "exact_rank", "shards", "segments"} <= set(decides)
     assert not set(decides) & {"seeds", "executor", "memory", "out", "overwrite"}
 
 

@@ -88,3 +88,12 @@ def test_what_is_no_schedule_is_refused_in_one_line(given, said):
     with pytest.raises(RecipeError, match=said) as found:
         schedule_of(recipe(**given), 10)
     assert "\n" not in str(found.value)
+
+
+def test_more_indices_than_half_of_the_memory_are_refused_at_once():
+    with pytest.raises(
+        RecipeError, match=r"^3,000,000,000,000 batches of 4 samples .* train for fewer epochs or steps$"
+    ):
+        schedule_of(recipe(epochs=10**12), 10)
+    with pytest.raises(RecipeError, match=r"^2,000,000,000,000 batches of 4 samples"):
+        schedule_of(recipe(accumulate=2, max_steps=10**12), 10)

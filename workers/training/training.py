@@ -74,6 +74,7 @@ class Compute:
         batch_norm: ``constant`` statistics in per-sample gradients, or ``coupled`` (exact, slow).
         per_sample: ``auto``: the fastest way to each parameter's per-sample gradients that agrees with
             autograd; ``vjp``: autograd itself, one backward pass a sample.
+        graphs: ``auto``: replayed steps are captured as CUDA graphs where they can be; ``off``: never.
     """
 
     device: str = "auto"
@@ -81,6 +82,7 @@ class Compute:
     threads: int = 1
     batch_norm: str = "constant"
     per_sample: str = "auto"
+    graphs: str = "auto"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -356,6 +358,12 @@ class Training:
         if self.updates[step]:
             self._clip(step)
             self.optimizer.step()
+
+    def finish_captured(self, step: int, batch: Batch, loss: Tensor, own_losses: Tensor) -> None:
+        """End a step whose passes, and rows, a graph has computed."""
+        self.own_losses = own_losses
+        self._about_to_move(step, batch, loss)
+        self._move(step)
 
     def reduce(self, losses_B: Tensor, step: int) -> Tensor:
         """Return what a batch adds to its step's loss."""

@@ -237,7 +237,8 @@ class EigenGradients(PerSampleGradients):
             return rows
         first = self.layout.entries[entry].start
         root = self.root[first : first + self.layout.size(entry)]
-        return rows * root.view(rows.shape[1:])
+        scaled: Tensor = rows * root.view(rows.shape[1:])
+        return scaled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

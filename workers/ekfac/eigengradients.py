@@ -229,7 +229,9 @@ class EigenGradients(PerSampleGradients):
 
     def _target(self, k: int) -> Tensor:
         block = self.basis.blocks[k]
-        return self._rotated[:, self.basis.span(k)].unflatten(1, (block.rows, block.columns))
+        rows = self._rotated[:, self.basis.span(k)]
+        target: Tensor = rows.unflatten(1, (block.rows, block.columns))
+        return target
 
     def _scaled_whole(self, entry: int, start: int, count: int) -> Tensor:
         rows = self._whole[entry][start : start + count]
@@ -237,8 +239,7 @@ class EigenGradients(PerSampleGradients):
             return rows
         first = self.layout.entries[entry].start
         root = self.root[first : first + self.layout.size(entry)]
-        scaled: Tensor = rows * root.view(rows.shape[1:])
-        return scaled
+        return rows * root.view(rows.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

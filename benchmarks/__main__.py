@@ -26,6 +26,8 @@ WIDE = 170
 
 NAMES = (
     "replay",
+    "operators",
+    "segments",
     "checks",
     "reduce",
     "detect",
@@ -38,6 +40,7 @@ NAMES = (
     "fidelity",
     "approximation",
     "detectors",
+    "peers",
 )
 
 

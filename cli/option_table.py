@@ -43,6 +43,14 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "`auto` decides from memory and workers.",
         metavar="N|auto",
     ),
+    _saying(
+        "--segments",
+        "1, or what the run has",
+        "With --mode forward and --hessian none or ekfac: how many segments the steps of the training are cut into. A unit "
+        "of the replay is then a shard and a segment, which begins at the record's state, so that the training is not run "
+        "once a shard. `auto` decides from workers and bytes. Give it when recording, too: states are then kept at the borders.",
+        metavar="K|auto",
+    ),
     _option(
         "--track",
         "Training samples to track: the first N, indices A to B-1, a share of every class, "

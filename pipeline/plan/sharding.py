@@ -5,8 +5,9 @@ A shard is a whole number of chunks; the cut depends on the number of shards alo
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...storage.errors import DoesNotFit
 from ...storage.rows import chunk_rows_for
@@ -66,7 +67,9 @@ def spans(total: int, rows: int, label: str) -> tuple[Shard, ...]:
     )
 
 
-def cut_forward(samples: int, dimension: int, itemsize: int, count: int) -> Cut:
+def cut_forward(
+    samples: int, dimension: int, itemsize: int, count: int, chunk_rows: int | None = None
+) -> Cut:
     """Cut tracked samples into ``count`` shards, fewer where there are not as many chunks.
 
     Args:
@@ -74,8 +77,9 @@ def cut_forward(samples: int, dimension: int, itemsize: int, count: int) -> Cut:
         dimension: D.
         itemsize: Bytes of a number.
         count: Shards.
+        chunk_rows: Rows of a chunk; None: as many as suit the shards.
     """
-    rows = chunk_rows_for(dimension, itemsize, samples, count)
+    rows = chunk_rows or chunk_rows_for(dimension, itemsize, samples, count)
     return Cut(chunk_rows=rows, shards=_dealt(samples, rows, count, "shard"))
 
 
@@ -187,11 +191,27 @@ class Sharding:
     def __init__(self, spec: RunSpec, surveyed: Survey, targets: int) -> None:
         self.itemsize = itemsize_of(spec.dtype)
         self._asked, self._memory = spec.shards, spec.memory
+        self._segments = 1
         self._dimension = surveyed.dimension
         self._tile = exact_targets(surveyed) if spec.form in CARRIED else TARGET_TILE
         adjoint = spec.mode == ADJOINT
         self.items = targets if adjoint else len(surveyed.tracked)
         self.load = load_of(surveyed, self.itemsize, adjoint=adjoint, form=spec.form)
+
+    def of_segments(self, count: int, numbers: int, share: float) -> Sharding:
+        """Return the same where a unit is a shard and one of so many segments.
+
+        Args:
+            count: K.
+            numbers: That a worker holds of a sample which its segment visits.
+            share: Of the samples that a segment visits.
+        """
+        found = copy.copy(self)
+        found._segments = count
+        if count > 1:
+            item = max(1, math.ceil(numbers * self.itemsize * share))
+            found.load = replace(self.load, item=item)
+        return found
 
     def cut(self, count: int) -> Cut:
         """Return the cut into ``count`` shards."""
@@ -210,7 +230,9 @@ class Sharding:
             DoesNotFit: A shard does not fit into a worker; says how many shards would.
         """
         budget = self._memory or capacity.memory_per_worker
-        asked = min(self.items, (capacity.slots or 1) if self._asked == "auto" else int(self._asked))
+        # One unit a worker, at least.
+        least = math.ceil((capacity.slots or 1) / self._segments)
+        asked = min(self.items, least if self._asked == "auto" else int(self._asked))
         if not budget or self.needed(asked) <= budget:
             return asked
         fitting = self._fitting(asked, budget)

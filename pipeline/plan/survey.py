@@ -82,6 +82,8 @@ class Survey:
         optimizer_vectors: Vectors like the weights that the optimiser keeps, as many as a tangent needs.
         moments: Whether derivatives of a step depend on where training is (Adam, clipping).
         autocast: The types that the losses compute in under ``torch.autocast``.
+        epochs: E, epochs that are begun.
+        outer: Shapes (O, I) of the weights whose visits may be kept as factors.
     """
 
     recipe: Recipe
@@ -105,6 +107,8 @@ class Survey:
     optimizer_vectors: int = 1
     moments: bool = False
     autocast: tuple[str, ...] = ()
+    epochs: int = 1
+    outer: tuple[tuple[int, ...], ...] = ()
 
 
 def resolve_recipe(spec: TrainingSpec) -> Recipe:
@@ -275,6 +279,8 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         optimizer_vectors=len(training.family.vectors),
         moments=training.family.scaled or training.max_norm is not None,
         autocast=tuple(sorted(autocast)),
+        epochs=training.epochs,
+        outer=tried.outer,
     )
 
 
@@ -287,6 +293,7 @@ class _Tried:
     strategies: dict[str, str]
     row_numbers: int
     seconds: tuple[float, float] | None
+    outer: tuple[tuple[int, ...], ...] = ()
 
 
 _NO_STEPS = _Tried(
@@ -309,6 +316,7 @@ def _try_steps(training: Training, *, trial: bool) -> _Tried:
         conservation=not training.holds_statistics,
         strategies={e.name: s for e, s in zip(entries, ways.strategies, strict=True) if s in ("func", "vjp")},
         row_numbers=row_numbers(training.layout, kept_as_factors(training, ways), epochs),
+        outer=tuple(tuple(entries[i].shape) for i in sorted(kept_as_factors(training, ways, epochs=1))),
         seconds=_time_steps(training, ways, first) if trial else None,
     )
 

@@ -222,6 +222,8 @@ class PlacementSpec(Group):
             ``cpus_per_actor``, at least 1.
         device: ``auto``, ``cpu`` or ``cuda``.
         shards: How many shards the tracked samples are cut into, or ``auto``.
+        segments: In forward mode without the Hessian or with EKFAC: how many segments the steps are cut into, or
+            ``auto``; a unit of the replay is then a shard and a segment. None: 1, or what the method has.
         wait: Wait for another command that writes to the run, where there is one; else that is an error.
     """
 
@@ -238,6 +240,7 @@ class PlacementSpec(Group):
     )
     device: Device = field(default="auto", metadata=of_the_run(checks.one_of(*get_args(Device))))
     shards: int | str = field(default="auto", metadata=of_the_method(checks.shards))
+    segments: int | str | None = field(default=None, metadata=of_the_method(checks.segments))
     wait: bool = field(default=False, metadata=free(checks.flag))
 
     @property

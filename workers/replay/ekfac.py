@@ -96,15 +96,18 @@ class Turned:
         training: A fresh ``Training`` of the recipe.
         trajectory: The record.
         curvature: Basis, eigenvalues, metric.
+        first: First step that is replayed.
     """
 
-    def __init__(self, training: Training, trajectory: Trajectory, curvature: Curvature) -> None:
+    def __init__(
+        self, training: Training, trajectory: Trajectory, curvature: Curvature, first: int = 0
+    ) -> None:
         self.training = training
         self.turned = TurnedGradients(training, trajectory, curvature)
         self.basis = self.turned.basis
         self.engine: PerSampleGradients = self.turned.engine
         self.coefficients = EigenCoefficients(
-            self.turned.settings, self.turned.lanes, curvature, training.device, training.dtype
+            self.turned.settings, self.turned.lanes, curvature, training.device, training.dtype, first
         )
 
     @property
@@ -125,8 +128,10 @@ class Turned:
 class EkfacRows(Turned, RowSink):
     """Dense sums of rows in the eigenbasis; see ``Replay`` and ``Turned``."""
 
-    def __init__(self, training: Training, trajectory: Trajectory, rows: int, curvature: Curvature) -> None:
-        super().__init__(training, trajectory, curvature)
+    def __init__(
+        self, training: Training, trajectory: Trajectory, rows: int, curvature: Curvature, first: int = 0
+    ) -> None:
+        super().__init__(training, trajectory, curvature, first)
         like = torch.empty(0, dtype=training.dtype, device=training.device)
         tile = self.basis.tile
         self.sums = like.new_zeros(-(-rows // tile) * tile, training.layout.dimension)

@@ -57,14 +57,24 @@ class Scaled:
 
 
 class FastRows(Scaled, RowSink):
-    """Sums of scaled gradients, Linear weights as factors where that is less; see ``Replay``."""
+    """Sums of scaled gradients, Linear weights as factors where that is less; see ``Replay``.
 
-    def __init__(self, training: Training, trajectory: Trajectory, rows: int) -> None:
+    Args:
+        training: A fresh ``Training`` of the recipe.
+        trajectory: The record.
+        rows: n.
+        epochs: Epochs that are replayed, begun or whole; None: all.
+    """
+
+    def __init__(
+        self, training: Training, trajectory: Trajectory, rows: int, epochs: int | None = None
+    ) -> None:
         ways = tried_ways(training, trajectory)
-        layout, epochs = training.layout, training.epochs
+        layout, epochs = training.layout, training.epochs if epochs is None else epochs
         scaling = StepScales(training, trajectory)
-        factored = kept_as_factors(training, ways)
-        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored)
+        factored = kept_as_factors(training, ways, epochs)
+        largest = training.batches.shape[1]
+        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored, largest)
         self.buffers = HypergradientBuffers(
             rows, layout, factored, self.engine.columns, epochs, training.dtype, training.device
         )
@@ -146,6 +156,7 @@ class StepScales:
     Attributes:
         looks: Whether there is more than c_t, so that each step must be met.
         preconditioner: D_t of the step that was met last, (D,); None: 1.
+        clip: How that step was clipped; None: it was not.
         rest: What the rows leave out of what training did.
     """
 
@@ -157,7 +168,7 @@ class StepScales:
         self.lanes = lanes_of(settings, training.layout)
         self.looks = self._steps.needs_moment
         self.preconditioner: Tensor | None = None
-        self._clip: Clip | None = None
+        self.clip: Clip | None = None
         spans = [slice(e.start, e.start + math.prod(e.shape)) for e in training.layout.entries]
         self.rest = Rest(self._steps, self._coefficients, spans, self.lanes)
 
@@ -172,23 +183,23 @@ class StepScales:
             return
         now = moment()
         self.preconditioner = self._steps.preconditioner(step, now)
-        self._clip = now.clip if now.clip.active else None
+        self.clip = now.clip if now.clip.active else None
         self.rest.add(step, now, self.preconditioner)
 
     def clip_(self, block: Tensor) -> None:
         """Turn rows (R, D) of gradients into what clipping makes of them, in place."""
-        if self._clip is not None:
-            self._clip.map_(block)
+        if self.clip is not None:
+            self.clip.map_(block)
 
 
-def kept_as_factors(training: Training, ways: Ways) -> frozenset[int]:
+def kept_as_factors(training: Training, ways: Ways, epochs: int | None = None) -> frozenset[int]:
     """Return the weights whose visits are kept as factors, where steps are numbers times gradients.
 
-    Before a record is there, clipping counts as if it happened.
+    Before a record is there, clipping counts as if it happened. ``epochs``: that are replayed; None: all.
     """
     if training.family.scaled or training.max_norm is not None or not training.schedule.distinct:
         return frozenset()  # a factored visit is one a sample and epoch
-    return factored_entries(training.layout, ways, training.epochs)
+    return factored_entries(training.layout, ways, training.epochs if epochs is None else epochs)
 
 
 def factored_entries(layout: Layout, ways: Ways, epochs: int) -> frozenset[int]:

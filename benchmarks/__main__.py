@@ -26,6 +26,8 @@ WIDE = 170
 
 NAMES = (
     "replay",
+    "operators",
+    "segments",
     "checks",
     "reduce",
     "detect",

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.storage.trajectory import Trajectory, open_trajectory
 from hydra_pipe.workers.determinism import prepare_process
 from hydra_pipe.workers.model.layout import Layout, load_flat
+from hydra_pipe.workers.recipes.data_images import LabelledImages
+from hydra_pipe.workers.recipes.image import Part
 from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
@@ -55,6 +58,20 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], float | None]] = {
 """Ours: options of the run, and the most it may cost in plain trainings."""
 
 
+class HeldClothes(Clothes):
+    """The images are unpacked once a process: neither side pays for that again and again."""
+
+    NAME = "held-clothes"
+
+    def _part(self, part: Part) -> LabelledImages:
+        return _unpacked(self.data_dir, part)
+
+
+@cache
+def _unpacked(place: str | None, part: Part) -> LabelledImages:
+    return Clothes(data_dir=place)._part(part)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
     """What is attributed.
@@ -63,13 +80,13 @@ class Case:
         recipe: The recipe.
         sizes: Of the benchmark.
         folder: Where runs lie.
-        trajectory: Of the record, with a checkpoint at the end of every epoch.
+        trajectory: Of the record, with a checkpoint at the end of every epoch, once it is there.
     """
 
     recipe: Clothes
     sizes: Mapping[str, Any]
     folder: Path
-    trajectory: Trajectory
+    trajectory: Trajectory | None = None
 
     def spec(self, name: str, **options: Any) -> RunSpec:
         """Return the specification of a run that begins with the record."""
@@ -81,6 +98,7 @@ class Case:
 
     def model(self, checkpoint: int) -> torch.nn.Module:
         """Return the model at a checkpoint."""
+        assert self.trajectory is not None
         model = self.recipe.model()
         weights = torch.from_numpy(np.array(self.trajectory.checkpoint(checkpoint).weights))
         load_flat(Layout.of(model).parameters(model), weights)
@@ -91,30 +109,32 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     """Measure all sides."""
     result = Result(name="peers", sizes=sizes)
     prepare_process(sizes["threads"])
-    recipe = Clothes(train_size=sizes["samples"], test_size=sizes["tests"], epochs=sizes["epochs"])
-    case = Case(recipe=recipe, sizes=sizes, folder=folder, trajectory=None)  # type: ignore[arg-type]
+    recipe = HeldClothes(train_size=sizes["samples"], test_size=sizes["tests"], epochs=sizes["epochs"])
+    case = Case(recipe=recipe, sizes=sizes, folder=folder)
     drive(case.spec("record"), stages=("record",))
-    case = Case(
-        recipe=recipe,
-        sizes=sizes,
-        folder=folder,
-        trajectory=open_trajectory(str(folder / "record" / "trajectory.zarr")),
-    )
+    case = replace(case, trajectory=open_trajectory(str(folder / "record" / "trajectory.zarr")))
     plain = [_seconds(lambda: train(recipe))[0]]
     scores: dict[str, Any] = {}
     for form, (options, goal) in FORMS.items():
         _ours(result, case, form.format(**sizes), dict(options), goal, plain, scores)
     _tracin(result, case, plain, scores)
     for peer, name in ((_captum, "captum"), (_kronfluence, "kronfluence")):
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
+        version = version_of(name)
+        if version is None:
             result.add(name, [float("nan")], "x", note="not installed: pip install 'hydra-pipe[peers]'")
-            continue
-        peer(result, case, version, plain, scores)
+        else:
+            peer(result, case, version, plain, scores)
     _agreement(result, scores)
     result.add("plain training", plain, "s")
     return result
+
+
+def version_of(name: str) -> str | None:
+    """Return the version of a package; None: it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def train(recipe: Clothes) -> None:
@@ -196,6 +216,7 @@ def _captum(result: Result, case: Case, version: str, plain: list[float], scores
     from captum.influence import TracInCP
 
     trajectory, recipe = case.trajectory, case.recipe
+    assert trajectory is not None
     last = range(1, len(trajectory.checkpoint_steps))
 
     def load(model: torch.nn.Module, name: str) -> float:

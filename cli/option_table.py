@@ -7,7 +7,16 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from ..pipeline.spec.groups import BatchNorm, Device, Dtype, ExecutorName, PerSample, StoreDtype, VisitsKept
+from ..pipeline.spec.groups import (
+    BatchNorm,
+    Device,
+    Dtype,
+    ExecutorName,
+    Graphs,
+    PerSample,
+    StoreDtype,
+    VisitsKept,
+)
 from ..pipeline.spec.spec import RunSpec
 from ..pipeline.vocabulary import Hessian, Mode, Targets
 
@@ -42,6 +51,14 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "How many shards the tracked samples are cut into; more than there are workers queue. "
         "`auto` decides from memory and workers.",
         metavar="N|auto",
+    ),
+    _saying(
+        "--segments",
+        "1, or what the run has",
+        "With --mode forward and --hessian none or ekfac: how many segments the steps of the training are cut into. A unit "
+        "of the replay is then a shard and a segment, which begins at the record's state, so that the training is not run "
+        "once a shard. `auto` decides from workers and bytes. Give it when recording, too: states are then kept at the borders.",
+        metavar="K|auto",
     ),
     _option(
         "--track",
@@ -186,6 +203,11 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="N",
     ),
     _option("--device", "Where tensors live.", type=click.Choice(get_args(Device))),
+    _option(
+        "--graphs",
+        "On a GPU, capture replayed steps as CUDA graphs where they can be (the same bits), or never.",
+        type=click.Choice(get_args(Graphs)),
+    ),
     click.option(
         "--wait",
         is_flag=True,

@@ -20,6 +20,8 @@ def units_text(stage: StageProgress) -> str:
     word = {
         "record": "run",
         "replay": "shards",
+        "segments": "segments",
+        "ways": "shares",
         "reduce": "tiles",
         "retrain": "trainings",
         "detect": "passes",

@@ -100,7 +100,7 @@ def record(ctx: click.Context, /, quiet: bool, **_: Any) -> None:
 
 
 @click.command(cls=HeadedCommand, short_help="Replay the record: test gradients and hypergradients.")
-@stage_options("shards", "mode", "hessian", "targets", "exact_rank", "store_dtype")
+@stage_options("shards", "segments", "mode", "hessian", "targets", "exact_rank", "store_dtype")
 @curvature_option
 @format_option("table", "json")
 @quiet_option

@@ -27,8 +27,8 @@ BUDGET = names(BudgetSpec, Decides.NOTHING)
 CURVATURE = CURVATURE_FIELDS
 """Given by ``--option`` and in files. Options of their own too, which ``--help`` does not show."""
 
-METHOD = names(RunSpec, Decides.METHOD)
-"""What `replay` chooses; the record is the same whatever these are."""
+METHOD = tuple(name for name in names(RunSpec, Decides.METHOD) if name != "segments")
+"""What `replay` chooses; the record is the same whatever these are. (It keeps more states for segments.)"""
 
 ELSEWHERE = ("at_checkpoint",)
 """Fields that a run may have and that another command is for: `attribute`."""

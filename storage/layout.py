@@ -64,6 +64,8 @@ SEEDS = "seeds"
 """Where the runs with other seeds lie, each a run directory of its own."""
 
 HYPERGRADIENTS, BY_TEST, PREPARED = "hypergradients", "by_test", "prepared"
+PARTIAL_SUMS = "partial_sums"
+"""Where what segments of the training add to hypergradients waits until it is added up, a folder a method."""
 CURVATURE, CORRECTIONS, TARGET_GRADIENTS = "curvature", "corrections", "target_gradients"
 EVALUATION, BY_EPOCH = "evaluate", "over_training"  # spelled so in every run there is
 DETECTIONS, DECISIONS = "detections", "decisions"
@@ -85,6 +87,7 @@ TABLES = ("contributions", "samples", "interclass", "contributions_spread", "sam
 KINDS = (
     Kind(folder=TRAJECTORY, by="", form="zarr"),
     Kind(folder=HYPERGRADIENTS, by="method", form="zarr"),
+    Kind(folder=PARTIAL_SUMS, by="method", form="zarr"),
     Kind(folder=BY_TEST, by="method", form="zarr"),
     Kind(folder=PREPARED, by="method", form="zarr"),
     Kind(folder=CURVATURE, by="method", form="zarr"),
@@ -116,6 +119,12 @@ SUMMARIES = (EVALUATION_SUMMARY, BY_EPOCH_SUMMARY)
 def hypergradients(method: str) -> str:
     """Return where a method's hypergradients lie, a row a tracked sample."""
     return _store(HYPERGRADIENTS, method)
+
+
+def partial_sums(method: str, unit: str | None = None) -> str:
+    """Return where a unit of a method keeps its sums of a segment; without a unit the folder of all of them."""
+    folder = f"{PARTIAL_SUMS}/method={check_name(method, 'method')}"
+    return folder if unit is None else f"{folder}/{check_name(unit, 'unit')}.zarr"
 
 
 def by_test(method: str) -> str:

@@ -32,7 +32,7 @@ from .manifest import (
     parse_input,
     stages_named,
 )
-from .stages import stages_of
+from .stages import is_temporary, stages_of
 from .threads import in_threads
 from .uri import check_name, is_local, join, parent
 
@@ -459,11 +459,12 @@ class Ledger:
 
     def inputs(self, reading: Reading) -> dict[str, str]:
         """Return what a manifest says of what was read: these units, and what they were made from."""
+        lasting = {key: one for key, one in reading.units.items() if not is_temporary(key[0])}
         known = {
             stage: {unit: self.content(one) for unit, one in self._stage(stage).units.items()}
-            for stage in {stage for stage, _ in reading.units}
+            for stage in {stage for stage, _ in lasting}
         }
-        found = named({key: self.content(one) for key, one in reading.units.items()}, known)
+        found = named({key: self.content(one) for key, one in lasting.items()}, known)
         above: dict[str, str] = {}
         for (stage, _), one in reading.units.items():
             place = stage.removesuffix(one.stage)

@@ -11,6 +11,10 @@ from . import layout
 RECORD = "record"
 TEST_GRADIENTS = "test-gradients"
 REPLAY = "replay"
+SEGMENTS = "segments"
+"""Last part of the stage whose units are (samples, segment of the training), see `is_temporary`."""
+WAYS = "ways"
+"""Last part of the stage that tries the ways to per-sample gradients once for all segments."""
 REDUCE = "reduce"
 ADJOINT = "adjoint"
 CURVATURE = "curvature"
@@ -55,11 +59,20 @@ def own_gradients_stage(part: str) -> str:
     return f"{TRAINING_GRADIENTS}/{part}"
 
 
+def is_temporary(stage: str) -> bool:
+    """Whether a stage's results are removed once they were used.
+
+    What was made from them names as its inputs what they were made from, and not them.
+    """
+    return stage.endswith(f"/{SEGMENTS}")
+
+
 _WRITTEN_BY = {
     layout.TRAJECTORY: (RECORD,),
     layout.TEST_GRADIENTS: (TEST_GRADIENTS,),
     layout.TRAINING_OUTPUTS: (TRAINING_OUTPUTS,),
     layout.HYPERGRADIENTS: (REPLAY,),
+    layout.PARTIAL_SUMS: (SEGMENTS,),
     layout.BY_TEST: (ADJOINT, ATTRIBUTE),
     layout.PREPARED: (PREPARE,),
     layout.CURVATURE: (CURVATURE,),

@@ -16,7 +16,16 @@ from .arrays import Source, StoredArray, read_group
 from .documents import taken_apart
 from .errors import IncompleteStage
 from .files import read_bytes
-from .trajectory_format import MARK, MOMENTS, NOISE, PER_STEP, SOMETIMES, ParameterEntry, parameter_entry
+from .trajectory_format import (
+    BORDERS,
+    MARK,
+    MOMENTS,
+    NOISE,
+    PER_STEP,
+    SOMETIMES,
+    ParameterEntry,
+    parameter_entry,
+)
 from .trajectory_writer import TrajectoryWriter
 from .uri import check_uri
 from .visits import Visits, read_visits
@@ -64,7 +73,7 @@ class Trajectory:
         digest_step: (n,) int64.
         digest: (n,) uint32, crc32 of the flat weights after that many steps (0: the initial ones).
         epoch_digest: sha256 hex, one an epoch.
-        checkpoint_steps: (K,) int64.
+        checkpoint_steps: (K,) int64, without those that are there for segments alone; see ``stands``.
         parameters: In flattening order.
         attrs: ``n_train``, ``batch_size``, ``seed``, ``dtype``, ``dimension``, ``environment``, …
         epochs: Column name -> one float64 an epoch, NaN where unknown.
@@ -79,6 +88,8 @@ class Trajectory:
             taken. None: not clipped.
         clip_factor: (T,) float64, what it was multiplied with.
         active: (T, P) bool: which parameters had a gradient in the batch's step. None: all.
+        borders: Steps of checkpoints that were kept for segments of a replay, and that nothing else looks at: what is
+            computed at checkpoints does not depend on how a replay was going to be cut.
         source: What reads the files of its checkpoints and visits.
     """
 
@@ -107,6 +118,7 @@ class Trajectory:
     clip_norm: npt.NDArray[np.float64] | None = None
     clip_factor: npt.NDArray[np.float64] | None = None
     active: npt.NDArray[np.bool_] | None = None
+    borders: tuple[int, ...] = ()
     source: Source = field(default=read_bytes, repr=False, compare=False)
 
     @property
@@ -133,14 +145,36 @@ class Trajectory:
         count = len(self.checkpoint_steps)
         if not -count <= k < count:
             raise IndexError(f"checkpoint {k} of {count}")
-        k %= count
+        return self._stored(int(self.checkpoint_steps[k]))
+
+    @property
+    def stands(self) -> list[int]:
+        """Steps after which all of training's state is kept, ascending: where a replay may begin and end."""
+        return sorted({*self.checkpoint_steps.tolist(), *self.borders})
+
+    def at(self, step: int) -> Checkpoint:
+        """Read the state after a step, one of ``stands``.
+
+        Raises:
+            IndexError: It was not kept.
+            CorruptStore: Its bytes are not what was written.
+        """
+        found = np.flatnonzero(self.checkpoint_steps == step)
+        if len(found):
+            return self.checkpoint(int(found[0]))
+        if step not in self.borders:
+            raise IndexError(f"the state after step {step} was not kept")
+        return self._stored(step)
+
+    def _stored(self, step: int) -> Checkpoint:
+        k = int(np.searchsorted(self.stands, step))
 
         def row(name: str) -> npt.NDArray[Any]:
             stored = StoredArray.open(self.uri, f"checkpoint/{name}", self.source).read(k, k + 1)
             return stored.reshape(-1)
 
         return Checkpoint(
-            step=int(self.checkpoint_steps[k]),
+            step=step,
             weights=row("weights"),
             momentum=row("momentum"),
             has_momentum=row("has_momentum"),
@@ -179,18 +213,21 @@ def open_trajectory(uri: str, source: Source = read_bytes) -> Trajectory:
         parameters = tuple(parameter_entry(entry) for entry in attrs.pop("parameters"))
         columns, epoch_digest, noisy = list(mark["epochs"]), list(attrs.pop("epoch_digest")), mark["noisy"]
         sometimes = [name for name in SOMETIMES if name in mark.get("sometimes", ())]
+        borders = tuple(int(step) for step in attrs.pop(BORDERS, ()))
 
     def read(name: str) -> Any:
         return StoredArray.open(uri, name, source).read()
 
+    steps = read("checkpoint/step")
     return Trajectory(
         uri=uri,
         source=source,
+        borders=borders,
         **{name: read(name) for name in (*PER_STEP, *sometimes)},
         digest_step=read("digest_step"),
         digest=read("digest"),
         epoch_digest=epoch_digest,
-        checkpoint_steps=read("checkpoint/step"),
+        checkpoint_steps=steps[~np.isin(steps, borders)],
         parameters=parameters,
         attrs=attrs,
         epochs={name: read(f"epochs/{name}") for name in columns},

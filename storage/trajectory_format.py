@@ -12,6 +12,8 @@ from typing import Any
 MARK = "hydra_pipe_trajectory"
 LOOP = "loop"
 """What the attribute ``recorded`` says where a loop of the user's own made the record."""
+BORDERS = "borders"
+"""Attribute with the steps of checkpoints that are there for segments of a replay alone."""
 PER_STEP = {
     "batches": "int32",
     "learning_rate": "float64",

@@ -24,7 +24,7 @@ from ..plan.moment import check_moment
 from ..plan.plan import Plan, cut
 from ..plan.provenance import adopted, say_cosmetic
 from ..plan.survey import Survey, compute_of
-from ..reading.run_info import RunInfo, update_info
+from ..reading.run_info import MethodEntry, RunInfo, update_info
 from ..spec.spec import RunSpec
 from ..units.reduce import ReduceWork
 from ..vocabulary import (
@@ -101,12 +101,15 @@ def begin(spec: RunSpec, surveyed: Survey, executor: Executor, observer: Observe
             "leave out what differs"
         )
     # A resumed run keeps the cut it began with, whatever `auto` would choose today.
-    fixed = stored.entry(spec.base_method).shards if stored else None
+    before = stored.entry(spec.base_method) if stored else MethodEntry()
+    # One that is begun and says nothing of segments has one.
+    segments = before.segments or (1 if before.shards else None)
     plan = cut(
         replace(spec, seeds=1),
         surveyed,
         executor.capacity(start=False),
-        shards=fixed,
+        shards=before.shards,
+        segments=segments,
         reduce_memory=stored.reduce_memory if stored else None,
     )
     if replaced:  # only now: what cannot be done must not cost the run that is there
@@ -155,7 +158,7 @@ def check_space(session: Session, plan: Plan, stages: Sequence[str]) -> None:
     parts = {
         RECORD: (disk["trajectory"] + disk["visits"], layout.TRAJECTORY),
         TEST_GRADIENTS: (disk["test_gradients"], layout.TEST_GRADIENTS),
-        REPLAY: (disk[kind], stored(spec.base_method)),
+        REPLAY: (disk[kind] + plan.segments.bytes, stored(spec.base_method)),
         REDUCE: (disk["contributions"], layout.table("contributions", spec.method)),
     }
     free = free_bytes(session.directory.uri)
@@ -170,7 +173,7 @@ def reduce(session: Session, plan: Plan) -> Stages:
     """Write the tables of the method, and of the one that it corrects."""
     spec = session.spec
     collected = [
-        Needed(stage=collect_stage(spec), unit=shard.name, command="replay") for shard in plan.shards
+        Needed(stage=collect_stage(spec), unit=unit.name, command="replay") for unit in plan.collected
     ]
     if spec.targets != SAMPLES:
         collected.insert(0, Needed(stage=stage_of(spec.targets), unit=INDEX, command="replay"))

@@ -47,7 +47,9 @@ def record(session: Session, plan: Plan) -> Stages:
     yield Stage(
         name=RECORD,
         units=[Unit(stage=RECORD, name=TRAJECTORY, disk_bytes=plan.disk["trajectory"] + plan.disk["visits"])],
-        handler=lambda: record_work(session) if step is None else cut_work(session, step),
+        handler=lambda: (
+            record_work(session, plan.segments.count) if step is None else cut_work(session, step)
+        ),
         total=plan.steps,
         label="step",
         closing=False,
@@ -77,14 +79,15 @@ def _check_recorded(session: Session) -> None:
         )
 
 
-def record_work(session: Session) -> RecordWork:
-    """Return the handler of the record."""
+def record_work(session: Session, segments: int = 1) -> RecordWork:
+    """Return the handler of the record; ``segments``: of the replay that follows."""
     return RecordWork(
         uri=session.directory.uri,
         recipe=session.surveyed.recipe,
         compute=compute_of(session.spec),
         checkpoint_every=session.spec.checkpoint_every,
         visits=kept_bytes(session.spec, session.surveyed) > 0,
+        segments=segments,
     )
 
 

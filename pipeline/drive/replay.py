@@ -29,6 +29,7 @@ from ..vocabulary import (
 from .correction import correction, curvature
 from .gradients import RECORDED, TESTED, target_gradients
 from .preflight import preflight
+from .segments import add_work, remove_sums, segment_stages
 from .stages import Session, Stage, Stages, units_of
 from .stores import StoreOf, row_notes
 from .trust import trust_of
@@ -50,23 +51,33 @@ def replay(session: Session, plan: Plan) -> Stages:
         # Made with another basis, these are void.
         yield curvature(session, voids=(stage, f"{spec.method}/{REDUCE}"))
     row_bytes = plan.n_tracked * plan.itemsize if adjoint else math.ceil(plan.row_bytes)
-    units = units_of(stage, plan.shards, row_bytes)
+    units = units_of(stage, plan.collected, row_bytes)
+    in_segments = plan.segments.count > 1
     vectors = sum(shard.rows for shard in plan.shards)
     share = spec.hessian_share if spec.form in CARRIED else None
     yield from preflight(session, plan, method=spec.base_method, later=units, vectors=vectors, share=share)
 
     def note(info: RunInfo) -> RunInfo:
-        asked = info.entry(spec.base_method).asked_shards
-        asked = spec.shards if asked is None else asked
-        return info.with_method(spec.base_method, shards=len(units), asked_shards=asked)
+        entry = info.entry(spec.base_method)
+        asked = spec.shards if entry.asked_shards is None else entry.asked_shards
+        segments = spec.segments if entry.asked_segments is None else entry.asked_segments
+        return info.with_method(
+            spec.base_method,
+            shards=len(plan.shards),
+            asked_shards=asked,
+            segments=plan.segments.count if in_segments else None,
+            asked_segments=segments,
+        )
 
     session.update(note)
+    if in_segments:
+        yield from segment_stages(session, plan, stage)
     yield Stage(
         name=stage,
         units=units,
-        handler=lambda: _work(session),
-        total=plan.steps * len(units),
-        label="step",
+        handler=lambda: add_work(session, plan) if in_segments else _work(session),
+        total=plan.n_tracked if in_segments else plan.steps * len(units),
+        label="row" if in_segments else "step",
         store=_by_target(session, plan) if adjoint else _by_sample(session, plan),
         voids=(
             f"{spec.base_method}/{REDUCE}",
@@ -74,6 +85,8 @@ def replay(session: Session, plan: Plan) -> Stages:
             *(() if adjoint else (own_gradients_stage(self_influence_part(spec.base_method)),)),
         ),
     )
+    if in_segments:
+        remove_sums(session)
     _trust(session, plan, stage)
     if spec.exact_rank:
         yield from correction(session, plan)

@@ -261,7 +261,10 @@ def _record_ahead(session: Session, begun: Mapping[int, Begun]) -> None:
     for seed, one in fresh.items():
         one.session.directory.clear_litter()
         one.note((RECORD,))
-        works[f"seed-{seed}"] = (seed, fence(one.session.directory, record_work(one.session)))
+        works[f"seed-{seed}"] = (
+            seed,
+            fence(one.session.directory, record_work(one.session, one.plan.segments.count)),
+        )
     units = [Unit(stage=RECORD, name=name) for name in works]
     steps = sum(one.plan.steps for one in fresh.values())
     observer = session.observer

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ...storage import layout
 from ...storage.errors import ConservationBroken
@@ -17,7 +16,14 @@ from ...workers.recursion.coefficients import recorded_settings
 from ...workers.recursion.conservation import REMEDY, law_of
 from ...workers.recursion.rest import leaves_a_rest
 from ..reading.run_info import Law, Trust
-from ..reading.unit_values import RecordValues, ReplayValues, TestGradientValues, all_values, values_of
+from ..reading.unit_values import (
+    RecordValues,
+    ReplayValues,
+    TestGradientValues,
+    all_values,
+    joined_ways,
+    values_of,
+)
 from ..vocabulary import CLOSING_UNITS, RECORD, TEST_GRADIENTS, TRAJECTORY
 
 
@@ -43,8 +49,8 @@ def trust_of(
     first = units[0] if units else ReplayValues()
     return Trust(
         update=None if record is None else values_of(RecordValues, record).checked_steps,
-        ways=_joined([unit.ways for unit in units if unit.ways is not None]),
-        test_ways=_joined([unit.ways for unit in tests if unit.ways is not None]),
+        ways=joined_ways([unit.ways for unit in units if unit.ways is not None]),
+        test_ways=joined_ways([unit.ways for unit in tests if unit.ways is not None]),
         law=_law(directory, units, n_train, row_map) if lawful is None else Law(checked=False, reason=lawful),
         products=first.products,
         field=first.field,
@@ -72,12 +78,3 @@ def _law(directory: RunDirectory, units: Sequence[ReplayValues], n_train: int, r
             f"(off by {law.error:.1e}, rounding allows {law.limit:.1e}); {REMEDY}"
         )
     return Law(checked=True, worst=law.worst, error=law.error, limit=law.limit)
-
-
-def _joined(ways: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return what the units have in common, and all that was repaired."""
-    if not ways:
-        return None
-    repaired = sorted({name for one in ways for name in one["repaired"]})
-    blocks = sum(one.get("repaired_blocks", 0) for one in ways)
-    return {**ways[0], "repaired": repaired, **({"repaired_blocks": blocks} if blocks else {})}

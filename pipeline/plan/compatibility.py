@@ -68,6 +68,13 @@ def method_differences(spec: RunSpec, info: RunInfo) -> list[str]:
         lines.append(f"store_dtype: stored {before_dtype!r}, asked {asked_dtype!r}")
     if stored.shards and spec.shards not in ("auto", stored.shards, stored.asked_shards):
         lines.append(f"shards: stored {stored.shards}, asked {spec.shards}")
+    if stored.mode is not None and spec.segments not in (
+        None,
+        "auto",
+        stored.segments or 1,
+        stored.asked_segments,
+    ):
+        lines.append(f"segments: stored {stored.segments or 1}, asked {spec.segments}")
     return [f"{line} (method {spec.base_method})" for line in lines]
 
 

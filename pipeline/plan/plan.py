@@ -17,6 +17,7 @@ from ...storage.rows import chunk_rows_for
 from ...workers.determinism import restored_process
 from ...workers.persample.engine import TILE
 from ...workers.replay.targets import PANEL_BYTES as TARGET_PANEL_BYTES
+from ...workers.training.borders import wanted_borders
 from ...workers.training.record import checkpoint_steps
 from ...workers.training.test_gradients import TEST_BATCH
 from ..executors.base import Capacity
@@ -26,6 +27,7 @@ from ..spec.spec import RunSpec
 from ..spec.targets import TargetSet, target_set
 from ..vocabulary import CORRECTION, FORWARD, RECORD, REDUCE, REPLAY, SAMPLES, TEST_GRADIENTS
 from .kept_visits import kept_bytes, memory_bytes
+from .segmenting import Choice, Segmented, unfollowed
 from .sharding import Shard, Sharding, correction_bytes, itemsize_of, spans
 from .survey import Survey, survey
 from .times import seconds_of
@@ -123,6 +125,7 @@ class Plan:
     seconds: Mapping[str, float]
     slots: int
     seeds: int
+    segments: Segmented
     reduce_memory: int
     warnings: tuple[str, ...] = ()
 
@@ -148,16 +151,31 @@ class Plan:
                 "target vectors": len(self.targets),
                 "contributions": self.n_tracked * len(self.targets),
                 "workers at a time": self.slots,
+                **self._segments(),
                 **({"seeds": self.seeds} if self.seeds > 1 else {}),
             },
             "shards": [
                 {**asdict(shard), "bytes": round(shard.rows * self.row_bytes)} for shard in self.shards
             ],
             "memory": self.memory.as_dict(),
-            "disk": dict(self.disk),
+            "disk": dict(self.disk) | self._meanwhile(),
             "time": dict(self.seconds),
             **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
+
+    @property
+    def collected(self) -> tuple[Shard, ...]:
+        """The units of the stage that fills the method's store: shards, or blocks in which segments are added up."""
+        return self.segments.blocks or self.shards
+
+    def _segments(self) -> dict[str, int]:
+        found = self.segments
+        if found.count == 1:
+            return {}
+        return {"segments of the steps": found.count, "units of the replay": found.count * len(self.shards)}
+
+    def _meanwhile(self) -> dict[str, int]:
+        return {} if self.segments.count == 1 else {"sums of segments, until added up": self.segments.bytes}
 
 
 def make_plan(spec: RunSpec) -> Plan:
@@ -178,7 +196,8 @@ def make_plan(spec: RunSpec) -> Plan:
         capacity = executor.capacity(start=False)
     finally:
         executor.close()
-    return replace(cut(spec, surveyed, capacity), warnings=surveyed.warnings)
+    found = cut(spec, surveyed, capacity)
+    return replace(found, warnings=(*surveyed.warnings, *found.warnings))
 
 
 def cut(
@@ -187,6 +206,7 @@ def cut(
     capacity: Capacity,
     *,
     shards: int | None = None,
+    segments: int | None = None,
     reduce_memory: int | None = None,
 ) -> Plan:
     """Cut the work of a surveyed recipe for machines of this capacity.
@@ -196,6 +216,7 @@ def cut(
         surveyed: The recipe's numbers.
         capacity: Of the executor.
         shards: A number of shards that is fixed already, by an earlier start of the same run.
+        segments: A number of segments, likewise.
         reduce_memory: What its tiles were cut for, likewise.
 
     Raises:
@@ -206,7 +227,8 @@ def cut(
     targets = target_set(spec.targets, surveyed.tested, surveyed.test_labels[surveyed.tested])
     q, itemsize, row = len(targets), itemsize_of(spec.dtype), columns * itemsize_of(spec.dtype)
     sharding = Sharding(spec, surveyed, q)
-    replay = sharding.cut(shards or sharding.count(capacity))
+    choice = Choice(spec, surveyed, sharding)
+    replay, segmented = choice.cut(capacity, shards=shards, segments=segments)
     slots = capacity.slots or 1
     test_chunk_rows = chunk_rows_for(columns, itemsize, m)
     per_block = max(1, TEST_BLOCK_BYTES // (row * test_chunk_rows)) * test_chunk_rows
@@ -217,9 +239,10 @@ def cut(
     target_chunk_rows = chunk_rows_for(columns, itemsize, q)
     per_unit = max(1, budget // 2 // (8 * columns * target_chunk_rows)) * target_chunk_rows
     kept = checkpoint_steps(surveyed.steps, dimension, itemsize, spec.checkpoint_every)
+    kept += wanted_borders(surveyed.steps, segmented.count, kept)
     workers = {
         RECORD: process + memory_bytes(spec, surveyed),
-        REPLAY: sharding.load.bytes(replay),
+        REPLAY: max(segmented.worker, segmented.adder),
         TEST_GRADIENTS: process + (min(m, per_block) + min(m, TEST_BATCH)) * dimension * itemsize,
         REDUCE: process + reduce.tiles.bytes + WRITER_BYTES,
     }
@@ -241,7 +264,7 @@ def cut(
         held = min(q, per_unit) * 8 * columns
         workers["target-gradients"] = process + held + 2 * TARGET_PANEL_BYTES
         disk["target_gradients"] = q * row
-    times = seconds_of(surveyed, replay.shards, slots, q, spec)
+    times = seconds_of(surveyed, replay.shards, slots, q, spec, segmented)
     if spec.seeds > 1:
         # A unit's means (float64), spreads and a file on its way out; panels of the members' tables.
         held = 16 * reduce.tiles.unit_rows * q + 2 * PANEL_BYTES
@@ -275,12 +298,14 @@ def cut(
         target_blocks=spans(q, per_unit, "block"),
         reduce=reduce,
         checkpoints=len(kept),
-        memory=Memory(process=process, buffers=replay.widest * sharding.load.item, workers=workers),
+        memory=Memory(process=process, buffers=segmented.buffers, workers=workers),
         disk=disk,
         seconds=times,
         slots=slots,
         seeds=spec.seeds,
+        segments=segmented,
         reduce_memory=budget,
+        warnings=unfollowed(spec),
     )
 
 

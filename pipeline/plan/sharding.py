@@ -5,12 +5,13 @@ A shard is a whole number of chunks; the cut depends on the number of shards alo
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...storage.errors import DoesNotFit
 from ...storage.rows import chunk_rows_for
-from ...workers.hessian.tiles import TILE, working_bytes
+from ...workers.hessian.tiles import TILE, block_width, working_bytes
 from ...workers.persample.engine import TILE as ROWS_TILE
 from ...workers.replay.adjoint import SEGMENT_BYTES
 from ...workers.replay.projection import TARGET_TILE
@@ -24,7 +25,7 @@ WRITE_CHUNKS = 4
 """Chunks of hypergradients formed and written at a time: they are encoded in parallel."""
 
 EXACT_TARGETS = TILE
-"""Targets of the exact adjoint in a chunk, one tile; shards are whole chunks, so tiles are the same for any."""
+"""Targets that estimators carry back exactly at a time."""
 
 TILE_VECTORS = 6
 """Vectors of D numbers that a row of a tile takes in passing."""
@@ -68,7 +69,7 @@ def spans(total: int, rows: int, label: str) -> tuple[Shard, ...]:
     )
 
 
-def cut_forward(samples: int, columns: int, itemsize: int, count: int) -> Cut:
+def cut_forward(samples: int, columns: int, itemsize: int, count: int, chunk_rows: int | None = None) -> Cut:
     """Cut tracked samples into ``count`` shards, fewer where there are not as many chunks.
 
     Args:
@@ -76,8 +77,9 @@ def cut_forward(samples: int, columns: int, itemsize: int, count: int) -> Cut:
         columns: Numbers of a row.
         itemsize: Bytes of a number.
         count: Shards.
+        chunk_rows: Rows of a chunk; None: as many as suit the shards.
     """
-    rows = chunk_rows_for(columns, itemsize, samples, count)
+    rows = chunk_rows or chunk_rows_for(columns, itemsize, samples, count)
     return Cut(chunk_rows=rows, shards=_dealt(samples, rows, count, "shard"))
 
 
@@ -147,7 +149,8 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form, lossy
     else:
         numbers = {FAST: surveyed.row_numbers, EKFAC: _ekfac_numbers(surveyed)}
         item = numbers.get(form, vectors * surveyed.dimension) * itemsize
-    tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * TILE * whole
+    together = block_width(surveyed.activation_bytes) if adjoint else TILE
+    tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * together * whole
     folding = 0
     if not adjoint and (lossy or surveyed.row_map is not None):
         # Signs, tiles of rows that are folded and turned back, sampled rows and targets.
@@ -170,7 +173,17 @@ def _ekfac_numbers(surveyed: Survey) -> int:
 def correction_bytes(surveyed: Survey, itemsize: int, rank: int) -> int:
     """Return the bytes that a worker uses for a chunk of ``rank`` directions carried back exactly."""
     load = load_of(surveyed, itemsize, adjoint=True, form=EXACT)
-    return load.bytes(cut_targets(min(rank, EXACT_TARGETS), EXACT_TARGETS, 1))
+    together = exact_targets(surveyed)
+    return load.bytes(cut_targets(min(rank, together), together, 1))
+
+
+def exact_targets(surveyed: Survey) -> int:
+    """Return the targets of the exact adjoint in a chunk of their store, which are carried together.
+
+    From the recipe's sizes alone, and what is carried where the store is there is as many as it says: the bits of a
+    target are those of its tile. Shards are whole chunks, so tiles are the same for any number of them.
+    """
+    return block_width(surveyed.activation_bytes)
 
 
 class Sharding:
@@ -189,12 +202,28 @@ class Sharding:
     def __init__(self, spec: RunSpec, surveyed: Survey, targets: int) -> None:
         self.itemsize = itemsize_of(spec.dtype)
         self._asked, self._memory = spec.shards, spec.memory
+        self._segments = 1
         self._columns = surveyed.columns
-        self._tile = EXACT_TARGETS if spec.form in CARRIED else TARGET_TILE
+        self._tile = exact_targets(surveyed) if spec.form in CARRIED else TARGET_TILE
         adjoint = spec.mode == ADJOINT
         self.items = targets if adjoint else len(surveyed.tracked)
         lossy = spec.kept_dtype != spec.dtype
         self.load = load_of(surveyed, self.itemsize, adjoint=adjoint, form=spec.form, lossy=lossy)
+
+    def of_segments(self, count: int, numbers: int, share: float) -> Sharding:
+        """Return the same where a unit is a shard and one of so many segments.
+
+        Args:
+            count: K.
+            numbers: That a worker holds of a sample which its segment visits.
+            share: Of the samples that a segment visits.
+        """
+        found = copy.copy(self)
+        found._segments = count
+        if count > 1:
+            item = max(1, math.ceil(numbers * self.itemsize * share))
+            found.load = replace(self.load, item=item)
+        return found
 
     def cut(self, count: int) -> Cut:
         """Return the cut into ``count`` shards."""
@@ -213,7 +242,9 @@ class Sharding:
             DoesNotFit: A shard does not fit into a worker; says how many shards would.
         """
         budget = self._memory or capacity.memory_per_worker
-        asked = min(self.items, (capacity.slots or 1) if self._asked == "auto" else int(self._asked))
+        # One unit a worker, at least.
+        least = math.ceil((capacity.slots or 1) / self._segments)
+        asked = min(self.items, least if self._asked == "auto" else int(self._asked))
         if not budget or self.needed(asked) <= budget:
             return asked
         fitting = self._fitting(asked, budget)

@@ -64,6 +64,8 @@ def stage_spec(given: Mapping[str, Any], *, command: str) -> RunSpec:
     kept: dict[str, Any] = {"mode": before.mode} if before and before.mode else {}
     if before and before.store_dtype:
         kept["store_dtype"] = before.store_dtype
+    if before and before.segments:
+        kept["segments"] = before.segments
     if command == REDUCE and asked.targets != SAMPLES:
         kept.setdefault("mode", ADJOINT)  # the only one; that it was not replayed is said later
     options = stored_options(asked, run.noted)

@@ -28,7 +28,7 @@ from ...workers.model.row_map import RowMap
 from ...workers.persample.engine import PerSampleGradients
 from ...workers.persample.ways import Ways
 from ...workers.recipe import Recipe
-from ...workers.replay.fast import numbers_per_row
+from ...workers.replay.fast import kept_as_factors, numbers_per_row
 from ...workers.training.initial import StateFile
 from ...workers.training.last_batch import check_last_batch
 from ...workers.training.made_of import FirstSteps, data_of, first_steps, made_of, with_first_steps
@@ -83,6 +83,8 @@ class Survey:
         moments: Whether derivatives of a step depend on where training is (Adam, clipping).
         autocast: The types that the losses compute in under ``torch.autocast``.
         row_map: What is kept of a row of D numbers, in stores and in buffers; None: all.
+        epochs: E, epochs that are begun.
+        outer: Shapes (O, I) of the weights whose visits may be kept as factors.
     """
 
     recipe: Recipe
@@ -106,6 +108,8 @@ class Survey:
     optimizer_vectors: int = 1
     moments: bool = False
     autocast: tuple[str, ...] = ()
+    epochs: int = 1
+    outer: tuple[tuple[int, ...], ...] = ()
     row_map: RowMap | None = None
 
     @property
@@ -195,6 +199,7 @@ def compute_of(spec: RunSpec) -> Compute:
         threads=spec.torch_threads,
         batch_norm=spec.batch_norm,
         per_sample=spec.per_sample,
+        graphs=spec.graphs,
     )
 
 
@@ -285,6 +290,8 @@ def _survey(spec: RunSpec, recipe: Recipe, trial: bool) -> Survey:
         moments=training.family.scaled or training.max_norm is not None,
         autocast=tuple(sorted(autocast)),
         row_map=row_map,
+        epochs=training.epochs,
+        outer=tried.outer,
     )
 
 
@@ -297,6 +304,7 @@ class _Tried:
     strategies: dict[str, str]
     row_numbers: int
     seconds: tuple[float, float] | None
+    outer: tuple[tuple[int, ...], ...] = ()
 
 
 _NO_STEPS = _Tried(
@@ -319,6 +327,7 @@ def _try_steps(training: Training, row_map: RowMap | None, *, trial: bool) -> _T
         conservation=not training.holds_statistics,
         strategies={e.name: s for e, s in zip(entries, ways.strategies, strict=True) if s in ("func", "vjp")},
         row_numbers=numbers_per_row(training, ways, row_map),
+        outer=tuple(tuple(entries[i].shape) for i in sorted(kept_as_factors(training, ways, epochs=1))),
         seconds=_time_steps(training, ways, first) if trial else None,
     )
 

@@ -24,6 +24,7 @@ from ..vocabulary import (
     REPLAY,
     TEST_GRADIENTS,
 )
+from .segmenting import Segmented, replay_seconds
 from .sharding import Shard
 from .survey import Survey
 
@@ -50,7 +51,12 @@ def curvature_passes(spec: CurvatureSpec) -> int:
 
 
 def seconds_of(
-    surveyed: Survey, shards: Sequence[Shard], slots: int, targets: int, spec: RunSpec
+    surveyed: Survey,
+    shards: Sequence[Shard],
+    slots: int,
+    targets: int,
+    spec: RunSpec,
+    segments: Segmented,
 ) -> dict[str, float]:
     """Return seconds by stage and their ``total``; nothing where no step was tried.
 
@@ -60,6 +66,7 @@ def seconds_of(
         slots: Units in work at the same time.
         targets: Columns of the contributions.
         spec: What to run.
+        segments: Of the replay.
     """
     if surveyed.step_seconds is None:
         return {}
@@ -86,6 +93,9 @@ def seconds_of(
     else:
         one = steps * (plain + (tracked - plain) * min(1.0, widest / surveyed.n_train))
     times[REPLAY] = one * math.ceil(len(shards) / slots)
+    if segments.count > 1:
+        share = 1.0 if spec.form == EKFAC else widest / surveyed.n_train
+        times[REPLAY] = replay_seconds(plain, tracked, steps, share, len(shards), segments, slots)
     if spec.exact_rank:
         times[CORRECTION] = steps * plain * (2 + PRODUCT) * spec.exact_rank / slots
     times[REDUCE] = n * targets * surveyed.dimension / (MATMUL_RATE * spec.torch_threads) / slots

@@ -43,6 +43,8 @@ class MethodEntry:
         n_targets: Their number; None: as many as test samples are tracked.
         shards: Units of its replay (or blocks of test samples).
         asked_shards: What was asked for.
+        segments: How many segments of the steps were planned; None: one.
+        asked_segments: What was asked for.
         prepare_rows: Tracked samples that a unit prepares.
         source: Of an average: the method that is averaged.
         seeds: Of an average: over which seeds.
@@ -57,6 +59,8 @@ class MethodEntry:
     n_targets: int | None = None
     shards: int | None = None
     asked_shards: int | str | None = None
+    segments: int | None = None
+    asked_segments: int | str | None = None
     prepare_rows: int | None = None
     source: str | None = None
     seeds: tuple[int, ...] | None = None

@@ -35,9 +35,11 @@ from ..vocabulary import (
     RETRAIN,
     SAMPLES,
     SEEDS,
+    SEGMENTS,
     SINGLE,
     TARGET_GRADIENTS,
     TEST_GRADIENTS,
+    WAYS,
     State,
 )
 from .run_info import RunInfo, StageEntry
@@ -47,6 +49,14 @@ Number = TypeVar("Number", int, float)
 
 _FREE = (RETRAIN, CLEAN_RETRAIN)
 """Stages of retrainings: no unit closes them."""
+
+
+def _is_free(stage: str) -> bool:
+    return (
+        stage in (*_FREE, *DECIDING)
+        or stage.startswith(f"{BY_EPOCH}/")
+        or stage.endswith((f"/{SEGMENTS}", f"/{WAYS}"))
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +98,7 @@ def stage_state(directory: RunDirectory, info: RunInfo, stage: str) -> StageStat
     values = [values_of(UnitValues, manifest) for manifest in work]
     rows = _sum([one.rows for one in values])
     single = stage == RECORD or stage.endswith(SINGLE)
-    free = stage in (*_FREE, *DECIDING) or stage.startswith(f"{BY_EPOCH}/")
+    free = _is_free(stage)
     needed = None if single or free else INTERCLASS if stage.endswith(f"/{REDUCE}") else INDEX
     closed = needed is None or any(m.unit == needed for m in manifests)
     expected = _expected_rows(info, stage)
@@ -97,6 +107,12 @@ def stage_state(directory: RunDirectory, info: RunInfo, stage: str) -> StageStat
     if units is None and complete:
         units = len(work)
     seconds = noted.seconds
+    if stage.endswith(
+        f"/{REPLAY}"
+    ):  # the segments that it added up are gone from the list, and not their time
+        cut = stage.removesuffix(REPLAY) + SEGMENTS
+        gone = None if directory.units(cut) else info.stages.get(cut, StageEntry()).seconds
+        seconds = _sum([seconds, gone])
     return StageState(
         stage=stage,
         state=COMPLETE if complete else PARTIAL if manifests else MISSING,
@@ -117,7 +133,8 @@ def stage_states(directory: RunDirectory, info: RunInfo) -> list[StageState]:
         # Estimators that need no replay commit none: list what their run or run.json mentions.
         replay, reduce = f"{method}/{REPLAY}", f"{method}/{REDUCE}"
         adjoint = f"{method}/{ADJOINT}"
-        names += [f"{method}/{part}" for part in (CURVATURE, PREFLIGHT) if f"{method}/{part}" in known]
+        before = (CURVATURE, PREFLIGHT, WAYS, SEGMENTS)
+        names += [f"{method}/{part}" for part in before if f"{method}/{part}" in known]
         mode = info.entry(method).mode
         if mode == SEEDS:
             pass
@@ -150,9 +167,7 @@ def _units(info: RunInfo, stage: str, noted: int | None) -> int | None:
 
 def _expected_rows(info: RunInfo, stage: str) -> int | None:
     """Return the rows that a stage's units sum to; reduce units count tracked samples, too."""
-    if stage in (RECORD, *_FREE, *DECIDING, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, f"/{CORRECTION}")):
-        return None
-    if stage.startswith(f"{BY_EPOCH}/"):
+    if stage in (RECORD, *TARGET_GRADIENTS) or stage.endswith((*SINGLE, f"/{CORRECTION}")) or _is_free(stage):
         return None
     if stage.endswith((f"/{ADJOINT}", f"/{ATTRIBUTE}")):
         return info.target_count(stage.rsplit("/", 1)[0])

@@ -5,12 +5,12 @@ A field is None where the unit was committed by a version that did not note it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ...storage.rundir import Manifest, RunDirectory
-from ...storage.typed import from_json, rest_field
+from ...storage.typed import from_json, null_field, rest_field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +100,7 @@ class ReplayValues(UnitValues):
         differences: Whether products were held against differences of the gradient.
         running_statistics: Whether there are some.
         matrix: What stands in the Hessian's place; None: nothing.
+        segments: Of the training, whose sums the rows are; None: they come from one replay.
     """
 
     steps: int | None = None
@@ -112,6 +113,33 @@ class ReplayValues(UnitValues):
     differences: Any = None
     running_statistics: bool | None = None
     matrix: str | None = None
+    segments: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialValues:
+    """What one batch showed of the ways to per-sample gradients; fields but ``number`` as of ``persample.one_batch.Trial``."""
+
+    number: int
+    verdicts: tuple[str, ...]
+    random: bool
+    coupled: bool | None = null_field()
+    rows: int
+    graph: int | None = null_field()
+    noise: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaysValues(UnitValues):
+    """A share of the trials of the ways to per-sample gradients, made once for all segments.
+
+    Attributes:
+        trials: Of this share.
+        parts: How many shares there are.
+    """
+
+    trials: tuple[TrialValues, ...] = ()
+    parts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,3 +354,12 @@ def values_of(kind: type[V], manifest: Manifest) -> V:
 def all_values(kind: type[V], directory: RunDirectory, stage: str) -> list[V]:
     """Return what the manifests of a stage say, sorted by unit."""
     return [values_of(kind, manifest) for manifest in directory.manifests(stage)]
+
+
+def joined_ways(ways: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what the ways that units took have in common, and all that was repaired."""
+    if not ways:
+        return None
+    repaired = sorted({name for one in ways for name in one["repaired"]})
+    blocks = sum(one.get("repaired_blocks", 0) for one in ways)
+    return {**ways[0], "repaired": repaired, **({"repaired_blocks": blocks} if blocks else {})}

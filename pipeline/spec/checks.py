@@ -205,6 +205,11 @@ def shards(name: str, value: Any) -> int | str:
     return int(value)
 
 
+def segments(name: str, value: Any) -> int | str | None:
+    """Check a number of segments, ``auto``, or None: not asked."""
+    return None if value is None else shards(name, value)
+
+
 def samples(name: str, value: Any) -> str | tuple[int, ...]:
     """Check a choice of samples as far as it can be without the dataset."""
     if isinstance(value, str) and value.strip():

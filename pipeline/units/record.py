@@ -23,18 +23,20 @@ class RecordWork(TrainingWork):
     Attributes:
         checkpoint_every: Steps between checkpoints, or None.
         visits: Whether each sample's visits are kept.
+        segments: Of the replay, whose borders are kept.
     """
 
     side_by_side: ClassVar[bool] = False
 
     checkpoint_every: int | None
     visits: bool
+    segments: int = 1
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Train and write the trajectory."""
         training = self.training()
         uri = run.path(layout.TRAJECTORY)
-        recorder = Recorder(training, uri, self.checkpoint_every, visits=self.visits)
+        recorder = Recorder(training, uri, self.checkpoint_every, visits=self.visits, segments=self.segments)
         closing = recorder.run(report)
         checked = closing.pop("checked_steps")
         files = [f"{layout.TRAJECTORY}/{name}" for name in list_files(uri)]

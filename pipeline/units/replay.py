@@ -187,6 +187,8 @@ class AdjointWork(CarryingWork):
         targets = self.target_gradients(run).read(start, stop)
         if self.row_map is not None:
             targets = self.row_map.expand(targets)
+        base = layout.by_test(self.method)
+        store = RowStore.open(run.path(base), "contribution", run.vouched)
         back = make_replay(
             self.form,
             ADJOINT,
@@ -196,6 +198,7 @@ class AdjointWork(CarryingWork):
             curvature=self.basis(run),
             share=self.share,
             targets=targets,
+            tile=store.chunk_rows,
         )
         found, notes = back.run(report).contributions(), back.told()
         back.close()
@@ -203,8 +206,6 @@ class AdjointWork(CarryingWork):
             rest = back.sink.rest if isinstance(back, Replay) else None
             check_sums(found, targets, trajectory, notes["ways"]["noise"], rest)
             notes["lawful"] = True
-        base = layout.by_test(self.method)
-        store = RowStore.open(run.path(base), "contribution", run.vouched)
         store.write(start, self.finite(found, "contributions", trajectory))
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)

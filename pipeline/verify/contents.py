@@ -63,8 +63,8 @@ class Contents:
         if not at or at[0] != 0 or at[-1] != steps:
             self.problems.append(f"{layout.TRAJECTORY}: checkpoints at {at[:1]}..{at[-1:]}, not 0..{steps}")
         digests = dict(zip(trajectory.digest_step.tolist(), trajectory.digest.tolist(), strict=True))
-        for k, step in enumerate(at):
-            weights = trajectory.checkpoint(k).weights
+        for k, step in enumerate(trajectory.stands):
+            weights = trajectory.at(step).weights
             self.finite(f"{layout.TRAJECTORY}/checkpoint/weights[{k}]", weights)
             if step in digests and zlib.crc32(np.ascontiguousarray(weights).tobytes()) != digests[step]:
                 self.problems.append(

@@ -12,6 +12,7 @@ from ...storage import layout
 from ...storage.errors import HydraError, RunNotFound
 from ...storage.files import PARTIAL, list_files
 from ...storage.schemas import SCHEMAS
+from ...storage.stages import is_temporary
 from ..reading.kept_rows import StoreLoss, store_losses
 from ..reading.stage_states import stage_states
 from ..spec.targets import store_of
@@ -317,7 +318,9 @@ class _Verifier:
             return None if place.key is None or place.key in self.run.directory.units(writing) else writing
         begun = [s for s in stages if s in self.states or s in self.info.stages]
         for stage in begun:
-            if self._state(stage) != COMPLETE:
+            owner = stage.rpartition("/")[0]
+            used_up = is_temporary(stage) and self.info.entry(owner).state == COMPLETE
+            if self._state(stage) != COMPLETE and not used_up:
                 return stage
         if begun:
             return None

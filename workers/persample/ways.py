@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
+from zlib import crc32
 
 from torch import Tensor, nn
 
@@ -72,8 +74,22 @@ class Before:
 Judge = Callable[[nn.Module, Batch, Before], frozenset[int]]
 
 
+NORMS = dict.fromkeys(
+    (
+        "NativeBatchNormBackward0",
+        "CudnnBatchNormBackward0",
+        "MiopenBatchNormBackward0",
+        "SwitchedBatchNormBackward",
+    ),
+    "BatchNorm",
+)
+"""Nodes of one operation, by the library that does it and by how its statistics are differentiated."""
+
+
 def form_of(losses_B: Tensor, entries: Mapping[int, int]) -> int:
     """Return a hash of the form of a graph: its operations, how they hang together, the parameters used.
+
+    The same in every process, so of numbers alone: hashes of text and of None are not.
 
     Args:
         losses_B: Its end.
@@ -89,6 +105,12 @@ def form_of(losses_B: Tensor, entries: Mapping[int, int]) -> int:
     parts = []
     for node in numbers:
         variable = getattr(node, "variable", None)
-        leaf = None if variable is None else entries.get(id(variable), -1)
-        parts.append((node.name(), leaf, tuple(numbers.get(f, -1) for f, _ in node.next_functions)))
+        leaf = -3 if variable is None else entries.get(id(variable), -1)
+        name = NORMS.get(node.name(), node.name())
+        parts.append((_number(name), leaf, tuple(numbers.get(f, -1) for f, _ in node.next_functions)))
     return hash(tuple(parts))
+
+
+@cache
+def _number(name: str) -> int:
+    return crc32(name.encode())

@@ -104,20 +104,40 @@ class RowSums:
         """
         assert self.total is not None
         assert self.squares is not None
-        found: dict[str, list[list[float]] | list[float]] = {
+        return {
             "sum": self.along(self.total),
             "size": np.sqrt(self.squares / max(self.sampled, 1)).tolist(),
+            **self.left_out(rest),
         }
+
+    def left_out(
+        self, rest: Rest | None, segment: tuple[int, int] | None = None
+    ) -> dict[str, list[list[float]] | list[float]]:
+        """Return what `values` does of the rest; of a segment's also what `joined_rests` needs.
+
+        Args:
+            rest: What the rows leave out; None: nothing.
+            segment: First batch and one past the last, where that is not all of the training.
+        """
         vector = None if rest is None else rest.vector
-        if rest is not None and vector is not None:
+        if rest is None or (vector is None and segment is None):
+            return {}
+        found: dict[str, list[list[float]] | list[float]] = {}
+        if vector is not None:
             slack = rest.slack
             if self.row_map is not None:
                 vector = self.row_map.apply(vector[None])[0]
                 slack = slack[[part.entry for part in self.row_map.parts]]
-            found["rest"] = self.along(vector)
-            found["rest_size"] = [float(np.linalg.norm(vector[_span(e)])) for e in self.parameters]
-            found["slack"] = slack.tolist()
+            found = {**self._sized("rest", vector), "slack": slack.tolist()}
+        if segment is not None:
+            found["carried"] = rest.of_segment(*segment).tolist()
+            if rest.momentum is not None:
+                found |= self._sized("momentum", rest.momentum)
         return found
+
+    def _sized(self, name: str, vector_D: Float) -> dict[str, list[list[float]] | list[float]]:
+        sizes = [float(np.linalg.norm(vector_D[_span(e)])) for e in self.parameters]
+        return {name: self.along(vector_D), f"{name}_size": sizes}
 
     def along(self, vector_D: Float) -> list[list[float]]:
         """Return the products of each parameter's values with its directions, (P, DIRECTIONS)."""

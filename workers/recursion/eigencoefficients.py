@@ -84,6 +84,7 @@ class EigenCoefficients:
         curvature: Eigenvalues, and the metric they belong to.
         device: Where the coefficients are used.
         dtype: Of the coefficients handed out.
+        first: First batch that is asked for; what comes before is not computed.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class EigenCoefficients:
         curvature: Curvature,
         device: torch.device,
         dtype: torch.dtype,
+        first: int = 0,
     ) -> None:
         self.device, self.dtype = device, dtype
         self.settings, self.count = settings, len(lanes)
@@ -105,7 +107,9 @@ class EigenCoefficients:
             self.length = count
             self._segment = (0, torch.zeros(count, self.count, dtype=dtype, device=device))
         kept = None if self._segment is None else self._segment[1]
-        self._borders = self._run_back(0, count, *self._end(), keep=kept)
+        begin = 0 if not first or kept is not None else settings.update(first)
+        begin -= begin % self.length  # the same numbers whatever is first: segments of the table stay
+        self._borders = self._run_back(begin, count, *self._end(), keep=kept)
 
     def at(self, step: int) -> Tensor:
         """Return c_t of the step that a batch belongs to, (D,)."""

@@ -22,7 +22,8 @@ D parameters, P parameter tensors, Q targets, L lanes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +101,32 @@ class Rest:
         part = (scales * error * lanes) ** 2
         self._slack = part if self._slack is None else self._slack + part
 
+    def of_segment(self, first: int, stop: int) -> Float:
+        """Return what rest and momentum of the beginning become until the end of a segment, (P, 3).
+
+        rest <- rest + (column 0) rest' + (column 1) q';  q <- q + (column 2) q',  with ' of the beginning.
+
+        Args:
+            first: First batch of the segment that was followed.
+            stop: One past the last.
+        """
+        form, settings = self._steps.form, self._steps.settings
+        kept, pushed, left = (np.full(form.rate.shape[1], one) for one in (1.0, 0.0, 1.0))
+        for t in range(settings.update(first), settings.update(stop - 1) + 1):
+            left = form.carry[t] * left
+            kept = (1.0 - form.shrink[t]) * kept
+            pushed = (1.0 - form.shrink[t]) * pushed + form.rate[t] * form.along[t] * left
+        if self._momentum is None:  # without a preconditioner nothing is left out but what clipping takes
+            kept, pushed, left = (np.full_like(kept, one) for one in (1.0, 0.0, 0.0))
+        return np.stack([np.append(kept, 1.0), np.append(pushed, 0.0), np.append(left, 0.0)], 1)[
+            list(self._lanes)
+        ]
+
+    @property
+    def momentum(self) -> Float | None:
+        """The momentum of the mean row, (D,); None: rows have none."""
+        return None if self._momentum is None else self._momentum.double().cpu().numpy()
+
     @property
     def vector(self) -> Float | None:
         """The rest, (D,); None: nothing was left out."""
@@ -118,6 +145,38 @@ def leaves_a_rest(settings: Settings) -> bool:
     """Whether the law needs it for a record."""
     clip = settings.clip_factor
     return settings.family != "sgd" or (clip is not None and bool((clip < 1).any()))
+
+
+def joined_rests(segments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return ``rest``, ``rest_size`` and ``slack`` of a training from those of its segments, in their order.
+
+    The recursion is linear in what a segment begins with, and each began with nothing. Sizes are bounds.
+
+    Args:
+        segments: What ``RowSums.values`` returned of each, with what ``of_segment`` says as ``carried``.
+    """
+    if not any("rest" in one for one in segments):
+        return {}
+    count = len(segments[0]["carried"])
+    rest, momentum = np.zeros((count, 1)), np.zeros((count, 1))
+    size, pushed, slack = np.zeros(count), np.zeros(count), np.zeros(count)
+    for one in segments:
+        kept, push, left = np.asarray(one["carried"], dtype=np.float64).T
+
+        def of(name: str, like: Float, found: Mapping[str, Any] = one) -> Float:
+            values = found.get(name)
+            return np.zeros_like(like) if values is None else np.asarray(values, dtype=np.float64)
+
+        rest = kept[:, None] * rest + push[:, None] * momentum
+        rest = rest + of("rest", rest)
+        size = np.abs(kept) * size + np.abs(push) * pushed
+        size = size + of("rest_size", size)
+        momentum = left[:, None] * momentum
+        momentum = momentum + of("momentum", momentum)
+        pushed = np.abs(left) * pushed
+        pushed = pushed + of("momentum_size", pushed)
+        slack = np.hypot(slack, of("slack", size))
+    return {"rest": rest.tolist(), "rest_size": size.tolist(), "slack": slack.tolist()}
 
 
 def _largest(values: Tensor) -> Tensor:

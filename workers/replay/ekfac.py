@@ -98,15 +98,18 @@ class Turned:
         training: A fresh ``Training`` of the recipe.
         trajectory: The record.
         curvature: Basis, eigenvalues, metric.
+        first: First step that is replayed.
     """
 
-    def __init__(self, training: Training, trajectory: Trajectory, curvature: Curvature) -> None:
+    def __init__(
+        self, training: Training, trajectory: Trajectory, curvature: Curvature, first: int = 0
+    ) -> None:
         self.training = training
         self.turned = TurnedGradients(training, trajectory, curvature)
         self.basis = self.turned.basis
         self.engine: PerSampleGradients = self.turned.engine
         self.coefficients = EigenCoefficients(
-            self.turned.settings, self.turned.lanes, curvature, training.device, training.dtype
+            self.turned.settings, self.turned.lanes, curvature, training.device, training.dtype, first
         )
 
     @property
@@ -133,10 +136,11 @@ class EkfacRows(Turned, RowSink):
         trajectory: Trajectory,
         rows: int,
         curvature: Curvature,
+        first: int = 0,
         row_map: RowMap | None = None,
         sampled: Sequence[int] = (),
     ) -> None:
-        super().__init__(training, trajectory, curvature)
+        super().__init__(training, trajectory, curvature, first)
         self._mapped: MappedSums | None = None
         if row_map is not None:  # they are turned back visit by visit, so that no whole sum is held
             self._mapped = MappedSums(rows, row_map, sampled, training.dtype, training.device)

@@ -7,7 +7,7 @@ g taken from the hooks of the very step that trains.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from ..persample.ways import Ways
 from ..recipe import Batch
 from ..recursion.clipping import Clip
 from ..recursion.coefficients import coefficients, recorded_settings
-from ..recursion.columns import Columns
 from ..recursion.family import Moment
 from ..recursion.rest import Rest
 from ..recursion.steps import Steps, lanes_of
@@ -30,6 +29,7 @@ from ..training.training import Training
 from ..training.trials import tried_ways
 from .base import HeldBatch, RowSink, share
 from .buffers import HypergradientBuffers, factor_slots, row_numbers
+from .graphs import graphed
 from .mapped import MappedSums, asked_ways, is_mapped, unasked
 
 
@@ -59,31 +59,58 @@ class Scaled:
 
 
 class FastRows(Scaled, RowSink):
-    """Sums of scaled gradients, Linear weights as factors where that is less; see ``Replay``."""
+    """Sums of scaled gradients, Linear weights as factors where that is less; see ``Replay``.
+
+    Args:
+        training: A fresh ``Training`` of the recipe.
+        trajectory: The record.
+        rows: n.
+        epochs: Epochs that are replayed, begun or whole; None: all.
+        row_map: What is kept of a row; None: all.
+        sampled: Rows of which ``whole`` is asked.
+    """
 
     def __init__(
         self,
         training: Training,
         trajectory: Trajectory,
         rows: int,
+        epochs: int | None = None,
         row_map: RowMap | None = None,
         sampled: Sequence[int] = (),
     ) -> None:
         left_out = unasked(training, row_map)
         ways = asked_ways(tried_ways(training, trajectory), left_out)
-        layout, epochs = training.layout, training.epochs
+        layout, epochs = training.layout, training.epochs if epochs is None else epochs
         scaling = StepScales(training, trajectory)
         mapped = is_mapped(training, row_map)
-        factored = frozenset() if mapped else kept_as_factors(training, ways)
-        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored)
+        factored = frozenset() if mapped else kept_as_factors(training, ways, epochs)
+        largest = training.batches.shape[1]
+        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored, largest)
         columns, dtype, device = self.engine.columns, training.dtype, training.device
+        self.spare = rows if graphed(training) and not mapped else None
+        kept = rows if self.spare is None else rows + 1
         self._mapped: MappedSums | None = None
         if mapped:
             assert row_map is not None
             self._mapped = MappedSums(rows, row_map, sampled, dtype, device, columns)
         else:
-            self.buffers = HypergradientBuffers(rows, layout, factored, columns, epochs, dtype, device)
+            self.buffers = HypergradientBuffers(kept, layout, factored, columns, epochs, dtype, device)
         self._scales = Scales(training, scaling, factored | left_out)
+
+    def refuses_graphs(self) -> str | None:
+        """See ``graphs.CapturableSink``."""
+        if self.looks:
+            return "the optimiser's preconditioner or clipping is read at every step"
+        if self._mapped is not None:
+            return "rows are folded, or picked from whole ones, before they are added up"
+        if self.buffers.home.type != self.engine.views[0].device.type:
+            return "the sums are in host memory, because they do not fit the device's"
+        return None if self.spare is not None else "the sums have no spare row"
+
+    def graph_key(self) -> Hashable:
+        """See ``graphs.CapturableSink``: factors of an epoch have a place of their own."""
+        return tuple(factors.slot for factors in self.buffers.factors.values())
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled gradients to the dense rows."""
@@ -134,26 +161,53 @@ class Scales:
                 start = layout.entries[i].start
                 there[start : start + layout.size(i)] = False
         self._there = there.to(training.device) if absent else None
-        self._columns = Columns(torch.cat(columns), training.dtype, training.device)
+        groups = torch.cat(columns).to(training.device)
+        self._groups = groups if self._lane is None else None
+        # On a device all steps' numbers are there from the start, and one place holds those of the present one: what
+        # was captured as a graph reads it, and nothing waits for the host.
+        self._on_device = training.device.type != "cpu" or graphed(training)
+        self._table: Tensor | None = None
+        self._now: Tensor | None = None
 
     def begin(self, step: int) -> None:
         """Stand at a batch."""
-        self._per_lane = self.steps.coefficient(step) * share(self._training, step)
         self._block: float | Tensor | None = None
+        if not self._on_device:
+            self._per_lane = self._of(step)
+            return
+        if self._table is None or self._now is None:
+            self._table = self._lay_out()
+            self._now = self._table[step].clone()
+        self._now.copy_(self._table[step])
+
+    def _of(self, step: int) -> npt.NDArray[np.float64]:
+        return self.steps.coefficient(step) * share(self._training, step)
+
+    def _lay_out(self) -> Tensor:
+        """Return the numbers of all steps, (T, L + 1): group -1 picks the appended zero."""
+        every = np.array([np.append(self._of(step), 0.0) for step in range(self._training.steps)])
+        return torch.from_numpy(every).to(device=self._training.device, dtype=self._training.dtype)
 
     def block(self) -> float | Tensor:
         """Return one number where it is the same for all columns of the blocks, else one per column."""
         if self._block is None:
-            one = self._lane is not None
-            self._block = float(self._per_lane[self._lane]) if one else self._columns.whole(self._per_lane)
+            if self._now is not None:
+                self._block = self._now[self._lane] if self._groups is None else self._now[self._groups]
+            elif self._groups is None:
+                self._block = float(self._per_lane[self._lane])
+            else:
+                table = torch.from_numpy(np.append(self._per_lane, 0.0))
+                self._block = table.to(self._training.dtype)[self._groups]
             if self.steps.preconditioner is not None:
                 whole = self.steps.preconditioner
                 self._block = (whole if self._there is None else whole[self._there]) * self._block
         return self._block
 
-    def of_entry(self, entry: int) -> float:
+    def of_entry(self, entry: int) -> float | Tensor:
         """Return the number of one parameter; 0 where it is not optimised."""
         lane = self._lanes[entry]
+        if self._now is not None:
+            return self._now[lane]
         return float(self._per_lane[lane]) if lane >= 0 else 0.0
 
 
@@ -216,14 +270,14 @@ def numbers_per_row(training: Training, ways: Ways, row_map: RowMap | None) -> i
     return row_numbers(training.layout, factored, training.epochs, left_out)
 
 
-def kept_as_factors(training: Training, ways: Ways) -> frozenset[int]:
+def kept_as_factors(training: Training, ways: Ways, epochs: int | None = None) -> frozenset[int]:
     """Return the weights whose visits are kept as factors, where steps are numbers times gradients.
 
-    Before a record is there, clipping counts as if it happened.
+    Before a record is there, clipping counts as if it happened. ``epochs``: that are replayed; None: all.
     """
     if training.family.scaled or training.max_norm is not None or not training.schedule.distinct:
         return frozenset()  # a factored visit is one a sample and epoch
-    return factored_entries(training.layout, ways, training.epochs)
+    return factored_entries(training.layout, ways, training.epochs if epochs is None else epochs)
 
 
 def factored_entries(layout: Layout, ways: Ways, epochs: int) -> frozenset[int]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ...storage.curvature import Curvature
 from ...storage.trajectory import Trajectory
+from ..hessian.tiles import TILE
 from ..model.row_map import RowMap
 from ..recursion.forms import ADJOINT, CARRIED, EKFAC, FAST, FORWARD, Mode
 from ..training.training import Training
@@ -50,6 +51,7 @@ def make_replay(
     curvature: Curvature | None = None,
     share: float = 1.0,
     targets: npt.NDArray[np.floating],
+    tile: int = TILE,
 ) -> Replay[ProductSink] | Adjoint: ...
 
 
@@ -65,6 +67,7 @@ def make_replay(
     targets: npt.NDArray[np.floating] | None = None,
     row_map: RowMap | None = None,
     sampled: Sequence[int] = (),
+    tile: int = TILE,
 ) -> Replay[RowSink] | Replay[ProductSink] | Adjoint:
     """Return what replays the record in a form and a mode: ``run`` it, take the result, ``close`` it.
 
@@ -80,6 +83,7 @@ def make_replay(
         targets: In adjoint mode the gradients of the targets at w_T, (Q, D).
         row_map: In forward mode: what is kept of a row; None: all.
         sampled: In forward mode: numbers of the rows of which the sink's ``whole`` tells what they were.
+        tile: For ``CARRIED`` forms in adjoint mode: targets carried together; see ``Adjoint``.
 
     Raises:
         ReplayDiverged: See ``VerifiedReplay``.
@@ -101,5 +105,5 @@ def make_replay(
         products = SplitProducts if splits(training, trajectory, curvature) else EkfacProducts
         return Replay(*given, partial(products, curvature=curvature, targets_QD=targets))
     if form in CARRIED:
-        return Adjoint(*given, targets, share=share)
+        return Adjoint(*given, targets, share=share, tile=tile)
     return Replay(*given, partial(FastProducts, targets_QD=targets))

@@ -48,17 +48,19 @@ class MappedSums:
         self._selects = Folds(whole, dtype, device, columns)
         self.sums = torch.zeros(rows, row_map.columns, dtype=dtype, device=self.home, pin_memory=pinned)
         self.sampled = torch.zeros(len(sampled), whole.columns, dtype=dtype, device=self.home)
-        self._slot = torch.full((rows,), -1)
-        self._slot[list(sampled)] = torch.arange(len(sampled))
+        slots = torch.full((rows,), -1)
+        slots[list(sampled)] = torch.arange(len(sampled))
+        self._slot = slots.to(device) if len(sampled) else None
 
     def add(self, rows: Tensor, block: Tensor, scale: float | Tensor) -> None:
         """Add ``scale * block`` to the given rows; see ``HypergradientBuffers.add``."""
         block *= scale
-        slots = self._slot[rows]
-        at = torch.nonzero(slots >= 0).flatten()
-        if len(at):
-            picked = self._selects.apply_(block[at.to(block.device)])
-            self.sampled.index_add_(0, slots[at].to(self.home), picked.to(self.home))
+        if self._slot is not None:
+            slots = self._slot[rows.to(self._slot.device)]
+            at = torch.nonzero(slots >= 0).flatten()
+            if len(at):
+                picked = self._selects.apply_(block[at])
+                self.sampled.index_add_(0, slots[at].to(self.home), picked.to(self.home))
         kept = self._folds.apply_(block)
         self.sums.index_add_(0, rows.to(self.home), kept.to(self.home))
 

@@ -7,6 +7,8 @@ of the record. The choice follows from the record alone, or bits would depend on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -14,7 +16,7 @@ from ...storage.errors import RecipeError
 from ...storage.trajectory import Trajectory
 from ..data.batches import step_batch, to_device
 from ..determinism import derived_seed, preserved_generators
-from ..model.layout import load_flat
+from ..model.layout import Layout, load_flat
 from ..model.state import copied, load_buffers
 from ..persample.one_batch import Trial
 from ..persample.trials import combined, try_batch, with_judge
@@ -37,12 +39,41 @@ def tried_ways(training: Training, trajectory: Trajectory | None = None) -> Ways
     """
     if training.compute.per_sample == "vjp":
         return always_vjp(training.layout)
-    with preserved_generators():
-        trials = [_at(training, None, 0), _at(training, None, 0, as_run=True)]
-        if trajectory is not None and trials[0].rows:  # else all goes by vjp
-            trials += [_at(training, trajectory, k) for k in _checkpoints(trajectory, training.steps)]
+    if training.known_ways is not None:
+        return with_judge(
+            training.known_ways, training.recipe, training.layout, constant=training.holds_statistics
+        )
+    trials = some_trials(training, trajectory, (0, 1))
+    if trajectory is not None and trials[0].rows:
+        trials += some_trials(training, trajectory, range(2, trials_in_all(trajectory, training.steps)))
     ways = combined(trials, training.layout)
     return with_judge(ways, training.recipe, training.layout, constant=training.holds_statistics)
+
+
+def trials_in_all(trajectory: Trajectory, steps: int) -> int:
+    """Return how many trials `tried_ways` makes along a record, unless the first says that all goes by ``vjp``."""
+    return 2 + len(_checkpoints(trajectory, steps))
+
+
+def some_trials(training: Training, trajectory: Trajectory | None, which: Sequence[int]) -> list[Trial]:
+    """Make some of the trials of `tried_ways`, which do not depend on each other: the first step's two come first.
+
+    Args:
+        training: At its first weights; left as it is.
+        trajectory: The record; None: there are the first two.
+        which: Their numbers.
+    """
+    with preserved_generators():
+        found = [_at(training, None, 0, as_run=number == 1) for number in which if number < 2]
+        if trajectory is not None:
+            later = _checkpoints(trajectory, training.steps)
+            found += [_at(training, trajectory, later[number - 2]) for number in which if number >= 2]
+    return found
+
+
+def ways_of(trials: Sequence[Trial], layout: Layout) -> Ways:
+    """Return what all trials, in their order, come to; see ``Training.known_ways``."""
+    return combined(trials if trials[0].rows else trials[:2], layout)
 
 
 def _checkpoints(trajectory: Trajectory, steps: int) -> list[int]:

@@ -52,6 +52,7 @@ def ended_at(trajectory: Trajectory, epoch: int, last: Checkpoint) -> EndedTraje
         "digest": trajectory.digest[known],
         "epoch_digest": trajectory.epoch_digest[:epoch],
         "checkpoint_steps": np.append(early, stop),
+        "borders": tuple(step for step in trajectory.borders if step < stop),
         "epochs": {name: values[:epoch] for name, values in trajectory.epochs.items()},
         "attrs": {**trajectory.attrs, "epochs": epoch, "epoch_ends": trajectory.epoch_ends[:epoch]},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...storage.errors import ReplayDiverged
-from ...storage.trajectory import Trajectory
+from ...storage.trajectory import Checkpoint, Trajectory
 from ..determinism import fingerprint, fingerprint_differences
+from ..model.state import pack_buffers
 from ..recipe import Batch
 from .optimizer_state import OptimizerState
 from .training import Training
@@ -103,7 +105,35 @@ class VerifiedReplay:
 
     def start_at(self, k: int) -> None:
         """Stand at checkpoint ``k`` of the record instead of at the initial weights."""
-        kept = self.trajectory.checkpoint(k)
+        self.stand(self.trajectory.checkpoint(k))
+
+    def segment(self, first: int, stop: int, report: Report | None = None) -> None:
+        """Replay the steps from ``first`` to ``stop`` alone, two of the steps whose state the record kept.
+
+        What the segments of a training come to is that of one replay because each ends where the next begins.
+
+        Args:
+            first: First step.
+            stop: One past the last.
+            report: Told of (steps done of these, how many there are).
+
+        Raises:
+            ReplayDiverged: As ``replay``; or the state at the end is not the one that was kept.
+            NonFiniteLoss: A batch loss is NaN or infinite.
+        """
+
+        def told(done: int, _steps: int) -> None:
+            if report:
+                report(done - first, stop - first)
+
+        if first:
+            self.stand(self.trajectory.at(first))
+        self.advance(stop, told)
+        if stop < self.training.steps:
+            self.verify_state(self.trajectory.at(stop))
+
+    def stand(self, kept: Checkpoint) -> None:
+        """Stand at a state of the record."""
         self.training.load_weights(kept.weights, kept.buffers)
         self.training.load_optimizer(OptimizerState.of(kept))
         self.done = kept.step
@@ -145,6 +175,23 @@ class VerifiedReplay:
                 )
             )
 
+    def verify_state(self, kept: Checkpoint) -> None:
+        """Compare weights, the optimiser's state and buffers with a state of the record, to the last bit."""
+        state = self.training.optimizer_state().stored()
+        found = {"weights": self.training.weights().cpu().numpy(), **state}
+        other = [name for name, value in found.items() if not same_bytes(value, getattr(kept, name))]
+        if pack_buffers(self.training.model) != kept.buffers:
+            other.append("buffers")
+        _checked["digests"] += 1
+        if other:
+            raise ReplayDiverged(
+                self._message(
+                    f"{' and '.join(other)} after {kept.step} steps are not those of the checkpoint, with which the next "
+                    "segment begins",
+                    kept.step,
+                )
+            )
+
     def verify_epoch(self, epoch: int) -> None:
         """Compare weights and buffers with the digest recorded after ``epoch`` epochs."""
         expected = self.trajectory.epoch_digest[epoch - 1]
@@ -163,3 +210,8 @@ class VerifiedReplay:
         here = fingerprint(self.training.device)
         recorded = self.trajectory.attrs.get("environment", {})
         return f"replay diverged at step {step}: {what}; {fingerprint_differences(recorded, here)}"
+
+
+def same_bytes(value: npt.NDArray[Any], kept: npt.NDArray[Any]) -> bool:
+    """Whether two arrays are of one type and hold the same bits."""
+    return value.dtype == kept.dtype and value.tobytes() == kept.tobytes()

@@ -63,6 +63,7 @@ OTHER: dict[str, Any] = {
     "threads": 2,
     "device": "cpu",
     "shards": 3,
+    "segments": 2,
     "wait": True,
     "memory": 1 << 32,
     "reduce_memory": 1 << 20,
@@ -127,7 +128,7 @@ def test_identity_changes_with_what_decides_the_run_alone(
 
 def test_what_decides_the_method_is_in_the_method() -> None:
     decides = names(RunSpec, Decides.METHOD)
-    assert {"mode", "hessian", "targets", "exact_rank", "shards"} <= set(decides)
+    assert {"mode", "hessian", "targets", "exact_rank", "shards", "segments"} <= set(decides)
     assert not set(decides) & {"seeds", "executor", "memory", "out", "overwrite"}
 
 

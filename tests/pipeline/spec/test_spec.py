@@ -82,6 +82,8 @@ def test_values_are_normalised(given: dict[str, Any], expected: Any) -> None:
         ({"seed": 2**63}, r"seed .*at least 0 and at most 9,223,372,036,854,775,807"),
         ({"shards": 0}, r"shards 0: .*or auto"),
         ({"shards": "many"}, r"shards 'many'"),
+        ({"segments": 0}, r"segments 0: .*or auto"),
+        ({"segments": "many"}, r"segments 'many'"),
         ({"track": []}, r"track: no sample"),
         ({"track": ""}, r"track ''"),
         ({"track": [1, -1]}, r"track\[1\] -1"),

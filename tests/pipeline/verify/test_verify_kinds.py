@@ -21,7 +21,8 @@ from hydra_pipe import open_run
 from tests.every_kind import every_kind, listed
 from tests.forging import vouch
 
-FOLDERS = [kind.folder for kind in layout.KINDS]
+# Sums of segments are gone from a run that is whole; their own tests damage them.
+FOLDERS = [kind.folder for kind in layout.KINDS if kind.folder != layout.PARTIAL_SUMS]
 
 
 @pytest.fixture(scope="session")

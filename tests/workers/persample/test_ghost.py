@@ -17,7 +17,7 @@ from hydra_pipe.workers.training.trials import tried_ways
 from torch import nn
 
 from tests.layer_recipes import CASES, recipe_of
-from tests.recipes import Small
+from tests.recipes import BatchNormed, Small
 
 DOUBLE = Compute(dtype="float64", device="cpu")
 REFUSED = {"torch.nn.utils.weight_norm", "checkpoint, use_reentrant=True"}
@@ -138,6 +138,15 @@ def test_test_samples_of_linear_layers_are_kept_as_factors_and_means_are_not(mad
     close(one.products([0, 3], rows[:4]), rows[[0, 3]] @ rows[:4].T)
 
 
+def test_a_tile_has_the_same_bits_whatever_other_tiles_there_are():
+    one = Made(Small())
+    rows = one.rows(range(8))
+    targets = torch.cat([rows.repeat(2, 1)[:5], draw(5, one.layout.dimension)])
+    again = [one.products(range(8), targets[first:], tile=4)[:, -2:] for first in (0, 4, 8)]
+    assert torch.equal(again[0], again[1])
+    assert torch.equal(again[0], again[2])
+
+
 def test_factors_are_kept_only_where_they_are_the_gradient_to_rounding():
     d, x = draw(3, 4).float(), draw(3, 5).float()
     d[2], matrix = 0, torch.einsum("qo,qi->qoi", d, x)
@@ -184,6 +193,13 @@ def test_gradients_of_convolutions_are_those_of_autograd(case, window, monkeypat
     for form in (torch.contiguous_format, torch.channels_last if x.ndim == 4 else torch.contiguous_format):
         found = convolved(module, x.contiguous(memory_format=form), d.contiguous(memory_format=form))
         close(found, torch.stack(right))
+
+
+def test_batch_normalisation_with_constant_statistics():
+    one = Made(BatchNormed())
+    rows, targets = one.rows(range(8)), draw(3, one.layout.dimension)
+    for positions in (range(8), [1, 6]):
+        close(one.products(positions, targets), rows[list(positions)] @ targets.T)
 
 
 class Tables(Small):

@@ -101,6 +101,8 @@ class PerSampleGradients:
         self.factored = factored
         self.columns, self.width = _columns(layout, factored)
         self.span = self.tile = self.tile_for(like)
+        # Whoever looks at the tile itself, and not at the block alone, wants the rows of the tile to be those asked for.
+        self._at_once = self._accelerated and largest > 0
         if largest:
             most = MOST_BYTES.get(like.device.type, MOST_ELSEWHERE) // max(1, self.width * like.itemsize)
             self.tile = max(self.tile, min(_up(largest), most // TILE * TILE))
@@ -326,7 +328,7 @@ class PerSampleGradients:
                 self._hand_factors(call, positions, size, factors)
             for i in self.factored & self._ready.keys():
                 factors(i, self._ready[i], None)
-        if self._accelerated and size <= self.tile:
+        if self._at_once and size <= self.tile:
             block = self._every_row(calls, inputs, positions, size)
             sink(0, block if len(positions) == size else block.index_select(0, positions))
         else:

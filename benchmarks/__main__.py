@@ -27,6 +27,7 @@ WIDE = 170
 NAMES = (
     "replay",
     "segments",
+    "operators",
     "checks",
     "reduce",
     "detect",
@@ -39,6 +40,7 @@ NAMES = (
     "fidelity",
     "approximation",
     "detectors",
+    "peers",
 )
 
 

@@ -21,8 +21,8 @@ from hydra_pipe.workers.replay.fast import FastRows
 from hydra_pipe.workers.training.record import Recorder
 from hydra_pipe.workers.training.training import Compute, Training
 from hydra_pipe.workers.training.trials import tried_ways
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .operators import Operators
 from .report import Result
 from .timing import ratio, take_turns
 
@@ -31,18 +31,6 @@ QUICK: Mapping[str, Any] = {"rounds": 3, "epochs": 1, "threads": 1}
 
 COUNTED = 10
 """Steps whose operators are counted."""
-
-
-class Operators(TorchDispatchMode):
-    """Counts what is dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def run(sizes: Mapping[str, Any], folder: Path) -> Result:

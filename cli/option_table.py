@@ -228,6 +228,12 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="C",
     ),
     _option(
+        "--curvature-flat",
+        "With ekfac: eigenvalues that change no coefficient by more than this share are 0; 0: all are kept.",
+        type=click.FloatRange(0.0, 1.0),
+        metavar="S",
+    ),
+    _option(
         "--curvature-share",
         "With mixed: share of the Hessian; the rest is the Gauss-Newton matrix's.",
         type=click.FloatRange(0.01, 0.99),

@@ -194,7 +194,8 @@ CURVATURE_HELP = (
     f"With --hessian ekfac: curvature-checkpoints=N of the record ({CurvatureSpec.curvature_checkpoints}), or "
     "curvature-at=STEP,... for those nearest; curvature-samples=N training samples at most "
     f"({CurvatureSpec.curvature_samples}); curvature-core=C leading coordinates with their full curvature "
-    f"({CurvatureSpec.curvature_core}). With --hessian mixed: curvature-share=S of the Hessian "
+    f"({CurvatureSpec.curvature_core}); curvature-flat=S: eigenvalues that change no coefficient by more than this "
+    f"share are 0 ({CurvatureSpec.curvature_flat}). With --hessian mixed: curvature-share=S of the Hessian "
     f"({CurvatureSpec.curvature_share})."
 )
 

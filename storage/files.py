@@ -208,7 +208,9 @@ def read_signed(uri: str, *, most: int = FILE_BYTES) -> tuple[bytes, Signature |
     if not is_local(uri):
         fs, path = filesystem(uri)
         with readable(uri):
-            return bytes(fs.cat_file(path)), None
+            # s3fs would ask for the size first, to read large files in several parts.
+            whole = {"max_concurrency": 1} if uri.startswith("s3://") else {}
+            return bytes(fs.cat_file(path, **whole)), None
     with _open_to_read(uri) as file, readable(uri):
         known = os.fstat(file.fileno())
         if known.st_size > most:
@@ -218,8 +220,12 @@ def read_signed(uri: str, *, most: int = FILE_BYTES) -> tuple[bytes, Signature |
         return bytes(file.read()), _signature(known)
 
 
-def etags(uri: str) -> dict[str, tuple[int, str | None]]:
-    """Return (size, tag of the version or None) of all files below a remote ``uri``, by relative path."""
+Tag = tuple[int, str | None]
+"""Size of a remote file, and what its store calls this version of it (None: it does not say)."""
+
+
+def etags(uri: str) -> dict[str, Tag]:
+    """Return the tags of all files below a remote ``uri``, by relative path."""
     fs, path = filesystem(uri)
     root = path.rstrip("/") + "/"
     with readable(uri):
@@ -227,7 +233,7 @@ def etags(uri: str) -> dict[str, tuple[int, str | None]]:
     return {name.removeprefix(root): _tag(info) for name, info in found.items() if name.startswith(root)}
 
 
-def tagged(uri: str) -> tuple[int, str | None]:
+def tagged(uri: str) -> Tag:
     """Return size and tag of the present version of a remote file; see `etags`.
 
     Raises:
@@ -381,7 +387,7 @@ def _signature(found: os.stat_result) -> Signature:
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
-def _tag(info: Any) -> tuple[int, str | None]:
+def _tag(info: Any) -> Tag:
     tag = info.get("ETag") or info.get("etag")
     return int(info.get("size") or 0), None if tag is None else str(tag).strip('"')
 

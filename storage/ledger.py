@@ -8,6 +8,8 @@ what is made from it.
 
 from __future__ import annotations
 
+import contextlib
+import posixpath
 import threading
 import time
 from collections import OrderedDict
@@ -32,12 +34,16 @@ from .manifest import (
 )
 from .stages import is_temporary, stages_of
 from .threads import in_threads
-from .uri import check_name, is_local, join
+from .uri import check_name, is_local, join, parent
 
 THREADS = 8
 LOCAL_DIGEST_BYTES, REMOTE_DIGEST_BYTES = 4 << 30, 256 << 20
 """Of tables: how much a process reads only to compare digests; beyond it sizes and page checksums must do."""
+LISTED = 4
+"""So many files of one folder are asked for by a listing, on an object store; fewer one by one."""
 _MANIFESTS = 1 << 14
+_HELD_BYTES, _HELD_FILES = 64 << 10, 1 << 10
+"""Of remote files that are not fetched again: metadata, labels, settings of a training."""
 _FRESH_SECONDS = 0.1
 """A file that changed less than this ago may change again without another time: it is not remembered."""
 
@@ -49,11 +55,13 @@ class _Known:
     Attributes:
         manifests: By address: signature or tag, the manifest, and its content once somebody asked.
         seen: Files whose digest was compared, by address: (signature, digest).
+        held: Contents of small remote files whose digest was compared, by (address, digest), the last used last.
         read: Bytes of tables read only to compare digests.
     """
 
     manifests: OrderedDict[str, tuple[object, Manifest, list[str]]] = field(default_factory=OrderedDict)
     seen: dict[str, tuple[disk.Signature, str]] = field(default_factory=dict)
+    held: OrderedDict[tuple[str, str], bytes] = field(default_factory=OrderedDict)
     read: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -122,6 +130,18 @@ class Ledger:
         except FileNotFoundError:
             return None
 
+    def manifests(self, stage: str) -> list[Manifest]:
+        """Return the manifests of a stage as they are now, sorted by unit; remote ones that have not changed are not read again.
+
+        Raises:
+            CorruptStore: One is damaged, or that of another unit.
+        """
+        found = []
+        for unit, tag in sorted(self._listed(stage).items()):
+            with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+                found.append(self._read_listed(stage, unit, tag))
+        return found
+
     def content(self, manifest: Manifest) -> str:
         """Return ``manifest.content()``, computed once a process."""
         target = self.address(manifest.stage, manifest.unit)
@@ -168,6 +188,15 @@ class Ledger:
             if "/" not in name and name.endswith(".json")
         }
 
+    def _read_listed(self, stage: str, unit: str, tag: object) -> Manifest:
+        """Read a manifest, or recall it where it has not changed; ``tag`` is what `_listed` says of it."""
+        target = self.address(stage, unit)
+        if is_local(self.uri):
+            tag = disk.signature(target)
+        elif not (isinstance(tag, tuple) and tag[1] is not None):
+            tag = None
+        return self._read(target, stage, unit, tag)
+
     def _read(self, target: str, stage: str, unit: str, tag: object) -> Manifest:
         """Read a manifest, or recall it where ``tag`` says that it is the same."""
         known = _known.manifests.get(target)
@@ -195,13 +224,8 @@ class Ledger:
         units: dict[str, Manifest] = {}
         damaged: dict[str, str] = {}
         for unit, tag in sorted(self._listed(stage).items()):
-            target = join(self.folder(stage), f"{unit}.json")
             try:
-                if is_local(self.uri):
-                    tag = disk.signature(target)
-                elif not (isinstance(tag, tuple) and tag[1] is not None):
-                    tag = None
-                units[unit] = self._read(target, stage, unit, tag)
+                units[unit] = self._read_listed(stage, unit, tag)
             except FileNotFoundError:
                 continue
             except CorruptStore as error:
@@ -271,6 +295,9 @@ class Ledger:
         path = uri.removeprefix(f"{self.uri.rstrip('/')}/")
         for last in (False, True):
             found = self.find(path)
+            if found is not None and (held := _held(uri, found[1])) is not None:
+                self._note(found[0])
+                return held
             try:
                 data, signature = disk.read_signed(uri)
             except FileNotFoundError:
@@ -284,6 +311,8 @@ class Ledger:
                     problem = self._differs(uri, data, signature, found[1])
                     if not problem:
                         self._note(found[0])
+                        if self.digests and not is_local(uri):
+                            _hold(uri, found[1], data)
                         return data
             if not last:  # perhaps it was committed since: look again
                 self._forget_about(path)
@@ -303,8 +332,37 @@ class Ledger:
         if problems:
             raise CorruptStore(problems[0])
 
+    def compare_all(
+        self, entries: Sequence[FileEntry], *, digest: bool, recall: bool = True, limit: int | None = None
+    ) -> list[str]:
+        """Compare several files; see `compare`. One line each, empty where nothing differs."""
+        tags = {} if is_local(self.uri) else self._tags(entries)
+
+        def problem(entry: FileEntry) -> str:
+            return self.compare(entry, digest=digest, recall=recall, limit=limit, tag=tags.get(entry.path))
+
+        return in_threads(problem, entries, THREADS)
+
+    def _tags(self, entries: Sequence[FileEntry]) -> dict[str, disk.Tag]:
+        """Return size and tag of remote files as listings of their folders say, where that takes fewer requests."""
+        by_top: dict[str, list[str]] = {}
+        for entry in entries:
+            by_top.setdefault(entry.path.partition("/")[0], []).append(entry.path)
+        found: dict[str, disk.Tag] = {}
+        for paths in by_top.values():
+            if len(paths) >= LISTED:
+                folder = posixpath.commonpath([parent(path) for path in paths])
+                found |= {f"{folder}/{name}": tag for name, tag in disk.etags(join(self.uri, folder)).items()}
+        return found
+
     def compare(
-        self, entry: FileEntry, *, digest: bool, recall: bool = True, limit: int | None = None
+        self,
+        entry: FileEntry,
+        *,
+        digest: bool,
+        recall: bool = True,
+        limit: int | None = None,
+        tag: disk.Tag | None = None,
     ) -> str:
         """Compare a file with its entry; return what differs, or nothing.
 
@@ -313,22 +371,31 @@ class Ledger:
             digest: Whether its contents must be the same, too.
             recall: Whether it need not be read where nothing speaks for a change since it last was.
             limit: Leave digests out once this process has read so many bytes for them.
+            tag: Size and tag of a remote file, where somebody has just asked for them.
         """
         uri = join(self.uri, entry.path)
         try:
-            return self._compare(uri, entry, digest, recall, limit)
+            return self._compare(uri, entry, digest, recall, limit, tag)
         except FileNotFoundError:
             return "missing"
         except StoreError as error:
             return f"cannot be read ({error})"
 
-    def _compare(self, uri: str, entry: FileEntry, digest: bool, recall: bool, limit: int | None) -> str:
+    def _compare(
+        self,
+        uri: str,
+        entry: FileEntry,
+        digest: bool,
+        recall: bool,
+        limit: int | None,
+        tag: disk.Tag | None,
+    ) -> str:
         if is_local(uri):
             signature = disk.signature(uri)
             size, same = signature[2], _known.seen.get(uri) == (signature, entry.sha256)
         else:
-            size, tag = disk.tagged(uri)
-            same = tag is not None and tag == entry.etag  # of other contents the store would make another
+            size, name = tag or disk.tagged(uri)
+            same = name is not None and name == entry.etag  # of other contents the store would make another
             signature = None
         if size != entry.bytes:
             return f"{size} bytes, the manifest says {entry.bytes}"
@@ -464,6 +531,22 @@ class Ledger:
         with self._lock:
             for reading in self._readings:  # the first version counts: what read two is to be done again
                 reading.units.setdefault((place + manifest.stage, manifest.unit), manifest)
+
+
+def _held(uri: str, entry: FileEntry) -> bytes | None:
+    """Return what this process has read, and compared, of a remote file that manifests still list as it was."""
+    with _known.lock:
+        if (data := _known.held.get((uri, entry.sha256))) is not None:
+            _known.held.move_to_end((uri, entry.sha256))
+    return data
+
+
+def _hold(uri: str, entry: FileEntry, data: bytes) -> None:
+    if len(data) <= _HELD_BYTES:
+        with _known.lock:
+            _known.held[uri, entry.sha256] = data
+            while len(_known.held) > _HELD_FILES:
+                _known.held.popitem(last=False)
 
 
 def _opened(uri: str, digests: bool) -> Ledger:

@@ -144,8 +144,7 @@ class RunDirectory:
 
     def manifests(self, stage: str) -> list[Manifest]:
         """Return the manifests of all finished units of a stage, sorted by unit."""
-        found = [self.manifest(stage, unit) for unit in self.units(stage)]
-        return [manifest for manifest in found if manifest is not None]
+        return self.ledger.manifests(stage)
 
     def stages(self) -> list[str]:
         """Return the stages that have at least one finished unit, sorted."""
@@ -165,12 +164,8 @@ class RunDirectory:
             One line a problem; empty when all is well.
         """
 
-        def problem(entry: FileEntry) -> str | None:
-            found = self.ledger.compare(entry, digest=digests, recall=recall)
-            return f"{entry.path}: {found}" if found else None
-
-        found = in_threads(problem, manifest.files, THREADS)
-        return [line for line in found if line is not None]
+        found = self.ledger.compare_all(manifest.files, digest=digests, recall=recall)
+        return [f"{entry.path}: {line}" for entry, line in zip(manifest.files, found, strict=True) if line]
 
     def drop(self, stage: str, unit: str | None = None) -> None:
         """Remove the manifest of a unit, or of every unit of a stage: it counts as not done again."""

@@ -23,6 +23,7 @@ from benchmarks import (
     detectors,
     hessian,
     memory,
+    peers,
     reduce,
     replay,
     report_page,
@@ -159,6 +160,24 @@ def test_memory_asks_three_processes(tmp_path, monkeypatch):
     assert asked == ["plan", "record", "replay"]
     assert result.lines[-1].value == pytest.approx(1.1)
     assert result.lines[-1].met
+
+
+def test_peers_that_are_missing_are_told_and_the_others_measured(tmp_path, monkeypatch):
+    assert peers.version_of("hydra-pipe")
+    assert peers.version_of("no-such-package-at-all") is None
+    monkeypatch.setattr(peers, "version_of", lambda name: None)
+    fast = {name: form for name, form in peers.FORMS.items() if name.startswith("fast") and "few" not in name}
+    monkeypatch.setattr(peers, "FORMS", fast)
+    peers._unpacked.cache_clear()
+    result = peers.run({**peers.QUICK, "samples": 96, "tests": 5, "epochs": 1}, tmp_path)
+    peers._unpacked.cache_clear()
+    found = {line.what: line for line in result.lines}
+    for name in ("captum", "kronfluence"):
+        assert np.isnan(found.pop(name).value)
+    assert all(line.value > 0 for line in found.values())
+    (agreement,) = (line for what, line in found.items() if what.endswith("Spearman"))
+    assert agreement.met
+    assert found["fast, adjoint, all test samples / plain training"].goal == "≤ 1.5"
 
 
 def test_the_figures_of_the_paper(tmp_path):

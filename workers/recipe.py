@@ -177,18 +177,10 @@ class Recipe:
         return scores (B, classes) meant for a softmax; None means that there is no such thing, and
         the given targets are used.
         """
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        scores = class_scores(model, batch)
+        if scores is None:
             return None
         inputs, targets = batch
-        if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
-            return None
-        try:
-            with torch.no_grad():
-                scores = model(inputs)
-        except (TypeError, NotImplementedError):  # a model that is not called with the inputs
-            return None
-        if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[0] != len(targets):
-            return None
         drawn = torch.multinomial(scores.double().softmax(1), 1).squeeze(1)
         return [inputs, drawn.to(targets.dtype)]
 
@@ -209,6 +201,23 @@ class Recipe:
     def noisy_labels(self, dataset: Dataset[Any]) -> tuple[Any, Any] | None:
         """Return (train indices, their original labels) of labels wrong on purpose, or None."""
         return None
+
+
+def class_scores(model: nn.Module, batch: Batch) -> Tensor | None:
+    """Return what a model gives for the inputs of a batch ``(inputs, classes)``, (B, classes); None: it is otherwise."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return None
+    inputs, targets = batch
+    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+        return None
+    try:
+        with torch.no_grad():
+            scores = model(inputs)
+    except (TypeError, NotImplementedError):  # a model that is not called with the inputs
+        return None
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[0] != len(targets):
+        return None
+    return scores
 
 
 def _missing(recipe: Recipe, method: str) -> NotImplementedError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ...workers.ekfac.curvature import passes
+from ...workers.ekfac.curvature import PASSES
 from ..spec.groups import CurvatureSpec
 from ..spec.spec import RunSpec
 from ..vocabulary import (
@@ -47,7 +47,7 @@ ENOUGH = 128
 def curvature_passes(spec: CurvatureSpec) -> int:
     """Return how often the samples of EKFAC's curvature are run, over all its checkpoints."""
     count = spec.curvature_checkpoints if spec.curvature_at is None else len(spec.curvature_at)
-    return count * passes(spec.curvature_core)
+    return count * PASSES
 
 
 def seconds_of(

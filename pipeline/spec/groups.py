@@ -174,6 +174,8 @@ class CurvatureSpec(Group):
             instead; None: spread evenly.
         curvature_samples: With ``ekfac``: at most how many training samples it is averaged over.
         curvature_core: With ``ekfac``: leading coordinates that keep their full curvature; 0: none.
+        curvature_flat: With ``ekfac``: eigenvalues that change no coefficient by more than this share are set to 0,
+            which saves most of the work on large models; 0: all are kept.
         curvature_share: With ``mixed``: share of the Hessian; the rest is the Gauss-Newton matrix's.
     """
 
@@ -181,8 +183,9 @@ class CurvatureSpec(Group):
     exact_rank: int = field(default=0, metadata=of_the_method(checks.whole(0, 10**6)))
     curvature_checkpoints: int = field(default=5, metadata=of_the_method(checks.whole(1, 10**6)))
     curvature_at: Sequence[int] | str | None = field(default=None, metadata=of_the_method(checks.steps))
-    curvature_samples: int = field(default=4096, metadata=of_the_method(checks.whole(1)))
+    curvature_samples: int = field(default=1024, metadata=of_the_method(checks.whole(1)))
     curvature_core: int = field(default=256, metadata=of_the_method(checks.whole(0)))
+    curvature_flat: float = field(default=0.01, metadata=of_the_method(checks.between(0.0, 1.0)))
     curvature_share: float = field(default=0.5, metadata=of_the_method(checks.between(0.01, 0.99)))
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from .setting import names
 _PREFIX = "curvature_"
 
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "ekfac": ("at", "checkpoints", "samples", "core"),
+    "ekfac": ("at", "checkpoints", "samples", "core", "flat"),
     "mixed": ("share",),
 }
 """Options by form of the Hessian."""
@@ -32,6 +32,7 @@ class CurvatureOptions:
         samples: At most how many training samples it is averaged over.
         core: Leading coordinates that keep their full curvature.
         share: Share of the Hessian in a mixture.
+        flat: Eigenvalues that change no coefficient by more than this share are 0.
     """
 
     at: tuple[int, ...] | None = None
@@ -39,6 +40,7 @@ class CurvatureOptions:
     samples: int | None = None
     core: int | None = None
     share: float | None = None
+    flat: float | None = None
 
     @classmethod
     def asked_by(cls, spec: CurvatureSpec) -> CurvatureOptions:
@@ -63,15 +65,17 @@ class CurvatureOptions:
             )
         known = [entry.name for entry in fields(cls)]
         for name, value in document.items():
-            fits = _share(value) if name == "share" else _whole(value if name == "at" else [value])
+            fits = _fits(name, value)
             if name not in known or not fits:
                 raise CorruptStore(
                     f"run.json: option {name} {value!r} of method {method} is none of "
-                    f"{', '.join(known)} with whole numbers, or a share; restore run.json"
+                    f"{', '.join(known)} with whole numbers, or shares; restore run.json"
                 )
         values: dict[str, Any] = {**document}
         if "at" in values:
             values["at"] = tuple(values["at"])
+        if "core" in values:  # before there was such an option, all eigenvalues were kept
+            values.setdefault("flat", 0.0)
         return cls(**values)
 
     def to_json(self) -> dict[str, float | list[int]]:
@@ -97,8 +101,12 @@ CURVATURE_FIELDS = tuple(
 """Fields of `CurvatureSpec` that these options come from."""
 
 
-def _share(value: object) -> bool:
-    return type(value) is float and 0 < value < 1
+def _fits(name: str, value: object) -> bool:
+    if name == "share":
+        return type(value) is float and 0 < value < 1
+    if name == "flat":
+        return type(value) is float and 0 <= value <= 1
+    return _whole(value if name == "at" else [value])
 
 
 def _whole(values: object) -> bool:

@@ -47,6 +47,7 @@ class CurvatureWork(TrainingWork):
         assert options.checkpoints is not None
         assert options.samples is not None
         assert options.core is not None
+        assert options.flat is not None
         curvature = CurvatureEstimate(
             self.training(),
             recorded(run),
@@ -54,6 +55,7 @@ class CurvatureWork(TrainingWork):
             samples=options.samples,
             core=options.core,
             at=options.at,
+            flat=options.flat,
         ).run(report)
         base = layout.curvature(self.form)
         files = [f"{base}/{name}" for name in write_curvature(run.path(base), curvature)]

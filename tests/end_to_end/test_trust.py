@@ -9,7 +9,7 @@ from hydra_pipe.pipeline.drive.attribute import attribute
 from hydra_pipe.pipeline.opened_run import open_run
 from hydra_pipe.storage.errors import ConservationBroken, EstimatorError, IncompleteStage
 from hydra_pipe.workers.replay.buffers import HypergradientBuffers
-from hydra_pipe.workers.replay.projection import Projections
+from hydra_pipe.workers.replay.projection import FastProducts
 
 from tests.end_to_end.support import cli, serial
 from tests.odd_recipes import Field, Mining, Spectral, Weighted
@@ -83,13 +83,12 @@ def test_wrong_rows_end_the_run_before_anything_is_reduced(tmp_path, monkeypatch
 
 
 def test_wrong_products_end_the_adjoint(tmp_path, monkeypatch):
-    right = Projections.add
+    right = FastProducts.add
 
-    def add(self, rows, block, scale):
-        block[:, 0] *= 1.01
-        right(self, rows, block, scale)
+    def add(self, rows, block):
+        right(self, rows, block * (1 + 0.01 * rows).unsqueeze(1))
 
-    monkeypatch.setattr(Projections, "add", add)
+    monkeypatch.setattr(FastProducts, "add", add)
     with pytest.raises(ConservationBroken, match="the contributions of all samples to target"):
         serial(tmp_path / "run", Small(), dtype="float64", mode="adjoint")
 

@@ -11,6 +11,7 @@ import pytest
 from hydra_pipe.storage import files, ledger
 from hydra_pipe.storage.documents import dump
 from hydra_pipe.storage.errors import CorruptStore, IncompleteStage
+from hydra_pipe.storage.ledger import LISTED
 from hydra_pipe.storage.manifest import CONTRADICTION, FEW
 from hydra_pipe.storage.rundir import Manifest, RunDirectory
 
@@ -33,7 +34,8 @@ def a_record(run: RunDirectory, values: dict[str, int]) -> Manifest:
     return run.commit("record", "trajectory", [put(run, "trajectory.zarr/zarr.json")], values)
 
 
-def test_only_what_a_manifest_lists_and_as_it_says(place: str) -> None:
+def test_only_what_a_manifest_lists_and_as_it_says(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_HELD_BYTES", 0)
     run = RunDirectory(place)
     a_shard(run, 0)
     address = run.path(f"{CHUNK}/0")
@@ -55,6 +57,46 @@ def test_only_what_a_manifest_lists_and_as_it_says(place: str) -> None:
         run.vouched(address)
     a_shard(run, 0, b"new!")
     assert run.vouched(address) == b"new!"  # committed since by somebody else
+
+
+def test_small_remote_files_are_fetched_once_a_process_as_long_as_the_manifests_list_them(
+    tmp_path: Path,
+) -> None:
+    run = RunDirectory(f"memory://{tmp_path.name}-held")
+    a_shard(run, 0)
+    address = run.path(f"{CHUNK}/0")
+    assert run.vouched(address) == b"abcd"
+    put(run, f"{CHUNK}/0", b"abce")  # who has read what was committed keeps that
+    assert RunDirectory(run.uri).vouched(address) == b"abcd"
+    assert run.check(run.manifest("hydra/replay", "shard-00000"), digests=True)  # verify reads again
+    a_shard(run, 0, b"new!")
+    assert RunDirectory(run.uri).vouched(address) == b"new!"
+    local = RunDirectory(tmp_path / "run")
+    a_shard(local, 0)
+    address = local.path(f"{CHUNK}/0")
+    assert local.vouched(address) == b"abcd"
+    put(local, f"{CHUNK}/0", b"abce")
+    with pytest.raises(CorruptStore, match="the manifest says"):
+        local.vouched(address)
+
+
+def test_many_remote_files_of_a_folder_are_compared_by_a_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(f"memory://{tmp_path.name}-listed")
+    names = [put(run, f"{CHUNK}/{k}", b"abcd") for k in range(LISTED)]
+    made = run.commit("hydra/replay", "shard-00000", names, {"seconds": 1.5})
+
+    def never(uri: str) -> files.Tag:
+        raise AssertionError(uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "tagged", never)
+        assert run.check(made, digests=False) == []
+        put(run, names[1], b"abc")
+        assert run.check(made, digests=False) == [f"{names[1]}: 3 bytes, the manifest says 4"]
+    files.remove(run.path(names[2]))
+    assert f"{names[2]}: missing" in run.check(made, digests=False)
 
 
 def test_a_manifest_of_another_unit_or_with_files_of_others_counts_for_nothing(place: str) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -74,10 +74,14 @@ class Labels:
             batch: The batch, collated.
             indices: Positions of its samples in the dataset, (B,).
         """
+        return self.settled(targets_of(batch), indices)
+
+    def settled(self, found: Targets, indices: Sequence[int] | npt.NDArray[Any]) -> Tensor | None:
+        """Return the classes of the samples whose batch held these targets, maybe on a device; see ``of``."""
         known = None if self.given is None else torch.tensor([int(self.given[int(i)]) for i in indices])
         if self.own:
             return known
-        found = targets_of(batch)
+        found = found.on_host()
         if known is not None and any(torch.equal(known, part) for part in found.values()):
             return known
         # The second of three or more parts may be anything, unless the dataset says that it has classes.
@@ -104,6 +108,11 @@ class Targets:
         """Return all of them, the second first."""
         return [*([] if self.second is None else [self.second]), *self.others]
 
+    def on_host(self) -> Targets:
+        """Return them on the CPU; a device is waited for."""
+        second = None if self.second is None else self.second.cpu()
+        return replace(self, second=second, others=tuple(part.cpu() for part in self.others))
+
 
 def targets_of(batch: Batch) -> Targets:
     """Return what a batch holds that may be classes."""
@@ -121,7 +130,7 @@ def targets_of(batch: Batch) -> Targets:
 def _classes(part: Any, size: int) -> Tensor | None:
     if not isinstance(part, Tensor) or part.shape != (size,) or part.is_floating_point() or part.is_complex():
         return None
-    return part.detach().long().cpu()
+    return part.detach().long()
 
 
 class Accuracy:
@@ -130,18 +139,32 @@ class Accuracy:
     def __init__(self) -> None:
         self.right = self.known = 0
         self.classes = True
+        self._waiting: list[tuple[Tensor, Callable[[], Tensor | None]]] = []
 
     def add(self, predicted: Tensor | None, classes: Tensor | None) -> None:
         """Count a batch; either may be unknown."""
-        if predicted is None or classes is None:
+        if predicted is not None and classes is not None:
+            self.add_later(predicted, lambda: classes)
+
+    def add_later(self, predicted: Tensor, classes: Callable[[], Tensor | None]) -> None:
+        """Count a batch whose classes are only asked for with the value, so that no device is waited for before."""
+        self._waiting.append((predicted, classes))
+
+    def _look(self) -> None:
+        asked = [(predicted, classes()) for predicted, classes in self._waiting]
+        known = [(predicted, classes) for predicted, classes in asked if classes is not None]
+        self._waiting = []
+        if not known:
             return
-        self.classes = self.classes and bool((classes >= 0).all())
-        self.right += int((predicted.cpu() == classes).sum())
-        self.known += len(classes)
+        every = torch.cat([classes for _predicted, classes in known])
+        self.classes = self.classes and bool((every >= 0).all())
+        self.right += int((torch.cat([predicted for predicted, _ in known]).cpu() == every).sum())
+        self.known += len(every)
 
     @property
     def value(self) -> float:
         """The share of right predictions."""
+        self._look()
         return self.right / self.known if self.known and self.classes else math.nan
 
 

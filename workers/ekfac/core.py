@@ -33,7 +33,7 @@ class Core:
     """
 
     def __init__(self, basis: CoreBasis, dtype: torch.dtype, device: torch.device, tile: int = TILE) -> None:
-        self.count, self.tile = len(basis.coordinates), tile
+        self.basis, self.count, self.tile = basis, len(basis.coordinates), tile
         self.index = torch.from_numpy(basis.coordinates).to(device)
         width = -(-self.count // ALIGNMENT) * ALIGNMENT
         vectors = torch.zeros(width, width, dtype=dtype, device=device)
@@ -46,6 +46,12 @@ class Core:
     def like(self) -> Tensor:
         """A tensor of the rows' type and place."""
         return self._taken
+
+    def among(self, coordinates: Tensor) -> Core:
+        """Return the same for rows of some coordinates, ascending, the core's own being among them."""
+        places = torch.searchsorted(coordinates, self.index).cpu().numpy()
+        moved = CoreBasis(coordinates=places, vectors=self.basis.vectors)
+        return Core(moved, self.like.dtype, self.like.device, self.tile)
 
     def turn(self, rows_nD: Tensor, *, back: bool = False) -> None:
         """Replace the core x of every row by ``x vectors``, or with ``back`` by ``x vectors^T``."""

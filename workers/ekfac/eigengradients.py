@@ -11,6 +11,7 @@ taken before anything is scaled.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ class EigenGradients(PerSampleGradients):
     Args:
         basis: The eigenbasis.
         scale: (D,) P of the metric in which gradients are turned; None: as they are.
+        coordinates: (C,) those that rows consist of, ascending; None: all, and so they must be where steps clip.
+        factored: Entries that are no columns of the tiles; None: the weights of all blocks that come as factors.
 
     Attributes:
         root: P^1/2, (D,).
@@ -52,6 +55,8 @@ class EigenGradients(PerSampleGradients):
         ways: Ways,
         basis: Eigenbasis,
         scale: npt.NDArray[np.float64] | None = None,
+        coordinates: Tensor | None = None,
+        factored: frozenset[int] | None = None,
     ) -> None:
         like = layout.parameters(model)[0]
         root = None if scale is None else torch.from_numpy(np.sqrt(scale)).to(like)
@@ -67,7 +72,8 @@ class EigenGradients(PerSampleGradients):
                 p, q = (torch.from_numpy(np.sqrt(side)).to(like).unsqueeze(1) for side in found)
                 left, right = p * left, q * right
             self.sides[k] = (left, right)
-        factored = frozenset(basis.blocks[k].entries[0] for k in self.sides)
+        if factored is None:
+            factored = frozenset(basis.blocks[k].entries[0] for k in self.sides)
         self.basis, self.root = basis, root
         super().__init__(recipe, model, layout, ways, factored)
         self._block_of = {block.entries[0]: k for k, block in enumerate(basis.blocks)}
@@ -79,8 +85,11 @@ class EigenGradients(PerSampleGradients):
             if i not in factored
         ]
         self._outside = torch.cat(outside).to(like) if len(inside) < len(layout.entries) else None
-        self._rotated = torch.empty(
-            self.tile, layout.dimension, dtype=self._block.dtype, device=self._block.device
+        self._picks = None if coordinates is None else _picks(basis, coordinates)
+        width = layout.dimension if coordinates is None else len(coordinates)
+        self._rotated = self._block.new_empty(self.tile, width)
+        self._core = (
+            basis.core if coordinates is None or basis.core is None else basis.core.among(coordinates)
         )
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}
         self._whole: dict[int, Tensor] = {}
@@ -170,24 +179,89 @@ class EigenGradients(PerSampleGradients):
     def _rotate(self, start: int, count: int) -> Tensor:
         """Assemble the tile that begins at row ``start`` in the eigenbasis."""
         for k, block in enumerate(self.basis.blocks):
-            target = self._rotated[:, self.basis.span(k)].unflatten(1, (block.rows, block.columns))
             if k in self._factors:
                 d_R, x_R = (f[start : start + count] for f in self._factors[k])
-                torch.mul(d_R.unsqueeze(2), x_R.unsqueeze(1), out=target[:count])
+                self.put_factors(k, d_R, x_R)
                 continue
             if block.entries[0] in self.factored and block.entries[0] not in self._whole:
-                target.zero_()  # its layer was not called in this step
+                self.put(k, None, count)  # its layer was not called in this step
                 continue
             rows = {i: self._scaled_whole(i, start, count) for i in block.entries if i in self._whole}
             parts = [rows.get(i, self.views[i][:count]).reshape(count, block.rows, -1) for i in block.entries]
-            self.basis.turn(k, parts, target[:count])
-        if self.basis.core is not None:
-            self.basis.core.turn(self._rotated[:count])
+            self.put(k, parts, count)
+        if self._core is not None:
+            self._core.turn(self._rotated[:count])
         return self._rotated[:count]
+
+    def put_factors(self, k: int, d_R: Tensor, x_R: Tensor) -> None:
+        """Write a block whose rows are the outer products of turned factors."""
+        count = len(d_R)
+        if self._picks is None:
+            torch.mul(d_R.unsqueeze(2), x_R.unsqueeze(1), out=self._target(k)[:count])
+        elif (pick := self._picks[k]) is not None:
+            d, x = d_R.index_select(1, pick.rows), x_R.index_select(1, pick.columns)
+            torch.mul(d, x, out=self._rotated[:count, pick.span])
+
+    def put(self, k: int, parts: Sequence[Tensor] | None, count: int) -> None:
+        """Turn and write a block's rows, as for ``Eigenbasis.turn``; None: zeros."""
+        pick = None if self._picks is None else self._picks[k]
+        if self._picks is not None and pick is None:
+            return
+        target = self._target(k)[:count] if pick is None else self._rotated[:count, pick.span]
+        if parts is None:
+            target.zero_()
+        elif pick is None:
+            self.basis.turn(k, parts, target)
+        else:
+            turned = self.turned_block(k, parts, count)
+            torch.index_select(turned.flatten(1), 1, pick.flat, out=target)
+
+    def turned_block(self, k: int, parts: Sequence[Tensor], count: int) -> Tensor:
+        """Return a block's rows turned, (count, O, I)."""
+        block = self.basis.blocks[k]
+        turned = self._rotated.new_empty(count, block.rows, block.columns)
+        self.basis.turn(k, parts, turned)
+        return turned
+
+    def wants(self, k: int) -> bool:
+        """Whether rows hold any coordinate of a block."""
+        return self._picks is None or self._picks[k] is not None
+
+    def _target(self, k: int) -> Tensor:
+        block = self.basis.blocks[k]
+        return self._rotated[:, self.basis.span(k)].unflatten(1, (block.rows, block.columns))
 
     def _scaled_whole(self, entry: int, start: int, count: int) -> Tensor:
         rows = self._whole[entry][start : start + count]
         if self.root is None:
             return rows
         first = self.layout.entries[entry].start
-        return rows * self.root[first : first + self.layout.size(entry)].view(rows.shape[1:])
+        root = self.root[first : first + self.layout.size(entry)]
+        return rows * root.view(rows.shape[1:])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Pick:
+    """The coordinates of a block that are wanted: their columns among all wanted, their places in the block."""
+
+    span: slice
+    flat: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def _picks(basis: Eigenbasis, coordinates: Tensor) -> list[_Pick | None]:
+    """Return the coordinates block by block; None where none is wanted."""
+    found: list[_Pick | None] = []
+    for k, block in enumerate(basis.blocks):
+        own = basis.span(k)
+        start, stop = torch.searchsorted(coordinates, coordinates.new_tensor([own.start, own.stop])).tolist()
+        if start == stop:
+            found.append(None)
+            continue
+        flat = coordinates[start:stop] - own.start
+        pick = _Pick(
+            span=slice(start, stop), flat=flat, rows=flat // block.columns, columns=flat % block.columns
+        )
+        found.append(pick)
+    return found

@@ -83,8 +83,10 @@ def load_flat(parameters: Sequence[nn.Parameter], vector: Tensor) -> None:
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """Return the crc32 of the tensors' bytes, in order."""
+    """Return the crc32 of the tensors' bytes, in order; a device is waited for once."""
     value = 0
+    if tensors and tensors[0].device.type != "cpu" and len({(t.device, t.dtype) for t in tensors}) == 1:
+        tensors = [flatten(tensors)]
     for tensor in tensors:
         array = tensor.detach().cpu().contiguous().numpy()
         value = zlib.crc32(array.data if array.ndim else array.tobytes(), value)

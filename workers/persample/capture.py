@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ...storage.errors import RecipeError
 from . import recurrent
@@ -27,15 +28,17 @@ Form = Literal["first", "second", "lent"]
 class Call:
     """One call of one layer: ``x_B`` its input, ``d_B`` the loss gradient at its output or None.
 
-    ``shape`` is that of the output, known before any gradient is.
+    ``shape`` is that of the output, known before any gradient is; ``moments`` what a BatchNorm layer normalised with,
+    where its node tells.
     """
 
-    __slots__ = ("d_B", "form", "module", "name", "shape", "version", "x_B")
+    __slots__ = ("d_B", "form", "module", "moments", "name", "shape", "version", "x_B")
 
     def __init__(self, name: str, module: nn.Module, x_B: Tensor, shape: torch.Size, form: Form = "first"):
         self.name, self.module, self.x_B, self.shape, self.form = name, module, x_B, shape, form
         self.version = x_B._version
         self.d_B: Tensor | None = None
+        self.moments: tuple[Tensor, Tensor] | None = None
 
     def covers(self, size: int) -> bool:
         """Whether the batch, of ``size`` samples, is where it ought to be."""
@@ -107,10 +110,16 @@ class Capture:
         model: The model being trained.
         wanted: Parameters (by id) whose per-sample gradients are to come from rules, with the form of the calls
             that they come from.
+
+    Attributes:
+        calls: Of the layers, since ``listen``.
+        ends: Where in the graph their outputs are.
+        rules: Of the layers that are followed.
     """
 
     def __init__(self, model: nn.Module, wanted: Mapping[int, Form]) -> None:
         self.calls: list[Call] = []
+        self.ends: list[GradientEdge] = []
         self.listening = False
         self.rules: dict[nn.Module, tuple[Rule, Prepare | None]] = {}
         self.forms: dict[nn.Module, Form] = {}
@@ -152,6 +161,7 @@ class Capture:
             if self.listening:
                 take(gradient.detach())
 
+        self.ends.append(get_gradient_edge(output))
         output.register_hook(keep)
 
     def _hook(self, name: str) -> Any:
@@ -163,6 +173,7 @@ class Capture:
                 return
             with torch._C.DisableTorchFunction():  # the losses may be computed where detach does nothing
                 call = self._note(name, module, x.detach(), output)
+                call.moments = getattr(output.grad_fn, "moments", None)
             self._keep(output, lambda d: setattr(call, "d_B", d))
 
         return hook
@@ -228,12 +239,13 @@ class Capture:
     @contextmanager
     def listen(self) -> Iterator[list[Call]]:
         """Catch the calls of one forward and backward pass."""
-        self.calls, self._rolled = [], []
+        self.calls, self.ends, self._rolled = [], [], []
         self.listening = True
         try:
             yield self.calls
         finally:
             self.listening = False
+            self.ends = []
             for running in self._running.values():  # of a forward pass that failed
                 running.__exit__(None, None, None)
             self._running.clear()
@@ -259,11 +271,21 @@ class Capture:
             _widen(call)
         return [_formed(call, calls) for call in calls]
 
+    def forget(self) -> None:
+        """Let go of the calls caught so far: the pass that they are of is not the one that counts."""
+        self.calls.clear()
+        self._rolled.clear()
+
     def close(self) -> None:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def walk(self, value: Tensor) -> None:
+        """Run a backward pass from ``value`` down to what the layers returned, and to no parameter."""
+        if self.ends:
+            torch.autograd.grad(value, self.ends, allow_unused=True)
 
     def pause(self) -> None:
         """Stop noting gradients while something else runs a backward pass."""

@@ -1,9 +1,10 @@
 """Per-sample gradients of chosen rows of a batch, handed over in blocks of a few rows.
 
 Three strategies, chosen per parameter by ``trials``: ``rule`` (products of what hooks caught in the
-training step itself), ``func`` (``vmap(grad)``) and ``vjp`` (one backward pass a row). Rows are
-worked on in tiles of a fixed size, so that a row's bits do not depend on which other rows are asked
-for: the number of shards then changes nothing.
+training step itself), ``func`` (``vmap(grad)``) and ``vjp`` (one backward pass a row). A row's bits do
+not depend on which other rows are asked for, so that the number of shards changes nothing: on a CPU rows
+are worked on in multiples of ``TILE``, among which kernels give each the same bits; on an accelerator,
+whose libraries choose kernels by size, all rows of a batch are computed, or tiles of one fixed size.
 
 A strategy that a trial found right may still not fit a later step, and what is cheap to see is looked
 at in every one: a layer that gets something else than the batch, samples whose loss alone is not
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +30,9 @@ from ..model.layout import Layout
 from ..model.state import buffers_from, kept_buffers, own_parameters
 from ..recipe import Batch, Recipe
 from .capture import Call, Capture
+from .channels import Spread, channel_rows, is_channel_norm, moments_of
 from .reference import func, same_losses, vjp
+from .rules import begins_a_line
 from .ways import RULED, Before, Strategy, Ways, form_of
 
 logger = logging.getLogger(__name__)
@@ -40,10 +45,18 @@ TakeFactors = Callable[[int, Tensor, Tensor | None], None]
 None, d_R holds the gradients themselves, (R, *parameter shape)."""
 
 TILE = 16
-"""Rows worked on at a time on a CPU: the block stays in cache. Larger also wastes padding."""
+"""Rows worked on at a time on a CPU, or a multiple of it: the block stays in cache. Larger also wastes padding."""
 
 DEVICE_TILE = 64
 """The same on an accelerator, where every call costs a launch."""
+
+MOST_BYTES = {"cpu": 64 << 20}
+"""A block of all rows of a batch takes no more by type of device, else ``MOST_ELSEWHERE``."""
+
+MOST_ELSEWHERE = 1 << 30
+
+AT_ONCE = 4 << 20
+"""Bytes of products that wait for each other, to be written by one call."""
 
 
 class PerSampleGradients:
@@ -55,8 +68,10 @@ class PerSampleGradients:
         layout: Where each parameter lies in the flat vector.
         ways: One strategy per entry of the layout.
         factored: Entries (weights of Linear layers) handed over as factors instead of in the block.
+        largest: Samples of the largest batch, where its rows may come in one block; 0: they come a tile at a time.
 
     Attributes:
+        tile: Rows handed over at a time, at most.
         columns: Per entry, its first column in the block; None for factored entries.
         width: Columns of the block, D when nothing is factored.
         repaired: Names of parameters that had to go by ``vjp`` in a step where their strategy did not fit.
@@ -69,6 +84,7 @@ class PerSampleGradients:
         layout: Layout,
         ways: Ways,
         factored: frozenset[int] = frozenset(),
+        largest: int = 0,
     ) -> None:
         self.recipe, self.model, self.layout, self.ways = recipe, model, layout, ways
         self._parameters = layout.parameters(model)
@@ -80,9 +96,13 @@ class PerSampleGradients:
         }
         self._by["rule"] = [i for i, s in enumerate(self.strategies) if s in RULED]
         like = self._parameters[0]
-        self.tile = self.tile_for(like)
+        self._accelerated = like.device.type != "cpu"
         self.factored = factored
         self.columns, self.width = _columns(layout, factored)
+        self.span = self.tile = self.tile_for(like)
+        if largest:
+            most = MOST_BYTES.get(like.device.type, MOST_ELSEWHERE) // max(1, self.width * like.itemsize)
+            self.tile = max(self.tile, min(_up(largest), most // TILE * TILE))
         self._block = torch.empty(self.tile, self.width, dtype=like.dtype, device=like.device)
         self.views = _views(self._block, layout, self.columns)
         self._ready: dict[int, Tensor] = {}
@@ -102,10 +122,21 @@ class PerSampleGradients:
         }
         self.repaired: set[str] = set()
         self._forms: dict[int, frozenset[int]] = dict.fromkeys(ways.graphs, frozenset())
+        self._places: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def ruled(self) -> bool:
+        """Whether all rows come from rules, unless a step is found to be another than those tried."""
+        return not (self._by["func"] or self._by["vjp"])
 
     def tile_for(self, like: Tensor) -> int:
         """Return how many rows are worked on at a time."""
         return TILE if like.device.type == "cpu" else DEVICE_TILE
+
+    @property
+    def alone(self) -> bool:
+        """Whether some gradients come from passes of single samples, given the batch (``func``)."""
+        return bool(self._by["func"])
 
     def watch(self, positions: Tensor, sink: TakeRows, factors: TakeFactors | None = None) -> Watch:
         """Return what a training step needs to hand the rows at ``positions`` (R,) to the sinks."""
@@ -259,8 +290,8 @@ class PerSampleGradients:
         for i in chosen:
             shape = (len(positions), *self.layout.entries[i].shape)
             self._ready[i] = self._block.new_zeros(shape)
-        for start in range(0, size, self.tile):
-            stop = min(start + self.tile, size)
+        for start in range(0, size, self.span):
+            stop = min(start + self.span, size)
             slots = torch.nonzero((positions >= start) & (positions < stop)).flatten()
             if len(slots):
                 yield torch.arange(start, stop, device=positions.device), slots
@@ -277,40 +308,88 @@ class PerSampleGradients:
         """Hand over the rows of the batch that was traced last, a tile at a time.
 
         Args:
-            positions: (R,) batch positions of the rows, as they were given to ``trace``.
+            positions: (R,) batch positions of the rows, ascending, as they were given to ``trace``.
             size: B, the real number of samples in the batch.
             sink: Gets the first row's number and a (rows, width) block, only valid during the call.
             factors: Gets the factors of factored entries, for all rows at once.
         """
         calls = [call for call in self.capture.take() if call.d_B is not None and self.owned(call)]
         inputs = [self.prepared(call, size) for call in calls]
-        for call in calls:
-            assert call.d_B is not None
-            # The batch loss is a sum over B: times B gives the gradient of each sample's own loss.
-            call.d_B = call.d_B * self._divisor
-            if self.factored and factors:
-                self._hand_factors(call, positions, factors)
+        # The batch loss is a sum over B: times B gives the gradient of each sample's own loss.
+        self._scale(calls)
         if factors:
+            for call in calls:
+                self._hand_factors(call, positions, size, factors)
             for i in self.factored & self._ready.keys():
                 factors(i, self._ready[i], None)
-        for start in range(0, len(positions), self.tile):
-            rows = positions[start : start + self.tile]
-            count = len(rows)
-            if count < self.tile:
-                rows = torch.cat([rows, rows[-1:].expand(self.tile - count)])
-            written: set[int] = set()
-            for call, x_B in zip(calls, inputs, strict=True):
-                self.products(call, x_B, rows, written)
-            for i in self._dense:
-                if i not in written:
-                    self.views[i].zero_()
-            for i in self.ways.untried - self._ready.keys():
-                self.views[i].zero_()
-            for i, values in self._ready.items():
-                if i not in self.factored:
-                    self.views[i][:count] = values[start : start + count]
-            sink(start, self._block[:count])
+        if self._accelerated and size <= self.tile:
+            block = self._every_row(calls, inputs, positions, size)
+            sink(0, block if len(positions) == size else block.index_select(0, positions))
+        else:
+            for start in range(0, len(positions), self.tile):
+                rows = positions[start : start + self.tile]
+                self.fill(calls, inputs, self._padded(rows, size), size)
+                for i, values in self._ready.items():
+                    if i not in self.factored:
+                        self.views[i][: len(rows)] = values[start : start + len(rows)]
+                sink(start, self._block[: len(rows)])
         self._ready = {}
+
+    def _scale(self, calls: Sequence[Call]) -> None:
+        gradients = [call.d_B for call in calls if call.d_B is not None]
+        if not gradients:
+            return
+        for call, scaled in zip(calls, torch._foreach_mul(gradients, self._divisor), strict=True):
+            call.d_B = scaled
+
+    def _padded(self, rows: Tensor, size: int) -> Tensor | None:
+        """Return rows of a tile, the last one repeated up to a multiple; None: all of the batch as they lie."""
+        missing = -len(rows) % TILE if not self._accelerated else self.tile - len(rows)
+        if not missing and len(rows) == size:
+            return None
+        return torch.cat([rows, rows[-1:].expand(missing)]) if missing else rows
+
+    def _every_row(
+        self, calls: Sequence[Call], inputs: Sequence[Tensor], positions: Tensor, size: int
+    ) -> Tensor:
+        """Return the block of all samples of a batch."""
+        self.fill(calls, inputs, None, size)
+        for i, values in self._ready.items():
+            if i not in self.factored:
+                self.views[i][:size].index_copy_(0, positions, values)
+        return self._block[:size]
+
+    def fill(self, calls: Sequence[Call], inputs: Sequence[Tensor], rows: Tensor | None, size: int) -> None:
+        """Write the products of calls for some rows into the tile; what no call gives is zero there.
+
+        Args:
+            calls: Of layers, their gradients those of the samples' own losses.
+            inputs: What ``prepared`` gave for them.
+            rows: (R,) batch positions; None: all.
+            size: B.
+        """
+        tile = _Tile(self.views, size if rows is None else len(rows))
+        norms = []
+        for call, x_B in zip(calls, inputs, strict=True):
+            owned = [(name, i) for name, i in self.owned(call) if i in self._dense]
+            if not owned:
+                continue
+            assert call.d_B is not None
+            x_R, d_R = (_chosen(values, rows) for values in (x_B, call.d_B))
+            if is_channel_norm(call.module):
+                norms.append((call, dict(owned), x_R, d_R))
+                continue
+            rule, _prepare = self.capture.rules[call.module]
+            for name, i in owned:
+                tile.take(i, partial(rule, call.module, name, x_R, d_R))
+        if norms:
+            moments = [call.moments for call, *_ in norms if call.moments is not None]
+            spread = Spread(moments).over(tile.rows, self._places)
+            for (_call, owned_by, x_R, d_R), own in zip(norms, spread, strict=True):
+                found = dict(zip(("weight", "bias"), channel_rows(x_R, d_R, own), strict=True))
+                for name, i in owned_by.items():
+                    tile.take(i, partial(_made, found[name]))
+        tile.finish(self._dense | (self.ways.untried - self._ready.keys()))
 
     def owned(self, call: Call) -> list[tuple[str, int]]:
         """Return (name in the layer, entry) of what a call's rule gives in this step."""
@@ -330,38 +409,24 @@ class PerSampleGradients:
                 f"layer {call.name!r} got an input of shape {tuple(call.x_B.shape)} in a batch of "
                 f"{batch_size}; its leading axis must be the batch in every step"
             )
+        if is_channel_norm(call.module) and call.moments is None:
+            call.moments = moments_of(call.module, call.x_B)
         _rule, prepare = self.capture.rules[call.module]
         return call.x_B if prepare is None else prepare(call.module, call.x_B)
 
-    def _hand_factors(self, call: Call, positions: Tensor, factors: TakeFactors) -> None:
+    def _hand_factors(self, call: Call, positions: Tensor, size: int, factors: TakeFactors) -> None:
         for _name, i in self.owned(call):
             if i not in self.factored:
                 continue
             assert call.d_B is not None
-            d_B, x_B = self.factors_of(call, i, call.d_B)
-            factors(i, d_B.index_select(0, positions), x_B.index_select(0, positions))
+            both = self.factors_of(call, i, call.d_B)
+            if len(positions) < size:
+                both = (both[0].index_select(0, positions), both[1].index_select(0, positions))
+            factors(i, *both)
 
     def factors_of(self, call: Call, entry: int, d_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors (B, O) and (B, I) of a factored entry for the whole batch."""
         return d_B, call.x_B
-
-    def products(self, call: Call, x_B: Tensor, positions: Tensor, written: set[int]) -> None:
-        """Write (or add to) one call's products in the tile; ``written`` collects the entries hit."""
-        assert call.d_B is not None
-        rule, _prepare = self.capture.rules[call.module]
-        owned = [(name, i) for name, i in self.owned(call) if i in self._dense]
-        if not owned:
-            return
-        x_R = x_B.index_select(0, positions)
-        d_R = call.d_B.index_select(0, positions)
-        for name, i in owned:
-            if i in written:  # a layer used twice, or a parameter two layers share
-                again = torch.empty_like(self.views[i], memory_format=torch.contiguous_format)
-                rule(call.module, name, x_R, d_R, again)
-                self.views[i] += again
-            else:
-                rule(call.module, name, x_R, d_R, self.views[i])
-                written.add(i)
 
     def told(self) -> dict[str, Any]:
         """Return how the rows were had, JSON-able: counts of what is fast, names of what is not."""
@@ -394,6 +459,65 @@ class Watch:
     positions: Tensor
     sink: TakeRows
     factors: TakeFactors | None = None
+
+
+class _Tile:
+    """What is written of a tile so far.
+
+    Args:
+        views: Of the block, (rows, *parameter shape) each.
+        rows: R.
+    """
+
+    def __init__(self, views: Sequence[Tensor], rows: int) -> None:
+        self._views, self.rows = views, rows
+        self._written: set[int] = set()
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._bytes = 0
+
+    def take(self, entry: int, give: Callable[[Tensor], Tensor | None]) -> None:
+        """Write what ``give`` writes or returns; a second time (a layer used twice, a shared parameter) it is added."""
+        view = self._views[entry][: self.rows]
+        if entry in self._written:
+            self._flush()
+            again = torch.empty_like(view, memory_format=torch.contiguous_format)
+            found = give(again)
+            view += again if found is None else found
+            return
+        self._written.add(entry)
+        found = give(view)
+        if found is not None:
+            self._waiting.append((view, found))
+            self._bytes += found.nbytes
+            if self._bytes > AT_ONCE:
+                self._flush()
+
+    def finish(self, entries: AbstractSet[int]) -> None:
+        """Write what waits, and zero where nothing came."""
+        self._flush()
+        for i in sorted(entries - self._written):
+            self._views[i][: self.rows].zero_()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            views, found = zip(*self._waiting, strict=True)
+            torch._foreach_copy_(list(views), list(found))
+        self._waiting, self._bytes = [], 0
+
+
+def _chosen(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Return rows of a batch, contiguous and beginning a line, whichever they are."""
+    if rows is not None:
+        return values.index_select(0, rows)
+    return values if begins_a_line(values) else values.clone(memory_format=torch.contiguous_format)
+
+
+def _made(values: Tensor, _out: Tensor) -> Tensor:
+    return values
+
+
+def _up(count: int) -> int:
+    return -(-count // TILE) * TILE
 
 
 def _with_lenders(

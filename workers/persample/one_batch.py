@@ -264,7 +264,7 @@ class OneBatch:
                 with mode_of(self.recipe):
                     x_B = engine.prepared(scaled, size)
                 scaled.d_B = call.d_B * size
-                engine.products(scaled, x_B, self.chosen[:1].expand(engine.tile), set())
+                engine.fill([scaled], [x_B], self.chosen[:1].expand(engine.tile), size)
             except (RecipeError, RuntimeError, AssertionError) as error:
                 logger.debug("rule of layer %s does not apply: %s", call.name, error)
                 bad |= owned
@@ -276,11 +276,7 @@ class OneBatch:
         for start in range(0, size, engine.tile):
             count = min(engine.tile, size - start)
             rows = torch.arange(start, start + engine.tile, device=device).clamp(max=size - 1)
-            for view in engine.views:
-                view.zero_()
-            written: set[int] = set()
-            for call, x_B in zip(calls, inputs, strict=True):
-                engine.products(call, x_B, rows, written)
+            engine.fill(calls, inputs, rows, size)
             for i, view in enumerate(engine.views):
                 found.add(i, view[:count], start)
         good = {i for i in range(len(self.parameters)) if i not in bad and found.agrees(i)}

@@ -74,6 +74,18 @@ class Before:
 Judge = Callable[[nn.Module, Batch, Before], frozenset[int]]
 
 
+NORMS = dict.fromkeys(
+    (
+        "NativeBatchNormBackward0",
+        "CudnnBatchNormBackward0",
+        "MiopenBatchNormBackward0",
+        "SwitchedBatchNormBackward",
+    ),
+    "BatchNorm",
+)
+"""Nodes of one operation, by the library that does it and by how its statistics are differentiated."""
+
+
 def form_of(losses_B: Tensor, entries: Mapping[int, int]) -> int:
     """Return a hash of the form of a graph: its operations, how they hang together, the parameters used.
 
@@ -94,7 +106,8 @@ def form_of(losses_B: Tensor, entries: Mapping[int, int]) -> int:
     for node in numbers:
         variable = getattr(node, "variable", None)
         leaf = -3 if variable is None else entries.get(id(variable), -1)
-        parts.append((_number(node.name()), leaf, tuple(numbers.get(f, -1) for f, _ in node.next_functions)))
+        name = NORMS.get(node.name(), node.name())
+        parts.append((_number(name), leaf, tuple(numbers.get(f, -1) for f, _ in node.next_functions)))
     return hash(tuple(parts))
 
 

@@ -38,6 +38,11 @@ class Clip:
         """Whether the gradient is made shorter."""
         return self.factor < 1.0
 
+    @property
+    def share(self) -> float:
+        """What <G, dG> G is multiplied with in the derivative, 1 / (n (n + 1e-6))."""
+        return 1.0 / (self.norm * (self.norm + EPSILON))
+
     def clipped(self) -> Tensor:
         """Return the gradient that the optimiser sees, (D,)."""
         return self.gradient * self.factor if self.active else self.gradient

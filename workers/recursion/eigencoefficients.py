@@ -170,6 +170,24 @@ def nearest_checkpoints(settings: Settings, curvature: Curvature) -> npt.NDArray
     return found
 
 
+def flat_directions(
+    settings: Settings, lanes_D: npt.NDArray[np.int64], curvature: Curvature, share: float
+) -> npt.NDArray[np.bool_]:
+    """Return which directions have so little curvature that no coefficient changes by more than a share, (D,).
+
+    Curvature makes ``exp(-sum of h_t curvature_t)`` of a coefficient, h_t being what a step moves in the long run.
+    """
+    form = scaled_scalars(settings, curvature)
+    moved = form.rate * (form.along * form.gain / np.maximum(1.0 - form.carry, 1e-3) + form.direct)
+    nearest = nearest_checkpoints(settings, curvature)
+    total = np.zeros(curvature.eigenvalues.shape[1])
+    for k, values in enumerate(curvature.eigenvalues):
+        per_lane = np.append(moved[nearest == k].sum(0), 0.0)
+        total += per_lane[lanes_D] * np.maximum(values, 0.0)
+    result: npt.NDArray[np.bool_] = total < share
+    return result
+
+
 def coupled_decay(settings: Settings) -> Float:
     """Return the weight decay that Adam's preconditioner multiplies like the gradient, (U, L)."""
     assert settings.decoupled is not None

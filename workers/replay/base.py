@@ -42,6 +42,46 @@ class HeldBatch:
     kept: Kept
 
 
+class Placed:
+    """Where the tracked samples are in their batches, put on the device for many steps at once.
+
+    Args:
+        batches: (T, B) train indices, -1 where a batch is smaller.
+        row_of: (N,) row of a sample, -1: not tracked.
+        device: Where the batches are.
+    """
+
+    def __init__(
+        self, batches: npt.NDArray[np.int32], row_of: npt.NDArray[np.int64], device: torch.device
+    ) -> None:
+        self._batches, self._row_of, self._device = batches, row_of, device
+        self._first = 0
+        self._ends = np.zeros(1, dtype=np.int64)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the positions (R,) of a step's tracked samples, ascending, and their rows there and on the host."""
+        k = step - self._first
+        if not 0 <= k < len(self._ends) - 1:
+            self._place(step)
+            k = 0
+        start, stop = int(self._ends[k]), int(self._ends[k + 1])
+        return self._positions[start:stop], self._rows[start:stop], self._on_host[start:stop]
+
+    def _place(self, step: int) -> None:
+        batches = self._batches[step : step + PLACED]
+        rows = np.where(batches >= 0, self._row_of[batches], -1)
+        steps, positions = np.nonzero(rows >= 0)
+        self._first = step
+        self._ends = np.searchsorted(steps, np.arange(len(batches) + 1))
+        self._on_host = torch.from_numpy(rows[steps, positions])
+        self._rows = self._on_host.to(self._device)
+        self._positions = torch.from_numpy(positions).to(self._device)
+
+
+PLACED = 1024
+"""Steps whose indices are put on the device at once."""
+
+
 class Sink(Protocol):
     """Takes the per-sample gradients of a replay, step after step.
 
@@ -58,7 +98,8 @@ class Sink(Protocol):
         Args:
             step: Which.
             batch: Its batch.
-            members: (R,) int64 on the host: the rows that are visited; maybe none.
+            members: (R,) int64 on the host: the rows that are visited; maybe none. Those given with gradients are
+                on the device.
         """
 
     def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
@@ -141,6 +182,7 @@ class Replay(VerifiedReplay, Generic[S_co]):
     ) -> None:
         super().__init__(training, trajectory, tracked)
         self.sink = sink(training, trajectory, len(tracked))
+        self._placed = Placed(training.batches, self._row_of, training.device)
         self._waits = False
         self._group: list[HeldBatch] = []
         training.before_update = self._meet
@@ -154,22 +196,21 @@ class Replay(VerifiedReplay, Generic[S_co]):
         if self._waits:
             self._group.append(HeldBatch(step=step, batch=batch, rows=rows, kept=training.state_of_layers()))
             return training.step(step, batch)
-        watch = self._watch(step, batch, rows)
+        watch = self._watch(step, batch)
         return training.step(step, batch) if watch is None else training.step(step, batch, watch)
 
     def _meet(self, step: int) -> None:
         self.sink.meet(step, self.training.moment, self._group)
         for held in self._group:
-            watch = self._watch(held.step, held.batch, held.rows)
+            watch = self._watch(held.step, held.batch)
             if watch is not None:
                 self.training.again(held.step, held.batch, watch, held.kept)
         self._group = []
 
-    def _watch(self, step: int, batch: Batch, rows: Rows) -> Watch | None:
+    def _watch(self, step: int, batch: Batch) -> Watch | None:
         """Begin a batch; return what its step needs to hand over the rows that are tracked, if any."""
-        positions = np.flatnonzero(rows >= 0)
-        members = torch.from_numpy(rows[positions])
-        self.sink.begin(step, batch, members)
+        positions, members, on_host = self._placed.at(step)
+        self.sink.begin(step, batch, on_host)
         if not len(members):
             return None
 
@@ -179,8 +220,7 @@ class Replay(VerifiedReplay, Generic[S_co]):
         def add_factors(entry: int, d_R: Tensor, x_R: Tensor | None) -> None:
             self.sink.add_factors(entry, members, d_R, x_R)
 
-        at = torch.from_numpy(positions).to(self.training.device)
-        return self.sink.engine.watch(at, add, add_factors)
+        return self.sink.engine.watch(positions, add, add_factors)
 
     def end_epoch(self) -> None:
         """Let the sink fold what it keeps by visit."""

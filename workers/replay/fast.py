@@ -73,7 +73,8 @@ class FastRows(Scaled, RowSink):
         layout, epochs = training.layout, training.epochs if epochs is None else epochs
         scaling = StepScales(training, trajectory)
         factored = kept_as_factors(training, ways, epochs)
-        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored)
+        largest = training.batches.shape[1]
+        self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored, largest)
         self.buffers = HypergradientBuffers(
             rows, layout, factored, self.engine.columns, epochs, training.dtype, training.device
         )
@@ -155,6 +156,7 @@ class StepScales:
     Attributes:
         looks: Whether there is more than c_t, so that each step must be met.
         preconditioner: D_t of the step that was met last, (D,); None: 1.
+        clip: How that step was clipped; None: it was not.
         rest: What the rows leave out of what training did.
     """
 
@@ -166,7 +168,7 @@ class StepScales:
         self.lanes = lanes_of(settings, training.layout)
         self.looks = self._steps.needs_moment
         self.preconditioner: Tensor | None = None
-        self._clip: Clip | None = None
+        self.clip: Clip | None = None
         spans = [slice(e.start, e.start + math.prod(e.shape)) for e in training.layout.entries]
         self.rest = Rest(self._steps, self._coefficients, spans, self.lanes)
 
@@ -181,13 +183,13 @@ class StepScales:
             return
         now = moment()
         self.preconditioner = self._steps.preconditioner(step, now)
-        self._clip = now.clip if now.clip.active else None
+        self.clip = now.clip if now.clip.active else None
         self.rest.add(step, now, self.preconditioner)
 
     def clip_(self, block: Tensor) -> None:
         """Turn rows (R, D) of gradients into what clipping makes of them, in place."""
-        if self._clip is not None:
-            self._clip.map_(block)
+        if self.clip is not None:
+            self.clip.map_(block)
 
 
 def kept_as_factors(training: Training, ways: Ways, epochs: int | None = None) -> frozenset[int]:

@@ -19,6 +19,7 @@ from .ekfac import EkfacProducts, EkfacRows
 from .exact import ExactRows
 from .fast import FastRows
 from .projection import FastProducts
+from .split import SplitProducts, SplitRows, splits
 
 
 @overload
@@ -82,10 +83,12 @@ def make_replay(
     assert mode in (FORWARD, ADJOINT), mode
     if targets is None:
         if curvature is not None:
-            return Replay(*given, partial(EkfacRows, curvature=curvature))
+            rows = SplitRows if splits(training, trajectory, curvature) else EkfacRows
+            return Replay(*given, partial(rows, curvature=curvature))
         return Replay(*given, partial(ExactRows, share=share) if form in CARRIED else FastRows)
     if curvature is not None:
-        return Replay(*given, partial(EkfacProducts, curvature=curvature, targets_QD=targets))
+        products = SplitProducts if splits(training, trajectory, curvature) else EkfacProducts
+        return Replay(*given, partial(products, curvature=curvature, targets_QD=targets))
     if form in CARRIED:
         return Adjoint(*given, targets, share=share)
     return Replay(*given, partial(FastProducts, targets_QD=targets))

@@ -7,16 +7,20 @@ mode would add to its buffers are multiplied with the targets instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ...storage.trajectory import Trajectory
-from ..persample.engine import PerSampleGradients
+from ..persample.ghost import GhostProducts
+from ..recipe import Batch
+from ..recursion.family import Moment
 from ..training.training import Training
 from ..training.trials import tried_ways
-from .base import ProductSink
+from .base import HeldBatch, ProductSink
 from .fast import Scaled, Scales, StepScales
 
 TARGET_TILE = 64
@@ -66,16 +70,42 @@ class FastProducts(Scaled, ProductSink):
         targets_QD: npt.NDArray[np.floating],
     ) -> None:
         self._training = training
-        ways = tried_ways(training, trajectory)
-        self.engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
-        self.sums = Projections(rows, torch.from_numpy(np.array(targets_QD)).to(training.device))
+        self.engine = GhostProducts(
+            training.recipe,
+            training.model,
+            training.layout,
+            tried_ways(training, trajectory),
+            targets_QD=torch.from_numpy(np.array(targets_QD)).to(training.device),
+            tile=TARGET_TILE,
+            weighed=training.family.scaled,
+        )
         self._scales = Scales(training, StepScales(training, trajectory))
+        self._sums = torch.zeros(rows, len(targets_QD), dtype=training.dtype, device=training.device)
+
+    def begin(self, step: int, batch: Batch, members: Tensor) -> None:
+        """Note the step's coefficients."""
+        super().begin(step, batch, members)
+        if len(members):
+            self.engine.scales = [self._scales.of_entry(i) for i in range(len(self._training.layout.entries))]
+
+    def meet(self, step: int, moment: Callable[[], Moment], held: Sequence[HeldBatch]) -> None:
+        """Note the preconditioner and the clipping of a step."""
+        super().meet(step, moment, held)
+        steps = self._scales.steps
+        if steps.looks:
+            self.engine.weigh(steps.preconditioner)
+            clip = steps.clip
+            self.engine.clips(None) if clip is None else self.engine.clips(
+                clip.gradient, clip.share, clip.factor
+            )
 
     def add(self, rows: Tensor, block: Tensor) -> None:
-        """Add the products of the scaled gradients."""
-        self._scales.steps.clip_(block)
-        self.sums.add(rows, block, self._scales.block())
+        """Add the products (R, Q) of a batch."""
+        self._sums.index_add_(0, rows.to(self._sums.device), block)
 
     def contributions(self) -> npt.NDArray[np.floating]:
         """Return the contributions; see ``Replay``."""
-        return self.sums.contributions(self._training.n_train)
+        found: npt.NDArray[np.floating] = np.ascontiguousarray(
+            (self._sums.T / -float(self._training.n_train)).cpu().numpy()
+        )
+        return found

@@ -38,6 +38,8 @@ class Trained(Protocol):
     steps: int
     device: torch.device
     dtype: torch.dtype
+    looks_later: bool
+    norms: list[tuple[int, Tensor]]
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:
@@ -56,6 +58,10 @@ def check_gradients(training: Trained, step: int, batch: Batch, loss: Tensor) ->
     Raises:
         NonFiniteTangents: Names parameter, step, and the samples whose own gradient is not finite.
     """
+    if training.looks_later:
+        given = [p.grad for p in training.parameters if p.grad is not None]
+        training.norms.append((step, nn.utils.get_total_norm(given, float("inf"))))
+        return
     owned = [(e.name, p.grad) for e, p in zip(training.layout.entries, training.parameters, strict=True)]
     if finite([grad for _, grad in owned if grad is not None]) or not bool(torch.isfinite(loss)):
         return
@@ -68,6 +74,28 @@ def check_gradients(training: Trained, step: int, batch: Batch, loss: Tensor) ->
         f"the gradient of parameter {name!r} is not finite at step {step} of {training.steps}, though the batch "
         f"loss is {float(loss):.3g}: {which} (batch: train_index {listed(members)}); {_REMEDY}"
     )
+
+
+def check_norms(training: Trained, losses: npt.NDArray[np.float64]) -> None:
+    """Raise for the first step since the last look whose gradients were not finite though its loss was.
+
+    Args:
+        training: Whose weights have gone on since, so that no sample can be tried alone.
+        losses: (T,).
+
+    Raises:
+        NonFiniteTangents: Names the step and its batch.
+    """
+    waiting, training.norms[:] = list(training.norms), []
+    if not waiting or bool(torch.isfinite(torch.stack([norm for _step, norm in waiting])).all()):
+        return
+    for step, norm in waiting:
+        if not bool(torch.isfinite(norm)) and np.isfinite(losses[step]):
+            row = training.batches[step]
+            raise NonFiniteTangents(
+                f"the gradient is not finite at step {step} of {training.steps}, though the batch loss is {losses[step]:.3g} "
+                f"(batch: train_index {listed(row[row >= 0].tolist())}; with --device cpu the sample is named); {_REMEDY}"
+            )
 
 
 def check_own_gradients(

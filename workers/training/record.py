@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ...storage.trajectory import TrajectoryWriter
 from ...storage.trajectory_format import BORDERS
 from ..data.batches import fetch, to_device
 from ..data.cast import cast_model
-from ..data.labels import Accuracy, Labels
+from ..data.labels import Accuracy, Labels, targets_of
 from ..data.user_code import user_code
 from ..determinism import derived_seed, fingerprint, preserved_generators, seed_everything
 from ..model.autocast import noticed
@@ -28,6 +29,7 @@ from ..recipe import Batch, Recipe
 from ..recursion.coefficients import stored_coefficients
 from ..recursion.settings import Recorded
 from .borders import wanted_borders
+from .finite import check_norms
 from .initial import initial_state, load_weights
 from .metrics import OutputWatch, defines_predictions, evaluate, evaluating, evaluation_size
 from .training import Training
@@ -117,6 +119,12 @@ class Recorder:
         self.settings = {name: np.zeros((steps, groups)) for name in training.family.settings}
         self.optimizer_told = {**training.optimizer_told, **training.optimizer_state().told()}
         self.loss = np.zeros(steps)
+        # Elsewhere a look makes the host wait for the device: there it is taken where a digest is.
+        self.at_once = training.device.type == "cpu"
+        training.looks_later = not self.at_once
+        self._losses: list[
+            tuple[int, torch.Tensor, torch.Tensor]
+        ] = []  # step, batch loss, own losses: not looked at
         self.checked = 0
         self.noted = False
         self.autocast: set[str] = set()
@@ -182,7 +190,10 @@ class Recorder:
                 self.settings[name][step] = values
             self._step(step, batch, watch, accuracy)
             done = step + 1
-            if done % self.digest_every == 0 or done == training.steps:
+            digest = done % self.digest_every == 0 or done == training.steps
+            if self.at_once or digest or done in training.epoch_ends:
+                self._look()
+            if digest:
                 self.digests[done] = training.weight_checksum()
             if done in training.epoch_ends:
                 self._end_epoch(training.epoch_ends.index(done), accuracy.value)
@@ -206,9 +217,10 @@ class Recorder:
         checked = self.noted and ends
         self.checked += checked
         with noticed() if step == 0 else nullcontext(self.autocast) as found:
-            self.loss[step] = float(training.step(step, batch))
+            self._losses.append((step, training.step(step, batch), training.own_losses))
         self.autocast = found
-        training.check_finite(step, float(self.loss[step]))
+        if self.at_once:
+            self._look()
         if checked:
             self.update.after(step)
             check_hooks(training.optimizer, training.model)
@@ -218,11 +230,23 @@ class Recorder:
         output = watch.take(len(members))
         if not self.classes:
             output = None
-        labels = None if output is None else self.labels.of(batch, members)
+        labels = cache(partial(self.labels.settled, targets_of(batch), members))
         if output is not None:
-            accuracy.add(output.argmax(1), labels)
+            accuracy.add_later(output.argmax(1), labels)
         if self.visits is not None:
             self.visits.add(members, training.own_losses, output, labels)
+
+    def _look(self) -> None:
+        """Take the losses of the steps since the last look, and raise for the first that is no number."""
+        waiting, self._losses = self._losses, []
+        if not waiting:
+            return
+        first, stop = waiting[0][0], waiting[-1][0] + 1
+        self.loss[first:stop] = torch.stack([loss.double() for _step, loss, _own in waiting]).cpu().numpy()
+        if not np.isfinite(self.loss[first:stop]).all():
+            for step, _loss, own in waiting:
+                self.training.check_finite(step, float(self.loss[step]), own)
+        check_norms(self.training, self.loss)
 
     def _end_epoch(self, epoch: int, train_accuracy: float) -> None:
         training, recipe = self.training, self.training.recipe

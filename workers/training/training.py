@@ -44,6 +44,7 @@ from ..model.state import (
     same_buffer,
     unchanged_buffers,
 )
+from ..persample.channels import switchable, switched_statistics
 from ..persample.engine import Watch
 from ..persample.one_batch import NOISE
 from ..persample.reference import constant_statistics, couples_samples
@@ -99,6 +100,8 @@ class Training:
         guarded: Whether each step's gradients are looked at before they move the weights. A replay
             follows a record whose gradients were.
         known_ways: Ways to per-sample gradients that were tried in this training already, elsewhere; None: not yet.
+        looks_later: Whether they are looked at for many steps at once, ``norms`` being kept meanwhile.
+        norms: (step, largest size of a gradient's numbers) that nobody has looked at.
         before_update: Called with a step whose gradient is complete, before rows of its last batch are handed
             over and before the optimiser moves the weights; see ``moment``.
         divisors: (T,) float64: a step's loss is the sum of its samples' losses over this; NaN where it depends
@@ -112,6 +115,7 @@ class Training:
 
     guarded = False
     known_ways: Ways | None = None
+    looks_later = False
     before_update: Callable[[int], None] | None = None
 
     def __init__(self, recipe: Recipe, compute: Compute) -> None:
@@ -152,6 +156,8 @@ class Training:
         self.updates = self.schedule.updates
         self.steps = len(self.batches)
         self.own_losses = torch.empty(0)  # of the last step
+        self.norms: list[tuple[int, Tensor]] = []
+        self._applied: npt.NDArray[Any] | None = None
         self.weighted = not is_default(recipe, "weights")
         self.divisors = np.full(self.steps, np.nan)
         recorded = self.schedule.recorded
@@ -292,13 +298,33 @@ class Training:
             NonFiniteTangents: The loss is finite, a gradient is not (where ``guarded``).
         """
         size = self.batch_size(step)
-        separate = watch is not None and self.holds_statistics and couples_samples(self.model)
-        seed_everything(derived_seed(self.recipe.seed, "step", step))
+        self.seed_step(step)
         if self.schedule.first[step] == step:
-            for parameter in self.parameters:
-                parameter.grad = None
+            self.forget_gradients()
+        loss = self.pass_through(step, batch, watch)
+        self._about_to_move(step, batch, loss)
+        if watch:
+            watch.engine.hand_over(watch.positions, size, watch.sink, watch.factors)
+        self._move(step)
+        return loss
+
+    def seed_step(self, step: int) -> None:
+        """Seed the generators as a step begins with them."""
+        seed_everything(derived_seed(self.recipe.seed, "step", step))
+
+    def forget_gradients(self) -> None:
+        """Begin a step of the optimiser."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def pass_through(self, step: int, batch: Batch, watch: Watch | None) -> Tensor:
+        """Run a batch forward and backward; return its loss, with what its rows are made of in the watch's engine."""
+        size = self.batch_size(step)
+        separate = watch is not None and self.holds_statistics and couples_samples(self.model)
         if watch is None:
             self.reduce(self._losses(batch, size), step).backward()
+        elif separate and watch.engine.ruled and switchable(self.model):
+            self.own_losses = self._two_ways(step, batch, size, watch).detach()
         elif separate:
             kept = kept_buffers(self.model, statistics=False)
             self.reduce(self._losses(batch, size), step).backward()
@@ -313,7 +339,10 @@ class Training:
                 divisor=self.divisor(step),
             )
             self.own_losses = losses_B.detach()
-        loss = self.own_losses.mean() if not self.weighted else self._weighted_mean(batch)
+        return self.own_losses.mean() if not self.weighted else self._weighted_mean(batch)
+
+    def _about_to_move(self, step: int, batch: Batch, loss: Tensor) -> None:
+        """Look at a step whose gradients are there."""
         self.trainable.check(step, self.steps)
         if self.updates[step]:
             self._check_gradients(step)
@@ -321,12 +350,12 @@ class Training:
                 check_gradients(self, step, batch, loss)
             if self.before_update is not None:
                 self.before_update(step)
-        if watch:
-            watch.engine.hand_over(watch.positions, size, watch.sink, watch.factors)
+
+    def _move(self, step: int) -> None:
+        """Let the optimiser move the weights, where the step ends."""
         if self.updates[step]:
             self._clip(step)
             self.optimizer.step()
-        return loss
 
     def reduce(self, losses_B: Tensor, step: int) -> Tensor:
         """Return what a batch adds to its step's loss."""
@@ -398,6 +427,26 @@ class Training:
             first = self.schedule.first[step]
             self.clips[first : step + 1] = clipped(norm, self.max_norm)
 
+    def _two_ways(self, step: int, batch: Batch, size: int, watch: Watch) -> Tensor:
+        """Run the batch forward once, and backward twice: to the optimiser, and with BatchNorm statistics as constants."""
+        capture = watch.engine.capture
+        with switched_statistics(self.model) as statistics:
+
+            def compute() -> Tensor:
+                losses_B = self.losses(batch, size)
+                statistics.hold()
+                return losses_B
+
+            def back(losses_B: Tensor) -> None:
+                value = self.reduce(losses_B, step)
+                capture.pause()
+                with statistics.moving():
+                    value.backward(retain_graph=True)
+                capture.resume()
+                capture.walk(value)
+
+            return watch.engine.trace(batch, watch.positions, size, compute, back, divisor=self.divisor(step))
+
     def _second_pass(self, step: int, batch: Batch, size: int, watch: Watch, kept: Kept) -> None:
         """Run the batch again, same dropout and buffers, with BatchNorm statistics as constants."""
         seed_everything(derived_seed(self.recipe.seed, "step", step))
@@ -468,7 +517,11 @@ class Training:
         return {name: [group[name] for group in groups] for name in self.family.settings}
 
     def apply_settings(self, recorded: Mapping[str, npt.NDArray[Any]], step: int) -> None:
-        """Put the recorded settings of a step into the optimiser."""
+        """Put the recorded settings of a step into the optimiser, where they are others than those put there last."""
+        values = np.array([recorded[name][step] for name in self.family.settings])
+        if self._applied is not None and np.array_equal(values, self._applied):
+            return
+        self._applied = values
         for g, group in enumerate(self.optimizer.param_groups):
             self.family.apply(group, {name: recorded[name][step, g] for name in self.family.settings})
 

@@ -6,6 +6,7 @@ the device is waited for a few times an epoch alone. Letters: B samples of a bat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class VisitWatch:
         self.loss_dtype = ""
         self._width = 0  # C, once known
         self._decided = False
-        self._waiting: list[tuple[npt.NDArray[Any], Tensor, Tensor | None, Tensor | None]] = []
+        self._waiting: list[tuple[npt.NDArray[Any], Tensor, Tensor | None, Callable[[], Tensor | None]]] = []
         self._bytes = 0
         self._sum: npt.NDArray[np.float32] | None = None
         self._visits = np.zeros(samples, dtype=np.int32)
@@ -75,7 +76,11 @@ class VisitWatch:
         }
 
     def add(
-        self, members: npt.NDArray[Any], losses: Tensor, output: Tensor | None, labels: Tensor | None
+        self,
+        members: npt.NDArray[Any],
+        losses: Tensor,
+        output: Tensor | None,
+        labels: Callable[[], Tensor | None],
     ) -> None:
         """Take what a step left.
 
@@ -83,18 +88,19 @@ class VisitWatch:
             members: (B,) training indices of its batch.
             losses: (B,) own losses, detached.
             output: (B, C) last output of the model, detached, or None where it is something else.
-            labels: (B,) classes on the CPU, or None.
+            labels: Returns (B,) classes on the CPU, or None; asked in the first step, and then for many at once.
         """
-        if not self.classes or output is None or labels is None or not output.is_floating_point():
-            output = labels = None
+        if not self.classes or output is None or not output.is_floating_point():
+            output = None
         if not self._decided:
             self._decided = True
+            output = None if output is None or labels() is None else output
             self.loss_dtype = str(losses.dtype).removeprefix("torch.")
             self._width = 0 if output is None else output.shape[1]
             if self._width and self.samples * self._width * 4 <= PROBABILITY_BYTES:
                 self._sum = np.zeros((self.samples, self._width), dtype=np.float32)
         if output is not None and output.shape[1] != self._width:
-            output = labels = None
+            output = None
         # Copies: a model may hand out the same memory at every step.
         kept = None if output is None else output.clone()
         self._waiting.append((members, losses.clone(), kept, labels))
@@ -110,12 +116,13 @@ class VisitWatch:
         waiting, self._waiting, self._bytes = self._waiting, [], 0
         members = np.concatenate([one[0] for one in waiting])
         self._epoch["loss"][members] = torch.cat([one[1] for one in waiting]).float().cpu().numpy()
-        known = [(m, output, labels) for m, _, output, labels in waiting if output is not None]
+        asked = [(m, output, labels()) for m, _, output, labels in waiting if output is not None]
+        known = [(m, output, labels) for m, output, labels in asked if labels is not None]
         if not known:
             return
         members = np.concatenate([m for m, _, _ in known])
         output = torch.cat([output for _, output, _ in known])
-        labels = torch.cat([labels for _, _, labels in known if labels is not None])
+        labels = torch.cat([labels for _, _, labels in known])
         if output.dtype != torch.float64:
             output = output.float()
         margin, other = margins(output, labels.to(output.device))

@@ -50,6 +50,7 @@ OTHER: dict[str, Any] = {
     "curvature_at": (0, 5),
     "curvature_samples": 9,
     "curvature_core": 8,
+    "curvature_flat": 0.1,
     "curvature_share": 0.3,
     "executor": "serial",
     "address": "10.0.0.1:6379",

@@ -20,10 +20,10 @@ def test_ekfac_and_mixtures_have_options() -> None:
         assert CurvatureOptions.asked_by(CurvatureSpec(hessian=hessian)) == CurvatureOptions()  # type: ignore[arg-type]
     assert CurvatureOptions().to_json() == CurvatureOptions().as_fields() == {}
     found = CurvatureOptions.asked_by(CurvatureSpec(hessian="ekfac")).to_json()
-    assert json.dumps(found) == '{"checkpoints": 5, "samples": 4096, "core": 256}'
+    assert json.dumps(found) == '{"checkpoints": 5, "samples": 1024, "core": 256, "flat": 0.01}'
     given = CurvatureSpec(hessian="ekfac", curvature_at="0,40", curvature_core=0)
     found = CurvatureOptions.asked_by(given).to_json()
-    assert json.dumps(found) == '{"at": [0, 40], "checkpoints": 5, "samples": 4096, "core": 0}'
+    assert json.dumps(found) == '{"at": [0, 40], "checkpoints": 5, "samples": 1024, "core": 0, "flat": 0.01}'
     mixed = CurvatureSpec(hessian="mixed", curvature_share=0.25)
     assert CurvatureOptions.asked_by(mixed).to_json() == {"share": 0.25}
 
@@ -36,6 +36,12 @@ def test_options_come_back_from_json_and_as_fields(given: dict[str, Any]) -> Non
     assert CurvatureOptions.from_json(stored, method="m") == options
     assert replace(CurvatureSpec(hessian="ekfac"), **options.as_fields()) == spec
     assert set(options.as_fields()) <= set(CURVATURE_FIELDS)
+
+
+def test_options_from_before_there_was_a_floor_kept_all_eigenvalues() -> None:
+    stored = {"checkpoints": 5, "samples": 4096, "core": 256}
+    assert CurvatureOptions.from_json(stored, method="m").flat == 0.0
+    assert CurvatureOptions.from_json({"share": 0.5}, method="m").flat is None
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,8 @@ def test_options_come_back_from_json_and_as_fields(given: dict[str, Any]) -> Non
         {"at": [0, "x"]},
         {"share": 1},
         {"share": 1.5},
+        {"flat": 2.0},
+        {"flat": 1},
     ],
 )
 def test_what_cannot_be_options_is_named(document: dict[str, Any]) -> None:
@@ -74,7 +82,7 @@ def info(methods: dict[str, Any]) -> RunInfo:
 
 def test_methods_of_one_form_share_their_options() -> None:
     spec = RunSpec(hessian="ekfac", mode="adjoint", targets="mean", curvature_at=(0, 5))
-    stored = {"at": [0, 5], "checkpoints": 5, "samples": 4096, "core": 4}
+    stored = {"at": [0, 5], "checkpoints": 5, "samples": 1024, "core": 4, "flat": 0.01}
     methods = {"hydra-ekfac": {"state": "complete", "mode": "forward", "options": stored}}
     asked = {**stored, "core": 256}
     assert method_differences(spec, info(methods)) == [

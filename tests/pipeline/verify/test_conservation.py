@@ -15,7 +15,7 @@ from hydra_pipe.storage.errors import ConservationBroken
 from hydra_pipe.workers.recursion.clipping import Clip
 from hydra_pipe.workers.replay.buffers import HypergradientBuffers
 from hydra_pipe.workers.replay.fast import StepScales
-from hydra_pipe.workers.replay.projection import Projections
+from hydra_pipe.workers.replay.projection import FastProducts
 from torch import nn
 
 from tests.end_to_end.support import serial
@@ -115,13 +115,12 @@ def test_a_wrong_factor_of_a_step_ends_the_run(what: str, tmp_path: Path, monkey
 def test_products_of_adamw_hold_it_and_wrong_ones_end_the_run(tmp_path: Path, monkeypatch: Any) -> None:
     found = serial(tmp_path / "right", Sampled("adamw"), mode="adjoint")
     assert found.info["trust"]["hydra"]["law"] == {"checked": True}
-    right = Projections.add
+    right = FastProducts.add
 
-    def add(self: Any, rows: Any, block: Any, scale: Any) -> None:
-        block[:, 0] *= 1.01
-        right(self, rows, block, scale)
+    def add(self: Any, rows: Any, block: Any) -> None:
+        right(self, rows, block * (1 + 0.01 * rows).unsqueeze(1))
 
-    monkeypatch.setattr(Projections, "add", add)
+    monkeypatch.setattr(FastProducts, "add", add)
     with pytest.raises(ConservationBroken, match="the contributions of all samples to target"):
         serial(tmp_path / "wrong", Sampled("adamw"), dtype="float64", mode="adjoint")
 

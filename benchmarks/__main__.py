@@ -26,8 +26,8 @@ WIDE = 170
 
 NAMES = (
     "replay",
-    "segments",
     "operators",
+    "segments",
     "checks",
     "reduce",
     "detect",

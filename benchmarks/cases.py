@@ -89,9 +89,18 @@ class Prefetched(Training):
         yield from self.fetched[first:stop]
 
 
-def record(recipe: Recipe, compute: Compute, folder: Path) -> tuple[Sequence[Batch], Trajectory]:
-    """Record the recipe's training below ``folder``; return its batches and its trajectory."""
+def record(
+    recipe: Recipe, compute: Compute, folder: Path, every: int | None = None
+) -> tuple[Sequence[Batch], Trajectory]:
+    """Record the recipe's training below ``folder``; return its batches and its trajectory.
+
+    Args:
+        recipe: The recipe.
+        compute: How to compute.
+        folder: Where.
+        every: Steps between checkpoints; None: there are the first and the last alone.
+    """
     training = Prefetched(recipe, compute)
     uri = str(folder / "trajectory.zarr")
-    Recorder(training, uri, every=training.steps).run()
+    Recorder(training, uri, every=every or training.steps).run()
     return training.fetched, open_trajectory(uri)

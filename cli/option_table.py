@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from ..pipeline.spec.groups import BatchNorm, Device, Dtype, ExecutorName, PerSample, VisitsKept
+from ..pipeline.spec.groups import BatchNorm, Device, Dtype, ExecutorName, Graphs, PerSample, VisitsKept
 from ..pipeline.spec.spec import RunSpec
 from ..pipeline.vocabulary import Hessian, Mode, Targets
 
@@ -174,6 +174,11 @@ SPEC_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="N",
     ),
     _option("--device", "Where tensors live.", type=click.Choice(get_args(Device))),
+    _option(
+        "--graphs",
+        "On a GPU, capture replayed steps as CUDA graphs where they can be (the same bits), or never.",
+        type=click.Choice(get_args(Graphs)),
+    ),
     click.option(
         "--wait",
         is_flag=True,

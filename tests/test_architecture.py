@@ -102,7 +102,7 @@ MAY_IMPORT = {
     },
     "workers": {
         "estimators": "data determinism ekfac hessian model persample recipe recursion replay training",
-        "replay": "ekfac hessian model persample recipe recursion training",
+        "replay": "determinism ekfac hessian model persample recipe recursion training",
         "reference": "data determinism model recipe training",
         "hessian": "data determinism model persample recipe training",
         "ekfac": "data determinism model persample recipe recursion training",

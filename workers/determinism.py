@@ -55,6 +55,13 @@ def generator_states() -> tuple[Any, ...]:
     )
 
 
+def host_states() -> tuple[Any, ...]:
+    """Return the states of the generators of the host alone; see ``generator_states``."""
+    kind, keys, place, *rest = np.random.get_state()
+    torch_state = torch.get_rng_state().numpy().tobytes()
+    return torch_state, kind, np.asarray(keys).tobytes(), place, *rest, random.getstate()
+
+
 def generators() -> tuple[Any, ...]:
     """Return what ``put_generators`` gives the global generators back; of devices in use alone."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

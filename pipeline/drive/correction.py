@@ -8,7 +8,7 @@ from ...storage import layout
 from ...storage.rows import RowStore
 from ..executors.base import Unit
 from ..plan.plan import Plan
-from ..plan.sharding import EXACT_TARGETS, spans
+from ..plan.sharding import exact_targets, spans
 from ..plan.survey import compute_of
 from ..plan.times import curvature_passes
 from ..spec.method_options import CurvatureOptions
@@ -60,7 +60,8 @@ def correction(session: Session, plan: Plan) -> Stages:
         directory.path(layout.corrections(spec.method, layout.DIRECTIONS)), "direction", directory.vouched
     )
     stage = f"{spec.method}/{CORRECTION}"
-    units = units_of(stage, spans(found.rows, EXACT_TARGETS, "directions"))
+    together = exact_targets(surveyed)
+    units = units_of(stage, spans(found.rows, together, "directions"))
     yield from preflight(session, plan, method=spec.method, later=units, vectors=found.rows, share=1.0)
     yield Stage(
         name=stage,
@@ -83,7 +84,7 @@ def correction(session: Session, plan: Plan) -> Stages:
             rows=found.rows,
             columns=plan.n_tracked,
             dtype=spec.dtype,
-            chunk_rows=EXACT_TARGETS,
+            chunk_rows=together,
             dimensions=("rank", "tracked"),
             attrs={"method": spec.method},
         ),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ...storage.errors import DoesNotFit
 from ...storage.rows import chunk_rows_for
-from ...workers.hessian.tiles import TILE, working_bytes
+from ...workers.hessian.tiles import TILE, block_width, working_bytes
 from ...workers.replay.adjoint import SEGMENT_BYTES
 from ...workers.replay.projection import TARGET_TILE
 from ..executors.base import Capacity
@@ -23,7 +23,7 @@ WRITE_CHUNKS = 4
 """Chunks of hypergradients formed and written at a time: they are encoded in parallel."""
 
 EXACT_TARGETS = TILE
-"""Targets of the exact adjoint in a chunk, one tile; shards are whole chunks, so tiles are the same for any."""
+"""Targets that estimators carry back exactly at a time."""
 
 TILE_VECTORS = 6
 """Vectors of D numbers that a row of a tile takes in passing."""
@@ -147,7 +147,8 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form) -> Lo
     else:
         numbers = {FAST: surveyed.row_numbers, EKFAC: surveyed.dimension}
         item = numbers.get(form, vectors * surveyed.dimension) * itemsize
-    tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * TILE * row
+    together = block_width(surveyed.activation_bytes) if adjoint else TILE
+    tiles = working_bytes(surveyed.activation_bytes) + TILE_VECTORS * together * row
     return Load(
         process=surveyed.process_bytes,
         item=item,
@@ -161,7 +162,17 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form) -> Lo
 def correction_bytes(surveyed: Survey, itemsize: int, rank: int) -> int:
     """Return the bytes that a worker uses for a chunk of ``rank`` directions carried back exactly."""
     load = load_of(surveyed, itemsize, adjoint=True, form=EXACT)
-    return load.bytes(cut_targets(min(rank, EXACT_TARGETS), EXACT_TARGETS, 1))
+    together = exact_targets(surveyed)
+    return load.bytes(cut_targets(min(rank, together), together, 1))
+
+
+def exact_targets(surveyed: Survey) -> int:
+    """Return the targets of the exact adjoint in a chunk of their store, which are carried together.
+
+    From the recipe's sizes alone, and what is carried where the store is there is as many as it says: the bits of a
+    target are those of its tile. Shards are whole chunks, so tiles are the same for any number of them.
+    """
+    return block_width(surveyed.activation_bytes)
 
 
 class Sharding:
@@ -182,7 +193,7 @@ class Sharding:
         self._asked, self._memory = spec.shards, spec.memory
         self._segments = 1
         self._dimension = surveyed.dimension
-        self._tile = EXACT_TARGETS if spec.form in CARRIED else TARGET_TILE
+        self._tile = exact_targets(surveyed) if spec.form in CARRIED else TARGET_TILE
         adjoint = spec.mode == ADJOINT
         self.items = targets if adjoint else len(surveyed.tracked)
         self.load = load_of(surveyed, self.itemsize, adjoint=adjoint, form=spec.form)

@@ -192,6 +192,7 @@ def compute_of(spec: RunSpec) -> Compute:
         threads=spec.torch_threads,
         batch_norm=spec.batch_norm,
         per_sample=spec.per_sample,
+        graphs=spec.graphs,
     )
 
 

@@ -32,6 +32,7 @@ PerSample = Literal["auto", "vjp"]
 VisitsKept = Literal["auto", "on", "off"]
 ExecutorName = Literal["ray", "serial"]
 Device = Literal["auto", "cpu", "cuda"]
+Graphs = Literal["auto", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +222,8 @@ class PlacementSpec(Group):
         threads: torch threads of every process that computes; None: the whole part of
             ``cpus_per_actor``, at least 1.
         device: ``auto``, ``cpu`` or ``cuda``.
+        graphs: ``auto``: on a GPU, replayed steps are captured as CUDA graphs where they can be, with the same bits;
+            ``off``: never.
         shards: How many shards the tracked samples are cut into, or ``auto``.
         segments: In forward mode without the Hessian or with EKFAC: how many segments the steps are cut into, or
             ``auto``; a unit of the replay is then a shard and a segment. None: 1, or what the method has.
@@ -239,6 +242,7 @@ class PlacementSpec(Group):
         metadata=of_the_run(checks.whole(1, 4096, optional=True), stored=lambda group: group.torch_threads),
     )
     device: Device = field(default="auto", metadata=of_the_run(checks.one_of(*get_args(Device))))
+    graphs: Graphs = field(default="auto", metadata=free(checks.one_of(*get_args(Graphs))))
     shards: int | str = field(default="auto", metadata=of_the_method(checks.shards))
     segments: int | str | None = field(default=None, metadata=of_the_method(checks.segments))
     wait: bool = field(default=False, metadata=free(checks.flag))

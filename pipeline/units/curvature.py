@@ -141,7 +141,17 @@ class CorrectionWork(CarryingWork):
             run.path(layout.corrections(self.corrected, layout.DIRECTIONS)), "direction", run.vouched
         )
         directions = stored.read(start, stop).astype(self.compute.dtype)
-        exact = make_replay(EXACT, ADJOINT, self.coupled(), trajectory, self.tracked, targets=directions)
+        base = layout.corrections(self.corrected, layout.CORRECTED)
+        store = RowStore.open(run.path(base), "contribution", run.vouched)
+        exact = make_replay(
+            EXACT,
+            ADJOINT,
+            self.coupled(),
+            trajectory,
+            self.tracked,
+            targets=directions,
+            tile=store.chunk_rows,
+        )
         found = exact.run(report).contributions()
         del exact  # what one replay holds is gone before the other begins
         bent = make_replay(
@@ -156,8 +166,6 @@ class CorrectionWork(CarryingWork):
         difference = found - bent.run().contributions()
         bent.close()
         self.finite(difference, "contributions", trajectory, exact=True)
-        base = layout.corrections(self.corrected, layout.CORRECTED)
-        store = RowStore.open(run.path(base), "contribution", run.vouched)
         store.write(start, difference)
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, UnitValues(rows=stop - start, start=start)

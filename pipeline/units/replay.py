@@ -121,6 +121,8 @@ class AdjointWork(CarryingWork):
         start, stop = rows_of(unit)
         training, trajectory = self.training(), recorded(run)
         targets = self.target_gradients(run).read(start, stop)
+        base = layout.by_test(self.method)
+        store = RowStore.open(run.path(base), "contribution", run.vouched)
         back = make_replay(
             self.form,
             ADJOINT,
@@ -130,6 +132,7 @@ class AdjointWork(CarryingWork):
             curvature=self.basis(run),
             share=self.share,
             targets=targets,
+            tile=store.chunk_rows,
         )
         found, notes = back.run(report).contributions(), back.told()
         back.close()
@@ -137,8 +140,6 @@ class AdjointWork(CarryingWork):
             rest = back.sink.rest if isinstance(back, Replay) else None
             check_sums(found, targets, trajectory, notes["ways"]["noise"], rest)
             notes["lawful"] = True
-        base = layout.by_test(self.method)
-        store = RowStore.open(run.path(base), "contribution", run.vouched)
         store.write(start, self.finite(found, "contributions", trajectory))
         files = [f"{base}/{name}" for name in store.files(start, stop)]
         return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)

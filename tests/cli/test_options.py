@@ -59,7 +59,9 @@ def test_every_field_of_the_spec_can_be_given(tmp_path: Any) -> None:
     text += "--targets classes --exact-rank 4 --dtype float64 --epochs 2 --batch-size 8 --seed 0 --seeds 3 "
     text += "--batch-norm coupled --per-sample vjp "
     text += "--executor serial --address 10.0.0.1:6379 --gpus-per-actor 0.5 --cpus-per-actor 2 "
-    text += "--workers 3 --threads 1 --device cpu --memory 4GiB --reduce-memory 1GiB --overwrite "
+    text += (
+        "--workers 3 --threads 1 --device cpu --graphs off --memory 4GiB --reduce-memory 1GiB --overwrite "
+    )
     text += "--checkpoint-every 7 --curvature-checkpoints 3 --curvature-at 0,5 --curvature-samples 9 --curvature-core 8 --curvature-flat 0.1 --curvature-share 0.3 --max-attempts 5 --start-timeout 9 --unit-timeout 99 --visits off --set a=1"
     spec = spec_of(*text.split(), "--init", str(tmp_path / "w.pt"))
     default = RunSpec()
@@ -251,7 +253,15 @@ def test_every_option_of_the_spec_stands_below_the_heading_of_its_group() -> Non
 
 
 def test_who_takes_what_follows_from_the_fields() -> None:
-    assert PLACEMENT == ("executor", "address", "gpus_per_actor", "cpus_per_actor", "workers", "wait")
+    assert PLACEMENT == (
+        "executor",
+        "address",
+        "gpus_per_actor",
+        "cpus_per_actor",
+        "workers",
+        "graphs",
+        "wait",
+    )
     assert BUDGET == ("memory", "reduce_memory", "max_attempts", "start_timeout", "unit_timeout")
     assert (*PLACEMENT, *BUDGET) == stored_spec.PLACEMENT
     assert set(OF_THE_RUN) == {"executor", "cpus_per_actor", "threads", "device"}

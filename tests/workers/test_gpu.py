@@ -55,6 +55,37 @@ def test_any_subset_gives_the_same_bits(kind, tmp_path):
         assert np.array_equal(again.numpy(0, len(tracked)), whole[tracked])
 
 
+@pytest.mark.parametrize("kind", [Small, Images, Long, BatchNormed], ids=lambda k: k.__name__)
+def test_steps_by_cuda_graphs_have_the_same_bits(kind, tmp_path):
+    uri = str(tmp_path / "trajectory.zarr")
+    Recorder(Training(kind(), Compute(device="cuda")), uri).run()
+    trajectory, found = open_trajectory(uri), {}
+    for how in ("auto", "off"):
+        compute = Compute(device="cuda", graphs=how)
+        replay = Replay(Training(kind(), compute), trajectory, np.arange(0, 44, 3), FastRows).run()
+        found[how] = replay.numpy(0, 15).copy()
+        told = replay.told()["ways"]
+        assert "why_not" not in told
+        assert (told.get("captured_steps", 0) > 0) == (how == "auto")
+    assert np.array_equal(found["auto"], found["off"])
+
+
+@pytest.mark.parametrize("kind", [Small, Images, BatchNormed], ids=lambda k: k.__name__)
+def test_a_step_waits_for_nothing(kind, tmp_path):
+    compute = Compute(device="cuda", graphs="off")
+    uri = str(tmp_path / "trajectory.zarr")
+    Recorder(Training(kind(), compute), uri).run()
+    replay = Replay(Training(kind(), compute), open_trajectory(uri), np.arange(44), FastRows)
+    batches = list(replay.training.loader(0, 4))
+    for step, batch in enumerate(batches):
+        replay.training.apply_settings(replay._settings, step)
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            replay.step(step, batch, replay.rows(step))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_buffers_that_do_not_fit_go_to_pinned_host_memory(tmp_path, monkeypatch):
     on_device, _, replay = replayed(Images(), tmp_path / "a", [1, 2, 30])
     assert replay.sink.buffers.dense.is_cuda

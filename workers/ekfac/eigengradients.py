@@ -229,7 +229,9 @@ class EigenGradients(PerSampleGradients):
 
     def _target(self, k: int) -> Tensor:
         block = self.basis.blocks[k]
-        return self._rotated[:, self.basis.span(k)].unflatten(1, (block.rows, block.columns))
+        rows = self._rotated[:, self.basis.span(k)]
+        target: Tensor = rows.unflatten(1, (block.rows, block.columns))
+        return target
 
     def _scaled_whole(self, entry: int, start: int, count: int) -> Tensor:
         rows = self._whole[entry][start : start + count]

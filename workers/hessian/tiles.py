@@ -25,7 +25,14 @@ from .second_order import SecondOrder, TangentTile
 logger = logging.getLogger(__name__)
 
 TILE = 8
-"""Directions of a tile."""
+"""Directions of a tile, unless more stay near the processor."""
+
+WIDEST = 64
+"""Directions of a tile, at most."""
+
+NEAR_BYTES = 64 << 20
+"""Tangents of more than `TILE` directions together: where the calls cost more than their numbers, 64 at a time cost a
+fifth a direction of what 8 do; where the numbers leave the caches nothing is gained."""
 
 TANGENT_BYTES = 1 << 30
 """Room for the tangents of a tile; models with larger activations take narrower tiles."""
@@ -47,6 +54,7 @@ class HessianTiles:
             then padded, and batch sizes for which that is not enough go one direction at a time.
         transposed: Whether J^T v is wanted where the derivative J of the update is not symmetric.
         share: Share of the Hessian in the products; the rest is the Gauss-Newton matrix's (``gauss_newton``).
+        tile: Directions worked on at a time, at most.
 
     Attributes:
         refusal: Why the fast way is not taken; None where it is.
@@ -58,12 +66,18 @@ class HessianTiles:
     """
 
     def __init__(
-        self, training: Training, *, alone: bool = False, transposed: bool = False, share: float = 1.0
+        self,
+        training: Training,
+        *,
+        alone: bool = False,
+        transposed: bool = False,
+        share: float = 1.0,
+        tile: int = TILE,
     ) -> None:
         self.training, self.alone = training, alone
         with preserved_generators():
             activations = activation_bytes(training)
-            self.width = tile_width(activations)
+            self.width = min(tile, tile_width(activations))
             narrow = _narrow(activations)
             if share == 1.0:
                 found = chosen_way(training, transposed=transposed, narrow=narrow)
@@ -182,8 +196,17 @@ def activation_bytes(training: Training) -> int:
 
 def tile_width(activations: int) -> int:
     """Return how many directions go together, for a batch of so many bytes of activations."""
-    fitting = TANGENT_BYTES // max(1, HELD * activations)
-    return min(TILE, fitting) if fitting >= WORTH else 1
+    each = max(1, HELD * activations)
+    fitting = TANGENT_BYTES // each
+    if fitting < WORTH:
+        return 1
+    near = min(WIDEST, fitting, NEAR_BYTES // each)
+    return min(TILE, fitting) if near <= TILE else 1 << (near.bit_length() - 1)
+
+
+def block_width(activations: int) -> int:
+    """Return how many directions are carried together: a tile of them, or several where one is narrow."""
+    return max(TILE, tile_width(activations))
 
 
 def working_bytes(activations: int) -> int:

@@ -74,6 +74,7 @@ class PerSampleGradients:
         tile: Rows handed over at a time, at most.
         columns: Per entry, its first column in the block; None for factored entries.
         width: Columns of the block, D when nothing is factored.
+        notice: Told the form of every step's graph.
         repaired: Names of parameters that had to go by ``vjp`` in a step where their strategy did not fit.
     """
 
@@ -122,6 +123,7 @@ class PerSampleGradients:
         }
         self.repaired: set[str] = set()
         self._forms: dict[int, frozenset[int]] = dict.fromkeys(ways.graphs, frozenset())
+        self.notice: Callable[[int], None] | None = None
         self._places: dict[tuple[int, ...], Tensor] = {}
 
     @property
@@ -257,6 +259,8 @@ class PerSampleGradients:
         if before is None or self.ways.judge is None:
             return frozenset()
         form = form_of(losses_B, self.index)
+        if self.notice is not None:
+            self.notice(form)
         if form not in self._forms:
             self._forms[form] = bad = self.ways.judge(self.model, batch, before)
             if bad:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..model.layout import Layout
 from ..recipe import Recipe
 from .capture import Call
+from .channels import channel_rows, is_channel_norm
 from .engine import PerSampleGradients, TakeFactors, TakeRows
 from .rules import AppliedLinear, is_transposed_linear
 from .targets import TargetTile, split
@@ -161,6 +162,15 @@ class _Batch:
         if "weight" in wanted and self.engine.weights_of(wanted["weight"], self.count) is None:
             for name in self._without_rows(module, wanted, x_R, d_R, scale):
                 del wanted[name]
+        if is_channel_norm(module):
+            assert call.moments is not None
+            moments = [part.repeat(self.count) for part in call.moments]
+            both = dict(
+                zip(("weight", "bias"), channel_rows(x_R, d_R, (moments[0], moments[1])), strict=True)
+            )
+            for name, i in wanted.items():
+                self._products(i, 0, both[name], scale, None)
+            return
         rows = module.rows if isinstance(module, AppliedLinear) else {}
         for name, i in wanted.items():
             for start, formed in self._formed(call, name, i, x_R, d_R):
@@ -308,8 +318,8 @@ class _Batch:
             else:
                 rule, _prepare = self.engine.capture.rules[module]
                 out = d.new_empty(len(d), *shape)
-                rule(module, name, x, d, out)
-                yield start, out
+                found = rule(module, name, x, d, out)
+                yield start, out if found is None else found
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

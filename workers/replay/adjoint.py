@@ -65,10 +65,11 @@ class Adjoint(VerifiedReplay):
         training: A fresh ``Training`` of the recipe, ``batch_norm`` coupled.
         trajectory: The record.
         tracked: Train indices whose contributions are kept, in the order of the result's columns.
-        targets_QD: Gradients of the targets at w_T; left as they are. They are worked on ``TILE`` at a
+        targets_QD: Gradients of the targets at w_T; left as they are. They are worked on ``tile`` at a
             time from the first; the bits of a target are those of its tile.
         settings: Of the recursion, where they are not the record's; the training keeps those.
         share: Of the Hessian in the products; see ``HessianTiles``.
+        tile: Targets carried together; the products take fewer at a time where memory wants it.
     """
 
     def __init__(
@@ -80,14 +81,15 @@ class Adjoint(VerifiedReplay):
         settings: Settings | None = None,
         *,
         share: float = 1.0,
+        tile: int = TILE,
     ) -> None:
         assert training.compute.batch_norm == "coupled"
         super().__init__(training, trajectory, tracked)
-        self._targets = targets_QD
+        self._targets, self._tile = targets_QD, tile
         self._steps = Steps(
             settings or recorded_settings(trajectory), training.layout, training.dtype, training.device
         )
-        self.tiles = HessianTiles(training, transposed=True, share=share)
+        self.tiles = HessianTiles(training, transposed=True, share=share, tile=tile)
         # The weights; and the gradient and the optimiser's vectors where they matter.
         vectors = 2 + self._steps.vectors if self._steps.needs_moment else 1
         row = vectors * training.layout.dimension * training.dtype.itemsize
@@ -140,8 +142,8 @@ class Adjoint(VerifiedReplay):
             columns = torch.from_numpy(np.where(one.rows >= 0, one.rows, out.shape[1] - 1)).to(out.device)
             share = 1.0 / self.training.divisor(one.step)
             products.append((columns, share, self.tiles.at(one.step, one.batch)))
-        for start in range(0, len(on_weight), TILE):
-            tile = slice(start, start + TILE)
+        for start in range(0, len(on_weight), self._tile):
+            tile = slice(start, start + self._tile)
             a_u, state = on_weight[tile], [vector[tile] for vector in on_state]
             v = linear.pull(a_u, state)
             product, part = torch.empty_like(v), torch.empty_like(v)

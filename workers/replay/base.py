@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from ..recursion.family import Moment
 from ..recursion.rest import Rest
 from ..training.training import Training
 from ..training.verified import Report, Rows, VerifiedReplay
+from .graphs import graphs_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -76,6 +78,17 @@ class Placed:
         self._on_host = torch.from_numpy(rows[steps, positions])
         self._rows = self._on_host.to(self._device)
         self._positions = torch.from_numpy(positions).to(self._device)
+        self._every = rows
+        self._spread: Tensor | None = None
+
+    def every(self, step: int, spare: int) -> Tensor:
+        """Return the row of every member of a step's batch on the device, (B_t,), ``spare`` where it is not tracked."""
+        if not 0 <= step - self._first < len(self._ends) - 1:
+            self._place(step)
+        if self._spread is None:
+            rows = np.where(self._every < 0, spare, self._every)
+            self._spread = torch.from_numpy(rows).to(self._device)
+        return self._spread[step - self._first, : int((self._batches[step] >= 0).sum())]
 
 
 PLACED = 1024
@@ -183,6 +196,7 @@ class Replay(VerifiedReplay, Generic[S_co]):
         super().__init__(training, trajectory, tracked)
         self.sink = sink(training, trajectory, len(tracked))
         self._placed = Placed(training.batches, self._row_of, training.device)
+        self.graphs = graphs_of(training, self.sink)
         self._waits = False
         self._group: list[HeldBatch] = []
         training.before_update = self._meet
@@ -196,6 +210,17 @@ class Replay(VerifiedReplay, Generic[S_co]):
         if self._waits:
             self._group.append(HeldBatch(step=step, batch=batch, rows=rows, kept=training.state_of_layers()))
             return training.step(step, batch)
+        graphs = self.graphs
+        if graphs is not None and graphs.why is None and graphs.sink.spare is not None:
+            *_on_device, on_host = self._placed.at(step)
+            if len(on_host):
+                self.sink.begin(step, batch, on_host)
+                every = self._placed.every(step, graphs.sink.spare)
+                return graphs.take(step, batch, every, partial(self._plainly, step, batch))
+        return self._plainly(step, batch)
+
+    def _plainly(self, step: int, batch: Batch) -> Tensor:
+        training = self.training
         watch = self._watch(step, batch)
         return training.step(step, batch) if watch is None else training.step(step, batch, watch)
 
@@ -241,7 +266,10 @@ class Replay(VerifiedReplay, Generic[S_co]):
 
     def told(self) -> dict[str, Any]:
         """Return what a manifest says of how the numbers were had."""
-        return self.sink.told()
+        told = self.sink.told()
+        if self.graphs is not None:
+            told["ways"] = {**told["ways"], **self.graphs.told()}
+        return told
 
     def close(self) -> None:
         """Take the hooks off the model."""

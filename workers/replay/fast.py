@@ -7,7 +7,7 @@ g taken from the hooks of the very step that trains.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,6 @@ from ..persample.ways import Ways
 from ..recipe import Batch
 from ..recursion.clipping import Clip
 from ..recursion.coefficients import coefficients, recorded_settings
-from ..recursion.columns import Columns
 from ..recursion.family import Moment
 from ..recursion.rest import Rest
 from ..recursion.steps import Steps, lanes_of
@@ -29,6 +28,7 @@ from ..training.training import Training
 from ..training.trials import tried_ways
 from .base import HeldBatch, RowSink, share
 from .buffers import HypergradientBuffers, factor_slots
+from .graphs import graphed
 
 
 class Scaled:
@@ -75,10 +75,25 @@ class FastRows(Scaled, RowSink):
         factored = kept_as_factors(training, ways, epochs)
         largest = training.batches.shape[1]
         self.engine = PerSampleGradients(training.recipe, training.model, layout, ways, factored, largest)
+        device = training.device
+        self.spare = rows if graphed(training) else None
+        kept = rows if self.spare is None else rows + 1
         self.buffers = HypergradientBuffers(
-            rows, layout, factored, self.engine.columns, epochs, training.dtype, training.device
+            kept, layout, factored, self.engine.columns, epochs, training.dtype, device
         )
         self._scales = Scales(training, scaling, factored)
+
+    def refuses_graphs(self) -> str | None:
+        """See ``graphs.CapturableSink``."""
+        if self.looks:
+            return "the optimiser's preconditioner or clipping is read at every step"
+        if self.buffers.home.type != self.engine.views[0].device.type:
+            return "the sums are in host memory, because they do not fit the device's"
+        return None if self.spare is not None else "the sums have no spare row"
+
+    def graph_key(self) -> Hashable:
+        """See ``graphs.CapturableSink``: factors of an epoch have a place of their own."""
+        return tuple(factors.slot for factors in self.buffers.factors.values())
 
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled gradients to the dense rows."""
@@ -120,25 +135,52 @@ class Scales:
         for i, lane in enumerate(self._lanes):
             if i not in factored:
                 columns.append(torch.full((layout.size(i),), lane))
-        self._columns = Columns(torch.cat(columns), training.dtype, training.device)
+        groups = torch.cat(columns).to(training.device)
+        self._groups = groups if self._lane is None else None
+        # On a device all steps' numbers are there from the start, and one place holds those of the present one: what
+        # was captured as a graph reads it, and nothing waits for the host.
+        self._on_device = training.device.type != "cpu" or graphed(training)
+        self._table: Tensor | None = None
+        self._now: Tensor | None = None
 
     def begin(self, step: int) -> None:
         """Stand at a batch."""
-        self._per_lane = self.steps.coefficient(step) * share(self._training, step)
         self._block: float | Tensor | None = None
+        if not self._on_device:
+            self._per_lane = self._of(step)
+            return
+        if self._table is None or self._now is None:
+            self._table = self._lay_out()
+            self._now = self._table[step].clone()
+        self._now.copy_(self._table[step])
+
+    def _of(self, step: int) -> npt.NDArray[np.float64]:
+        return self.steps.coefficient(step) * share(self._training, step)
+
+    def _lay_out(self) -> Tensor:
+        """Return the numbers of all steps, (T, L + 1): group -1 picks the appended zero."""
+        every = np.array([np.append(self._of(step), 0.0) for step in range(self._training.steps)])
+        return torch.from_numpy(every).to(device=self._training.device, dtype=self._training.dtype)
 
     def block(self) -> float | Tensor:
         """Return one number where it is the same for all columns of the blocks, else one per column."""
         if self._block is None:
-            one = self._lane is not None
-            self._block = float(self._per_lane[self._lane]) if one else self._columns.whole(self._per_lane)
+            if self._now is not None:
+                self._block = self._now[self._lane] if self._groups is None else self._now[self._groups]
+            elif self._groups is None:
+                self._block = float(self._per_lane[self._lane])
+            else:
+                table = torch.from_numpy(np.append(self._per_lane, 0.0))
+                self._block = table.to(self._training.dtype)[self._groups]
             if self.steps.preconditioner is not None:
                 self._block = self.steps.preconditioner * self._block
         return self._block
 
-    def of_entry(self, entry: int) -> float:
+    def of_entry(self, entry: int) -> float | Tensor:
         """Return the number of one parameter; 0 where it is not optimised."""
         lane = self._lanes[entry]
+        if self._now is not None:
+            return self._now[lane]
         return float(self._per_lane[lane]) if lane >= 0 else 0.0
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ...storage.curvature import Curvature
 from ...storage.trajectory import Trajectory
+from ..hessian.tiles import TILE
 from ..recursion.forms import ADJOINT, CARRIED, EKFAC, FAST, FORWARD, Mode
 from ..training.training import Training
 from ..training.verified import Rows
@@ -46,6 +47,7 @@ def make_replay(
     curvature: Curvature | None = None,
     share: float = 1.0,
     targets: npt.NDArray[np.floating],
+    tile: int = TILE,
 ) -> Replay[ProductSink] | Adjoint: ...
 
 
@@ -59,6 +61,7 @@ def make_replay(
     curvature: Curvature | None = None,
     share: float = 1.0,
     targets: npt.NDArray[np.floating] | None = None,
+    tile: int = TILE,
 ) -> Replay[RowSink] | Replay[ProductSink] | Adjoint:
     """Return what replays the record in a form and a mode: ``run`` it, take the result, ``close`` it.
 
@@ -72,6 +75,7 @@ def make_replay(
         curvature: For the EKFAC form: basis and eigenvalues.
         share: For ``CARRIED`` forms: of the Hessian in the products, 1 exact, 0 Gauss-Newton; see ``HessianTiles``.
         targets: In adjoint mode the gradients of the targets at w_T, (Q, D).
+        tile: For ``CARRIED`` forms in adjoint mode: targets carried together; see ``Adjoint``.
 
     Raises:
         ReplayDiverged: See ``VerifiedReplay``.
@@ -90,5 +94,5 @@ def make_replay(
         products = SplitProducts if splits(training, trajectory, curvature) else EkfacProducts
         return Replay(*given, partial(products, curvature=curvature, targets_QD=targets))
     if form in CARRIED:
-        return Adjoint(*given, targets, share=share)
+        return Adjoint(*given, targets, share=share, tile=tile)
     return Replay(*given, partial(FastProducts, targets_QD=targets))

@@ -25,7 +25,7 @@ from ...storage.trajectory import Trajectory
 from ..ekfac.eigenbasis import Eigenbasis
 from ..ekfac.split import SplitGradients
 from ..model.layout import Layout
-from ..persample.engine import TILE
+from ..persample.engine import TILE, PerSampleGradients
 from ..persample.ways import Ways
 from ..recipe import Batch
 from ..recursion.coefficients import recorded_settings
@@ -45,7 +45,7 @@ ROWS = 64
 
 def bent_coordinates(curvature: Curvature) -> npt.NDArray[np.int64]:
     """Return the coordinates whose eigenvalue is not 0 at some checkpoint, and those of the core, ascending."""
-    bent = (curvature.eigenvalues > 0).any(0)
+    bent: npt.NDArray[np.bool_] = np.any(curvature.eigenvalues > 0, axis=0)
     if curvature.core is not None:
         bent[curvature.core.coordinates] = True
     found: npt.NDArray[np.int64] = np.flatnonzero(bent)
@@ -90,7 +90,7 @@ class Split(Scaled):
         chosen = bent_coordinates(curvature)
         self.coordinates = torch.from_numpy(chosen).to(device)
         lanes_C = self.basis.lanes(lanes_of(settings, layout))[torch.from_numpy(chosen)]
-        self.engine = SplitGradients(
+        self.engine: PerSampleGradients = SplitGradients(
             training.recipe,
             training.model,
             layout,

@@ -74,6 +74,7 @@ class Compute:
         batch_norm: ``constant`` statistics in per-sample gradients, or ``coupled`` (exact, slow).
         per_sample: ``auto``: the fastest way to each parameter's per-sample gradients that agrees with
             autograd; ``vjp``: autograd itself, one backward pass a sample.
+        graphs: ``auto``: replayed steps are captured as CUDA graphs where they can be; ``off``: never.
     """
 
     device: str = "auto"
@@ -81,6 +82,7 @@ class Compute:
     threads: int = 1
     batch_norm: str = "constant"
     per_sample: str = "auto"
+    graphs: str = "auto"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -99,9 +101,9 @@ class Training:
         own_losses: (B,) losses of the last step's samples, on the device.
         guarded: Whether each step's gradients are looked at before they move the weights. A replay
             follows a record whose gradients were.
-        known_ways: Ways to per-sample gradients that were tried in this training already, elsewhere; None: not yet.
         looks_later: Whether they are looked at for many steps at once, ``norms`` being kept meanwhile.
         norms: (step, largest size of a gradient's numbers) that nobody has looked at.
+        known_ways: Ways to per-sample gradients that were tried in this training already, elsewhere; None: not yet.
         before_update: Called with a step whose gradient is complete, before rows of its last batch are handed
             over and before the optimiser moves the weights; see ``moment``.
         divisors: (T,) float64: a step's loss is the sum of its samples' losses over this; NaN where it depends
@@ -114,8 +116,8 @@ class Training:
     """
 
     guarded = False
-    known_ways: Ways | None = None
     looks_later = False
+    known_ways: Ways | None = None
     before_update: Callable[[int], None] | None = None
 
     def __init__(self, recipe: Recipe, compute: Compute) -> None:
@@ -356,6 +358,12 @@ class Training:
         if self.updates[step]:
             self._clip(step)
             self.optimizer.step()
+
+    def finish_captured(self, step: int, batch: Batch, loss: Tensor, own_losses: Tensor) -> None:
+        """End a step whose passes, and rows, a graph has computed."""
+        self.own_losses = own_losses
+        self._about_to_move(step, batch, loss)
+        self._move(step)
 
     def reduce(self, losses_B: Tensor, step: int) -> Tensor:
         """Return what a batch adds to its step's loss."""

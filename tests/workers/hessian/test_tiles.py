@@ -10,7 +10,7 @@ import torch
 from hydra_pipe.storage.trajectory import open_trajectory
 from hydra_pipe.workers.hessian import tiles as hessian_tiles
 from hydra_pipe.workers.hessian.second_order import GraphedTangentTile, SecondOrder, TangentTile
-from hydra_pipe.workers.hessian.tiles import TILE, HessianTiles, activation_bytes, tile_width
+from hydra_pipe.workers.hessian.tiles import TILE, HessianTiles, activation_bytes, block_width, tile_width
 from hydra_pipe.workers.recipes.lenet import LeNet5
 from hydra_pipe.workers.replay.adjoint import Adjoint
 from hydra_pipe.workers.replay.base import Replay
@@ -214,6 +214,30 @@ def test_large_activations_take_narrower_tiles_or_none(monkeypatch):
         found = HessianTiles(training, alone=alone).at(0, batch).tile(vectors, out)
         assert (out - right).abs().max() <= 1e-11 * right.abs().max()
         assert (found - values).abs().max() <= 1e-11 * values.abs().max()
+
+
+def test_small_activations_take_wider_tiles(monkeypatch):
+    near = hessian_tiles.NEAR_BYTES // hessian_tiles.HELD
+    for activations, width in ((0, 64), (near // 64, 64), (near // 63, 32), (near // 9, 8), (near // 4, 8)):
+        assert tile_width(activations) == width
+    assert block_width(10**12) == TILE  # where directions go one at a time they are still carried together
+    monkeypatch.setattr(hessian_tiles, "TANGENT_BYTES", 40 * hessian_tiles.HELD * 1000)
+    assert tile_width(1000) == 32
+
+
+def test_a_wide_tile_of_targets_is_right_and_its_bits_are_its_own(tmp_path):
+    recipe = Small()
+    trajectory = recorded(recipe, tmp_path)
+    vectors = np.random.default_rng(0).standard_normal((70, len(trajectory.checkpoint(0).weights)))
+
+    def carried(targets, tile):
+        back = Adjoint(Training(recipe, EXACT), trajectory, np.arange(45), targets, tile=tile)
+        assert back.tiles.width == tile
+        return back.run().contributions()
+
+    wide, narrow = carried(vectors, 64), carried(vectors, TILE)
+    assert np.abs(wide - narrow).max() < 1e-11 * np.abs(narrow).max()
+    assert np.array_equal(carried(vectors[64:], 64), wide[64:])  # another shard of whole tiles
 
 
 def test_the_choice_leaves_weights_buffers_and_generators_alone():

@@ -17,7 +17,7 @@ from hydra_pipe.workers.training.trials import tried_ways
 from torch import nn
 
 from tests.layer_recipes import CASES, recipe_of
-from tests.recipes import Small
+from tests.recipes import BatchNormed, Small
 
 DOUBLE = Compute(dtype="float64", device="cpu")
 REFUSED = {"torch.nn.utils.weight_norm", "checkpoint, use_reentrant=True"}
@@ -193,6 +193,13 @@ def test_gradients_of_convolutions_are_those_of_autograd(case, window, monkeypat
     for form in (torch.contiguous_format, torch.channels_last if x.ndim == 4 else torch.contiguous_format):
         found = convolved(module, x.contiguous(memory_format=form), d.contiguous(memory_format=form))
         close(found, torch.stack(right))
+
+
+def test_batch_normalisation_with_constant_statistics():
+    one = Made(BatchNormed())
+    rows, targets = one.rows(range(8)), draw(3, one.layout.dimension)
+    for positions in (range(8), [1, 6]):
+        close(one.products(positions, targets), rows[list(positions)] @ targets.T)
 
 
 class Tables(Small):

@@ -107,7 +107,7 @@ class PerSampleGradients:
             most = MOST_BYTES.get(like.device.type, MOST_ELSEWHERE) // max(1, self.width * like.itemsize)
             self.tile = max(self.tile, min(_up(largest), most // TILE * TILE))
         self._block = torch.empty(self.tile, self.width, dtype=like.dtype, device=like.device)
-        self.views = _views(self._block, layout, self.columns)
+        self.views = views_of(self._block, layout, self.columns)
         self._ready: dict[int, Tensor] = {}
         self._divisor: float = 1
         self._dense = {i for i in self._by["rule"] if i not in factored}
@@ -545,7 +545,7 @@ def _columns(layout: Layout, factored: frozenset[int]) -> tuple[list[int | None]
     return columns, width
 
 
-def _views(block: Tensor, layout: Layout, columns: Sequence[int | None]) -> list[Tensor]:
+def views_of(block: Tensor, layout: Layout, columns: Sequence[int | None]) -> list[Tensor]:
     """Split a block into (rows, *parameter shape) views; empty ones for factored entries."""
     return [
         block[:, :0]

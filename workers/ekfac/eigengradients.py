@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..model.layout import Layout
 from ..persample.capture import Call
-from ..persample.engine import PerSampleGradients, TakeFactors, TakeRows
+from ..persample.engine import PerSampleGradients, TakeFactors, TakeRows, views_of
 from ..persample.ways import RULED, Ways
 from ..recipe import Recipe
 from ..recursion.clipping import EPSILON, Clip
@@ -91,6 +91,7 @@ class EigenGradients(PerSampleGradients):
         self._core = (
             basis.core if coordinates is None or basis.core is None else basis.core.among(coordinates)
         )
+        self._given = self.views
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}
         self._whole: dict[int, Tensor] = {}
         self._clip: Clip | None = None
@@ -122,10 +123,11 @@ class EigenGradients(PerSampleGradients):
                 self._factors[self._block_of[entry]] = (d_R, x_R)
 
         def rotate(start: int, block: Tensor) -> None:
+            self.given(block)
             along = self._along_of(start, block, positions)
             if self._column_root is not None:
                 block *= self._column_root
-            rows = self._rotate(start, len(block))
+            rows = self.rotated(start, len(block))
             if along is not None:
                 assert self._clip is not None
                 rows.addcmul_(along.neg_().unsqueeze(1), self._pull).mul_(self._clip.factor)
@@ -165,7 +167,7 @@ class EigenGradients(PerSampleGradients):
     def _side_by_side(self, k: int, start: int, count: int, weight_R: Tensor) -> Tensor:
         """Return a block's rows (count, O, I) where its weight came whole; the bias is in the tile."""
         block = self.basis.blocks[k]
-        parts = [weight_R[start : start + count], *(self.views[i][:count] for i in block.entries[1:])]
+        parts = [weight_R[start : start + count], *(self._given[i][:count] for i in block.entries[1:])]
         return torch.cat([part.reshape(count, block.rows, -1) for part in parts], 2)
 
     def _of_columns(self, flat: Tensor) -> Tensor:
@@ -176,7 +178,12 @@ class EigenGradients(PerSampleGradients):
                 parts.append(flat[entry.start : entry.start + self.layout.size(i)])
         return torch.cat(parts)
 
-    def _rotate(self, start: int, count: int) -> Tensor:
+    def given(self, block: Tensor) -> None:
+        """Note a tile as it was handed over: on a device another than the engine's, where not all rows are wanted."""
+        own = block.data_ptr() == self._block.data_ptr()
+        self._given = self.views if own else views_of(block, self.layout, self.columns)
+
+    def rotated(self, start: int, count: int) -> Tensor:
         """Assemble the tile that begins at row ``start`` in the eigenbasis."""
         for k, block in enumerate(self.basis.blocks):
             if k in self._factors:
@@ -187,7 +194,9 @@ class EigenGradients(PerSampleGradients):
                 self.put(k, None, count)  # its layer was not called in this step
                 continue
             rows = {i: self._scaled_whole(i, start, count) for i in block.entries if i in self._whole}
-            parts = [rows.get(i, self.views[i][:count]).reshape(count, block.rows, -1) for i in block.entries]
+            parts = [
+                rows.get(i, self._given[i][:count]).reshape(count, block.rows, -1) for i in block.entries
+            ]
             self.put(k, parts, count)
         if self._core is not None:
             self._core.turn(self._rotated[:count])

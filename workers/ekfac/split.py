@@ -66,7 +66,8 @@ class SplitGradients(EigenGradients):
                 factors(entry, d_R, x_R)
 
         def both(start: int, block: Tensor) -> None:
-            self._bent(start, self._rotate(start, len(block)))
+            self.given(block)
+            self._bent(start, self.rotated(start, len(block)))
             sink(start, block)
 
         PerSampleGradients.hand_over(self, positions, size, both, keep)

@@ -102,11 +102,13 @@ class PerSampleGradients:
         self._unasked = frozenset(i for i, way in enumerate(self.strategies) if way == "none")
         self.columns, self.width = _columns(layout, factored | self._unasked)
         self.span = self.tile = self.tile_for(like)
+        # Whoever looks at the tile itself, and not at the block alone, wants the rows of the tile to be those asked for.
+        self._at_once = self._accelerated and largest > 0
         if largest:
             most = MOST_BYTES.get(like.device.type, MOST_ELSEWHERE) // max(1, self.width * like.itemsize)
             self.tile = max(self.tile, min(_up(largest), most // TILE * TILE))
         self._block = torch.empty(self.tile, self.width, dtype=like.dtype, device=like.device)
-        self.views = _views(self._block, layout, self.columns)
+        self.views = views_of(self._block, layout, self.columns)
         self._ready: dict[int, Tensor] = {}
         self._divisor: float = 1
         self._dense = {i for i in self._by["rule"] if i not in factored}
@@ -327,7 +329,7 @@ class PerSampleGradients:
                 self._hand_factors(call, positions, size, factors)
             for i in self.factored & self._ready.keys():
                 factors(i, self._ready[i], None)
-        if self._accelerated and size <= self.tile:
+        if self._at_once and size <= self.tile:
             block = self._every_row(calls, inputs, positions, size)
             sink(0, block if len(positions) == size else block.index_select(0, positions))
         else:
@@ -544,7 +546,7 @@ def _columns(layout: Layout, factored: frozenset[int]) -> tuple[list[int | None]
     return columns, width
 
 
-def _views(block: Tensor, layout: Layout, columns: Sequence[int | None]) -> list[Tensor]:
+def views_of(block: Tensor, layout: Layout, columns: Sequence[int | None]) -> list[Tensor]:
     """Split a block into (rows, *parameter shape) views; empty ones for factored entries."""
     return [
         block[:, :0]

@@ -96,7 +96,8 @@ class FastRows(Scaled, RowSink):
             self._mapped = MappedSums(rows, row_map, sampled, dtype, device, columns)
         else:
             self.buffers = HypergradientBuffers(kept, layout, factored, columns, epochs, dtype, device)
-        self._scales = Scales(training, scaling, factored | left_out)
+        placed = device.type != "cpu" or graphed(training)
+        self._scales = Scales(training, scaling, factored | left_out, placed=placed)
 
     def refuses_graphs(self) -> str | None:
         """See ``graphs.CapturableSink``."""
@@ -119,7 +120,7 @@ class FastRows(Scaled, RowSink):
 
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None) -> None:
         """Note a visit of a factored entry."""
-        scale = self._scales.of_entry(entry)
+        scale = self._scales.placed_entry(entry)
         if x_R is None:
             self.buffers.add_whole(entry, rows, d_R, scale)
         else:
@@ -145,9 +146,17 @@ class Scales:
         training: The training that is replayed.
         steps: Coefficients and preconditioners.
         absent: Entries that are no columns of the blocks.
+        placed: Whether numbers are handed out where the gradients are, put there for all steps at once.
     """
 
-    def __init__(self, training: Training, steps: StepScales, absent: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        training: Training,
+        steps: StepScales,
+        absent: frozenset[int] = frozenset(),
+        *,
+        placed: bool = False,
+    ) -> None:
         self._training, self.steps = training, steps
         layout, self._lanes = training.layout, steps.lanes
         lanes = set(self._lanes)
@@ -163,17 +172,16 @@ class Scales:
         self._there = there.to(training.device) if absent else None
         groups = torch.cat(columns).to(training.device)
         self._groups = groups if self._lane is None else None
-        # On a device all steps' numbers are there from the start, and one place holds those of the present one: what
-        # was captured as a graph reads it, and nothing waits for the host.
-        self._on_device = training.device.type != "cpu" or graphed(training)
+        # One place holds the present step's: what was captured as a graph reads it, and nothing waits for the host.
+        self._placed = placed
         self._table: Tensor | None = None
         self._now: Tensor | None = None
 
     def begin(self, step: int) -> None:
         """Stand at a batch."""
+        self._per_lane = self._of(step)
         self._block: float | Tensor | None = None
-        if not self._on_device:
-            self._per_lane = self._of(step)
+        if not self._placed:
             return
         if self._table is None or self._now is None:
             self._table = self._lay_out()
@@ -203,12 +211,14 @@ class Scales:
                 self._block = (whole if self._there is None else whole[self._there]) * self._block
         return self._block
 
-    def of_entry(self, entry: int) -> float | Tensor:
+    def of_entry(self, entry: int) -> float:
         """Return the number of one parameter; 0 where it is not optimised."""
         lane = self._lanes[entry]
-        if self._now is not None:
-            return self._now[lane]
         return float(self._per_lane[lane]) if lane >= 0 else 0.0
+
+    def placed_entry(self, entry: int) -> float | Tensor:
+        """Return the same, on the device where numbers are placed."""
+        return self.of_entry(entry) if self._now is None else self._now[self._lanes[entry]]
 
 
 class StepScales:

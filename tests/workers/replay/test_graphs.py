@@ -56,7 +56,7 @@ def as_on_a_device(monkeypatch):
 
     def accelerated(self, *args, **kwargs):
         plain(self, *args, **kwargs)
-        self._accelerated = True
+        self._accelerated = self._at_once = True
 
     monkeypatch.setattr(engine.PerSampleGradients, "__init__", accelerated)
     use(monkeypatch, Again)

@@ -75,7 +75,7 @@ def test_devices_whose_batches_are_worked_on_whole_give_the_same_rows(kind, tmp_
 
     def accelerated(self, *args, **kwargs):
         plain(self, *args, **kwargs)
-        self._accelerated = True
+        self._accelerated = self._at_once = True
 
     monkeypatch.setattr(engine.PerSampleGradients, "__init__", accelerated)
     monkeypatch.setattr(rules, "GROUPED", frozenset())

@@ -41,7 +41,7 @@ CHUNK_BYTES = 4 << 20
 """A chunk of sums, at most."""
 
 MOVED_RATE = 400e6
-"""Bytes of sums that a worker writes or reads a second, and of rows that it adds up (``docs/benchmarks.md``)."""
+"""Bytes of sums that a worker writes or reads a second, and of rows that it adds up: assumed, for a local disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,7 +36,12 @@ def go_on(place: Path) -> Run:
 
     with threadpool_limits(1):
         run(spec(shards=3, seeds=2))
-        run(spec(hessian="ekfac", mode="adjoint", targets="classes", curvature_samples=24, curvature_core=0))
+        options = {
+            "curvature_samples": 24,
+            "curvature_core": 0,
+            "curvature_flat": 0,
+        }  # as versions before had it
+        run(spec(hessian="ekfac", mode="adjoint", targets="classes", **options))
         return attribute(str(place), {"relatif": {"damping": 0.5}}, Kept(), executor="serial")
 
 

@@ -24,6 +24,7 @@ from hydra_pipe.pipeline.verify.verify import verify
 from hydra_pipe.pipeline.vocabulary import KINDS
 from hydra_pipe.storage.errors import InputError, SpecError, SpecMismatch
 from hydra_pipe.storage.rows import RowStore
+from hydra_pipe.workers.hessian import tiles
 from hydra_pipe.workers.replay.targets import mean_gradients
 from scipy.stats import spearmanr
 
@@ -38,6 +39,14 @@ from tests.recipes import BatchNormed, Images, Small
 FORMS = {"none": "hydra", "ekfac": "hydra-ekfac", "exact": "hydra-exact"}
 TIGHT = 1e-12
 """Of float64 means, relative to the largest contribution."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def narrow():
+    """Tiles of 8, so that the few targets here are several units: 64 go together on models as small as these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "NEAR_BYTES", 0)
+        yield
 
 
 class Many(Small):
@@ -243,6 +252,8 @@ def test_forms_share_the_targets_and_targets_share_the_curvature(tmp_path):
 
 KILLED = """
 import sys
+from hydra_pipe.workers.hessian import tiles
+tiles.NEAR_BYTES = 0
 from hydra_pipe.pipeline.executors.serial import SerialExecutor
 from tests.faults import FaultPlan, spoiled
 from tests.pipeline.spec.test_targets import Many, go

@@ -190,7 +190,7 @@ class Ledger:
 
     def _read_listed(self, stage: str, unit: str, tag: object) -> Manifest:
         """Read a manifest, or recall it where it has not changed; ``tag`` is what `_listed` says of it."""
-        target = self.address(stage, unit)
+        target = join(self.folder(stage), f"{unit}.json")  # a stray's name may be none of a unit's
         if is_local(self.uri):
             tag = disk.signature(target)
         elif not (isinstance(tag, tuple) and tag[1] is not None):

@@ -47,7 +47,7 @@ def status(run: Reader) -> dict[str, Any]:
     }
 
 
-def _rows_kept(run: Reader) -> dict[str, Any]:
+def _rows_kept(run: Reader) -> dict[str, object]:
     """Return ``layers`` and ``project`` of the run, ``columns`` of its rows (None where they are not known, or all), and
     ``store_dtype`` by method.
     """

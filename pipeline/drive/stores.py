@@ -15,9 +15,9 @@ from ...storage.uri import join
 from ...workers.model.row_map import RowMap
 
 
-def row_notes(row_map: RowMap | None, precision: str | None = None) -> dict[str, Any]:
+def row_notes(row_map: RowMap | None, precision: str | None = None) -> dict[str, object]:
     """Return what a store says of rows that are not the flat vector of the run's dtype: enough to read them by hand."""
-    kept = {} if row_map is None else {"row_map": row_map.told()}
+    kept: dict[str, object] = {} if row_map is None else {"row_map": row_map.told()}
     return kept if precision is None else {**kept, "store_dtype": precision}
 
 

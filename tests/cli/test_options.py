@@ -71,6 +71,7 @@ def test_every_field_of_the_spec_can_be_given(tmp_path: Any) -> None:
         "at",
         "project",
         "store_dtype",
+        "segments",
         "wait",
         "reduce_memory",
     ]  # instead of a training; its middle; not of adjoint mode; not waiting and 1GiB are the default
@@ -145,7 +146,13 @@ def test_each_stage_shows_what_it_uses() -> None:
     assert method | fixed <= whole
     assert stages["record"] == whole - method - {"--method"}
     assert method <= stages["replay"]
-    assert stages["reduce"] == stages["replay"] - {"--mode", "--shards", "--store-dtype", "--option"}
+    assert stages["reduce"] == stages["replay"] - {
+        "--mode",
+        "--shards",
+        "--segments",
+        "--store-dtype",
+        "--option",
+    }
     assert not fixed & (stages["replay"] | stages["reduce"])
     assert not any("curvature-" in flag for flag in whole.union(*stages.values()))
     for command in ("replay", "reduce"):  # a run is replaced by those that make a whole one

@@ -13,8 +13,8 @@ consists of once in many times. So classes are drawn with probabilities q in pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..model.returned import mapped
+from ..model.stand_in import answered
 from ..recipe import Batch, Recipe, class_scores
 
 OWN = 0.1
@@ -78,30 +79,12 @@ class OneForward:
         self._calls, self._drawn = 0, False
         self.shared = False
 
-    @contextmanager
-    def answering(self) -> Iterator[None]:
+    def answering(self) -> AbstractContextManager[None]:
         """Stand in for the model's ``forward``; call ``drawn`` between the two."""
-        model, inside = self._model, False
-        forward, own = model.forward, model.__dict__.get("forward")
-
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            if inside:  # a model that calls itself
-                return forward(*args, **kwargs)
-            inside = True
-            try:
-                asked = [_identity(leaf) for leaf in tree_leaves((args, kwargs))]
-                return self._answer(lambda: forward(*args, **kwargs), asked)
-            finally:
-                inside = False
-
-        model.__dict__["forward"] = stand_in
-        try:
-            yield
-        finally:
-            del model.__dict__["forward"]
-            if own is not None:
-                model.__dict__["forward"] = own
+        return answered(
+            self._model,
+            lambda call, given: self._answer(call, [_identity(leaf) for leaf in tree_leaves(given)]),
+        )
 
     def drawn(self) -> None:
         """The targets are there; what the model is asked for now is for the losses."""

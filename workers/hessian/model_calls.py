@@ -9,14 +9,15 @@ those of transformers), of every call that ``losses`` makes, in order.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..determinism import generators, put_generators
 from ..model.returned import mapped
+from ..model.stand_in import answered
 
 Losses = Callable[[], Tensor]
 Answer = Callable[[int, Callable[[], Any]], Any]
@@ -115,26 +116,7 @@ class ModelCalls:
         with self._answered(answer):
             return losses()
 
-    @contextmanager
-    def _answered(self, answer: Answer) -> Iterator[None]:
+    def _answered(self, answer: Answer) -> AbstractContextManager[None]:
         """Let ``answer`` return in the model's place; it is told how many calls went before."""
-        model, inside, calls = self._model, False, itertools.count()
-        forward, own = model.forward, model.__dict__.get("forward")
-
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            if inside:  # a model that calls itself
-                return forward(*args, **kwargs)
-            inside = True
-            try:
-                return answer(next(calls), lambda: forward(*args, **kwargs))
-            finally:
-                inside = False
-
-        model.__dict__["forward"] = stand_in
-        try:
-            yield
-        finally:
-            del model.__dict__["forward"]
-            if own is not None:
-                model.__dict__["forward"] = own
+        calls = itertools.count()
+        return answered(self._model, lambda call, _given: answer(next(calls), call))

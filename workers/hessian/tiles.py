@@ -31,8 +31,7 @@ WIDEST = 64
 """Directions of a tile, at most."""
 
 NEAR_BYTES = 64 << 20
-"""Tangents of more than `TILE` directions together: where the calls cost more than their numbers, 64 at a time cost a
-fifth a direction of what 8 do; where the numbers leave the caches nothing is gained."""
+"""Tangents of more than `TILE` directions together: worth it where calls cost more than their numbers do, which stay in caches."""
 
 TANGENT_BYTES = 1 << 30
 """Room for the tangents of a tile; models with larger activations take narrower tiles."""

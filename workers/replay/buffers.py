@@ -120,15 +120,19 @@ class HypergradientBuffers:
             block *= scale
         self.dense.index_add_(0, rows.to(self.home), block.to(self.home), alpha=factor)
 
-    def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor, scale: float | Tensor) -> None:
-        """Note a visit: the gradient of row r is ``scale`` times the outer product of d_R[r], x_R[r]."""
-        self.factors[entry].note(rows.to(self.home), (d_R * scale).to(self.home), x_R.to(self.home))
+    def add_factors(
+        self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None, scale: float | Tensor
+    ) -> None:
+        """Note a visit: the gradient of row r is ``scale`` times the outer product of d_R[r] and x_R[r].
 
-    def add_whole(self, entry: int, rows: Tensor, block: Tensor, scale: float | Tensor) -> None:
-        """Add ``scale * block`` (R, O, I) to a weight whose gradients otherwise come as factors."""
+        Where x_R is None, d_R holds the gradients themselves, (R, O, I); see ``engine.TakeFactors``.
+        """
+        if x_R is not None:
+            self.factors[entry].note(rows.to(self.home), (d_R * scale).to(self.home), x_R.to(self.home))
+            return
         if isinstance(scale, Tensor):
-            block, scale = block * scale, 1.0
-        self.factors[entry].add(rows.to(self.home), block.to(self.home), scale)
+            d_R, scale = d_R * scale, 1.0
+        self.factors[entry].add(rows.to(self.home), d_R.to(self.home), scale)
 
     def end_epoch(self) -> None:
         """Fold factors into the dense rows where their slots are used up; fixed epochs, all rows."""

@@ -120,11 +120,7 @@ class FastRows(Scaled, RowSink):
 
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None) -> None:
         """Note a visit of a factored entry."""
-        scale = self._scales.placed_entry(entry)
-        if x_R is None:
-            self.buffers.add_whole(entry, rows, d_R, scale)
-        else:
-            self.buffers.add_factors(entry, rows, d_R, x_R, scale)
+        self.buffers.add_factors(entry, rows, d_R, x_R, self._scales.placed_entry(entry))
 
     def end_epoch(self) -> None:
         """Let the buffers fold their factors."""

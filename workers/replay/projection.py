@@ -27,15 +27,27 @@ TARGET_TILE = 64
 """Targets multiplied at a time, padded: a contribution's bits do not depend on the other targets."""
 
 
+def padded_tiles(targets_QD: Tensor) -> tuple[Tensor, ...]:
+    """Return targets in tiles of ``TARGET_TILE``, the last one filled up with zeros."""
+    missing = -len(targets_QD) % TARGET_TILE
+    whole = torch.cat([targets_QD, targets_QD.new_zeros(missing, targets_QD.shape[1])])
+    tiles: tuple[Tensor, ...] = whole.split(TARGET_TILE)
+    return tiles
+
+
+def contributions_of(sums_RQ: Tensor, n_train: int) -> npt.NDArray[np.floating]:
+    """Return ``-sums^T / N``, (Q, n), on the host."""
+    result: npt.NDArray[np.floating] = np.ascontiguousarray((sums_RQ.T / -float(n_train)).cpu().numpy())
+    return result
+
+
 class Projections:
     """Sums of (scaled gradient of i, target j): what ``HypergradientBuffers`` is to the forward mode."""
 
     def __init__(self, rows: int, targets_QD: Tensor) -> None:
         self.count = len(targets_QD)
-        missing = -self.count % TARGET_TILE
-        padding = targets_QD.new_zeros(missing, targets_QD.shape[1])
-        self.tiles = torch.cat([targets_QD, padding]).split(TARGET_TILE)
-        self.sums = targets_QD.new_zeros(rows, self.count + missing)
+        self.tiles = padded_tiles(targets_QD)
+        self.sums = targets_QD.new_zeros(rows, len(self.tiles) * TARGET_TILE)
 
     def add(self, rows: Tensor, block: Tensor, scale: float | Tensor) -> None:
         """Add ``scale * block @ targets^T`` to the given rows (``block`` is overwritten); see ``HypergradientBuffers.add``."""
@@ -45,11 +57,8 @@ class Projections:
             self.sums[:, k * TARGET_TILE : (k + 1) * TARGET_TILE].index_add_(0, where, block @ tile.T)
 
     def contributions(self, n_train: int) -> npt.NDArray[np.floating]:
-        """Return ``-sums^T / N`` without the padding, (Q, n)."""
-        result: npt.NDArray[np.floating] = np.ascontiguousarray(
-            (self.sums[:, : self.count].T / -float(n_train)).cpu().numpy()
-        )
-        return result
+        """Return the contributions without the padding, (Q, n)."""
+        return contributions_of(self.sums[:, : self.count], n_train)
 
 
 class FastProducts(Scaled, ProductSink):
@@ -105,7 +114,4 @@ class FastProducts(Scaled, ProductSink):
 
     def contributions(self) -> npt.NDArray[np.floating]:
         """Return the contributions; see ``Replay``."""
-        found: npt.NDArray[np.floating] = np.ascontiguousarray(
-            (self._sums.T / -float(self._training.n_train)).cpu().numpy()
-        )
-        return found
+        return contributions_of(self._sums, self._training.n_train)

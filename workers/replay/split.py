@@ -13,6 +13,7 @@ With SGD, where no step clips; elsewhere a step's rows are no numbers times grad
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from ..ekfac.split import SplitGradients
 from ..model.layout import Layout
 from ..model.row_map import Folds, RowMap
 from ..persample.engine import TILE, PerSampleGradients
+from ..persample.targets import outer_factors
 from ..persample.ways import Ways
 from ..recipe import Batch
 from ..recursion.coefficients import recorded_settings
@@ -40,7 +42,7 @@ from .base import ProductSink, RowSink, share
 from .buffers import HypergradientBuffers, row_numbers
 from .fast import Scaled, Scales, StepScales, kept_as_factors
 from .mapped import MappedSums
-from .projection import TARGET_TILE
+from .projection import TARGET_TILE, contributions_of, padded_tiles
 
 ROWS = 64
 """Rows taken at a time on a CPU, where factors and a few coordinates are all that is formed of a large model."""
@@ -133,9 +135,9 @@ class Split(Scaled):
             bent = (self._bends.at(step) - flat) * share(self.training, step)
             self._bent_scale = bent.to(self.training.dtype)
 
+    @abstractmethod
     def bent(self, start: int, rows_RC: Tensor) -> None:
         """Take the bent coordinates of members ``start``, start + 1, … of the step."""
-        raise NotImplementedError
 
 
 class SplitRows(Split, RowSink):
@@ -189,12 +191,8 @@ class SplitRows(Split, RowSink):
 
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None) -> None:
         """Note a visit of a factored entry."""
-        scale = self._scales.of_entry(entry)
         assert self.buffers is not None
-        if x_R is None:
-            self.buffers.add_whole(entry, rows, d_R, scale)
-        else:
-            self.buffers.add_factors(entry, rows, d_R, x_R, scale)
+        self.buffers.add_factors(entry, rows, d_R, x_R, self._scales.of_entry(entry))
 
     def end_epoch(self) -> None:
         """Let the buffers fold their factors."""
@@ -245,10 +243,9 @@ class SplitProducts(Split, ProductSink):
         ways, layout = tried_ways(training, trajectory), training.layout
         targets = torch.from_numpy(np.array(targets_QD)).to(training.device)
         self.count = len(targets)
-        padding = targets.new_zeros(-self.count % TARGET_TILE, layout.dimension)
-        tiles = torch.cat([targets, padding]).split(TARGET_TILE)
+        tiles = padded_tiles(targets)
         outer = [i for i, strategy in enumerate(ways.strategies) if strategy == "outer"]
-        factors = {i: found for i in outer if (found := _factors_of(tiles, layout, i)) is not None}
+        factors = {i: found for i in outer if (found := _factors_of(tiles, layout, i))}
         super().__init__(training, trajectory, curvature, frozenset(factors), ROWS, ways)
         kept = torch.cat(
             [
@@ -261,7 +258,7 @@ class SplitProducts(Split, ProductSink):
         self._dense = [tile[:, kept.to(tile.device)].T.contiguous() for tile in tiles]
         self._bent_targets = [self.basis.to_eigen(tile)[:, self.coordinates].T.contiguous() for tile in tiles]
         self._factors_of_targets = factors
-        self._sums = targets.new_zeros(rows, self.count + len(padding))
+        self._sums = targets.new_zeros(rows, len(tiles) * TARGET_TILE)
 
     def _columns(self, k: int) -> Tensor:
         return self._sums[:, k * TARGET_TILE : (k + 1) * TARGET_TILE]
@@ -292,32 +289,12 @@ class SplitProducts(Split, ProductSink):
 
     def contributions(self) -> npt.NDArray[np.floating]:
         """Return the contributions; see ``Replay``."""
-        result: npt.NDArray[np.floating] = np.ascontiguousarray(
-            (self._sums[:, : self.count].T / -float(self.training.n_train)).cpu().numpy()
-        )
-        return result
+        return contributions_of(self._sums[:, : self.count], self.training.n_train)
 
 
-ROUNDING = 8
-"""Targets count as outer products where those are within so many units of rounding, number by number."""
-
-
-def _factors_of(tiles: tuple[Tensor, ...], layout: Layout, entry: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Return the targets' parts of a weight as outer products, (O, Q) and (I, Q) a tile; None where one is none."""
+def _factors_of(tiles: Sequence[Tensor], layout: Layout, entry: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the targets' parts of a weight as outer products, (O, Q) and (I, Q) a tile; nothing where one is none."""
     start, shape, size = layout.entries[entry].start, layout.entries[entry].shape, layout.size(entry)
-    found = []
-    for tile in tiles:
-        matrices = tile[:, start : start + size].view(-1, *shape)
-        left, right = matrices.new_zeros(len(tile), shape[0]), matrices.new_zeros(len(tile), shape[1])
-        for q, matrix in enumerate(matrices):
-            at = int(matrix.abs().argmax())
-            o, i = divmod(at, shape[1])
-            if not matrix[o, i]:
-                continue
-            left[q], right[q] = matrix[:, i], matrix[o] / matrix[o, i]
-            kind = torch.finfo(matrix.dtype)
-            off = torch.outer(left[q], right[q]).sub_(matrix).abs_()
-            if not bool((off <= ROUNDING * kind.eps * matrix.abs() + ROUNDING * kind.tiny).all()):
-                return None
-        found.append((left.T.contiguous(), right.T.contiguous()))
-    return found
+    found = [outer_factors(tile[:, start : start + size].reshape(-1, *shape)) for tile in tiles]
+    known = [pair for pair in found if pair is not None]
+    return known if len(known) == len(tiles) else []

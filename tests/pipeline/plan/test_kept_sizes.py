@@ -15,21 +15,12 @@ from hydra_pipe.workers.model.row_map import RowMap
 from hydra_pipe.workers.recipes.mobilenet import MobileNetV2
 from torch import nn
 
+from benchmarks.stores import Text
 from hydra_pipe import RunSpec
 from tests.recipes import Small
 
 GB = 10**9
 ONE = Capacity(executor="serial", nodes=1, cpus=8, gpus=0, slots=8, memory_per_worker=0)
-
-
-class Text(nn.Module):
-    """A transformer of 100 million parameters: 12 layers of 768, 18,000 words."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(18_000, 768)
-        layer = nn.TransformerEncoderLayer(768, 12, 3072, batch_first=True)
-        self.body = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ class PlacementSpec(Group):
             ``cpus_per_actor``, at least 1.
         device: ``auto``, ``cpu`` or ``cuda``.
         graphs: ``auto``: on a GPU, replayed steps are captured as CUDA graphs where they can be, with the same bits;
-            ``off``: never.
+            ``off``: never. Capturing has not been run on a GPU yet.
         shards: How many shards the tracked samples are cut into, or ``auto``.
         segments: In forward mode without the Hessian or with EKFAC: how many segments the steps are cut into, or
             ``auto``; a unit of the replay is then a shard and a segment. None: 1, or what the method has.
@@ -264,7 +264,7 @@ class PlacementSpec(Group):
         metadata=of_the_run(checks.whole(1, 4096, optional=True), stored=lambda group: group.torch_threads),
     )
     device: Device = field(default="auto", metadata=of_the_run(checks.one_of(*get_args(Device))))
-    graphs: Graphs = field(default="auto", metadata=free(checks.one_of(*get_args(Graphs))))
+    graphs: Graphs = field(default="off", metadata=free(checks.one_of(*get_args(Graphs))))
     shards: int | str = field(default="auto", metadata=of_the_method(checks.shards))
     segments: int | str | None = field(default=None, metadata=of_the_method(checks.segments))
     wait: bool = field(default=False, metadata=free(checks.flag))

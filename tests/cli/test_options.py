@@ -60,7 +60,7 @@ def test_every_field_of_the_spec_can_be_given(tmp_path: Any) -> None:
     text += "--batch-norm coupled --per-sample vjp --layers head.*,fc "
     text += "--executor serial --address 10.0.0.1:6379 --gpus-per-actor 0.5 --cpus-per-actor 2 "
     text += (
-        "--workers 3 --threads 1 --device cpu --graphs off --memory 4GiB --reduce-memory 1GiB --overwrite "
+        "--workers 3 --threads 1 --device cpu --graphs auto --memory 4GiB --reduce-memory 1GiB --overwrite "
     )
     text += "--checkpoint-every 7 --curvature-checkpoints 3 --curvature-at 0,5 --curvature-samples 9 --curvature-core 8 --curvature-flat 0.1 --curvature-share 0.3 --max-attempts 5 --start-timeout 9 --unit-timeout 99 --visits off --set a=1"
     spec = spec_of(*text.split(), "--init", str(tmp_path / "w.pt"))

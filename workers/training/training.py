@@ -82,7 +82,7 @@ class Compute:
     threads: int = 1
     batch_norm: str = "constant"
     per_sample: str = "auto"
-    graphs: str = "auto"
+    graphs: str = "off"
 
     @property
     def torch_dtype(self) -> torch.dtype:

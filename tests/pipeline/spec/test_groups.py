@@ -62,7 +62,7 @@ OTHER: dict[str, Any] = {
     "workers": 3,
     "threads": 2,
     "device": "cpu",
-    "graphs": "off",
+    "graphs": "auto",
     "shards": 3,
     "segments": 2,
     "wait": True,

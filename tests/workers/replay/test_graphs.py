@@ -20,7 +20,7 @@ from hydra_pipe.workers.training.training import Compute, Training
 
 from tests.recipes import BatchNormed, Images, Sequences, Small, TwoGroups
 
-CPU = Compute(device="cpu")
+CPU = Compute(device="cpu", graphs="auto")
 TRACKED = [0, 1, 5, 17, 18, 40, 43]
 
 

@@ -189,6 +189,25 @@ class Unloadable:
         raise AssertionError
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlowToLoad:
+    """A handler that takes seconds to unpickle, as a recipe with much data."""
+
+    handler: Callable[[Unit, Report], dict[str, Any]]
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, float]]:
+        return (after, (self.handler, 3.0))
+
+    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
+        raise AssertionError
+
+
+def after(handler: Any, seconds: float) -> Any:
+    """Return ``handler``, late."""
+    time.sleep(seconds)
+    return handler
+
+
 def units(count: int, stage: str = "test") -> list[Unit]:
     """Return ``count`` units ``unit-0``, ``unit-1``, ..."""
     return [Unit(stage=stage, name=f"unit-{n}", arguments={"add": n}) for n in range(count)]

@@ -14,6 +14,7 @@ from .base import Unit
 from .dispatch import Dispatch
 from .events import Note, Observer
 from .placement import Demand
+from .stalls import STALLED_SECONDS
 
 _PROGRESS_EVERY = 0.5  # seconds between two questions to one worker
 _NODES_EVERY = 5.0  # seconds between two looks at which nodes there are
@@ -27,7 +28,10 @@ class Worker:
         actor: Ray's handle.
         call: The answer it owes: to loading the handler, or to ``unit``; None while idle.
         unit: What it works on; None while idle or loading.
+        hello: Its first answer, which shows that its process is there, until that has come.
+        up: Whether it has come.
         loaded: True once it has the handler of this stage.
+        quiet: Since when it loads the handler, clock seconds; later where that has been spoken of.
         second: Whether another worker was at that unit before.
         host: Where it is, once it has a handler.
         question: The answer to the last question for progress, while that is open.
@@ -37,7 +41,10 @@ class Worker:
     actor: Any
     call: Any = None
     unit: Unit | None = None
+    hello: Any = None
+    up: bool = False
     loaded: bool = False
+    quiet: float = 0.0
     second: bool = False
     host: str = ""
     question: Any = None
@@ -51,7 +58,8 @@ class WaveSettings:
     Attributes:
         demand: What one worker holds.
         target: Returns how many workers there may be now.
-        start_timeout: Seconds without a single worker before giving up.
+        start_timeout: Seconds without a single worker process before giving up; what a process that is there
+            takes to load the recipe and its data is its own affair.
         max_attempts: Workers in a row that may die while they start.
         clock: Returns seconds that only grow.
         tick: Most seconds between two looks at the workers.
@@ -93,13 +101,13 @@ class Wave:
         self._ray, self._actor, self._payload = ray, actor, payload
         self._pool, self._dispatch, self._observer, self._settings = pool, dispatch, observer, settings
         self._failed_starts = 0
-        self._last_alive = settings.clock()
+        self._last_up = settings.clock()
 
     def run(self) -> None:
         """Return when every unit is done.
 
         Raises:
-            ClusterTooSmall: No worker was up for ``start_timeout`` seconds.
+            ClusterTooSmall: No worker's process was there for ``start_timeout`` seconds.
             WorkerLost: A unit, or the start of workers, failed too often.
             RunStopped: It was asked to stop, and what was in work is done.
             Exception: What the handler raised.
@@ -119,12 +127,14 @@ class Wave:
 
     def _load(self, worker: Worker) -> None:
         worker.loaded, worker.unit, worker.question = False, None, None
+        worker.quiet = self._settings.clock()
         worker.call = worker.actor.load.remote(self._payload, actor.versions())
 
     def _recruit(self) -> None:
         wanted = min(max(1, self._settings.target()), self._dispatch.unfinished)
         while len(self._pool) < wanted:
             worker = Worker(actor=self._actor.remote(self._settings.demand.gpus))
+            worker.hello = worker.actor.pid.options(concurrency_group="control").remote()
             self._pool.append(worker)
             self._load(worker)
 
@@ -167,12 +177,22 @@ class Wave:
     def _listen(self) -> None:
         calls = {worker.call: worker for worker in self._pool if worker.call is not None}
         questions = {worker.question: worker for worker in self._pool if worker.question is not None}
-        ready, _ = self._ray.wait([*calls, *questions], num_returns=1, timeout=self._settings.tick)
+        hellos = {worker.hello: worker for worker in self._pool if worker.hello is not None}
+        ready, _ = self._ray.wait([*calls, *questions, *hellos], num_returns=1, timeout=self._settings.tick)
         for reference in ready:
-            if reference in calls:
+            if reference in hellos:
+                self._take_hello(hellos[reference])
+            elif reference in calls:
                 self._take_answer(calls[reference])
             else:
                 self._take_progress(questions[reference])
+
+    def _take_hello(self, worker: Worker) -> None:
+        hello, worker.hello = worker.hello, None
+        # A worker that died before it could say so is told of by its call, and better.
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.get(hello)
+            worker.up, worker.quiet = True, self._settings.clock()
 
     def _take_progress(self, worker: Worker) -> None:
         question, worker.question = worker.question, None
@@ -249,9 +269,15 @@ class Wave:
 
     def _check_alive(self) -> None:
         now = self._settings.clock()
-        if any(worker.loaded for worker in self._pool):
-            self._last_alive = now
-        elif now - self._last_alive > self._settings.start_timeout:
+        for worker in self._pool:
+            if worker.up and not worker.loaded and now - worker.quiet >= STALLED_SECONDS:
+                worker.quiet = now
+                self._observer(
+                    Note(message=f"a worker has been loading the recipe for {STALLED_SECONDS:g} s or more")
+                )
+        if any(worker.up for worker in self._pool):
+            self._last_up = now
+        elif now - self._last_up > self._settings.start_timeout:
             free = self._ray.available_resources()
             total = self._ray.cluster_resources()
             raise ClusterTooSmall(

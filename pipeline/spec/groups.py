@@ -284,7 +284,7 @@ class BudgetSpec(Group):
             turned into bytes.
         reduce_memory: Memory of one reduce worker's tile at most, bytes or text. A run keeps the tiles that it began with.
         max_attempts: How often a unit is tried when its workers die.
-        start_timeout: Seconds to wait for the first worker.
+        start_timeout: Seconds to wait for the first worker's process.
         unit_timeout: Seconds after which the attempt at a unit counts as lost; None: never.
     """
 

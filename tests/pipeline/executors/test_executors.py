@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra_pipe.pipeline.executors import events
+from hydra_pipe.pipeline.executors import events, ray_stage
 from hydra_pipe.pipeline.executors.ray import RayExecutor
 from hydra_pipe.storage.errors import (
     ClusterTooSmall,
@@ -24,7 +24,7 @@ from hydra_pipe.storage.errors import (
 )
 from hydra_pipe.workers.actor import versions
 
-from tests.faults import Count, FaultPlan, Faulty, Recorder, Unloadable, totals, units
+from tests.faults import Count, FaultPlan, Faulty, Recorder, SlowToLoad, Unloadable, totals, units
 
 ROOT = Path(__file__).resolve().parents[3]
 EXPECTED = {f"unit-{n}": 10 + n for n in range(8)}
@@ -191,6 +191,17 @@ def test_a_full_cluster_is_waited_for_only_so_long(ray_cluster: str, count: Coun
             RayExecutor(ray_cluster, start_timeout=1).run("test", units(1), count, events.null)
     finally:
         ray.kill(holder)
+
+
+@pytest.mark.ray
+def test_loading_may_take_longer_than_starting(
+    executor: RayExecutor, count: Count, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor.run("test", units(1), count, events.null)
+    monkeypatch.setattr(executor, "_start_timeout", 0.5)
+    monkeypatch.setattr(ray_stage, "STALLED_SECONDS", 1.0)
+    executor.run("test", units(2), SlowToLoad(handler=count), recorder)
+    assert any("has been loading the recipe" in note.message for note in recorder.of(events.Note))
 
 
 @pytest.mark.ray

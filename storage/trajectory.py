@@ -147,6 +147,18 @@ class Trajectory:
             raise IndexError(f"checkpoint {k} of {count}")
         return self._stored(int(self.checkpoint_steps[k]))
 
+    def weights(self, first: int, stop: int) -> npt.NDArray[Any]:
+        """Read the weights after ``first`` steps and after each further one before ``stop``, (stop - first, D).
+
+        Raises:
+            IndexError: After one of these steps they were not kept.
+            CorruptStore: Their bytes are not what was written.
+        """
+        k = int(np.searchsorted(self.stands, first))
+        if self.stands[k : k + stop - first] != list(range(first, stop)):
+            raise IndexError(f"not all weights from step {first} to {stop - 1} were kept")
+        return StoredArray.open(self.uri, "checkpoint/weights", self.source).read(k, k + stop - first)
+
     @property
     def stands(self) -> list[int]:
         """Steps after which all of training's state is kept, ascending: where a replay may begin and end."""

@@ -115,17 +115,18 @@ class GaussNewtonTile(TangentTile):
     def __init__(self, training: Training, step: int, batch: Batch) -> None:
         super().__init__(training, step, batch)
         self.parts = Outputs(training, step, batch)
+        self.losses = self.parts.losses.detach()
 
     def along(self, directions_QD: Tensor) -> list[Tensor]:
         """Return J v, for each output (Q, *its shape)."""
-        found: list[Tensor] = self._along(self._outputs, self._named(directions_QD), len(directions_QD))
+        found: list[Tensor] = self._along(self._outputs, self._named(directions_QD), len(directions_QD))[0]
         return found
 
     def _outputs(self, weights: Named) -> list[Tensor]:
         return self.parts.calls.outputs(lambda: functional_call(self._losses, weights, (self.batch,)))
 
     def _tangents(self, tangents: Named, count: int) -> tuple[Named, Tensor]:
-        along: list[Tensor] = self._along(self._outputs, tangents, count)
+        along: list[Tensor] = self._along(self._outputs, tangents, count)[0]
         many = count > 1
         if not many:
             along = [one[0] for one in along]
@@ -142,6 +143,7 @@ class GaussNewton(SecondOrder):
     def __init__(self, training: Training, step: int, batch: Batch) -> None:
         self.training = training
         self.parts = Outputs(training, step, batch)
+        self.losses = self.parts.losses.detach()
         # J^T u as a function of u and of the weights, at u = d batch loss / d output: the gradient there.
         self._dual = [slope.detach().requires_grad_() for slope in self.parts.slope]
         transposed = torch.autograd.grad(

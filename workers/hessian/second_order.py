@@ -55,6 +55,9 @@ class SecondOrder:
         training: Model, recipe and layout; its buffers are left as they were.
         step: Whose dropout masks to draw.
         batch: The step's batch, on the device.
+
+    Attributes:
+        losses: Own losses of the samples at these weights, (B,).
     """
 
     def __init__(self, training: Training, step: int, batch: Batch) -> None:
@@ -63,6 +66,7 @@ class SecondOrder:
         seed_everything(derived_seed(training.recipe.seed, "step", step))
         with unchanged_buffers(training.model), self._plainly(), self.through():
             losses_B = training.losses(batch, size)
+        self.losses = losses_B.detach()
         self.share = torch.full_like(losses_B, 1.0 / training.divisor(step), requires_grad=True)
         with self._plainly():
             self.gradient = torch.autograd.grad(
@@ -132,10 +136,15 @@ class TangentTile:
     """The same for a whole tile of directions at once; arguments as for ``SecondOrder``. Gives J v.
 
     A direction's bits may depend on the number Q of directions it is computed with.
+
+    Attributes:
+        losses: Own losses of the samples at these weights, (B,); there once a tile was worked on.
     """
 
     graph = False
     """Whether the backward pass is recorded, though only forward mode goes on from it."""
+
+    losses: Tensor
 
     def __init__(self, training: Training, step: int, batch: Batch) -> None:
         self.training, self.step, self.batch = training, step, batch
@@ -164,15 +173,23 @@ class TangentTile:
 
     def _tangents(self, tangents: Named, count: int) -> tuple[Named, Tensor]:
         """Return (J v, <g_i, v>) for all directions."""
-        found: tuple[Named, Tensor] = self._along(self._gradient, tangents, count)
+        found: tuple[Named, Tensor]
+        found, self.losses = self._along(self._gradient, tangents, count, keep=lambda values: values[1])
         return found
 
-    def _along(self, function: Callable[[Named], Any], tangents: Named, count: int) -> Any:
-        """Return the derivatives of a function of the weights along all directions."""
+    def _along(
+        self,
+        function: Callable[[Named], Any],
+        tangents: Named,
+        count: int,
+        keep: Callable[[Any], Tensor | None] = lambda values: None,
+    ) -> tuple[Any, Any]:
+        """Return the derivatives of a function of the weights along all directions, and what to keep of its values."""
         training = self.training
 
-        def along(tangent: Named) -> Any:
-            return jvp(function, (self._weights,), (tangent,))[1]
+        def along(tangent: Named) -> tuple[Any, Any]:
+            values, derivatives, *_ = jvp(function, (self._weights,), (tangent,))
+            return derivatives, keep(values)
 
         seed_everything(derived_seed(training.recipe.seed, "step", self.step))
         with (
@@ -183,10 +200,12 @@ class TangentTile:
             full_precision(),
         ):
             if count == 1:
-                found = along({name: tangent[0] for name, tangent in tangents.items()})
-                return tree_map(lambda value: value[None], found)
+                found, kept = along({name: tangent[0] for name, tangent in tangents.items()})
+                return tree_map(lambda value: value[None], found), kept
             # "same": the masks belong to w, not to the directions.
-            return vmap(along, randomness="same")(tangents)
+            dims: Any = (0, None)
+            together: tuple[Any, Any] = vmap(along, randomness="same", out_dims=dims)(tangents)
+            return together
 
     def _values(self, weights: Named) -> Tensor:
         """Return the losses (B,)."""
@@ -216,9 +235,11 @@ class FieldTangentTile(TangentTile):
 
     def _tangents(self, tangents: Named, count: int) -> tuple[Named, Tensor]:
         with forward_through():
-            products: Named = self._along(lambda weights: self._gradient(weights)[0], tangents, count)
+            products: Named
+            products, _kept = self._along(lambda weights: self._gradient(weights)[0], tangents, count)
         with stopped():
-            values: Tensor = self._along(self._values, tangents, count)
+            values: Tensor
+            values, self.losses = self._along(self._values, tangents, count, keep=lambda losses_B: losses_B)
         return products, values
 
 

@@ -130,6 +130,11 @@ class StepTiles:
         kind = tiles.fallback if self.alone and tiles.fallback is not None else tiles.kind
         self.way: TangentTile | SecondOrder = kind(tiles.training, step, batch)
 
+    @property
+    def losses(self) -> Tensor:
+        """Own losses of the samples at these weights, (B,), once a tile was worked on."""
+        return self.way.losses
+
     def tile(self, directions_QD: Tensor, out_QD: Tensor) -> Tensor:
         """Write H v for each direction into ``out_QD`` and return the <g_i, v>, (Q, B).
 

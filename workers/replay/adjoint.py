@@ -9,6 +9,8 @@ m' = p m + k r, w' = w - h (s m' + q r), r = gradient + L w):
 
 Both products come out of one pass for a tile of targets (see ``second_order``). The weights of each
 step are had by replaying segments between the record's checkpoints, halved until one fits in memory.
+Where the record kept the weights of every step, they are read instead of trained again: nothing but the products
+is then left to do, and what shows that data and model are the record's are the losses, which the products have.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...storage.errors import ReplayDiverged
 from ...storage.trajectory import Trajectory
 from ..hessian.tiles import TILE, HessianTiles
 from ..model.layout import load_flat
@@ -38,14 +41,24 @@ from .base import HeldBatch
 SEGMENT_BYTES = 512 << 20
 """Weights of a segment that are kept in memory at a time."""
 
+READ_STEPS = 64
+"""Steps whose weights are read at a time, at most."""
+
+SAME_LOSS = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""How far a step's loss may be from the record's, of it and of 0.01: the products have it from other operations."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Held:
-    """A step of the optimiser on the way back: the weights before it, its batches, and what it looked like."""
+    """A step of the optimiser on the way back: the weights before it, its batches, and what it looked like.
+
+    ``trained`` says whether it was taken again, and is the record's by its digests.
+    """
 
     weights: Tensor
     batches: list[HeldBatch]
     moment: Moment | None
+    trained: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +110,15 @@ class Adjoint(VerifiedReplay):
         self._held: list[_Held] | None = None
         self._batches: list[HeldBatch] = []
         training.before_update = self._note
+        self._read: list[tuple[int, Tensor]] = []
+        # Steps of several batches, layers with a state of their own and rounding of autocast need the step itself.
+        self._may_read = not (
+            self._steps.needs_moment
+            or training.keeps_state
+            or training.weighted
+            or training.schedule.accumulates
+            or "autocast" in trajectory.attrs
+        )
 
     def run(self, report: Report | None = None) -> Self:
         """Carry the targets back to the first step.
@@ -153,11 +175,25 @@ class Adjoint(VerifiedReplay):
                 if k:
                     product.add_(part)
             linear.pulled(a_u, state, product)
+        if not held.trained:
+            self._read += [
+                (one.step, second.losses.mean())
+                for one, (_, _, second) in zip(held.batches, products, strict=True)
+            ]
 
     def _backwards(self) -> Iterator[_Held]:
         """Yield the steps from the last to the first."""
-        stop = self.training.steps
-        for k in range(len(self.trajectory.checkpoint_steps) - 2, -1, -1):
+        steps, stop = self.trajectory.checkpoint_steps.tolist(), self.training.steps
+        k = len(steps) - 1
+        while k > 0:
+            k -= 1
+            if self._may_read and steps[k] == stop - 1:
+                begin = k
+                while begin and k - begin < READ_STEPS - 1 and steps[begin - 1] == steps[begin] - 1:
+                    begin -= 1
+                yield from self._as_kept(steps[begin], stop)
+                k, stop = begin, steps[begin]
+                continue
             kept = self.trajectory.checkpoint(k)
             start = _State(
                 step=kept.step,
@@ -167,6 +203,32 @@ class Adjoint(VerifiedReplay):
             )
             yield from self._segment(start, stop)
             stop = kept.step
+
+    def _as_kept(self, first: int, stop: int) -> Iterator[_Held]:
+        """Yield steps whose weights the record kept, from the last to the first, without taking them again."""
+        weights = torch.from_numpy(self.trajectory.weights(first, stop))
+        batches = list(self.training.loader(first, stop))
+        for step in reversed(range(first, stop)):
+            here = weights[step - first]
+            if step in self._digests:
+                with torch.no_grad():
+                    load_flat(self.training.parameters, here.to(self.training.device))
+                self.verify(step)
+            one = HeldBatch(step=step, batch=batches.pop(), rows=self.rows(step), kept=[])
+            yield _Held(weights=here, batches=[one], moment=None, trained=False)
+        self._compare_losses()
+
+    def _compare_losses(self) -> None:
+        """Raise ReplayDiverged for a step that was read and whose loss is not the record's."""
+        read, self._read = self._read, []
+        found = torch.stack([loss for _step, loss in read]).double().cpu().numpy()
+        limit = SAME_LOSS[self.training.dtype]
+        for (step, _), loss in zip(read, found.tolist(), strict=True):
+            recorded = float(self.trajectory.loss[step])
+            if not abs(loss - recorded) <= limit * max(abs(recorded), 0.01):
+                raise ReplayDiverged(
+                    self._message(f"the loss of step {step} is {loss:.6g}, recorded {recorded:.6g}", step)
+                )
 
     def _segment(self, start: _State, stop: int) -> Iterator[_Held]:
         updates = int(self.training.updates[start.step : stop].sum())

@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
+from tests import ray_workers
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -62,12 +64,25 @@ def digits_read_once() -> None:
         vars(source)["load_digits"] = functools.cache(source.load_digits)
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
-    """Address ``host:port`` of one local Ray with 4 logical CPUs, started once for the session.
+@pytest.fixture
+def ray_cluster(shared_ray: str) -> str:
+    """Address ``host:port`` of a local Ray with 4 logical CPUs and no worker of ours."""
+    ray_workers.end()
+    return shared_ray
 
-    Starting Ray takes seconds: tests mark themselves ``ray`` and share this one. The directory is
-    short because Ray's sockets lie in it and their paths have a limit.
+
+@pytest.fixture
+def warm_ray(shared_ray: str) -> Iterator[str]:
+    """The same, with the workers that earlier tests left, for tests that look at results and not at processes."""
+    with ray_workers.reused():
+        yield shared_ray
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[str]:
+    """The address of the one Ray that tests marked ``ray`` share: starting one takes seconds.
+
+    The directory is short because Ray's sockets lie in it and their paths have a limit.
     """
     import ray
 

@@ -103,23 +103,23 @@ def test_a_loss_that_is_not_a_number_through_the_command_line(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.skipif(GPU, reason="there is a GPU")
-def test_gpus_that_no_node_has(ray_cluster, tmp_path):
+def test_gpus_that_no_node_has(warm_ray, tmp_path):
     with pytest.raises(ClusterTooSmall, match=r"1 CPU and 1 GPU .*lower --gpus-per-actor") as caught:
-        ray_run(ray_cluster, tmp_path / "run", Small(), gpus_per_actor=1)
+        ray_run(warm_ray, tmp_path / "run", Small(), gpus_per_actor=1)
     assert "came up in" not in str(caught.value)  # at once: no worker was waited for
     assert manifests(tmp_path / "run") == {}
     # Placement is no part of the spec: the same run on CPUs goes on.
-    assert ray_run(ray_cluster, tmp_path / "run", Small()).methods() == ["hydra"]
+    assert ray_run(warm_ray, tmp_path / "run", Small()).methods() == ["hydra"]
 
 
 @pytest.mark.ray
 @pytest.mark.skipif(GPU, reason="there is a GPU")
-def test_a_failing_worker_reports_as_this_process_does(ray_cluster, tmp_path):
+def test_a_failing_worker_reports_as_this_process_does(warm_ray, tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"batch loss is nan at step \d+ of 18"):
-        ray_run(ray_cluster, tmp_path / "nan", NanLoss())
+        ray_run(warm_ray, tmp_path / "nan", NanLoss())
     assert not (tmp_path / "nan" / "trajectory.zarr").exists()
     with pytest.raises(RecipeError, match=r"cannot be sent to workers.*--executor serial"):
-        ray_run(ray_cluster, tmp_path / "handle", Unpicklable())
+        ray_run(warm_ray, tmp_path / "handle", Unpicklable())
 
 
 def ray_run(address: str, out: Path, recipe: Any, **fields: Any) -> Any:

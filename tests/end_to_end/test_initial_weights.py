@@ -109,11 +109,11 @@ def test_wrong_files_are_refused_in_one_line(place, tmp_path):
 
 
 @pytest.mark.ray
-def test_workers_on_ray_start_from_the_same_file_and_check_it(place, tmp_path, ray_cluster):
+def test_workers_on_ray_start_from_the_same_file_and_check_it(place, tmp_path, warm_ray):
     file = tmp_path / "base.safetensors"
     shutil.copy(place / "base.safetensors", file)
     fields = {"recipe": TwoGroups(), "init": str(file), "dtype": "float64", "device": "cpu", "shards": 2}
-    spec = RunSpec(**fields, out=str(tmp_path / "run"), executor="ray", address=ray_cluster)
+    spec = RunSpec(**fields, out=str(tmp_path / "run"), executor="ray", address=warm_ray)
     run(spec, stages=("record",))
     shutil.copy(place / "other.safetensors", file)
     with pytest.raises(InputError, match="init: stored"):

@@ -139,9 +139,9 @@ def test_loader_processes_tell_the_same(tmp_path):
     ("where", "how"),
     [("losses", "exit"), ("losses", "base"), ("train item", "KeyError"), ("test losses", "exit")],
 )
-def test_ray_tells_the_same(where, how, ray_cluster, tmp_path):
+def test_ray_tells_the_same(where, how, warm_ray, tmp_path):
     recipe = Settled(where, how)
-    spec = RunSpec(recipe=recipe, out=str(tmp_path / "run"), executor="ray", address=ray_cluster, workers=1)
+    spec = RunSpec(recipe=recipe, out=str(tmp_path / "run"), executor="ray", address=warm_ray, workers=1)
     with pytest.raises(RecipeError) as caught:
         run(spec)
     check_line(str(caught.value), PLACES[where], RAISES[how], IN_THE_RECIPE)
@@ -236,13 +236,13 @@ def test_prints_stay_off_captured_output_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.ray
-def test_prints_in_workers_of_ray_neither(ray_cluster, tmp_path, monkeypatch):
+def test_prints_in_workers_of_ray_neither(warm_ray, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = (
         "--executor",
         "ray",
         "--address",
-        ray_cluster,
+        warm_ray,
         "--workers",
         "1",
         "--format",

@@ -14,7 +14,7 @@ HERE = {"executor": "serial", "shards": 1}
 
 
 @pytest.mark.ray
-def test_a_recorded_loop_goes_on_with_the_same_bits(ray_cluster, tmp_path):
+def test_a_recorded_loop_goes_on_with_the_same_bits(warm_ray, tmp_path):
     """Dropout, clipped steps of two batches, AdamW in groups; workers begin at the record's weights."""
     model = Whole().model()
     optimizer = Whole().optimizer(model)
@@ -24,7 +24,7 @@ def test_a_recorded_loop_goes_on_with_the_same_bits(ray_cluster, tmp_path):
         for indices in batches(2, 6):
             rec.step(indices, losses_of(model, indices))
     shutil.copytree(tmp_path / "here", tmp_path / "ray")
-    there = {"executor": "ray", "address": ray_cluster, "workers": 2, "shards": 3, "device": "cpu"}
+    there = {"executor": "ray", "address": warm_ray, "workers": 2, "shards": 3, "device": "cpu"}
     for name, fields in (("here", HERE), ("ray", there)):
         done = run(RunSpec(recipe=Bare(), out=str(tmp_path / name), **fields))
         assert done.info["layout"]["shards"] == fields["shards"]
@@ -35,7 +35,7 @@ def test_a_recorded_loop_goes_on_with_the_same_bits(ray_cluster, tmp_path):
 
 
 @pytest.mark.ray
-def test_a_trainers_recipe_has_the_same_bits(ray_cluster, tmp_path):
+def test_a_trainers_recipe_has_the_same_bits(warm_ray, tmp_path):
     """Dropout, warm-up, clipping, accumulation of token means; the record is made by a worker, too."""
     pytest.importorskip("transformers")
     pytest.importorskip("datasets")
@@ -49,7 +49,7 @@ def test_a_trainers_recipe_has_the_same_bits(ray_cluster, tmp_path):
         eval_dataset=tiny_text.sequences(3, 2),
         data_collator=tiny_text.padded,
     )
-    there = {"executor": "ray", "address": ray_cluster, "workers": 2, "shards": 2, "device": "cpu"}
+    there = {"executor": "ray", "address": warm_ray, "workers": 2, "shards": 2, "device": "cpu"}
     for name, fields in (("here", HERE), ("ray", there)):
         done = run(RunSpec(recipe=recipe, out=str(tmp_path / name), **fields))
         assert done.info["layout"]["shards"] == fields["shards"]

@@ -45,7 +45,7 @@ def again(out: Path, heard: Heard, **fields: Any) -> None:
 
 
 @pytest.mark.ray
-def test_killed_workers_change_no_bit(ray_cluster, tmp_path, monkeypatch):
+def test_killed_workers_change_no_bit(warm_ray, tmp_path, monkeypatch):
     serial(tmp_path / "right", Images(), shards=3)
     (tmp_path / "faults").mkdir()
     steps = [random.randint(1, 12) for _ in range(2)]
@@ -58,7 +58,7 @@ def test_killed_workers_change_no_bit(ray_cluster, tmp_path, monkeypatch):
         },
     )
     monkeypatch.setattr(RayExecutor, "run", spoiled(RayExecutor.run, plan))
-    fields = {"executor": "ray", "address": ray_cluster, "workers": 2, "shards": 3}
+    fields = {"executor": "ray", "address": warm_ray, "workers": 2, "shards": 3}
     serial(tmp_path / "run", Images(), **fields)
     assert [plan.attempts(name) for name in plan.script] == [2, 2, 2], steps
     assert_same_bits(numbers(tmp_path / "run"), numbers(tmp_path / "right"))

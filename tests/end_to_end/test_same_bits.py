@@ -78,12 +78,12 @@ def test_small_reduce_tiles_hardly_change_a_number_and_never_with_shards(right, 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(("workers", "shards"), [(1, 3), (2, 8)])
-def test_ray_and_this_process_agree(workers, shards, ray_cluster, right, tmp_path):
+def test_ray_and_this_process_agree(workers, shards, warm_ray, right, tmp_path):
     spec = RunSpec(
         recipe=Images(),
         out=str(tmp_path / "run"),
         executor="ray",
-        address=ray_cluster,
+        address=warm_ray,
         workers=workers,
         shards=shards,
         test=TEST,
@@ -114,7 +114,7 @@ def test_shards_change_no_bit_of_adamw_clipped_and_accumulated(shards, stepped, 
 
 @pytest.mark.ray
 def test_killed_workers_change_no_bit_of_adamw_clipped_and_accumulated(
-    ray_cluster, stepped, tmp_path, monkeypatch
+    warm_ray, stepped, tmp_path, monkeypatch
 ):
     (tmp_path / "faults").mkdir()
     plan = FaultPlan(
@@ -122,7 +122,7 @@ def test_killed_workers_change_no_bit_of_adamw_clipped_and_accumulated(
         script={"trajectory": ["kill@5"], "shard-00000": ["kill@4"], "shard-00002": ["kill-after"]},
     )
     monkeypatch.setattr(RayExecutor, "run", spoiled(RayExecutor.run, plan))
-    fields = {"executor": "ray", "address": ray_cluster, "workers": 2, "shards": 3}
+    fields = {"executor": "ray", "address": warm_ray, "workers": 2, "shards": 3}
     serial(tmp_path / "run", Stepped("adamw", 0.3, 3, "late"), **fields)
     assert [plan.attempts(name) for name in plan.script] == [2, 2, 2]
     assert_same_bits(numbers(tmp_path / "run", shard=False), stepped)

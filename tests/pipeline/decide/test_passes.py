@@ -129,11 +129,11 @@ def test_what_was_broken_off_is_resumed_with_the_same_bits(place, tmp_path, monk
 
 
 @pytest.mark.ray
-def test_killed_workers_of_ray_change_no_bit(ray_cluster, place, tmp_path, monkeypatch):
+def test_killed_workers_of_ray_change_no_bit(warm_ray, place, tmp_path, monkeypatch):
     right = asked(shutil.copytree(place, tmp_path / "right"))
     plan = FaultPlan(directory=str(tmp_path), script={"rows-00002": ["kill", "kill-after"]})
     monkeypatch.setattr(RayExecutor, "run", spoiled(RayExecutor.run, plan))
-    assert_same(asked(place, executor="ray", address=ray_cluster, workers=2), right)
+    assert_same(asked(place, executor="ray", address=warm_ray, workers=2), right)
     assert plan.attempts("rows-00002") >= 4
     assert verify(open_run(str(place))).ok
 

@@ -283,11 +283,11 @@ def test_verify_finds_an_outcome_that_is_not_that_of_its_retrainings(made, dropp
 
 
 @pytest.mark.ray
-def test_on_ray_it_says_the_same(made, dropped, tmp_path, ray_cluster):
+def test_on_ray_it_says_the_same(made, dropped, tmp_path, warm_ray):
     shutil.copytree(made, tmp_path / "run")
     again = open_run(tmp_path / "run")
     again.directory.drop("clean/retrain")
     again.directory.drop("clean/outcome")
-    placed = {"executor": "ray", "address": ray_cluster, "device": "cpu", "workers": 2}
+    placed = {"executor": "ray", "address": warm_ray, "device": "cpu", "workers": 2}
     found = clean(again, Noisy(), drop="flagged", retrain=2, papers_reading=True, **placed)
     assert found.outcome == dropped.outcome

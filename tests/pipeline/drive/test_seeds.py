@@ -165,10 +165,10 @@ def test_the_same_bits_for_any_shards_and_panels(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.ray
-def test_ray_gives_the_same_bits(made, tmp_path, ray_cluster):
+def test_ray_gives_the_same_bits(made, tmp_path, warm_ray):
     heard = Heard()
     run(
-        spec(tmp_path / "r", seeds=3, executor="ray", address=ray_cluster, workers=1),
+        spec(tmp_path / "r", seeds=3, executor="ray", address=warm_ray, workers=1),
         observer=heard.append,
     )
     assert bits(tmp_path / "r", "hydra-seeds3") == bits(made, "hydra-seeds3")

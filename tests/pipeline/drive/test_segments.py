@@ -301,7 +301,7 @@ def test_one_cannot_become_several(one):
 
 
 @pytest.mark.ray
-def test_killed_workers_change_no_bit(ray_cluster, four, tmp_path, monkeypatch):
+def test_killed_workers_change_no_bit(warm_ray, four, tmp_path, monkeypatch):
     (tmp_path / "faults").mkdir()
     plan = FaultPlan(
         directory=str(tmp_path / "faults"),
@@ -312,7 +312,7 @@ def test_killed_workers_change_no_bit(ray_cluster, four, tmp_path, monkeypatch):
         },
     )
     monkeypatch.setattr(RayExecutor, "run", spoiled(RayExecutor.run, plan))
-    fields = {"executor": "ray", "address": ray_cluster, "workers": 2, "shards": 2, "segments": 4}
+    fields = {"executor": "ray", "address": warm_ray, "workers": 2, "shards": 2, "segments": 4}
     found = serial(tmp_path / "run", Small(), **EXACT, **fields)
     assert [plan.attempts(name) for name in plan.script] == [2, 2, 2]
     assert_same_bits(numbers(found.uri, shard=False), numbers(four.uri, shard=False))

@@ -284,12 +284,12 @@ def test_a_killed_run_goes_on_with_the_same_bits(unit, action, undisturbed, tmp_
 
 
 @pytest.mark.ray
-def test_a_killed_worker_on_ray_changes_no_bit(ray_cluster, undisturbed, tmp_path, monkeypatch):
+def test_a_killed_worker_on_ray_changes_no_bit(warm_ray, undisturbed, tmp_path, monkeypatch):
     right = undisturbed
     (tmp_path / "faults").mkdir()
     plan = FaultPlan(directory=str(tmp_path / "faults"), script={"targets-00001": ["kill@3"]})
     monkeypatch.setattr(RayExecutor, "run", spoiled(RayExecutor.run, plan))
-    fields = {"executor": "ray", "address": ray_cluster, "workers": 2}
+    fields = {"executor": "ray", "address": warm_ray, "workers": 2}
     found = go(Many(), tmp_path / "run", hessian="exact", targets="classes", shards=3, **fields)
     assert plan.attempts("targets-00001") == 2
     assert np.array_equal(by_test(found, "hydra-exact-classes"), by_test(right, "hydra-exact-classes"))

@@ -53,7 +53,11 @@ FORMS: Mapping[str, tuple[Mapping[str, Any], float | None]] = {
     "fast, adjoint, all test samples": ({"mode": "adjoint"}, 1.5),
     "fast, adjoint, {few} test samples": ({"mode": "adjoint", "few": True}, 1.3),
     "EKFAC, adjoint, all test samples": ({"mode": "adjoint", "hessian": "ekfac"}, 3.0),
-    "exact, adjoint, the mean": ({"mode": "adjoint", "hessian": "exact", "targets": "mean"}, 2.0),
+    "exact, adjoint, the mean": ({"mode": "adjoint", "hessian": "exact", "targets": "mean"}, None),
+    "exact, adjoint, the mean, weights of every step recorded": (
+        {"mode": "adjoint", "hessian": "exact", "targets": "mean", "checkpoint_every": 1},
+        2.0,
+    ),
 }
 """Ours: options of the run, and the most it may cost in plain trainings."""
 
@@ -91,10 +95,8 @@ class Case:
     def spec(self, name: str, **options: Any) -> RunSpec:
         """Return the specification of a run that begins with the record."""
         per_epoch = -(-self.sizes["samples"] // self.recipe.batch_size)
-        given = {"threads": self.sizes["threads"], "checkpoint_every": per_epoch, "device": "cpu"}
-        return RunSpec(
-            recipe=self.recipe, out=str(self.folder / name), executor="serial", shards=1, **given, **options
-        )
+        given = {"threads": self.sizes["threads"], "checkpoint_every": per_epoch, "device": "cpu", **options}
+        return RunSpec(recipe=self.recipe, out=str(self.folder / name), executor="serial", shards=1, **given)
 
     def model(self, checkpoint: int) -> torch.nn.Module:
         """Return the model at a checkpoint."""

@@ -15,6 +15,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Ray gives its workers nice 15: beside tests that keep every core busy they would get 3% of one, and start in minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 

@@ -52,8 +52,8 @@ from .stages import Session, Stage, Stages, run_stages, units_of
 from .stores import StoreOf
 from .writing import writing
 
-MOST_TARGETS = 64
-"""Test samples of a block, at most: also what a killed worker loses."""
+MOST_TARGETS = 256
+"""Test samples of a block, at most: each runs all tracked samples. Also what a killed worker loses."""
 
 VECTOR_SHARE = 0.25
 """Of a worker's memory, for the vectors that an estimator holds."""

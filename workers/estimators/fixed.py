@@ -1,7 +1,8 @@
 """A model held still at one checkpoint, in eval mode: gradients, losses, products by sample.
 
 Per-sample gradients come from the same engine as everywhere (``persample``), a tile at a time, and
-are multiplied with the targets at once: (N, D) is never held. Shape letters as in ``base``.
+are multiplied with the targets at once, in Linear and Embedding layers without being formed: (N, D) is never
+held. Shape letters as in ``base``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..determinism import derived_seed, preserved_generators, seed_everything
 from ..ekfac.metric import preconditioner_at
 from ..model.layout import load_flat
 from ..persample.engine import PerSampleGradients, TakeRows
+from ..persample.ghost import GhostProducts
 from ..persample.trials import choose_ways
 from ..recipe import Batch
 from ..recursion.coefficients import recorded_settings
@@ -58,10 +60,10 @@ class FixedWeights:
         self.load(-1)
         with evaluating(training.model):
             batch = self.fetch(training.dataset, np.arange(min(SAMPLES, training.n_train)))
-            ways = choose_ways(training.recipe, training.model, training.layout, batch, constant=True)
+            self._ways = choose_ways(training.recipe, training.model, training.layout, batch, constant=True)
         # Where samples see each other in the losses, each is taken alone: a result must not depend on blocks.
-        self.size = 1 if ways.coupled else SAMPLES
-        self._engine = PerSampleGradients(training.recipe, training.model, training.layout, ways)
+        self.size = 1 if self._ways.coupled else SAMPLES
+        self._engine = PerSampleGradients(training.recipe, training.model, training.layout, self._ways)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -157,7 +159,34 @@ class FixedWeights:
 
     def products(self, indices: Integers, directions_QD: Tensor) -> Tensor:
         """Return <g_i, v_k> for training samples i and directions v_k: (Q, n) float64."""
-        return self._products(indices, directions_QD, None)
+        training, directions = self.training, self._directions(directions_QD)
+        out = torch.zeros(len(directions), len(indices), dtype=torch.float64, device=directions.device)
+
+        def keep(start: int, block_RQ: Tensor) -> None:
+            out[:, start : start + len(block_RQ)] = block_RQ.T
+
+        # One engine at a time listens to the model.
+        self._engine.close()
+        self._engine = GhostProducts(
+            training.recipe,
+            training.model,
+            training.layout,
+            self._ways,
+            targets_QD=directions,
+            tile=TARGETS,
+        )
+        try:
+            self.gradients(training.dataset, indices, keep)
+        finally:
+            self._engine.close()
+            self._engine = PerSampleGradients(training.recipe, training.model, training.layout, self._ways)
+        return out[: len(directions_QD)]
+
+    def _directions(self, directions_QD: Tensor) -> Tensor:
+        """Return them in the run's dtype, filled up with zeros to whole tiles of ``TARGETS``."""
+        directions = directions_QD.to(device=self.training.device, dtype=self.training.dtype)
+        missing = -len(directions) % TARGETS
+        return torch.cat([directions, directions.new_zeros(missing, directions.shape[1])])
 
     def scaled_products(
         self, indices: Integers, directions_QD: Tensor, scale_D: Tensor
@@ -169,23 +198,16 @@ class FixedWeights:
         def measure(start: int, block: Tensor) -> None:
             lengths[start : start + len(block)] = (block * scale).norm(dim=1)
 
-        return self._products(indices, directions_QD * scale_D, measure), lengths
-
-    def _products(self, indices: Integers, directions_QD: Tensor, also: TakeRows | None) -> Tensor:
-        count = len(directions_QD)
-        directions = directions_QD.to(device=self.training.device, dtype=self.training.dtype)
-        missing = -count % TARGETS
-        tiles = torch.cat([directions, directions.new_zeros(missing, directions.shape[1])]).split(TARGETS)
-        out = torch.zeros(count + missing, len(indices), dtype=torch.float64, device=directions.device)
+        directions = self._directions(directions_QD * scale_D)
+        out = torch.zeros(len(directions), len(indices), dtype=torch.float64, device=directions.device)
 
         def multiply(start: int, block: Tensor) -> None:
-            for k, tile in enumerate(tiles):
+            for k, tile in enumerate(directions.split(TARGETS)):
                 out[k * TARGETS : (k + 1) * TARGETS, start : start + len(block)] = (block @ tile.T).T
-            if also is not None:
-                also(start, block)
+            measure(start, block)
 
         self.gradients(self.training.dataset, indices, multiply)
-        return out[:count]
+        return out[: len(directions_QD)], lengths
 
     @torch.no_grad()
     def losses(self, dataset: Dataset[Any], indices: Integers) -> Tensor:

@@ -220,14 +220,17 @@ class _Batch:
         if not (isinstance(module, nn.Linear) or is_transposed_linear(module)):
             return []
         left, right = (d_R, x_R) if isinstance(module, nn.Linear) else (x_R, d_R)
-        span = module.rows.get("weight") if isinstance(module, AppliedLinear) else None
+        spans = module.rows if isinstance(module, AppliedLinear) else {}
+        span = spans.get("weight")
         bias = self._bias_of(module, wanted, d_R)
         for tile, sums, factor in self._each(entry, scale):
+            apart = bias
             if left.ndim == 2 and entry in tile.factors:
                 d, x = tile.factors[entry]
                 along = torch.mm(right, x)
-                if bias is not None:
+                if bias is not None and entry in tile.ratios:
                     along += tile.ratios[entry]
+                    apart = None
                 sums.addcmul_(torch.mm(left, d), along, value=factor)
             elif self._forms(tile, left, right):
                 size = max(1, ROW_BYTES // (left.shape[-1] * right.shape[-1] * left.element_size()))
@@ -236,15 +239,20 @@ class _Batch:
                     tile.add_rows(sums[part], entry, _outer(left[part], right[part]), factor, span)
             else:
                 self._through(tile, sums, entry, span, left, right, factor)
+            if apart is not None:
+                tile.add_rows(sums, apart, left, factor, spans.get("bias"))
         return ["weight"] if bias is None else ["weight", "bias"]
 
     def _bias_of(self, module: nn.Module, wanted: Mapping[str, int], d_R: Tensor) -> int | None:
-        """Return the bias of a layer whose products come with those of the weight, without a product of their own."""
+        """Return the bias of a layer whose products come with those of the weight, where tiles have its ratio.
+
+        Tiles are asked one by one: the bits of a tile must not depend on what others there are.
+        """
         if "bias" not in wanted or self.on_gradient is not None or not isinstance(module, nn.Linear):
             return None
         weight, bias = wanted["weight"], wanted["bias"]
         same = self.engine.scales[weight] == self.engine.scales[bias] and d_R.ndim == 2
-        return bias if same and all(weight in tile.ratios for tile in self.tiles) else None
+        return bias if same and any(weight in tile.ratios for tile in self.tiles) else None
 
     @staticmethod
     def _forms(tile: TargetTile, left: Tensor, right: Tensor) -> bool:

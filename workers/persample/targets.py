@@ -43,7 +43,8 @@ def outer_factors(matrix_QOI: Tensor) -> tuple[Tensor, Tensor] | None:
 def multiples(vector_QO: Tensor, left_OQ: Tensor) -> Tensor | None:
     """Return what the columns of ``left`` are multiplied with to give the vectors, to rounding, (Q,); None: nothing."""
     at = left_OQ.abs().argmax(0, keepdim=True)
-    ratio = vector_QO.T.gather(0, at) / left_OQ.gather(0, at)
+    pivot = left_OQ.gather(0, at)
+    ratio = torch.where(pivot == 0, 0, vector_QO.T.gather(0, at) / pivot)
     kind = torch.finfo(left_OQ.dtype)
     off = (left_OQ * ratio - vector_QO.T).abs()
     good = bool((off <= ROUNDING * kind.eps * vector_QO.T.abs() + ROUNDING * kind.tiny).all())

@@ -36,10 +36,11 @@ SIZES: Mapping[str, Any] = {
     "samples": 192,
     "sequences": 48,
     "recorded": 6400,
+    "epochs": 4,
     "rounds": 5,
     "threads": 1,
 }
-QUICK: Mapping[str, Any] = {**SIZES, "recorded": 640, "rounds": 1}
+QUICK: Mapping[str, Any] = {**SIZES, "recorded": 640, "epochs": 1, "rounds": 1}
 
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
@@ -197,12 +198,12 @@ def by_hand(recipe: Recipe, training: Prefetched) -> None:
         loss = recipe.losses(model, batch).mean()
         loss.backward()
         optimizer.step()
-        total += float(loss)
+        total += float(loss.detach())
 
 
 def _recording(result: Result, sizes: Mapping[str, Any], compute: Compute, folder: Path) -> None:
-    """Record LeNet-5 for an epoch beside a loop by hand, evaluation apart."""
-    recipe = Clothes(train_size=sizes["recorded"], test_size=8, epochs=1)
+    """Record LeNet-5 beside a loop by hand, evaluation apart."""
+    recipe = Clothes(train_size=sizes["recorded"], test_size=8, epochs=sizes["epochs"])
     fetched = Prefetched(recipe, compute).fetched
     shares, operators = [], []
     for turn in range(sizes["rounds"] + 1):

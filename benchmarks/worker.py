@@ -1,4 +1,4 @@
-"""One step of the memory benchmark in a fresh process: ``python -m benchmarks.worker WHAT JSON``."""
+"""One step of the benchmarks of what a plan says, in a fresh process: ``python -m benchmarks.worker WHAT JSON``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -40,6 +41,7 @@ def make_spec(given: Mapping[str, Any]) -> RunSpec:
         executor="serial",
         threads=given["threads"],
         device="cpu",
+        **given.get("options", {}),
     )
 
 
@@ -90,10 +92,35 @@ def replay(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"peak": peak_bytes()}
 
 
+def whole(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Plan a run and do all of it; return what was said and what came of it: seconds, bytes on disk, resident set."""
+    spec = make_spec(given)
+    said = cut(spec, survey(spec), replace(SerialExecutor().capacity(), memory_per_worker=0))
+    # What a process does for the first time (imports, pools, caches) is no part of any stage.
+    door.run(replace(spec, out=f"{given['out']}-warm"))
+    done = door.run(spec)
+    stages = {name: entry.get("seconds", 0.0) for name, entry in done.info["stages"].items()}
+    stored = {
+        name: sum(file.stat().st_size for file in (Path(given["out"]) / name).rglob("*") if file.is_file())
+        for name in (*HELD, "trajectory.zarr", "test_gradients.zarr")
+    }
+    return {
+        "seconds": dict(said.seconds),
+        "stages": stages,
+        "disk": dict(said.disk),
+        "stored": stored,
+        "memory": max(said.memory.workers.values()),
+        "peak": peak_bytes(),
+    }
+
+
+HELD = ("hypergradients", "by_test", "curvature", "contributions")
+
+
 def main() -> None:
     """Do what the command line says and write the answer as the last line."""
     what, given = sys.argv[1], json.loads(sys.argv[2])
-    found = {"plan": plan, "record": record, "replay": replay}[what](given)
+    found = {"plan": plan, "record": record, "replay": replay, "whole": whole}[what](given)
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -46,8 +46,9 @@ def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all numbers are finite, for the price of reading them once."""
     if not tensors:
         return True
-    # A norm is not finite as soon as one number is not; one that overflowed is looked at again.
-    if bool(torch.isfinite(nn.utils.get_total_norm(tensors, float("inf")))):
+    # A norm is not finite as soon as one number is not; one that overflowed is looked at again. Euclid's, because
+    # the largest absolute value takes eight times as long on a CPU.
+    if bool(torch.isfinite(nn.utils.get_total_norm(tensors))):
         return True
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 

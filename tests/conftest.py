@@ -162,6 +162,9 @@ def shared_ray() -> Iterator[str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
+        # Nobody reads what workers print, and a process that looks for it all the time takes time from the tests.
+        patch.setattr("ray._private.node.Node.start_log_monitor", lambda node: None)
+        patch.setenv("RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S", "5")
         ray.init(
             address="local",
             num_cpus=4,

@@ -112,6 +112,7 @@ def test_shards_change_no_bit_of_adamw_clipped_and_accumulated(stepped, tmp_path
     assert_same_bits(numbers(tmp_path / "run", shard=False), stepped)
 
 
+@pytest.mark.slow  # as of momentum in test_resume, and as of shards above
 @pytest.mark.ray
 def test_killed_workers_change_no_bit_of_adamw_clipped_and_accumulated(
     warm_ray, stepped, tmp_path, monkeypatch

@@ -295,6 +295,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(unit, killed, undisturbed):
     assert verify(found).ok
 
 
+@pytest.mark.slow  # the kill above, by the executor of test_resume
 @pytest.mark.ray
 def test_a_killed_worker_on_ray_changes_no_bit(warm_ray, undisturbed, tmp_path, monkeypatch):
     right = undisturbed

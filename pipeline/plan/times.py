@@ -34,6 +34,9 @@ MATMUL_RATE = 40e9
 PRODUCT = 1.4
 """Plain steps that a Hessian product in a tile takes, with what surrounds it."""
 
+FIRST_PRODUCT = 1.5
+"""What the first of a step takes besides: forward and backward pass, which the others share."""
+
 GAUSS_NEWTON_PRODUCT = 1.3
 """The same of a Gauss-Newton product."""
 
@@ -87,7 +90,9 @@ def seconds_of(
         times[PREFLIGHT] = PREFLIGHT_TRAININGS * steps * plain
     if spec.form in CARRIED:
         product = GAUSS_NEWTON_PRODUCT if spec.form == GAUSS_NEWTON else PRODUCT
-        one = steps * plain * (2 + product * widest)
+        # Where the record keeps the weights of every step, the adjoint of SGD takes none again.
+        read = spec.mode == ADJOINT and spec.checkpoint_every == 1 and surveyed.optimizer_vectors < 2
+        one = steps * plain * ((0 if read else 1) + FIRST_PRODUCT + product * widest)
     elif spec.mode == ADJOINT or spec.form == EKFAC:
         one = steps * tracked
     else:

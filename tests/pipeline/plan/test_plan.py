@@ -154,7 +154,10 @@ def test_the_time_of_a_plan_counts_every_stage():
     surveyed = replace(survey(spec, trial=False), step_seconds=(1.0, 2.0))
     seconds = cut(spec, surveyed, machines(1), shards=1).seconds
     tests = len(surveyed.tested)
-    assert seconds["replay"] == surveyed.steps * (2 + times.PRODUCT * tests)
+    back = times.FIRST_PRODUCT + times.PRODUCT * tests
+    assert seconds["replay"] == surveyed.steps * (1 + back)
+    kept = cut(replace(spec, checkpoint_every=1), surveyed, machines(1), shards=1).seconds
+    assert kept["replay"] == surveyed.steps * back  # no step is taken again
     assert ("preflight" in seconds) == (tests >= times.ENOUGH)
     many = replace(surveyed, tested=np.resize(surveyed.tested, times.ENOUGH))
     assert (

@@ -24,6 +24,8 @@ GOING_ON = ("replay", "reduce")
 """Commands that read what makes a run small from the run."""
 
 FEW_TERMS = ("--option", "influence-lissa.depth=5")
+FEW_COLUMNS = ("--project", "200")
+"""Fewer than the parameters of the narrow network that the tests put in place of the digits' own."""
 
 SMALL = ("--epochs", "1", "--executor", "serial")
 SMALL_DIGITS = (*SMALL, "--set", "train_size=160", "--set", "test_size=24")
@@ -95,4 +97,5 @@ def made_small(given: list[str]) -> list[str]:
     if not given or given[0] not in COMPUTING or given[0] in GOING_ON or "--help" in given:
         return given
     own = any(".py:" in word for word in given[1:2])
-    return [*given, *(SMALL[2:] if own else SMALL_DIGITS)]
+    fewer = FEW_COLUMNS if "--project" in given else ()
+    return [*given, *(SMALL[2:] if own else SMALL_DIGITS), *fewer]

@@ -57,7 +57,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (*adjoint, "--targets", "classes"),
         ("--method", "relatif", "--option", "damping=5"),
     ):
-        done = cli("run", *DIGITS, *DATA, "--track", "9:50", "--out", out, *more)
+        done = cli("run", *DIGITS, *DATA, "--track", "9:30", "--out", out, *more)
         assert done.exit_code == 0, done.output
     done = cli("detect", out, "--by", "knn", "--by", "self-tracin", "--executor", "serial", "--quiet")
     assert done.exit_code == 0, done.output
@@ -100,7 +100,7 @@ def test_the_axes_are_labelled(everything: Path) -> None:
     opened = open_run(str(everything))
     place = everything / "hypergradients" / "method=hydra.zarr"
     row = xarray.open_zarr(place, consolidated=False).hypergradient.sel(train_index=20)
-    np.testing.assert_array_equal(row, opened.hypergradients()[11])  # 9:50 are tracked
+    np.testing.assert_array_equal(row, opened.hypergradients()[11])  # 9:30 are tracked
     tests = xarray.open_zarr(everything / "test_gradients.zarr", consolidated=False)
     label = opened.test_gradients().column("label")
     assert int(tests.label.sel(test_index=7)) == label[7]

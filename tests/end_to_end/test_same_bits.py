@@ -15,18 +15,19 @@ from tests.recipes import BatchNormed, Images, Long, Small
 from tests.workers.replay.test_optimisers import Stepped
 
 TEST = "1:11"
+TRACK = "20"
 
 
 @pytest.fixture(scope="module")
 def right(tmp_path_factory: Any) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("right") / "run"
-    serial(out, Images(), shards=3, test=TEST)
+    serial(out, Images(), shards=3, track=TRACK, test=TEST)
     return numbers(out, shard=False)
 
 
-@pytest.mark.parametrize("shards", [1, 2, 8, 45])
+@pytest.mark.parametrize("shards", [1, 2, 8, 20])
 def test_any_number_of_shards(shards, right, tmp_path):
-    finished = serial(tmp_path / "run", Images(), shards=shards, test=TEST)
+    finished = serial(tmp_path / "run", Images(), shards=shards, track=TRACK, test=TEST)
     # Whole chunks are dealt, so that at most as many shards as asked come out.
     assert 1 <= finished.info["layout"]["shards"] <= shards
     assert (shards == 1) == (finished.info["layout"]["shards"] == 1)
@@ -37,21 +38,20 @@ def test_any_number_of_shards(shards, right, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_shards_change_no_bit_of_other_models(kind, dtype, tmp_path):
     found = []
-    for shards in (1, 3, 8):
+    for shards in (1, 3):
         out = tmp_path / str(shards)
         serial(out, kind(), shards=shards, dtype=dtype)
         found.append(numbers(out, shard=False))
     assert_same_bits(found[1], found[0])
-    assert_same_bits(found[2], found[0])
 
 
 def test_a_run_repeated_has_the_same_bits(right, tmp_path):
-    serial(tmp_path / "run", Images(), shards=3, test=TEST)
+    serial(tmp_path / "run", Images(), shards=3, track=TRACK, test=TEST)
     assert_same_bits(numbers(tmp_path / "run", shard=False), right)
 
 
 def test_a_subset_of_samples_has_the_bits_it_has_among_all(right, tmp_path):
-    chosen = [0, 7, 8, 20, 44]
+    chosen = [0, 7, 8, 12, 19]
     serial(tmp_path / "run", Images(), track=chosen, test=TEST, shards=2)
     found = numbers(tmp_path / "run")
     assert (found["hypergradients"] == right["hypergradients"][chosen]).all()
@@ -64,8 +64,8 @@ def test_small_reduce_tiles_hardly_change_a_number_and_never_with_shards(right, 
     least = 8 * 4 * right["hypergradients"].shape[1]  # eight rows, below which it is refused
     for shards in (1, 5):
         out = tmp_path / str(shards)
-        finished = serial(out, Images(), shards=shards, test=TEST, reduce_memory=least)
-        assert finished.info["stages"]["hydra/reduce"]["units"] > 2
+        finished = serial(out, Images(), shards=shards, track=TRACK, test=TEST, reduce_memory=least)
+        assert finished.info["stages"]["hydra/reduce"]["units"] > 1
         found.append(numbers(out, shard=False))
     assert_same_bits(found[0], found[1])
     assert found[0]["contributions.contribution"] == pytest.approx(
@@ -86,11 +86,12 @@ def test_ray_and_this_process_agree(workers, shards, warm_ray, right, tmp_path):
         address=warm_ray,
         workers=workers,
         shards=shards,
+        track=TRACK,
         test=TEST,
         device="cpu",
     )
     finished = run(spec)
-    # 45 rows in chunks of ceil(45 / (4 shards)) rows.
+    # 20 rows in chunks of ceil(20 / (4 shards)) rows.
     assert finished.info["layout"]["shards"] == shards
     assert_same_bits(numbers(tmp_path / "run", shard=False), right)
 
@@ -105,13 +106,13 @@ def stepped(tmp_path_factory: Any) -> dict[str, Any]:
     return numbers(out, shard=False)
 
 
-@pytest.mark.parametrize("shards", [3, 8])
-def test_shards_change_no_bit_of_adamw_clipped_and_accumulated(shards, stepped, tmp_path):
-    finished = serial(tmp_path / "run", Stepped("adamw", 0.3, 3, "late"), shards=shards)
+def test_shards_change_no_bit_of_adamw_clipped_and_accumulated(stepped, tmp_path):
+    finished = serial(tmp_path / "run", Stepped("adamw", 0.3, 3, "late"), shards=8)
     assert finished.info["layout"]["shards"] > 2
     assert_same_bits(numbers(tmp_path / "run", shard=False), stepped)
 
 
+@pytest.mark.slow  # as of momentum in test_resume, and as of shards above
 @pytest.mark.ray
 def test_killed_workers_change_no_bit_of_adamw_clipped_and_accumulated(
     warm_ray, stepped, tmp_path, monkeypatch

@@ -6,12 +6,20 @@ import errno
 import os
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
+from hydra_pipe.storage import threads
 
 from tests.small_disk import mounted
+
+
+@pytest.fixture(autouse=True)
+def threaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo ``unthreaded``: what threads do to stores is tested here."""
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", ThreadPoolExecutor)
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -97,9 +97,8 @@ def bucket() -> Iterator[Bucket]:
         if fault == "reset":
             raw = environ["werkzeug.socket"]
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            raw.shutdown(
-                socket.SHUT_RD
-            )  # or the server would keep the connection, and the client wait a minute
+            # Or the server would keep the connection, and the client wait a minute.
+            raw.shutdown(socket.SHUT_RD)
             raise ConnectionResetError  # the server closes the connection, and with it goes a reset
         if fault == "slow":
             time.sleep(0.5)

@@ -232,6 +232,7 @@ def digits(tmp_path_factory):
     done = call(
         *("run", "digits", "--out", out, "--executor", "serial", "--epochs", 1, "--track", 30, "--test", 9),
         *("--method", "tracin", "--method", "gradient-dot", "--option", "ensemble=2", "-q"),
+        *("--set", "train_size=120", "--set", "test_size=20"),
     )
     assert done.exit_code == 0, done.output
     return out

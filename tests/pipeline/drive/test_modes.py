@@ -12,7 +12,7 @@ from tests.recipes import BatchNormed, Images, Small
 
 
 def spec(recipe, out, **changes):
-    values = {"executor": "serial", "dtype": "float64", "track": "20", "test": "9", "shards": 2, **changes}
+    values = {"executor": "serial", "dtype": "float64", "track": "10", "test": "5", "shards": 2, **changes}
     return RunSpec(recipe=recipe, out=str(out), **values)
 
 
@@ -21,7 +21,7 @@ def matrix(finished, method):
     return table.pivot_table(index="train_index", columns="test_index", values="contribution").to_numpy()
 
 
-@pytest.mark.parametrize("kind", [Small, Images, BatchNormed], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", [Images, BatchNormed], ids=lambda k: k.__name__)
 def test_all_ways_agree_with_the_oracle(kind, tmp_path):
     recipe = kind()
     both = run(spec(kind(), tmp_path / "forward"))
@@ -31,10 +31,10 @@ def test_all_ways_agree_with_the_oracle(kind, tmp_path):
     assert both.methods() == back.methods() == ["hydra", "hydra-exact"]
     n_train = len(recipe.train_dataset())
     trajectory = both.trajectory()
-    dense = oracle.dense(recipe, trajectory, range(20))
-    gradients = oracle.test_gradients(recipe, dense.model, range(9))
+    dense = oracle.dense(recipe, trajectory, range(10))
+    gradients = oracle.test_gradients(recipe, dense.model, range(5))
     fast = oracle.contributions(dense.hypergradient, gradients, n_train)
-    exact = -oracle.unrolled(recipe, trajectory, range(20)).along(gradients).T / n_train
+    exact = -oracle.unrolled(recipe, trajectory, range(10)).along(gradients).T / n_train
     for found in (both, back):
         assert np.abs(matrix(found, "hydra") - fast).max() < 1e-6 * np.abs(fast).max()
         assert np.abs(matrix(found, "hydra-exact") - exact).max() < 1e-6 * np.abs(exact).max()
@@ -83,19 +83,21 @@ def test_one_method_has_one_mode(tmp_path):
     assert replaced.info["methods"]["hydra"]["shards"] == 5
 
 
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    out = tmp_path_factory.mktemp("exact") / "run"
+    return matrix(run(spec(Images(), out, mode="adjoint", hessian="exact")), "hydra-exact")
+
+
 @pytest.mark.parametrize("mode", ["forward", "adjoint"])
-def test_exact_rank_is_a_dial_from_ekfac_to_exact(mode, tmp_path):
-    exact = run(spec(Images(), tmp_path / "exact", mode="adjoint", hessian="exact"))
-    right = matrix(exact, "hydra-exact")
-    errors = []
-    for rank in (0, 3, 9):
+def test_exact_rank_is_a_dial_from_ekfac_to_exact(mode, exact, tmp_path):
+    for rank in (2, 5):
         done = run(spec(Images(), tmp_path / "dial", mode=mode, hessian="ekfac", exact_rank=rank))
-        method = f"hydra-ekfac-rank{rank}" if rank else "hydra-ekfac"
-        errors.append(np.linalg.norm(matrix(done, method) - right) / np.linalg.norm(right))
+    assert done.methods() == ["hydra-ekfac", "hydra-ekfac-rank2", "hydra-ekfac-rank5"]
+    errors = [np.linalg.norm(matrix(done, m) - exact) / np.linalg.norm(exact) for m in done.methods()]
     assert errors[0] > 0.05
     assert errors[1] < 0.7 * errors[0]
-    assert errors[2] < 1e-6  # nine directions span nine targets
-    assert done.methods() == ["hydra-ekfac", "hydra-ekfac-rank3", "hydra-ekfac-rank9"]
+    assert errors[2] < 1e-6  # five directions span five targets
 
 
 def test_ekfac_resumes_and_refuses_other_options(tmp_path):

@@ -45,7 +45,8 @@ def notes(heard):
 @pytest.mark.parametrize("mode", ["forward", "adjoint"])
 def test_growing_tangents_are_warned_of_and_tame_ones_are_not(tmp_path, mode, always):
     heard = []
-    done = run(spec(Wild(), tmp_path / "wild", hessian="exact", mode=mode), observer=heard.append)
+    few = {"hessian": "exact", "mode": mode, "track": "6", "test": "4"}
+    done = run(spec(Wild(), tmp_path / "wild", **few), observer=heard.append)
     (warning,) = [text for text in notes(heard) if text.startswith("warning: ")]
     for words in (
         "exact tangents grow",
@@ -64,7 +65,7 @@ def test_growing_tangents_are_warned_of_and_tame_ones_are_not(tmp_path, mode, al
     shown = CliRunner().invoke(main, ["status", done.uri]).stdout
     assert "warning: hydra-exact: exact tangents grow" in shown
     tame = []
-    done = run(spec(Small(), tmp_path / "tame", hessian="exact", mode=mode), observer=tame.append)
+    done = run(spec(Small(), tmp_path / "tame", **few), observer=tame.append)
     assert not [text for text in notes(tame) if text.startswith("warning: ")]
     assert open_run(done.uri).info["methods"]["hydra-exact"]["preflight"]["warnings"] == []
 

@@ -105,19 +105,19 @@ def test_a_file_among_sums_that_are_gone_is_a_stray(four, tmp_path):
 
 
 def test_shards_change_no_bit(four, tmp_path):
-    other = serial(tmp_path / "run", Small(), segments=4, shards=3, **EXACT)
+    other = serial(tmp_path / "run", Small(), segments=4, shards=2, **EXACT)
     assert_same_bits(numbers(other.uri, shard=False), numbers(four.uri, shard=False))
-    assert set(other.samples()["shard"].to_pylist()) == {0, 1, 2}
+    assert set(other.samples()["shard"].to_pylist()) == {0, 1}
     assert told(other) == []
 
 
 @pytest.mark.parametrize(
     ("recipe", "fields"),
     [
-        (Clipped(), {"segments": 5, "shards": 2}),  # a law with a rest, steps of two batches
-        (Images(), {"segments": 7}),  # dropout, segments inside an epoch
+        (Clipped(), {"segments": 3, "shards": 2}),  # a law with a rest, steps of two batches
+        (Images(), {"segments": 4}),  # dropout, segments inside an epoch
         (BatchNormed(), {"segments": 3}),  # running statistics
-        (Small(), {"segments": 5, "hessian": "ekfac", "curvature_core": 8, "shards": 2}),
+        (Small(), {"segments": 3, "hessian": "ekfac", "curvature_core": 8}),
         (Small(), {"segments": 6, "track": "2"}),  # segments that visit nobody
     ],
 )
@@ -131,8 +131,9 @@ def test_forms_and_recipes_agree_with_one_segment(recipe, fields, tmp_path):
 
 
 def test_several_seeds_have_segments_each(tmp_path):
-    many = serial(tmp_path / "many", Small(), segments=2, seeds=2, **EXACT)
-    right = serial(tmp_path / "one", Small(), seeds=2, **EXACT)
+    fields = {"seeds": 2, "epochs": 1, **EXACT}
+    many = serial(tmp_path / "many", Small(), segments=2, **fields)
+    right = serial(tmp_path / "one", Small(), **fields)
     found, wanted = (r.samples("hydra-seeds2")["contribution"].to_numpy() for r in (many, right))
     assert off(found, wanted) < 1e-12
     assert told(many) == []

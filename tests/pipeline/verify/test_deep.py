@@ -7,6 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from hydra_pipe.cli import main
 from hydra_pipe.pipeline.drive.attribute import attribute
@@ -19,6 +21,7 @@ from hydra_pipe.storage.errors import IncompleteStage, InputError, ReplayDiverge
 from hydra_pipe.storage.rows import RowStore
 from hydra_pipe.storage.rundir import RunDirectory
 from hydra_pipe.workers.reference import tolerances
+from torch.utils.data import TensorDataset
 
 from hydra_pipe import Run, RunSpec, open_run, run
 from tests.forging import vouch
@@ -46,6 +49,13 @@ def made(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def sound(made):
+    """What is found of it, and what was heard meanwhile."""
+    heard = []
+    return verify_deep(open_run(made), Small(), observer=heard.append), heard
+
+
 @pytest.fixture
 def place(made, tmp_path):
     return shutil.copytree(made, tmp_path / "run")
@@ -58,9 +68,8 @@ def by_name(found):
 DIFFERENCED = "double backward and differences of the gradient"
 
 
-def test_every_method_of_a_run_is_covered_or_named(made):
-    heard = []
-    found = verify_deep(open_run(made), Small(), observer=heard.append)
+def test_every_method_of_a_run_is_covered_or_named(sound):
+    found, heard = sound
     assert found.ok, found.problems
     checks = by_name(found)
     for method in ("hydra", "hydra-ekfac", "hydra-exact"):
@@ -83,11 +92,11 @@ def test_every_method_of_a_run_is_covered_or_named(made):
     assert stages == {"verify/reference", "verify/adjoint"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", [Images, BatchNormed], ids=lambda k: k.__name__)
+@pytest.mark.parametrize(("kind", "dtype"), [(Images, "float32"), (BatchNormed, "float64")])
 def test_adjoint_mode_dropout_and_batch_statistics(kind, dtype, tmp_path):
     for hessian in ("none", "exact", "ekfac"):
-        run(spec(kind(), tmp_path / "r", mode="adjoint", hessian=hessian, dtype=dtype, track="0:30"))
+        fields = {"mode": "adjoint", "hessian": hessian, "dtype": dtype, "track": "0:30", "shards": 2}
+        run(spec(kind(), tmp_path / "r", **fields))
     found = verify_deep(open_run(tmp_path / "r"), kind(), rows=5)
     assert found.ok, found.problems
     names = {check.method for check in found.checks if check.check == "contributions (adjoint = forward)"}
@@ -120,20 +129,21 @@ def rewrite_row(place, base, name, row):
 
 
 @pytest.mark.parametrize("method", ["hydra-exact", "hydra-ekfac"])
-def test_one_wrong_row_that_every_digest_vouches_for_is_caught(place, method):
-    rewrite_row(place, f"hypergradients/method={method}.zarr", "hypergradient", 17)
+def test_one_wrong_row_that_every_digest_vouches_for_is_caught(place, sound, method):
+    row = sound[0].train_index[1]
+    rewrite_row(place, f"hypergradients/method={method}.zarr", "hypergradient", row)
     opened = open_run(place)
     assert verify(opened).ok  # that is what the reference is for
-    found = verify_deep(opened, Small(), rows=45)
+    found = verify_deep(opened, Small())
     wrong = {key: check for key, check in by_name(found).items() if not check.ok}
     assert set(wrong) == {(method, "hypergradients"), (method, "contributions in Parquet")}
-    assert wrong[method, "hypergradients"].where == "train_index 17"
+    assert wrong[method, "hypergradients"].where == f"train_index {row}"
     assert 1e-4 < wrong[method, "hypergradients"].deviation < 0.011
     assert f"{method}: hypergradients differ by" in found.problems[0]
 
 
-def test_a_wrong_test_gradient_is_caught(place):
-    columns = verify_deep(open_run(place), Small()).test_index
+def test_a_wrong_test_gradient_is_caught(place, sound):
+    columns = sound[0].test_index
     rewrite_row(place, "test_gradients.zarr", "gradient", columns[1])
     found = by_name(verify_deep(open_run(place), Small()))
     assert found["all", "test gradients"].where == f"test_index {columns[1]}"
@@ -141,11 +151,10 @@ def test_a_wrong_test_gradient_is_caught(place):
     assert found["hydra", "hypergradients"].ok
 
 
-def test_a_wrong_contribution_is_caught(place, monkeypatch):
+def test_a_wrong_contribution_is_caught(made, sound, monkeypatch):
     """In the table only: the stores are right."""
-    found = verify_deep(open_run(place), Small())
-    train, test = found.train_index[0], found.test_index[2]
-    opened = open_run(place)
+    train, test = sound[0].train_index[0], sound[0].test_index[2]
+    opened = open_run(made)
     table = opened.contributions("hydra").to_table()
     values = table["contribution"].to_numpy().copy()
     at = (table["train_index"].to_numpy() == train) & (table["test_index"].to_numpy() == test)
@@ -200,7 +209,8 @@ def test_the_promised_tolerances():
 
 def test_the_command(tmp_path):
     place = tmp_path / "digits"
-    run(spec("digits", place, dtype="float32", track="6", test="6", epochs=1))
+    sizes = {"train_size": 120, "test_size": 20}
+    run(spec("digits", place, recipe_args=sizes, dtype="float32", track="6", test="6", epochs=1))
     runner = CliRunner()
     done = runner.invoke(main, ["verify", str(place), "--deep", "--rows", "2", "--rows-seed", "1"])
     assert done.exit_code == 0, done.output
@@ -219,13 +229,35 @@ def test_the_command(tmp_path):
     assert runner.invoke(main, ["verify", str(place), "digits"]).exit_code == 2
 
 
+class Sure(Small):
+    """Classes so far apart that a few steps predict each sample with p = 1 - 1e-6."""
+
+    epochs = 4
+
+    def model(self):
+        return torch.nn.Linear(6, 3)
+
+    def train_dataset(self):
+        return self._apart(super().train_dataset())
+
+    def test_dataset(self):
+        return self._apart(super().test_dataset())
+
+    def optimizer(self, model):
+        return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+
+    def _apart(self, dataset):
+        inputs, labels = dataset.tensors
+        return TensorDataset(0.1 * inputs + 2 * F.one_hot(labels, 6), labels)
+
+
 def test_gradients_of_sure_predictions_may_lose_what_float32_loses(tmp_path, monkeypatch):
-    """A digit predicted with p = 1 - 1e-6: plain autograd in float32 has its gradient to two places."""
-    asked = {"track": 4, "test": [5, 37, 69, 292], "dtype": "float32", "shards": 1}
-    done = run(spec("digits", tmp_path / "run", **asked))
-    assert verify_deep(done).ok
+    """A sample predicted with p = 1 - 1e-6: plain autograd in float32 has its gradient to two places."""
+    done = run(spec(Sure(), tmp_path / "run", track=4, test=4, dtype="float32", shards=1))
+    assert 1e-7 < done.test_gradients().column("loss").max() < 1e-5
+    assert verify_deep(done, Sure()).ok
     monkeypatch.setattr(tolerances, "ROUNDINGS", 0.0)
-    assert not by_name(verify_deep(done))["all", "test gradients"].ok
+    assert not by_name(verify_deep(done, Sure()))["all", "test gradients"].ok
 
 
 def test_adamw_clipped_and_accumulated_is_made_again(tmp_path):

@@ -159,24 +159,31 @@ def test_a_module_imported_inside_a_method(late):
         importlib.import_module("late_more")
 
 
-@pytest.mark.parametrize("gone", [False, True])
-def test_a_worker_imports_inside_a_method_too(late, tmp_path, gone):
+def test_a_worker_imports_inside_a_method_too(late, tmp_path):
+    """Two workers, one of which finds that what lay beside the recipe is gone."""
     recipe = load_recipe(f"{late}:Late", {})
     assert recipe.model().weight.shape == (3, 5)  # the driver has looked at it: late_named is known
     payload = packed(recipe)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "payload").write_bytes(payload)
-    if gone:
-        for name in ("late.py", "late_helper.py", "late_more.py", "late_named.py", "late_package/inner.py"):
-            (tmp_path / name).unlink()
-    code = (
-        "import sys; from hydra_pipe.workers.recipes.beside import unpacked; "
-        "recipe = unpacked(open(sys.argv[1], 'rb').read()); "
-        "assert recipe.model().weight.shape == (3, 5); import late_helper"
-    )
+    names = ("late.py", "late_helper.py", "late_more.py", "late_named.py", "late_package/inner.py")
+    code = """
+import os, sys
+from hydra_pipe.workers.recipes.beside import unpacked
+for gone in ((), sys.argv[2:]):
+    for path in gone:
+        os.unlink(path)
+    child = os.fork()
+    if not child:
+        recipe = unpacked(open(sys.argv[1], "rb").read())
+        assert recipe.model().weight.shape == (3, 5)
+        import late_helper
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, gone
+"""
     found = subprocess.run(
-        [sys.executable, "-c", code, str(elsewhere / "payload")],
+        [sys.executable, "-c", code, str(elsewhere / "payload"), *(str(tmp_path / name) for name in names)],
         capture_output=True,
         text=True,
         cwd=elsewhere,

@@ -89,7 +89,8 @@ def test_segments_and_other_tracked_samples_change_no_bit_of_a_tile_of_targets(k
 def test_other_tracked_samples_change_no_bit_of_a_row(kind, tmp_path):
     recipe = kind()
     trajectory = recorded(recipe, tmp_path, SINGLE)
-    every = Replay(Training(recipe, SINGLE), trajectory, np.arange(44), ExactRows).run().numpy(0, 44)
-    for chosen in ([3, 9, 40], [40], list(range(1, 44, 2))):
-        part = Replay(Training(recipe, SINGLE), trajectory, np.array(chosen), ExactRows).run()
+    tracked = np.arange(0, 44, 2)
+    every = Replay(Training(recipe, SINGLE), trajectory, tracked, ExactRows).run().numpy(0, 22)
+    for chosen in ([1, 4, 20], [20], list(range(1, 22, 2))):
+        part = Replay(Training(recipe, SINGLE), trajectory, tracked[chosen], ExactRows).run()
         assert np.array_equal(part.numpy(0, len(chosen)), every[chosen])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -57,11 +59,22 @@ def differences(recipe, trajectory, h=1e-5):
     return np.stack([(final(i, h) - final(i, -h)) / (2 * h) for i in range(count)])
 
 
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """A function of a kind of `Field`: its record and its derivative, made once."""
+
+    @functools.cache
+    def of(kind):
+        trajectory = recorded(Field(kind), tmp_path_factory.mktemp(kind))
+        return trajectory, differences(Field(kind), trajectory)
+
+    return of
+
+
 @pytest.mark.parametrize("kind", [*DETACHED, "weight_norm"])
-def test_forward_and_adjoint_are_the_derivative_of_the_update(kind, tmp_path):
+def test_forward_and_adjoint_are_the_derivative_of_the_update(kind, known):
     recipe = Field(kind)
-    trajectory = recorded(recipe, tmp_path)
-    right = differences(recipe, trajectory)
+    trajectory, right = known(kind)
     everyone = np.arange(16)
     ahead = Replay(Training(recipe, COUPLED), trajectory, everyone, ExactRows)
     rows = ahead.run().numpy(0, 16)
@@ -92,10 +105,10 @@ def test_a_field_that_hides_what_it_is_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("kind", DETACHED)
-def test_the_reference_of_verify_deep_finds_the_derivative_too(kind, tmp_path):
+def test_the_reference_of_verify_deep_finds_the_derivative_too(kind, known):
     recipe = Field(kind)
-    trajectory = recorded(recipe, tmp_path)
-    right = differences(recipe, trajectory)[[0, 5]]
+    trajectory, right = known(kind)
+    right = right[[0, 5]]
     reference = DenseReference(Training(recipe, COUPLED), trajectory, np.array([0, 5]), ("exact",)).run()
     assert reference.differences
     assert reference.deviation > 1e-3

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
@@ -125,14 +123,6 @@ def unthreaded() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threads, "ThreadPoolExecutor", _Inline)
         yield
-
-
-@pytest.fixture(autouse=True)
-def digits_read_once() -> None:
-    """Parse the text file of the digits once, as soon as something has imported what does it: a run does so 8 times."""
-    source = sys.modules.get("sklearn.datasets")
-    if source is not None and not hasattr(source.load_digits, "cache_info"):
-        vars(source)["load_digits"] = functools.cache(source.load_digits)
 
 
 @pytest.fixture

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from ...storage.errors import RecipeError
@@ -25,6 +30,27 @@ def small_cnn() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(16 * 4 * 4, 10),
     )
+
+
+@cache
+def _digits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return the images (1797, 8, 8) with values 0 to 16, and their labels, read once a process.
+
+    They are read from scikit-learn's file, where it lies: to import scikit-learn takes seconds in every worker.
+    """
+    package = find_spec("sklearn")
+    places = (package.submodule_search_locations or []) if package else []
+    for place in places:
+        path = Path(place, "datasets", "data", "digits.csv.gz")
+        if path.is_file():
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                table = np.loadtxt(file, delimiter=",")
+            table.setflags(write=False)
+            return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits  # it has moved the file
+
+    bunch = load_digits()
+    return np.asarray(bunch.images, dtype=np.float64), np.asarray(bunch.target, dtype=np.int64)
 
 
 class Digits(ImageRecipe):
@@ -52,12 +78,9 @@ class Digits(ImageRecipe):
         return small_cnn()
 
     def _part(self, part: Part) -> LabelledImages:
-        from sklearn.datasets import load_digits  # here, since it takes a second to import
-
-        bunch = load_digits()
-        labels = np.asarray(bunch.target, dtype=np.int64)
+        pixels, labels = _digits()
         everything = LabelledImages(
-            images=(np.asarray(bunch.images, dtype=np.float32) / 16)[:, None],
+            images=(pixels.astype(np.float32) / 16)[:, None],
             labels=labels,
             source_index=np.arange(len(labels), dtype=np.int64),
         )

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from hydra_pipe.storage.errors import RecipeError
+from hydra_pipe.workers.recipes import digits
 from hydra_pipe.workers.recipes.cifar10 import Cifar10
 from hydra_pipe.workers.recipes.data_images import ImageTensors
 from hydra_pipe.workers.recipes.data_split import held_out_split, stratified_split, with_label_noise
 from hydra_pipe.workers.recipes.digits import Digits
 from hydra_pipe.workers.recipes.mnist import FashionMnist, Mnist
+from sklearn.datasets import load_digits
 from torch.utils.data import default_collate
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -245,3 +247,15 @@ def test_a_larger_share_adds_to_the_smaller():
         with_label_noise(labels, share=share, kind="uniform", seed=1, classes=10) for share in (0.1, 0.3)
     )
     assert np.all(large[small != labels] == small[small != labels])
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_digits_are_those_of_scikit_learn_wherever_its_file_lies(found, monkeypatch):
+    if not found:
+        monkeypatch.setattr(digits, "find_spec", lambda name: None)
+    digits._digits.cache_clear()
+    pixels, labels = digits._digits()
+    digits._digits.cache_clear()
+    right = load_digits()
+    assert np.array_equal(pixels, right.images)
+    assert np.array_equal(labels, right.target)

@@ -211,7 +211,7 @@ class RunLock:
             self._file.remove(self._seen)
             disk.remove(join(self.uri, layout.STOP_ASKED))
         except (OSError, StoreError) as error:
-            _log.warning("%s: its lock stays behind (%s)", self.uri, error)
+            _log.warning("%s: its lock stays behind (%s)", self.uri, " ".join(str(error).split()))
         self._seen = None
         self._remove_made()
 
@@ -244,7 +244,9 @@ class RunLock:
 
     def _look_for_stop(self) -> None:
         if not self._stop.is_set():
-            with contextlib.suppress(OSError, CorruptStore):
+            with contextlib.suppress(
+                OSError, StoreError
+            ):  # whoever works finds out whether the storage is gone
                 address = join(self.uri, layout.STOP_ASKED)
                 if load(disk.read_bytes(address), address).get("owner") == self.owner:
                     self._stop.set()
@@ -391,7 +393,7 @@ def check_writable(uri: str) -> None:
     elif uri in _FENCED:
         try:
             found = lock_file(join(uri, layout.LOCK)).read()
-        except OSError:  # whoever has the lock finds out whether the storage is gone
+        except (OSError, StoreError):  # whoever has the lock finds out whether the storage is gone
             return
         if found is None or _owner(found) != _FENCED[uri]:
             by = "nobody holds it" if found is None else f"{_described(found)} does"

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import StoreError
 from .files import DOCUMENT_BYTES, filesystem, partial_name, read_bytes
-from .refused import full_disk_guard
+from .refused import full_disk_guard, readable
 from .uri import is_local
 
 _NO_LINKS = frozenset(
@@ -251,11 +252,12 @@ class _Remote(LockFile):
         fs, path = filesystem(self.uri)
         for _ in range(_RETRIES):
             try:
-                before = _tag(fs.info(path))
-                data = bytes(fs.cat_file(path))
-                fs.invalidate_cache()
-                if before == _tag(fs.info(path)):
-                    return Seen(data, before)
+                with readable(self.uri):
+                    before = _tag(fs.info(path))
+                    data = bytes(fs.cat_file(path))
+                    fs.invalidate_cache()
+                    if before == _tag(fs.info(path)):
+                        return Seen(data, before)
             except FileNotFoundError:
                 return None
         return None
@@ -273,23 +275,23 @@ class _Remote(LockFile):
         if self.read() != seen:
             return False
         fs, path = filesystem(self.uri)
-        with contextlib.suppress(FileNotFoundError):
+        with full_disk_guard(self.uri), contextlib.suppress(FileNotFoundError):
             fs.rm_file(path)
         return True
 
     def _settled(self, data: bytes, put: Callable[[Any, str], object]) -> Seen | None:
         """Put, and look who has the file: an answer may be lost, and a retried put refused by its own first try."""
-        failure: OSError | None = None
+        failure: StoreError | None = None
         fs, path = filesystem(self.uri)
-        with full_disk_guard(self.uri):
-            try:
+        try:
+            with full_disk_guard(self.uri), contextlib.suppress(FileNotFoundError):
                 put(fs, path)
-            except OSError as error:
-                failure = error
+        except StoreError as error:
+            failure = error
         found = self.read()
         if found is not None and found.data == data:
             return found
-        if found is None and failure is not None and not isinstance(failure, FileNotFoundError):
+        if found is None and failure is not None:
             raise failure
         return None
 

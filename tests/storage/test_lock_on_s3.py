@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 from hydra_pipe.storage import files, layout
-from hydra_pipe.storage.errors import RunLocked
+from hydra_pipe.storage.errors import RunLocked, StoreError
 from hydra_pipe.storage.lock import RunLock
 from hydra_pipe.storage.lock_file import LockFile, lock_file
 
@@ -82,3 +82,39 @@ def test_a_run_there_has_one_writer(bucket):
     assert json.loads(files.read_bytes(f"{first.uri}/{layout.LOCK}"))["beat"] == 1
     first.release()
     assert files.list_files(first.uri) == []
+
+
+class ClientError(Exception):
+    """What clients of object stores raise: no OSError, and of several lines."""
+
+
+def broken(*_arguments: Any, **_given: Any) -> None:
+    raise ClientError("400, message=\n  b'SlowDown'")
+
+
+@pytest.mark.parametrize("method", ["info", "cat_file", "pipe_file", "rm_file"])
+def test_what_a_client_raises_is_an_error_of_ours_and_ends_no_heartbeat(bucket, method, monkeypatch, caplog):
+    lock = RunLock(f"{bucket}/broken-{method}", "hydra-pipe run")
+    lock.acquire()
+    fs, _ = files.filesystem(lock.uri)
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, method, broken)
+        lock._look_for_stop()
+        lock._beat()
+        if method in ("info", "cat_file"):
+            with pytest.raises(
+                StoreError, match=r"^cannot read .*lock.json: ClientError: 400, message= b'SlowDown'; check"
+            ):
+                lock_file(f"{lock.uri}/{layout.LOCK}").read()
+        if method == "pipe_file":
+            with pytest.raises(
+                StoreError, match=r"^cannot write .*: ClientError: 400, message= b'SlowDown'; check"
+            ):
+                lock_file(f"{lock.uri}/other.json").create(b"mine")
+        if method == "rm_file":
+            lock.release()
+            assert "its lock stays behind (cannot write" in caplog.text
+            assert "\n  b'SlowDown'" not in caplog.text
+            return
+    lock.check()
+    lock.release()

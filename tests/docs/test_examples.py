@@ -17,7 +17,6 @@ from torch import nn
 from tests.docs.blocks import COMPUTING, OTHERS, REFERENCE, Block, arguments, blocks, made_small, pages
 
 RUNNABLE = [page for page in pages() if page != REFERENCE and page not in OTHERS and blocks(page)]
-pytestmark = pytest.mark.usefixtures("digits_read_once")
 MAKES_ITS_OWN = {"how-to-run.md", "own-loop.md", "tutorial.md"}
 
 

@@ -206,6 +206,10 @@ class Adjoint(VerifiedReplay):
 
     def _as_kept(self, first: int, stop: int) -> Iterator[_Held]:
         """Yield steps whose weights the record kept, from the last to the first, without taking them again."""
+        if stop == self.training.steps:
+            last = self.trajectory.checkpoint(-1)
+            self.training.load_weights(last.weights, last.buffers)
+            self.verify_epoch(self.training.epochs)
         weights = torch.from_numpy(self.trajectory.weights(first, stop))
         batches = list(self.training.loader(first, stop))
         for step in reversed(range(first, stop)):

@@ -26,9 +26,9 @@ COUPLED = replace(DOUBLE, batch_norm="coupled")
 TRACKED = np.array([0, 4, 9, 43])
 
 
-def recorded(recipe, tmp_path):
+def recorded(recipe, tmp_path, every=None):
     uri = str(tmp_path / "trajectory.zarr")
-    Recorder(Training(recipe, DOUBLE), uri).run()
+    Recorder(Training(recipe, DOUBLE), uri, every).run()
     return open_trajectory(uri)
 
 
@@ -134,9 +134,10 @@ def test_losses_are_not_looked_at_between_digests_on_an_accelerator(tmp_path, mo
     assert len(looks) == len({*ends, *trajectory.digest_step.tolist()} - {0})
 
 
-def test_the_adjoint_is_held_against_the_last_digest_of_an_epoch(tmp_path):
+@pytest.mark.parametrize("every", [1, 5])
+def test_the_adjoint_is_held_against_the_last_digest_of_an_epoch(every, tmp_path):
     recipe = Small()
-    trajectory = recorded(recipe, tmp_path)
+    trajectory = recorded(recipe, tmp_path, every)
     wrong = replace(trajectory, epoch_digest=[*trajectory.epoch_digest[:-1], "0" * 64])
     targets = np.ones((1, len(trajectory.checkpoint(0).weights)))
     with pytest.raises(ReplayDiverged, match="weights and buffers after epoch"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ...storage.precision import NUMBER_BYTES
 from ...workers.ekfac.curvature import PASSES
 from ..spec.groups import CurvatureSpec
 from ..spec.spec import RunSpec
@@ -27,6 +28,18 @@ from ..vocabulary import (
 from .segmenting import Segmented, replay_seconds
 from .sharding import Shard
 from .survey import Survey
+
+START = 0.7
+"""Seconds that a stage takes before its first step: data, model, trials."""
+
+LOOP = 1.33
+"""A step in its loop, with its batch, checks and whatever is noted of it, to one of the two that are tried."""
+
+STORE_RATE = 0.45e9
+"""Bytes of rows a second that are written with their digests, and read with them."""
+
+ROTATED = 4
+"""Steps' time that it takes to turn the rows of one batch out of EKFAC's basis, once a row."""
 
 MATMUL_RATE = 40e9
 """Multiply-adds of float32 a second and thread assumed for the reduce stage."""
@@ -81,10 +94,10 @@ def seconds_of(
         int(surveyed.recipe.batch_size),
     )
     widest = max(shard.stop - shard.start for shard in shards)
-    times = {RECORD: steps * plain, TEST_GRADIENTS: tracked * m / batch / slots}
+    times = {RECORD: START + LOOP * steps * plain, TEST_GRADIENTS: START + tracked * m / batch / slots}
     if spec.form == EKFAC:
         sampled = math.ceil(min(spec.curvature_samples, surveyed.n_train) / batch)
-        times[CURVATURE] = curvature_passes(spec) * sampled * tracked
+        times[CURVATURE] = START + curvature_passes(spec) * sampled * tracked
     exact = shards[-1].stop if spec.form in CARRIED else spec.exact_rank
     if exact >= ENOUGH:
         times[PREFLIGHT] = PREFLIGHT_TRAININGS * steps * plain
@@ -97,11 +110,20 @@ def seconds_of(
         one = steps * tracked
     else:
         one = steps * (plain + (tracked - plain) * min(1.0, widest / surveyed.n_train))
-    times[REPLAY] = one * math.ceil(len(shards) / slots)
+    times[REPLAY] = (START + LOOP * one) * math.ceil(len(shards) / slots)
     if segments.count > 1:
         share = 1.0 if spec.form == EKFAC else widest / surveyed.n_train
-        times[REPLAY] = replay_seconds(plain, tracked, steps, share, len(shards), segments, slots)
+        times[REPLAY] = START + replay_seconds(
+            LOOP * plain, LOOP * tracked, steps, share, len(shards), segments, slots
+        )
+    stored = (
+        0.0 if spec.mode == ADJOINT else n * surveyed.columns * NUMBER_BYTES[spec.kept_dtype] / STORE_RATE
+    )
+    times[REPLAY] += stored / slots
+    if spec.form == EKFAC and spec.mode != ADJOINT:
+        times[REPLAY] += ROTATED * tracked * n / batch / slots
     if spec.exact_rank:
         times[CORRECTION] = steps * plain * (2 + PRODUCT) * spec.exact_rank / slots
-    times[REDUCE] = n * targets * surveyed.dimension / (MATMUL_RATE * spec.torch_threads) / slots
+    joined = n * targets * surveyed.columns / (MATMUL_RATE * spec.torch_threads)
+    times[REDUCE] = (START + (stored + joined) / slots) if spec.mode != ADJOINT else 0.0
     return {**times, "total": sum(times.values())}

@@ -35,6 +35,7 @@ NAMES = (
     "hessian",
     "speedup",
     "memory",
+    "plans",
     "startup",
     "storage",
     "stores",

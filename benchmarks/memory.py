@@ -33,11 +33,11 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
             "threads": sizes["threads"],
             "out": str(folder / f"memory-{number}"),
         }
-        predicted = _worker("plan", given)
-        _worker("record", given)
+        predicted = from_worker("plan", given)
+        from_worker("record", given)
         ratios, peaks = [], []
         for _ in range(sizes["repeats"]):
-            measured = _worker("replay", given)
+            measured = from_worker("replay", given)
             peaks.append(measured["peak"] / 1e6)
             ratios.append(measured["peak"] / predicted["predicted"])
         name = f"{recipe}, {predicted['tracked']:,} tracked" + (
@@ -51,7 +51,8 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
     return result
 
 
-def _worker(what: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def from_worker(what: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a step of ``benchmarks.worker`` answers in a process of its own."""
     text = subprocess.run(
         [sys.executable, "-m", "benchmarks.worker", what, json.dumps(given)],
         check=True,

@@ -100,10 +100,7 @@ def whole(given: Mapping[str, Any]) -> dict[str, Any]:
     door.run(replace(spec, out=f"{given['out']}-warm"))
     done = door.run(spec)
     stages = {name: entry.get("seconds", 0.0) for name, entry in done.info["stages"].items()}
-    stored = {
-        name: sum(file.stat().st_size for file in (Path(given["out"]) / name).rglob("*") if file.is_file())
-        for name in (*HELD, "trajectory.zarr", "test_gradients.zarr")
-    }
+    stored = sum(file.stat().st_size for file in Path(given["out"]).rglob("*") if file.is_file())
     return {
         "seconds": dict(said.seconds),
         "stages": stages,
@@ -112,9 +109,6 @@ def whole(given: Mapping[str, Any]) -> dict[str, Any]:
         "memory": max(said.memory.workers.values()),
         "peak": peak_bytes(),
     }
-
-
-HELD = ("hypergradients", "by_test", "curvature", "contributions")
 
 
 def main() -> None:

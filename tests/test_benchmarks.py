@@ -25,6 +25,7 @@ from benchmarks import (
     memory,
     operators,
     peers,
+    plans,
     reduce,
     replay,
     report_page,
@@ -108,6 +109,7 @@ TINY = {
         operators,
         {**operators.QUICK, "models": ("LeNet-5",), "samples": 128, "recorded": 128},
     ),
+    "plans": (plans, {**plans.QUICK, "samples": 64}),
     "reduce": (reduce, {**reduce.QUICK, "shapes": ((64, 20, 100),), "threads": 1, "rounds": 1}),
     "detect": (detect, {**detect.QUICK, "samples": 200, "tests": 20, "detectors": (("harm",),)}),
     "detectors": (detectors, detectors.QUICK),
@@ -160,7 +162,7 @@ def test_memory_asks_three_processes(tmp_path, monkeypatch):
         asked.append(what)
         return {"predicted": 100e6, "buffers": 10e6, "tracked": 5, "peak": 110e6}
 
-    monkeypatch.setattr(memory, "_worker", answer)
+    monkeypatch.setattr(memory, "from_worker", answer)
     result = memory.run(memory.QUICK, tmp_path)
     assert asked == ["plan", "record", "replay"]
     assert result.lines[-1].value == pytest.approx(1.1)

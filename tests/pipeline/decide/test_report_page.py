@@ -52,10 +52,14 @@ class Opened:
         return self.page.evaluate(code, column)
 
 
+PATIENCE = 180_000
+"""Milliseconds that a browser may take for anything: other tests keep every core busy."""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
         yield opened
         opened.close()
 
@@ -76,6 +80,7 @@ def opened(browser, files) -> Iterator[Any]:
 
     def go(name: str = "digits", **options: Any) -> Opened:
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         found = Opened(context.new_page())
         address = files[name].as_uri()
@@ -269,6 +274,7 @@ def test_injected_script_is_stopped_by_the_policy(browser, files, tmp_path):
     attack = '<script>window.hacked = 1</script><img src="x" onerror="window.hacked = 1">'
     spoilt.write_text(text.replace("<h1>", f"{attack}<h1>"), encoding="utf-8")
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto(spoilt.as_uri())
     assert page.evaluate("window.hacked") is None
     page.close()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ray 2.60.0: every worker runs at nice 15, and its driver at 0; on a machine whose cores are busy, actors take minutes to come up.
+# ray 2.60.0: every worker runs at nice 15, and its driver at 0; on a machine whose cores are busy, actors can take minutes to come up.
 #
 # Tasks and actors are processes of low priority wherever Ray runs, and no message, table or state says so. A process of nice 15 has 36
 # shares where one of nice 0 has 1024, so beside one busy process a core an actor that needs 4 s of a processor to import its libraries gets

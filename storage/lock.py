@@ -244,9 +244,8 @@ class RunLock:
 
     def _look_for_stop(self) -> None:
         if not self._stop.is_set():
-            with contextlib.suppress(
-                OSError, StoreError
-            ):  # whoever works finds out whether the storage is gone
+            # Whoever works finds out whether the storage is gone.
+            with contextlib.suppress(OSError, StoreError):
                 address = join(self.uri, layout.STOP_ASKED)
                 if load(disk.read_bytes(address), address).get("owner") == self.owner:
                     self._stop.set()

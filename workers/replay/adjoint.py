@@ -210,13 +210,13 @@ class Adjoint(VerifiedReplay):
             last = self.trajectory.checkpoint(-1)
             self.training.load_weights(last.weights, last.buffers)
             self.verify_epoch(self.training.epochs)
-        weights = torch.from_numpy(self.trajectory.weights(first, stop))
+        weights = torch.from_numpy(self.trajectory.weights(first, stop)).to(self.training.device)
         batches = list(self.training.loader(first, stop))
         for step in reversed(range(first, stop)):
             here = weights[step - first]
             if step in self._digests:
                 with torch.no_grad():
-                    load_flat(self.training.parameters, here.to(self.training.device))
+                    load_flat(self.training.parameters, here)
                 self.verify(step)
             one = HeldBatch(step=step, batch=batches.pop(), rows=self.rows(step), kept=[])
             yield _Held(weights=here, batches=[one], moment=None, trained=False)

@@ -176,10 +176,8 @@ class Adjoint(VerifiedReplay):
                     product.add_(part)
             linear.pulled(a_u, state, product)
         if not held.trained:
-            self._read += [
-                (one.step, second.losses.mean())
-                for one, (_, _, second) in zip(held.batches, products, strict=True)
-            ]
+            (one,), ((_columns, _share, second),) = held.batches, products
+            self._read.append((one.step, second.losses.mean()))
 
     def _backwards(self) -> Iterator[_Held]:
         """Yield the steps from the last to the first."""

@@ -41,6 +41,7 @@ SIZES: Mapping[str, Any] = {
     "adamw_ranks": (40,),
     "adamw_subsets": 60,
     "adamw_test_size": 80,
+    "clothes_rates": ("cosine", "constant rate"),
     "clothes_hessians": ("none", "ekfac", "exact", "gauss-newton", "mixed"),
     "clothes_ranks": (16,),
     "clothes_train_size": 3200,
@@ -89,6 +90,9 @@ ADAMW_GOALS = {
 """The same for the tasks with AdamW."""
 
 Goals = Mapping[str, Mapping[float, float]]
+
+CLOTHES: Mapping[str, type[ClothesConstant]] = {"cosine": ClothesCosine, "constant rate": ClothesConstant}
+"""The recipe of clothes by its learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,9 +162,9 @@ def _adamw(sizes: Mapping[str, Any]) -> Iterator[Task]:
 
 
 def _clothes(sizes: Mapping[str, Any]) -> Iterator[Task]:
-    for kind, name in ((ClothesCosine, "cosine"), (ClothesConstant, "constant rate")):
-        recipe = kind(train_size=sizes["clothes_train_size"], test_size=sizes["clothes_test_size"])
-        yield _less_smooth(sizes, "clothes", recipe, f"{name}: ")
+    for rate in sizes["clothes_rates"]:
+        recipe = CLOTHES[rate](train_size=sizes["clothes_train_size"], test_size=sizes["clothes_test_size"])
+        yield _less_smooth(sizes, "clothes", recipe, f"{rate}: ")
 
 
 def _transformer(sizes: Mapping[str, Any]) -> Iterator[Task]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ...storage import layout
-from ...workers.replay.sampled import TARGETS, evenly
 from ..plan.plan import Plan
 from ..plan.survey import compute_of
 from ..reading.run_info import RunInfo
@@ -147,8 +146,7 @@ def _work(session: Session) -> ReplayWork | AdjointWork:
     }
     if spec.mode == ADJOINT:
         return AdjointWork(**common)
-    sampled = surveyed.tested[evenly(len(surveyed.tested), TARGETS)]
-    return ReplayWork(**common, sampled_tests=sampled, test_labels=surveyed.test_labels)
+    return ReplayWork(**common, sampled_tests=surveyed.sampled_tests, test_labels=surveyed.test_labels)
 
 
 def _trust(session: Session, plan: Plan, stage: str) -> None:

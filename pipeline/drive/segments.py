@@ -71,6 +71,7 @@ def segment_stages(session: Session, plan: Plan, stage: str) -> Stages:
             form=spec.form,
             tracked=session.surveyed.tracked,
             targets=spec.targets,
+            row_map=session.surveyed.row_map,
             pieces=plan.segments.pieces,
             chunk_bytes=plan.segments.chunk_bytes,
         ),
@@ -92,6 +93,9 @@ def add_work(session: Session, plan: Plan) -> AddWork:
         form=spec.form,
         tracked=session.surveyed.tracked,
         targets=spec.targets,
+        row_map=session.surveyed.row_map,
+        sampled_tests=session.surveyed.sampled_tests,
+        test_labels=session.surveyed.test_labels,
         shards=plan.shards,
         segments=tuple(borders(trajectory, plan)),
     )

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 from ...storage.rows import chunk_rows_for
 from ...workers.replay.buffers import factor_slots
+from ...workers.replay.sampled import most_rows
 from ...workers.training.record import CHECKPOINT_BYTES
 from ...workers.training.trials import LEAST, STEPS_A_TRIAL
 from ..executors.base import Capacity
 from ..spec.spec import RunSpec
 from ..vocabulary import CARRIED, EKFAC, FAST, FORWARD
-from .sharding import WRITE_CHUNKS, Cut, Load, Shard, Sharding, cut_forward, spans
+from .sharding import WRITE_CHUNKS, Cut, Load, Shard, Sharding, cut_forward, itemsize_of, spans
 from .survey import Survey
 
 LEAST_STEPS = 16
@@ -95,9 +96,9 @@ def touched_epochs(surveyed: Survey, count: int) -> int:
 def sums_of(spec: RunSpec, surveyed: Survey, count: int) -> tuple[int, int]:
     """Return numbers that a worker holds of a sample that a segment visits, and that it writes of one."""
     if spec.form != FAST:
-        return surveyed.dimension, surveyed.dimension
+        return surveyed.columns, surveyed.columns
     epochs = touched_epochs(surveyed, count)
-    held = written = surveyed.dimension
+    held = written = surveyed.columns
     for shape in surveyed.outer:
         slots, size = factor_slots(shape, epochs), math.prod(shape)
         if slots == epochs:
@@ -136,7 +137,7 @@ def segmented(spec: RunSpec, surveyed: Survey, cut: Cut, load: Load, count: int)
             worker=load.bytes(cut),
             adder=0,
         )
-    itemsize, row = load.row // surveyed.dimension, load.row
+    itemsize, row = itemsize_of(spec.dtype), load.row
     held, written = sums_of(spec, surveyed, count)
     rows = sum(shard.rows for shard in cut.shards)
     blocks = max(min(count * len(cut.shards), MOST_BLOCKS), math.ceil(rows * row / BLOCK_BYTES))
@@ -153,29 +154,31 @@ def segmented(spec: RunSpec, surveyed: Survey, cut: Cut, load: Load, count: int)
     seen = visited(surveyed, cut.widest, count)
     chunk_bytes = max(1 << 16, min(CHUNK_BYTES, SUMS_BYTES // count))
     writing = min(seen * written * itemsize, 2 * max(64 << 20, chunk_bytes))
-    adding = min(2 * per_block, (2 * WRITE_CHUNKS + 1) * chunk_rows) * row
+    adding = min(2 * per_block, (2 * WRITE_CHUNKS + 1) * chunk_rows) * row + load.folding
+    whole = surveyed.dimension * itemsize
+    sampled = most_rows(whole) * whole if surveyed.row_map is not None and surveyed.row_map.folds else 0
     return Segmented(
         count=count,
         blocks=named,
         chunk_rows=chunk_rows,
         chunk_bytes=chunk_bytes,
         pieces=math.ceil(cut.widest / per_block),
-        bytes=count * visited(surveyed, rows, count) * written * itemsize,
-        unit_bytes=seen * written * itemsize,
+        bytes=count * (visited(surveyed, rows, count) * written * itemsize + sampled),
+        unit_bytes=seen * written * itemsize + sampled,
         buffers=seen * held * itemsize,
-        worker=load.process + seen * held * itemsize + writing + load.passing,
+        worker=load.process + seen * held * itemsize + writing + load.passing + load.folding,
         adder=load.process + adding + 2 * count * chunk_bytes,
     )
 
 
-def finest(samples: int, dimension: int, itemsize: int, cut: Cut, count: int) -> Cut:
+def finest(samples: int, columns: int, itemsize: int, cut: Cut, count: int) -> Cut:
     """Return a cut with chunks small enough that every worker has rows to add up.
 
     Shards stay whole chunks: they are cut anew.
     """
     blocks = min(count * len(cut.shards), MOST_BLOCKS)
-    rows = chunk_rows_for(dimension, itemsize, samples, blocks)
-    return cut_forward(samples, dimension, itemsize, len(cut.shards), rows)
+    rows = chunk_rows_for(columns, itemsize, samples, blocks)
+    return cut_forward(samples, columns, itemsize, len(cut.shards), rows)
 
 
 class Choice:
@@ -203,8 +206,6 @@ class Choice:
         """
         spec, steps = self._spec, self._surveyed.steps
         asked = segments if segments is not None else spec.segments or 1
-        if spec.keeps_less:  # sums of segments are of whole rows
-            asked = 1
         if not follows(spec) or asked == 1 or steps < 2:
             replay = self._sharding.cut(shards or self._sharding.count(capacity))
             return replay, segmented(spec, self._surveyed, replay, self._sharding.load, 1)
@@ -231,7 +232,7 @@ class Choice:
         sharding = self._sharding.of_segments(count, held, min(1.0, surveyed.epochs / count))
         replay = sharding.cut(shards or sharding.count(capacity))
         if count > 1:
-            replay = finest(sharding.items, surveyed.dimension, sharding.itemsize, replay, count)
+            replay = finest(sharding.items, surveyed.columns, sharding.itemsize, replay, count)
         return replay, segmented(self._spec, surveyed, replay, sharding.load, count)
 
     def _affordable(self) -> int:

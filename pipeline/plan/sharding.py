@@ -111,6 +111,7 @@ class Load:
         row: D numbers.
         segment: Of the coefficients or weights kept for a stretch of steps.
         passing: In passing, whatever the shard.
+        folding: Where rows are stored in fewer numbers or bits, likewise.
         adjoint: Whether items are targets.
     """
 
@@ -119,6 +120,7 @@ class Load:
     row: int
     segment: int
     passing: int
+    folding: int
     adjoint: bool
 
     def bytes(self, cut: Cut) -> int:
@@ -127,7 +129,7 @@ class Load:
             spare = self.segment + cut.widest * self.row
         else:  # rows being formed, encoded and written
             spare = min(2 * cut.widest, (2 * WRITE_CHUNKS + 1) * cut.chunk_rows) * self.row
-        return self.process + cut.widest * self.item + spare + self.passing
+        return self.process + cut.widest * self.item + spare + self.passing + self.folding
 
 
 def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form, lossy: bool = False) -> Load:
@@ -160,7 +162,8 @@ def load_of(surveyed: Survey, itemsize: int, *, adjoint: bool, form: Form, lossy
         item=item,
         row=row,
         segment=min(SEGMENT_BYTES if carried else 0, surveyed.steps * held * whole),
-        passing=(tiles if carried else 0) + folding,
+        passing=tiles if carried else 0,
+        folding=folding,
         adjoint=adjoint,
     )
 

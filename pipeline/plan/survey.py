@@ -28,7 +28,8 @@ from ...workers.model.row_map import RowMap
 from ...workers.persample.engine import PerSampleGradients
 from ...workers.persample.ways import Ways
 from ...workers.recipe import Recipe
-from ...workers.replay.fast import kept_as_factors, numbers_per_row
+from ...workers.replay.fast import factored_shapes, numbers_per_row
+from ...workers.replay.sampled import TARGETS, evenly
 from ...workers.training.initial import StateFile
 from ...workers.training.last_batch import check_last_batch
 from ...workers.training.made_of import FirstSteps, data_of, first_steps, made_of, with_first_steps
@@ -116,6 +117,11 @@ class Survey:
     def columns(self) -> int:
         """Numbers of a stored row."""
         return self.dimension if self.row_map is None else self.row_map.columns
+
+    @property
+    def sampled_tests(self) -> Integers:
+        """Test indices with which it is sampled what storing rows in fewer numbers or bits loses."""
+        return self.tested[evenly(len(self.tested), TARGETS)]
 
 
 def resolve_recipe(spec: TrainingSpec) -> Recipe:
@@ -327,7 +333,7 @@ def _try_steps(training: Training, row_map: RowMap | None, *, trial: bool) -> _T
         conservation=not training.holds_statistics,
         strategies={e.name: s for e, s in zip(entries, ways.strategies, strict=True) if s in ("func", "vjp")},
         row_numbers=numbers_per_row(training, ways, row_map),
-        outer=tuple(tuple(entries[i].shape) for i in sorted(kept_as_factors(training, ways, epochs=1))),
+        outer=factored_shapes(training, ways, row_map),
         seconds=_time_steps(training, ways, first) if trial else None,
     )
 

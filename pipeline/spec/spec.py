@@ -37,21 +37,11 @@ class RunSpec(OutputSpec, ExecutionSpec, CurvatureSpec, QuestionSpec, TrainingSp
                 f"project {self.project}: exact_rank carries whole gradients, and a run with project keeps none; leave one "
                 "of them out"
             )
-        if self.keeps_less and self.segments not in (None, 1, "auto"):
-            raise SpecError(
-                f"segments {self.segments}: with layers, project or store_dtype rows are kept in part, and a segment's sums are of "
-                "whole rows; leave segments out"
-            )
         for name in ("layers", "project", "store_dtype"):
             if self.at_checkpoint and getattr(self, name) is not None:
                 raise SpecError(
                     f"{name} {getattr(self, name)!r}: with at_checkpoint no hypergradients are made; leave it out"
                 )
-
-    @property
-    def keeps_less(self) -> bool:
-        """Whether rows are not the flat vector in the run's dtype."""
-        return any(value is not None for value in (self.layers, self.project, self.narrow_dtype))
 
     @property
     def kept_dtype(self) -> str:

@@ -21,7 +21,7 @@ from ..reading.unit_values import CurvatureValues, DirectionsValues, GrowthValue
 from ..spec.method_options import CurvatureOptions
 from ..spec.targets import store_of
 from ..vocabulary import ADJOINT, EKFAC, EXACT
-from .replay import CarryingWork
+from .carrying import CarryingWork
 from .work import Result, TrainingWork, Work, recorded, rows_of
 
 Integers = npt.NDArray[np.int64]

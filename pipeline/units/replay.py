@@ -4,101 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from ...storage import layout
-from ...storage.curvature import Curvature, read_curvature
 from ...storage.rows import RowStore
 from ...storage.rundir import RunDirectory
-from ...storage.trajectory import Trajectory
-from ...workers.data.labels import with_labels
-from ...workers.model.row_map import RowMap
 from ...workers.recursion.conservation import RowSums, check_sums
-from ...workers.reference.growth import check_finite
 from ...workers.replay.base import Replay
 from ...workers.replay.make import make_replay
-from ...workers.replay.sampled import both_ways, rows_of_shard
-from ...workers.training.training import Training
 from ..executors.base import Report, Unit
 from ..plan.sharding import WRITE_CHUNKS
-from ..reading.unit_values import LossValues, ReplayValues
-from ..spec.targets import store_of
-from ..vocabulary import ADJOINT, CARRIED, EKFAC, FAST, FORWARD
+from ..reading.unit_values import ReplayValues
+from ..vocabulary import ADJOINT, FORWARD
+from .carrying import CarryingWork, StoringWork
 from .reduce import bounds
-from .work import Result, TrainingWork, recorded, rows_of
-
-Integers = npt.NDArray[np.int64]
+from .work import Result, recorded, rows_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CarryingWork(TrainingWork):
-    """A handler that carries something through the recursion, in one form of the Hessian.
-
-    Attributes:
-        method: Name of the stores that are filled.
-        form: Name of the Hessian's form.
-        tracked: Train indices asked for, (n,).
-        targets: Kind of the targets.
-        share: Of the Hessian in the products of a form that carries vectors.
-        row_map: What is kept of a row; None: all.
-    """
-
-    method: str
-    form: str
-    tracked: Integers
-    targets: str
-    share: float = 1.0
-    row_map: RowMap | None = None
-
-    def basis(self, run: RunDirectory) -> Curvature | None:
-        """Return the curvature of the form, where it has one."""
-        if self.form != EKFAC:
-            return None
-        return read_curvature(run.path(layout.curvature(self.form)), run.vouched)
-
-    def target_gradients(self, run: RunDirectory) -> RowStore:
-        """Return the gradients of the targets."""
-        return RowStore.open(run.path(store_of(self.targets)), "gradient", run.vouched)
-
-    def finite(
-        self, values: npt.NDArray[np.floating], what: str, trajectory: Trajectory, *, exact: bool = False
-    ) -> npt.NDArray[np.floating]:
-        """Return ``values``, unless one is not finite: nothing of that kind is ever stored.
-
-        Args:
-            values: What is to be stored.
-            what: In words.
-            trajectory: The record.
-            exact: Whether they were carried by exact products whatever the form is.
-        """
-        return check_finite(
-            values,
-            what=f"{what} of {self.method}",
-            recipe=self.recipe,
-            compute=self.compute,
-            trajectory=trajectory,
-            tracked=self.tracked,
-            exact=exact or self.form in CARRIED,
-            share=1.0 if exact else self.share,
-        )
-
-    def lawful(self, training: Training) -> bool:
-        """Whether the rows of all shards must add up to what training did to the weights."""
-        return self.form == FAST and len(self.tracked) == training.n_train and not training.holds_statistics
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplayWork(CarryingWork):
-    """Handler of shards of tracked samples.
-
-    Attributes:
-        sampled_tests: Test indices with which it is sampled what storing rows in fewer numbers or bits loses.
-        test_labels: Class of every sample of the test dataset, -1 where there is none.
-    """
-
-    sampled_tests: Integers
-    test_labels: Integers
+class ReplayWork(StoringWork):
+    """Handler of shards of tracked samples."""
 
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write the hypergradients of a shard."""
@@ -107,7 +30,8 @@ class ReplayWork(CarryingWork):
         tracked, bent = self.tracked[start:stop], self.basis(run)
         base = layout.hypergradients(self.method)
         store = RowStore.open(run.path(base), "hypergradient", run.vouched)
-        sampled = self._sampled(training, store, stop - start)
+        row_bytes = training.layout.dimension * training.dtype.itemsize
+        sampled = self.sampled(store, stop - start, row_bytes)
         replay = make_replay(
             self.form,
             FORWARD,
@@ -127,7 +51,7 @@ class ReplayWork(CarryingWork):
             self.finite(rows, "hypergradients", trajectory)
             if self.lawful(training):
                 sums.add(rows)
-            kept = rows if store.dtype == self.compute.dtype else self._narrow(rows, store.dtype, trajectory)
+            kept = self.narrow(rows, store, trajectory)
             store.write(start + first, kept)
             here = [k - first for k in sampled if first <= k < last]
             if here:
@@ -139,41 +63,8 @@ class ReplayWork(CarryingWork):
         if self.lawful(training):
             notes["law"] = sums.values(replay.sink.rest)
         if sampled:
-            found = np.concatenate(stored)
-            notes["loss"] = self._loss(trajectory, tracked[sampled], np.concatenate(whole), found)
+            notes["loss"] = self.loss(self.labelled(), trajectory, tracked[sampled], whole, stored)
         return files, ReplayValues(rows=stop - start, start=start, steps=training.steps, **notes)
-
-    def _sampled(self, training: Training, store: RowStore, rows: int) -> list[int]:
-        """Return the rows of a shard of ``rows`` that are held whole; none where nothing is lost."""
-        exact = store.precision is None and store.dtype == self.compute.dtype
-        if exact and not (self.row_map is not None and self.row_map.folds):
-            return []
-        row_bytes = training.layout.dimension * training.dtype.itemsize
-        return rows_of_shard(rows, len(self.tracked), row_bytes)
-
-    def _narrow(
-        self, rows: npt.NDArray[np.floating], dtype: str, trajectory: Trajectory
-    ) -> npt.NDArray[np.floating]:
-        with np.errstate(over="ignore"):
-            narrow: npt.NDArray[np.floating] = rows.astype(dtype)
-        return self.finite(narrow, f"hypergradients as {dtype}", trajectory)
-
-    def _loss(
-        self,
-        trajectory: Trajectory,
-        train_index: Integers,
-        whole: npt.NDArray[np.floating],
-        stored: npt.NDArray[np.floating],
-    ) -> LossValues:
-        """Return the contributions of sampled rows by whole rows, and by what is stored of them."""
-        training = Training(with_labels(self.recipe, self.test_labels), self.compute)
-        right, found = both_ways(training, trajectory, self.sampled_tests, whole, stored, self.row_map)
-        return LossValues(
-            train_index=tuple(train_index.tolist()),
-            test_index=tuple(self.sampled_tests.tolist()),
-            whole=tuple(map(tuple, right.tolist())),
-            stored=tuple(map(tuple, found.tolist())),
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

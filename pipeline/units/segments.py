@@ -6,7 +6,7 @@ The rows that come out are written where one replay would write them, so whoever
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -30,7 +30,8 @@ from ...workers.recursion.rest import joined_rests
 from ...workers.replay.base import Replay
 from ...workers.replay.ekfac import EkfacRows, TurnedGradients
 from ...workers.replay.fast import FastRows
-from ...workers.replay.partial import Adder, EkfacAdder, FastAdder, Form, Streamed, Sums
+from ...workers.replay.partial import Adder, EkfacAdder, FastAdder, Form, MappedAdder, Streamed, Sums
+from ...workers.replay.sampled import rows_of_shard
 from ...workers.training.optimizer_state import OptimizerState
 from ...workers.training.training import Compute, Training
 from ...workers.training.trials import some_trials, trials_in_all, ways_of
@@ -38,14 +39,17 @@ from ..executors.base import Report, Unit
 from ..plan.sharding import WRITE_CHUNKS, Shard
 from ..reading.unit_values import ReplayValues, TrialValues, WaysValues, joined_ways, values_of
 from ..vocabulary import EKFAC, FAST, RECORD, SEGMENTS, TRAJECTORY, WAYS
+from .carrying import CarryingWork, StoringWork
 from .reduce import bounds
-from .replay import CarryingWork
 from .work import Result, TrainingWork, recorded, rows_of
 
 Integers = npt.NDArray[np.int64]
 
 SUMS = "sums"
 """Name of the array of a store of sums."""
+
+SAMPLED = "-sampled"
+"""Ends the name of the store with a segment's sums of sampled rows before they are folded."""
 
 WRITTEN_BYTES = 64 << 20
 """Sums that are formed and written at a time."""
@@ -66,25 +70,33 @@ class Piece:
         return f"{self.shard.name}-segment-{self.number:05d}"
 
 
-_kept: dict[tuple[str, str, Compute], Training] = {}
+_kept: dict[tuple[str, str, Compute, bool], Training] = {}
 """The training of the run whose segments this process does: reading the data again for each would cost more than a short
 segment."""
 
 
 @contextmanager
-def kept_training(work: TrainingWork, run: RunDirectory, trajectory: Trajectory) -> Iterator[Training]:
+def kept_training(
+    work: TrainingWork, run: RunDirectory, trajectory: Trajectory, *, labelled: bool = False
+) -> Iterator[Training]:
     """Yield a training that stands at its beginning, a fresh one or the one that this process used before.
 
     What training does depends on the state that the record keeps and on nothing else, or each segment would not end
     where the next begins. One that failed is not used again.
+
+    Args:
+        work: The handler.
+        run: The run.
+        trajectory: Its record.
+        labelled: Whether it is that of `StoringWork.labelled`.
     """
     manifest = run.manifest(RECORD, TRAJECTORY)
     assert manifest is not None
-    key = (run.uri, run.ledger.content(manifest), work.compute)
+    key = (run.uri, run.ledger.content(manifest), work.compute, labelled)
     training = _kept.pop(key, None)
     _kept.clear()
     if training is None:
-        training = work.training()
+        training = work.labelled() if labelled and isinstance(work, StoringWork) else work.training()
     else:
         prepare_process(work.compute.threads)
         start = trajectory.checkpoint(0)
@@ -190,20 +202,31 @@ class SegmentWork(CarryingWork):
         epoch = bisect_right(ends, piece.first)
         epochs = bisect_left(ends, piece.stop) - epoch + 1
         tracked = self.tracked[rows]
+        sampled = self._sampled(piece.shard, rows, training)
         replay: Replay[FastRows] | Replay[EkfacRows]
         if bent is None:
-            replay = Replay(training, trajectory, tracked, partial(FastRows, epochs=epochs))
+            fast = partial(FastRows, epochs=epochs, row_map=self.row_map, sampled=sampled)
+            replay = Replay(training, trajectory, tracked, fast)
         else:
-            replay = Replay(
-                training, trajectory, tracked, partial(EkfacRows, curvature=bent, first=piece.first)
+            ekfac = partial(
+                EkfacRows, curvature=bent, first=piece.first, row_map=self.row_map, sampled=sampled
             )
+            replay = Replay(training, trajectory, tracked, ekfac)
         replay.segment(piece.first, piece.stop, report)
-        written = self._write(run, piece, rows, Sums(replay.sink, epoch)) if len(rows) else []
+        written: list[str] = []
+        if len(rows):
+            sums = Sums(replay.sink, epoch)
+            told = {"form": sums.form.told(), "first": piece.first, "stop": piece.stop}
+            written += self._write(run, piece.name, rows, sums.form.width, sums.numpy, told)
+        whole = replay.sink.whole() if sampled else None
+        if whole is not None:
+            name = piece.name + SAMPLED
+            written += self._write(run, name, rows[sampled], whole.shape[1], lambda a, b: whole[a:b], {})
         replay.close()
         law = None
         if self.lawful(training):
-            sums, segment = RowSums(training.layout.entries), (piece.first, piece.stop)
-            law = sums.left_out(replay.sink.rest, segment)
+            of_rows, segment = RowSums(training.layout.entries, self.row_map), (piece.first, piece.stop)
+            law = of_rows.left_out(replay.sink.rest, segment)
         return written, ReplayValues(
             rows=len(rows),
             start=piece.shard.start,
@@ -212,8 +235,26 @@ class SegmentWork(CarryingWork):
             **replay.told(),
         )
 
-    def _write(self, run: RunDirectory, piece: Piece, rows: Integers, sums: Sums) -> list[str]:
-        base, form, itemsize = layout.partial_sums(self.method, piece.name), sums.form, self._itemsize
+    def _sampled(self, shard: Shard, rows: Integers, training: Training) -> list[int]:
+        """Return which of the rows that a segment visits are held whole, because folding loses of them."""
+        if self.row_map is None or not self.row_map.folds:
+            return []
+        row_bytes = training.layout.dimension * training.dtype.itemsize
+        wanted = np.asarray(rows_of_shard(shard.rows, len(self.tracked), row_bytes)) + shard.start
+        found: list[int] = np.flatnonzero(np.isin(rows, wanted)).tolist()
+        return found
+
+    def _write(
+        self,
+        run: RunDirectory,
+        name: str,
+        rows: Integers,
+        width: int,
+        read: Callable[[int, int], npt.NDArray[np.floating]],
+        attrs: Mapping[str, object],
+    ) -> list[str]:
+        """Write a store of sums, W numbers of each of some rows; return its files."""
+        base, itemsize = layout.partial_sums(self.method, name), self._itemsize
         uri = run.path(base)
         # Made elsewhere and copied: two workers may do the same unit, and making a store clears its place.
         temporary = files.partial_name(uri)
@@ -221,23 +262,23 @@ class SegmentWork(CarryingWork):
             temporary,
             name=SUMS,
             rows=len(rows),
-            columns=form.width,
+            columns=width,
             dtype=self.compute.dtype,
-            chunk_rows=chunk_rows_for(form.width, itemsize, len(rows), self.pieces, self.chunk_bytes),
+            chunk_rows=chunk_rows_for(width, itemsize, len(rows), self.pieces, self.chunk_bytes),
             dimensions=("row", "number"),
             row_columns={"row": rows.astype(np.int32)},
-            attrs={"form": form.told(), "first": piece.first, "stop": piece.stop},
+            attrs=attrs,
         )
-        for name in made.metadata_files():
-            data = files.read_bytes(join(temporary, *name.split("/")))
-            files.write_bytes(join(uri, *name.split("/")), data)
+        for file in made.metadata_files():
+            data = files.read_bytes(join(temporary, *file.split("/")))
+            files.write_bytes(join(uri, *file.split("/")), data)
         files.remove(temporary, recursive=True)
         store = RowStore.open(uri, SUMS)
-        size = max(1, WRITTEN_BYTES // (store.chunk_rows * form.width * itemsize)) * store.chunk_rows
+        size = max(1, WRITTEN_BYTES // (store.chunk_rows * width * itemsize)) * store.chunk_rows
         for first, last in bounds(len(rows), size):
-            store.write(first, sums.numpy(first, last))
+            store.write(first, read(first, last))
         names = {*store.metadata_files(), *store.files(0, len(rows))}
-        return [f"{base}/{name}" for name in sorted(names)]
+        return [f"{base}/{file}" for file in sorted(names)]
 
     @property
     def _itemsize(self) -> int:
@@ -245,7 +286,7 @@ class SegmentWork(CarryingWork):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AddWork(CarryingWork):
+class AddWork(StoringWork):
     """Handler of blocks of rows: adds up what all segments add to them.
 
     Attributes:
@@ -259,25 +300,39 @@ class AddWork(CarryingWork):
     def do(self, run: RunDirectory, unit: Unit, report: Report) -> Result:
         """Write the hypergradients of a block of rows."""
         start, stop = rows_of(unit)
-        _kept.clear()
         prepare_process(self.compute.threads)
         trajectory = recorded(run)
-        done = self._done(run, start)
-        streams = [self._stream(run, manifest) for manifest in done if manifest.files]
-        found = [values_of(ReplayValues, manifest) for manifest in done]
-        adder = self._adder(run, trajectory)
         base = layout.hypergradients(self.method)
         store = RowStore.open(run.path(base), "hypergradient", run.vouched)
-        sums = RowSums(trajectory.parameters)
+        shard = next(one for one in self.shards if one.start <= start < one.stop)
+        sampled = self._sampled(store, shard, start, stop, trajectory)
+        if not sampled:
+            _kept.clear()
+        done = self._done(run, shard)
+        streams = [self._stream(run, manifest) for manifest in done if manifest.files]
+        found = [values_of(ReplayValues, manifest) for manifest in done]
+        adder = self._adder(run, trajectory, streams)
+        sums = RowSums(trajectory.parameters, self.row_map)
         laws = [values.law for values in found if values.law is not None]
+        folded = self.row_map is not None and self.row_map.folds
+        whole, stored = [self._whole(run, done, sampled)] if sampled and folded else [], []
         for first, last in bounds(stop - start, WRITE_CHUNKS * store.chunk_rows):
             parts = [stream.take(start + first, start + last) for stream in streams]
             rows = adder.rows(last - first, parts)
             self.finite(rows, "hypergradients", trajectory)
-            store.write(start + first, rows)
+            kept = self.narrow(rows, store, trajectory)
+            store.write(start + first, kept)
             if laws:
                 sums.add(rows)
+            here = [k - start - first for k in sampled if first <= k - start < last]
+            if here:
+                stored.append(store.as_kept(kept[here]))
+                whole += [] if folded else [rows[here]]
             report(last, stop - start)
+        loss = None
+        if sampled:
+            with kept_training(self, run, trajectory, labelled=True) as training:
+                loss = self.loss(training, trajectory, self.tracked[sampled], whole, stored)
         written = [f"{base}/{name}" for name in store.files(start, stop)]
         return written, ReplayValues(
             rows=stop - start,
@@ -286,11 +341,11 @@ class AddWork(CarryingWork):
             segments=len(self.segments),
             ways=joined_ways([one.ways for one in found if one.ways is not None]),
             law={**sums.values(), **joined_rests(laws)} if laws else None,
+            loss=loss,
         )
 
-    def _done(self, run: RunDirectory, start: int) -> list[Manifest]:
-        """Return the manifests of all segments of the shard that holds a row, in their order."""
-        shard = next(shard for shard in self.shards if shard.start <= start < shard.stop)
+    def _done(self, run: RunDirectory, shard: Shard) -> list[Manifest]:
+        """Return the manifests of all segments of a shard, in their order."""
         found = []
         for number, (first, stop) in enumerate(self.segments):
             piece = Piece(shard=shard, first=first, stop=stop, number=number)
@@ -309,11 +364,40 @@ class AddWork(CarryingWork):
         index = store.column("row").astype(np.int64)
         return Streamed(index, store.read, store.chunk_rows, Form.of(store.attrs["form"]))
 
-    def _adder(self, run: RunDirectory, trajectory: Trajectory) -> Adder:
-        bent = self.basis(run)
+    def _sampled(
+        self, store: RowStore, shard: Shard, start: int, stop: int, trajectory: Trajectory
+    ) -> list[int]:
+        """Return which of the tracked rows ``start`` to ``stop`` are held whole: of the shard's."""
+        row_bytes = int(trajectory.attrs["dimension"]) * self.compute.torch_dtype.itemsize
+        found = [shard.start + k for k in self.sampled(store, shard.rows, row_bytes)]
+        return [k for k in found if start <= k < stop]
+
+    def _whole(
+        self, run: RunDirectory, done: Sequence[Manifest], sampled: Sequence[int]
+    ) -> npt.NDArray[np.floating]:
+        """Return sampled rows before they were folded, added up over the segments."""
+        assert self.row_map is not None
+        found = np.zeros((len(sampled), self.row_map.whole.columns), dtype=self.compute.dtype)
+        for manifest in done:
+            base = layout.partial_sums(self.method, manifest.unit + SAMPLED)
+            if not any(file.path.startswith(f"{base}/") for file in manifest.files):
+                continue  # it visited none of them
+            store = RowStore.open(run.path(base), SUMS, run.vouched)
+            index = store.column("row").astype(np.int64)
+            for place, row in enumerate(sampled):
+                at = int(np.searchsorted(index, row))
+                if at < len(index) and index[at] == row:
+                    found[place] += store.read(at, at + 1)[0]
+        return found
+
+    def _adder(self, run: RunDirectory, trajectory: Trajectory, streams: Sequence[Streamed]) -> Adder:
+        dtype, bent = self.compute.torch_dtype, self.basis(run)
+        if self.row_map is not None and all(stream.form.mapped for stream in streams):
+            return MappedAdder(self.row_map.columns, dtype)
         if self.form == FAST or bent is None:
-            return FastAdder(flat_layout(trajectory), len(trajectory.epoch_ends), self.compute.torch_dtype)
+            return FastAdder(flat_layout(trajectory), len(trajectory.epoch_ends), dtype, self.row_map)
         assert self.form == EKFAC
+        _kept.clear()
         training = Training(self.recipe, self.compute)
         training.known_ways = tried(run, self.method, trajectory)
         return EkfacAdder(TurnedGradients(training, trajectory, bent), training.dtype, training.device)

@@ -124,18 +124,20 @@ class RowSums:
             return {}
         found: dict[str, list[list[float]] | list[float]] = {}
         if vector is not None:
-            slack = rest.slack
-            if self.row_map is not None:
-                vector = self.row_map.apply(vector[None])[0]
-                slack = slack[[part.entry for part in self.row_map.parts]]
-            found = {**self._sized("rest", vector), "slack": slack.tolist()}
+            found = {**self._sized("rest", vector), "slack": self._of_kept(rest.slack).tolist()}
         if segment is not None:
-            found["carried"] = rest.of_segment(*segment).tolist()
+            found["carried"] = self._of_kept(rest.of_segment(*segment)).tolist()
             if rest.momentum is not None:
                 found |= self._sized("momentum", rest.momentum)
         return found
 
+    def _of_kept(self, values: Float) -> Float:
+        """Return what is said of the parameters that are kept, of values one a parameter."""
+        return values if self.row_map is None else values[[part.entry for part in self.row_map.parts]]
+
     def _sized(self, name: str, vector_D: Float) -> dict[str, list[list[float]] | list[float]]:
+        if self.row_map is not None:
+            vector_D = self.row_map.apply(vector_D[None])[0]
         sizes = [float(np.linalg.norm(vector_D[_span(e)])) for e in self.parameters]
         return {name: self.along(vector_D), f"{name}_size": sizes}
 

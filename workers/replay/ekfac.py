@@ -128,7 +128,11 @@ class Turned:
 
 
 class EkfacRows(Turned, RowSink):
-    """Dense sums of rows in the eigenbasis; see ``Replay`` and ``Turned``."""
+    """Dense sums of rows in the eigenbasis; see ``Replay`` and ``Turned``.
+
+    Attributes:
+        mapped: The sums in parameters, where rows are kept in part; None: they are in ``sums``.
+    """
 
     def __init__(
         self,
@@ -141,9 +145,9 @@ class EkfacRows(Turned, RowSink):
         sampled: Sequence[int] = (),
     ) -> None:
         super().__init__(training, trajectory, curvature, first)
-        self._mapped: MappedSums | None = None
+        self.mapped: MappedSums | None = None
         if row_map is not None:  # they are turned back visit by visit, so that no whole sum is held
-            self._mapped = MappedSums(rows, row_map, sampled, training.dtype, training.device)
+            self.mapped = MappedSums(rows, row_map, sampled, training.dtype, training.device)
             return
         like = torch.empty(0, dtype=training.dtype, device=training.device)
         tile = self.basis.tile
@@ -152,8 +156,8 @@ class EkfacRows(Turned, RowSink):
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled rows."""
         self.turned.take_(block)
-        if self._mapped is not None:
-            self._add_back(rows, block.mul_(self.scale), self._mapped)
+        if self.mapped is not None:
+            self._add_back(rows, block.mul_(self.scale), self.mapped)
             return
         if self.sums.device.type != "cpu" or self.basis.tile > TILE:
             self.sums.index_add_(0, rows.to(self.sums.device), block.mul_(self.scale))
@@ -172,12 +176,12 @@ class EkfacRows(Turned, RowSink):
 
     def whole(self) -> npt.NDArray[np.floating] | None:
         """Return sampled rows before they are folded; see ``RowSink``."""
-        return None if self._mapped is None else self._mapped.whole()
+        return None if self.mapped is None else self.mapped.whole()
 
     def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
         """Return hypergradient rows in parameter order, on the host; see ``Replay``."""
-        if self._mapped is not None:
-            return self._mapped.numpy(start, stop)
+        if self.mapped is not None:
+            return self.mapped.numpy(start, stop)
         parts, size = [], self.basis.tile
         for tile in range(start - start % size, stop, size):  # whole tiles: the same bits for any shard
             turned = self.turned.to_parameters(self.sums[tile : tile + size])

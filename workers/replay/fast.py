@@ -68,6 +68,9 @@ class FastRows(Scaled, RowSink):
         epochs: Epochs that are replayed, begun or whole; None: all.
         row_map: What is kept of a row; None: all.
         sampled: Rows of which ``whole`` is asked.
+
+    Attributes:
+        mapped: The sums, where rows are folded or picked from whole ones; None: they are in ``buffers``.
     """
 
     def __init__(
@@ -90,10 +93,10 @@ class FastRows(Scaled, RowSink):
         columns, dtype, device = self.engine.columns, training.dtype, training.device
         self.spare = rows if graphed(training) and not mapped else None
         kept = rows if self.spare is None else rows + 1
-        self._mapped: MappedSums | None = None
+        self.mapped: MappedSums | None = None
         if mapped:
             assert row_map is not None
-            self._mapped = MappedSums(rows, row_map, sampled, dtype, device, columns)
+            self.mapped = MappedSums(rows, row_map, sampled, dtype, device, columns)
         else:
             self.buffers = HypergradientBuffers(kept, layout, factored, columns, epochs, dtype, device)
         placed = device.type != "cpu" or graphed(training)
@@ -103,7 +106,7 @@ class FastRows(Scaled, RowSink):
         """See ``graphs.CapturableSink``."""
         if self.looks:
             return "the optimiser's preconditioner or clipping is read at every step"
-        if self._mapped is not None:
+        if self.mapped is not None:
             return "rows are folded, or picked from whole ones, before they are added up"
         if self.buffers.home.type != self.engine.views[0].device.type:
             return "the sums are in host memory, because they do not fit the device's"
@@ -116,7 +119,7 @@ class FastRows(Scaled, RowSink):
     def add(self, rows: Tensor, block: Tensor) -> None:
         """Add the scaled gradients to the dense rows."""
         self._scales.steps.clip_(block)
-        (self._mapped or self.buffers).add(rows, block, self._scales.block())
+        (self.mapped or self.buffers).add(rows, block, self._scales.block())
 
     def add_factors(self, entry: int, rows: Tensor, d_R: Tensor, x_R: Tensor | None) -> None:
         """Note a visit of a factored entry."""
@@ -124,15 +127,15 @@ class FastRows(Scaled, RowSink):
 
     def end_epoch(self) -> None:
         """Let the buffers fold their factors."""
-        (self._mapped or self.buffers).end_epoch()
+        (self.mapped or self.buffers).end_epoch()
 
     def numpy(self, start: int, stop: int) -> npt.NDArray[np.floating]:
         """Return hypergradient rows on the host; see ``Replay``."""
-        return (self._mapped or self.buffers).numpy(start, stop)
+        return (self.mapped or self.buffers).numpy(start, stop)
 
     def whole(self) -> npt.NDArray[np.floating] | None:
         """Return sampled rows before they are folded; see ``RowSink``."""
-        return None if self._mapped is None else self._mapped.whole()
+        return None if self.mapped is None else self.mapped.whole()
 
 
 class Scales:
@@ -274,6 +277,14 @@ def numbers_per_row(training: Training, ways: Ways, row_map: RowMap | None) -> i
     left_out = unasked(training, row_map)
     factored = kept_as_factors(training, asked_ways(ways, left_out))
     return row_numbers(training.layout, factored, training.epochs, left_out)
+
+
+def factored_shapes(training: Training, ways: Ways, row_map: RowMap | None) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes (O, I) of the weights whose visits are kept as factors in a replay of one epoch."""
+    if is_mapped(training, row_map):
+        return ()
+    factored = kept_as_factors(training, asked_ways(ways, unasked(training, row_map)), epochs=1)
+    return tuple(tuple(training.layout.entries[i].shape) for i in sorted(factored))
 
 
 def kept_as_factors(training: Training, ways: Ways, epochs: int | None = None) -> frozenset[int]:

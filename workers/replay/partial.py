@@ -5,8 +5,9 @@ and for the weights of Linear layers the factors of its visits, not yet multipli
 numbers where its visit would fill O x I. Only samples that the segment visited have a row.
 
 Segments are added up in their order, and what is multiplied is multiplied in tiles of one shape: the bits of
-a row depend on the segments and on nothing else. Letters: n rows of a unit, R of a tile, V visits kept as factors
-(one an epoch that the segment touches), E epochs, W numbers of a row of sums, D parameters.
+a row depend on the segments and on nothing else. Where rows are kept in part (see ``model.row_map``) that is done before a
+segment ends, so that its sums are as short as the rows. Letters: n rows of a unit, R of a tile, V visits kept as factors
+(one an epoch that the segment touches), E epochs, W numbers of a row of sums, D parameters, K numbers of a kept row.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..model.layout import Layout
+from ..model.row_map import Folds, RowMap
 from .buffers import HypergradientBuffers
 from .ekfac import EkfacRows, TurnedGradients
 from .fast import FastRows
@@ -41,12 +43,14 @@ class Form:
         factors: Entries kept as V outer products: (entry, first column, V); left (V, O), then right (V, I).
         epoch: The epoch of the first of the V visits.
         width: W.
+        mapped: Whether they are those of the row as it is kept: W = K, and neither entries nor factors are known of them.
     """
 
     dense: tuple[tuple[int, int, int], ...]
     factors: tuple[tuple[int, int, int], ...]
     epoch: int
     width: int
+    mapped: bool = False
 
     def told(self) -> dict[str, Any]:
         """Return it, JSON-able, as the attributes of a store keep it."""
@@ -55,6 +59,7 @@ class Form:
             "factors": [list(one) for one in self.factors],
             "epoch": self.epoch,
             "width": self.width,
+            "mapped": self.mapped,
         }
 
     @classmethod
@@ -69,6 +74,7 @@ class Form:
             factors=triples("factors"),
             epoch=int(told["epoch"]),
             width=int(told["width"]),
+            mapped=bool(told["mapped"]),
         )
 
 
@@ -81,18 +87,21 @@ class Sums:
     """
 
     def __init__(self, sink: FastRows | EkfacRows, epoch: int) -> None:
-        if isinstance(sink, FastRows):
-            self._buffers: HypergradientBuffers | None = sink.buffers
+        self._buffers: HypergradientBuffers | None = None
+        if sink.mapped is not None:
+            self._sums = sink.mapped.sums
+            self.form = _form_of_one(self._sums.shape[1], epoch, mapped=True)
+        elif isinstance(sink, FastRows):
+            self._buffers = sink.buffers
             self.form = _form_of(sink.buffers, epoch)
         else:
-            self._buffers, self._turned = None, sink.sums
-            width = sink.training.layout.dimension
-            self.form = Form(dense=((-1, 0, width),), factors=(), epoch=epoch, width=width)
+            self._sums = sink.sums
+            self.form = _form_of_one(sink.training.layout.dimension, epoch)
 
     def numpy(self, start: int, stop: int) -> Floats:
         """Return rows as a (stop - start, W) array on the host."""
         if self._buffers is None:
-            array: Floats = self._turned[start:stop].cpu().numpy()
+            array: Floats = self._sums[start:stop].cpu().numpy()
             return array
         buffers = self._buffers
         out = torch.empty(stop - start, self.form.width, dtype=buffers.dense.dtype)
@@ -117,6 +126,10 @@ class Sums:
                 here.copy_(held.sum[start:stop].reshape(stop - start, -1))
         found: Floats = out.numpy()
         return found
+
+
+def _form_of_one(width: int, epoch: int, *, mapped: bool = False) -> Form:
+    return Form(dense=((-1, 0, width),), factors=(), epoch=epoch, width=width, mapped=mapped)
 
 
 def _form_of(buffers: HypergradientBuffers, epoch: int) -> Form:
@@ -147,12 +160,37 @@ class Part:
     sums: Floats
     form: Form
 
+    def between(self, start: int, stop: int) -> Part:
+        """Return what it adds to the rows ``start`` to ``stop``, counted from ``start``."""
+        low, high = np.searchsorted(self.rows, (start, stop)).tolist()
+        return Part(rows=self.rows[low:high] - start, sums=self.sums[low:high], form=self.form)
+
 
 class Adder(Protocol):
     """Adds up what all segments of the training add to some rows."""
 
     def rows(self, count: int, parts: Sequence[Part]) -> Floats:
-        """Return the hypergradients (count, D) of n = count rows; parts are in the order of the segments."""
+        """Return the hypergradients (count, K) of n = count rows; parts are in the order of the segments."""
+
+
+class MappedAdder:
+    """Of rows that segments wrote as they are kept; see ``Adder``.
+
+    Args:
+        columns: K.
+        dtype: Of the hypergradients.
+    """
+
+    def __init__(self, columns: int, dtype: torch.dtype) -> None:
+        self._columns, self._dtype = columns, dtype
+
+    def rows(self, count: int, parts: Sequence[Part]) -> Floats:
+        """See ``Adder``."""
+        out = torch.zeros(count, self._columns, dtype=self._dtype)
+        for part in parts:
+            out.index_add_(0, torch.from_numpy(part.rows), torch.from_numpy(part.sums))
+        found: Floats = out.numpy()
+        return found
 
 
 class FastAdder:
@@ -162,13 +200,31 @@ class FastAdder:
         layout: Where each parameter lies.
         epochs: E.
         dtype: Of the hypergradients.
+        row_map: What is kept of a row, which is not folded; None: all.
     """
 
-    def __init__(self, layout: Layout, epochs: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layout: Layout, epochs: int, dtype: torch.dtype, row_map: RowMap | None = None
+    ) -> None:
         self._layout, self._epochs, self._dtype = layout, epochs, dtype
+        self._picks = None if row_map is None else Folds(row_map, dtype, torch.device("cpu"))
 
     def rows(self, count: int, parts: Sequence[Part]) -> Floats:
         """See ``Adder``."""
+        if self._picks is None:
+            found: Floats = self._whole(count, parts).numpy()
+            return found
+        tiles = []
+        for start in range(0, count, TILE):  # no more than so many whole rows at a time
+            stop = min(count, start + TILE)
+            tiles.append(
+                self._picks.apply_(self._whole(stop - start, [p.between(start, stop) for p in parts]))
+            )
+        picked: Floats = torch.cat(tiles).numpy()
+        return picked
+
+    def _whole(self, count: int, parts: Sequence[Part]) -> Tensor:
+        """Return the rows in all parameters, (count, D)."""
         out = torch.zeros(count, self._layout.dimension, dtype=self._dtype)
         factored = sorted({entry for part in parts for entry, _, _ in part.form.factors})
         for entry in factored:
@@ -178,8 +234,7 @@ class FastAdder:
             sums = torch.from_numpy(part.sums)
             for start, column, size in _runs(part.form.dense, self._layout):
                 out[:, start : start + size].index_add_(0, where, sums[:, column : column + size])
-        found: Floats = out.numpy()
-        return found
+        return out
 
     def _multiply(self, entry: int, out: Tensor, parts: Sequence[Part]) -> None:
         """Write the products of all visits, (R, E, O) and (R, E, I), to the entry's columns."""
@@ -251,12 +306,15 @@ class Streamed:
         read: Gives rows ``start`` to ``stop`` of the store.
         chunk_rows: Rows that a chunk of it holds.
         form: Of the sums.
+
+    Attributes:
+        form: Of the sums.
     """
 
     def __init__(
         self, index: Integers, read: Callable[[int, int], Floats], chunk_rows: int, form: Form
     ) -> None:
-        self._index, self._read, self._chunk, self._form = index, read, chunk_rows, form
+        self._index, self._read, self._chunk, self.form = index, read, chunk_rows, form
         self._held, self._first = read(0, 0), 0
 
     def take(self, start: int, stop: int) -> Part:
@@ -271,4 +329,4 @@ class Streamed:
             self._held = np.concatenate([kept, fresh]) if len(kept) else fresh
             self._first = low
         place = slice(low - self._first, high - self._first)
-        return Part(rows=self._index[low:high] - start, sums=self._held[place], form=self._form)
+        return Part(rows=self._index[low:high] - start, sums=self._held[place], form=self.form)

@@ -213,10 +213,6 @@ def test_a_lost_shard_is_made_again_with_the_same_bits(folded, tmp_path):
             {"project": 10, "hessian": "ekfac", "exact_rank": 2},
             "project 10: exact_rank carries whole gradients",
         ),
-        (
-            {"project": 10, "segments": 3},
-            "segments 3: with layers, project or store_dtype rows are kept in part",
-        ),
         ({"store_dtype": "float8"}, "store_dtype 'float8': .*float32 or bfloat16 or float16"),
         ({"project": 0}, "project 0: must be a whole number, at least 1"),
         ({"layers": ""}, "layers '': must be patterns over names of parameters"),

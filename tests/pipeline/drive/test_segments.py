@@ -16,6 +16,7 @@ from hydra_pipe.pipeline.executors.ray import RayExecutor
 from hydra_pipe.pipeline.opened_run import Run, open_run
 from hydra_pipe.pipeline.plan.plan import cut
 from hydra_pipe.pipeline.plan.survey import survey
+from hydra_pipe.pipeline.reading.kept_rows import store_losses
 from hydra_pipe.pipeline.run import run
 from hydra_pipe.pipeline.spec.spec import RunSpec
 from hydra_pipe.pipeline.units.segments import AddWork, SegmentWork
@@ -128,6 +129,56 @@ def test_forms_and_recipes_agree_with_one_segment(recipe, fields, tmp_path):
     assert told(many) == []
     law = verify(many).conservation
     assert law["ok"] if law["applicable"] else law["reason"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields"),
+    [
+        (Small(), {"project": 40}),
+        (Small(), {"layers": ("*.weight",), "shards": 2}),
+        (Small(), {"project": 40, "hessian": "ekfac", "curvature_core": 8}),
+        (Small(), {"layers": ("0",), "hessian": "ekfac", "curvature_core": 8}),
+        (Clipped(), {"project": 40, "layers": ("*.weight",)}),  # a law with a rest of kept parameters
+        (Clipped(), {"layers": ("*.weight",)}),  # picked from rows that clipping mixed
+        (Images(), {"project": 100, "store_dtype": "bfloat16"}),
+        (Small(), {"store_dtype": "float16", "dtype": "float32"}),
+        (Small(), {"project": 40, "track": "2"}),  # segments that visit nobody
+    ],
+    ids=lambda value: (
+        type(value).__name__ if not isinstance(value, dict) else ",".join(map(str, value.values()))
+    ),
+)
+def test_rows_that_are_kept_in_part_are_those_of_one_segment(recipe, fields, tmp_path):
+    fields = {**EXACT, **fields}
+    many = serial(tmp_path / "many", recipe, segments=3, **fields)
+    right = serial(tmp_path / "one", recipe, **fields)
+    narrow = {"bfloat16": 2**-7, "float16": 2**-9}.get(fields.get("store_dtype", ""), 1e-12)
+    assert rows(many).shape == rows(right).shape
+    assert off(rows(many), rows(right)) < narrow
+    assert told(many) == told(right)
+    assert verify(many).conservation.get("ok") == verify(right).conservation.get("ok")
+    lost, known = (store_losses(found) for found in (many, right))
+    assert len(lost) == len(known) == ("project" in fields or "store_dtype" in fields)
+    for mine, theirs in zip(lost, known, strict=True):
+        assert mine.rows == theirs.rows
+        assert mine.error == pytest.approx(theirs.error, rel=2e-2)
+        assert mine.spearman_mean == pytest.approx(theirs.spearman_mean, abs=2e-2)
+
+
+def test_sums_of_projected_rows_are_as_short_as_the_rows(tmp_path):
+    spec = RunSpec(
+        recipe=Images(), out=str(tmp_path), executor="serial", device="cpu", segments=3, project=100, **EXACT
+    )
+    surveyed = survey(spec, trial=False)
+    folded, whole = (
+        cut(one, surveyed_of, machines(slots=3)).segments
+        for one, surveyed_of in (
+            (spec, surveyed),
+            (replace(spec, project=None), replace(surveyed, row_map=None, outer=())),
+        )
+    )
+    assert surveyed.columns <= 100 < surveyed.dimension
+    assert folded.buffers * surveyed.dimension == whole.buffers * surveyed.columns
 
 
 def test_several_seeds_have_segments_each(tmp_path):

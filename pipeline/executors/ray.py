@@ -176,6 +176,13 @@ class RayExecutor:
                     _temp_dir=self._directory,
                     **quiet,
                 )
+        except SystemExit as error:
+            self.close()
+            if error.code == signal.SIGTERM and callable(
+                terminated
+            ):  # Ray's own handler, a sys.exit, stood in
+                terminated(signal.SIGTERM, None)
+            raise
         except Exception as error:
             self.close()
             place = f"connect to Ray at {address}" if address else "start Ray here"
@@ -293,11 +300,13 @@ class RayExecutor:
     def close(self) -> None:
         """End all workers; leave the cluster if it was joined here, end it if it was started here."""
         self._kill(self._pool)
+        ours = raysetup.processes_of(self._directory) if self._directory else []
         if self._joined:
             import ray
 
             with contextlib.suppress(Exception):
                 ray.shutdown()
+        raysetup.end(ours)
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
         self._ray, self._joined, self._owned, self._directory = None, False, False, None

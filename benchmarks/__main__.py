@@ -32,6 +32,7 @@ NAMES = (
     "reduce",
     "detect",
     "report_page",
+    "guards",
     "hessian",
     "speedup",
     "memory",

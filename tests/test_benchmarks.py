@@ -21,6 +21,7 @@ from benchmarks import (
     cases,
     detect,
     detectors,
+    guards,
     hessian,
     memory,
     operators,
@@ -100,6 +101,7 @@ TINY = {
             "forms": 1,
         },
     ),
+    "guards": (guards, guards.QUICK),
     "hessian": (hessian, {**hessian.QUICK, "samples": 8, "batch": 4}),
     "speedup": (
         speedup,

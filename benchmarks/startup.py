@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def call(*arguments: str, folder: Path) -> None:
 
 
 def run(sizes: Mapping[str, Any], folder: Path) -> Result:
-    """Time ``--help``, an interpreter that does nothing, and the run of ``make run``."""
+    """Time ``--help``, an interpreter that does nothing, the run of ``make run``, and the same command again."""
     result = Result(name="startup", sizes=sizes)
     taken = take_turns(
         {
@@ -58,4 +59,21 @@ def run(sizes: Mapping[str, Any], folder: Path) -> Result:
             f"{k.rsplit('/', 1)[-1]} {v['seconds']:.1f}" for k, v in stages.items() if "seconds" in v
         )
         result.add(f"hydra-pipe run --shards {sizes['shards']}", [seconds], "s", at_most=180, note=note)
+        imports = {"torch": "import torch", "compiler": "import torch._dynamo"}
+        taken = take_turns(
+            {
+                "again": lambda: call(
+                    "run", "--shards", str(sizes["shards"]), "--out", str(out), folder=folder
+                ),
+                **{
+                    name: partial(subprocess.run, [sys.executable, "-c", code], check=True)
+                    for name, code in imports.items()
+                },
+            },
+            rounds=sizes["rounds"],
+        )
+        result.add("the same again, finished", taken["again"], "s", at_most=5)
+        result.add("import torch, for comparison", taken["torch"], "s")
+        note = "which torch's first optimizer imports"
+        result.add("import torch and its compiler, for comparison", taken["compiler"], "s", note=note)
     return result

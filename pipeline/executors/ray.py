@@ -28,6 +28,7 @@ from .events import Note, Observer
 from .placement import Demand, Node
 from .ray_metrics import Measured, ray_counters
 from .ray_stage import Wave, WaveSettings, Worker, worker_target
+from .reaper import Reaper
 from .serial import SerialExecutor
 
 __all__ = ["RayExecutor", "SerialExecutor", "make_executor"]
@@ -90,6 +91,7 @@ class RayExecutor:
         self._ray: Any = None
         self._joined = self._owned = False  # we called ray.init; it started a cluster
         self._directory: str | None = None
+        self._reaper: Reaper | None = None
         self._pool: list[Worker] = []
         self._pool_demand: Demand | None = None
 
@@ -168,6 +170,7 @@ class RayExecutor:
                 ray.init(address=address, **quiet)
             else:
                 self._directory = raysetup.session_directory()
+                self._reaper = None if self._directory is None else Reaper(self._directory)
                 self._owned = True
                 ray.init(
                     address="local",
@@ -309,7 +312,9 @@ class RayExecutor:
         raysetup.end(ours)
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
-        self._ray, self._joined, self._owned, self._directory = None, False, False, None
+        if self._reaper is not None:
+            self._reaper.dismiss()
+        self._ray, self._joined, self._owned, self._directory, self._reaper = None, False, False, None, None
 
 
 def _hush() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import psutil
 import pytest
 from hydra_pipe.pipeline.executors import raysetup
 from hydra_pipe.pipeline.executors.ray import RayExecutor
+from hydra_pipe.pipeline.executors.reaper import Reaper
 
 PARENT = """
 import subprocess, sys
@@ -47,6 +49,8 @@ def starting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseExcepti
         raise error
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test's cluster may be up
     monkeypatch.setattr(raysetup, "session_directory", lambda: str(session))
     return session
 
@@ -80,3 +84,59 @@ def test_processes_that_outlive_their_ray_are_ended(monkeypatch):
         raysetup.end(found)
     _, alive = psutil.wait_procs(found, timeout=10)
     assert alive == []
+
+
+DRIVER = """
+import subprocess, sys, time
+from hydra_pipe.pipeline.executors.reaper import Reaper
+directory, dismissed = sys.argv[1:]
+reaper = Reaper(directory)
+agents = [
+    subprocess.Popen(
+        [sys.executable, "-c", AGENT, *words], cwd=directory, start_new_session=True, stdout=subprocess.PIPE
+    )
+    for words in (["/ray/agent.py", "log"], ["/ray/agent.py", directory + "/"], ["tail", "log"])
+]
+for agent in agents:
+    agent.stdout.readline()
+if dismissed == "dismissed":
+    reaper.dismiss()
+print(*(agent.pid for agent in agents), flush=True)
+time.sleep(600)
+"""
+AGENT = """
+import sys, time
+log = open(sys.argv[2], "a") if sys.argv[2].endswith("log") else None
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("dismissed", ["dismissed", "killed"])
+def test_a_killed_driver_leaves_nothing_of_the_ray_that_it_started(dismissed, tmp_path):
+    directory = tmp_path / "hp-session"
+    directory.mkdir()
+    code = f"AGENT = {AGENT!r}\n" + DRIVER
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(directory), dismissed], stdout=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout is not None
+        agents = [psutil.Process(int(pid)) for pid in driver.stdout.readline().split()]
+        driver.kill()
+    gone, alive = psutil.wait_procs(agents[:2], timeout=1 if dismissed == "dismissed" else 60)
+    try:
+        assert (len(gone), len(alive)) == ((0, 2) if dismissed == "dismissed" else (2, 0))
+        assert agents[2].is_running()  # who merely reads a log
+    finally:
+        for agent in (*alive, agents[2]):
+            agent.kill()
+    deadline = time.monotonic() + 60
+    while dismissed == "killed" and directory.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert directory.exists() == (dismissed == "dismissed")
+
+
+def test_a_reaper_that_is_dismissed_ends(tmp_path):
+    reaper = Reaper(str(tmp_path))
+    reaper.dismiss()
+    assert reaper._process.returncode == 0

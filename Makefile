@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS := $(VENV)/.runs
 
-.PHONY: run test coverage check fuzz test-slow test-gpu torture bench wheel clean
+.PHONY: run test coverage check lint fuzz test-slow test-gpu torture bench wheel clean
 
 # One environment, built from pyproject.toml under constraints.txt; rebuilt when either changes. Running takes
 # what the package itself needs; every other target adds what tests, checks and benchmarks need.
@@ -27,11 +27,13 @@ test: $(STAMP)
 coverage: COUNTED := --cov --cov-fail-under=97
 coverage: test
 
-check: $(STAMP)
+check: lint
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_architecture.py
 
 # More than 2,000 inputs, others each time.
 fuzz: $(STAMP)

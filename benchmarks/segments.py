@@ -34,6 +34,7 @@ SIZES: Mapping[str, Any] = {
     "tests": 200,
     "rounds": 3,
     "sharded": 1,
+    "project": 7709,
     "workers": (1, 2),
     "modelled": (8, 64, 1000),
     "modelled_samples": 50_000,
@@ -48,10 +49,14 @@ QUICK: Mapping[str, Any] = {
     "rounds": 1,
     "workers": (),
 }
-"""``sharded``: rounds in which shards of samples are measured too, which take longest."""
+"""``sharded``: rounds in which shards of samples are measured too, which take longest. ``project``: numbers of a row where
+that is measured too."""
 
 REPLAY, ALL = ("ways", "segments", "replay"), ("ways", "segments", "replay", "reduce")
 """Stages of a replay, and of what follows the record."""
+
+
+MACHINE = Capacity(executor="serial", nodes=1, cpus=1.0, gpus=0.0, slots=1, memory_per_worker=64 << 30)
 
 
 class Clock:
@@ -112,6 +117,8 @@ def _processor(result: Result, sizes: Mapping[str, Any], folder: Path) -> None:
         "one": spec_of(sizes, shards=1),
         "segments": spec_of(sizes, shards=1, segments=units),
         "shards": spec_of(sizes, shards=units),
+        "one, folded": spec_of(sizes, shards=1, project=sizes["project"]),
+        "segments, folded": spec_of(sizes, shards=1, segments=units, project=sizes["project"]),
     }
     taken: dict[str, list[Clock]] = {name: [] for name in forms}
     for turn in range(sizes["rounds"]):
@@ -132,6 +139,18 @@ def _processor(result: Result, sizes: Mapping[str, Any], folder: Path) -> None:
     if seconds["shards"]:
         few = seconds["one"][: len(seconds["shards"])]
         result.add(f"{name}: replay in {units} x 1 units / one unit", ratio(seconds["shards"], few), "x")
+    folded = f"{name}, rows of {sizes['project']:,} numbers"
+    result.add(f"{folded}: replay in one unit", seconds["one, folded"], "s")
+    planned = [
+        cut(spec, survey(spec, trial=False), MACHINE).segments.bytes / 1e6
+        for spec in (forms["segments, folded"], forms["segments"])
+    ]
+    result.add(
+        f"{folded}: replay in 1 x {units} units / one unit",
+        ratio(seconds["segments, folded"], seconds["one, folded"]),
+        "x",
+        note=f"{planned[0]:.0f} MB of sums, {planned[1]:.0f} where rows are whole",
+    )
 
 
 def _workers(result: Result, sizes: Mapping[str, Any], folder: Path) -> None:

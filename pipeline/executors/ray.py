@@ -181,9 +181,8 @@ class RayExecutor:
                 )
         except SystemExit as error:
             self.close()
-            if error.code == signal.SIGTERM and callable(
-                terminated
-            ):  # Ray's own handler, a sys.exit, stood in
+            # A SIGTERM met Ray's own handler, which is a sys.exit.
+            if error.code == signal.SIGTERM and callable(terminated):
                 terminated(signal.SIGTERM, None)
             raise
         except Exception as error:

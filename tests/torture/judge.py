@@ -73,7 +73,11 @@ def outcome(answer: Callable[[], str], right: str) -> str:
         given = answer()
     except HydraError as error:
         text = str(error)
-        return f"refused: {text}" if "\n" not in text and "unexpected error" not in text else f"crashed: {text!r}"
+        return (
+            f"refused: {text}"
+            if "\n" not in text and "unexpected error" not in text
+            else f"crashed: {text!r}"
+        )
     except Exception as error:  # noqa: BLE001 - whatever comes is the finding
         return f"crashed: {type(error).__name__}: {str(error)[:200]}"
     return "same" if given == right else "wrong"

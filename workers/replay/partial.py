@@ -74,7 +74,7 @@ class Form:
             factors=triples("factors"),
             epoch=int(told["epoch"]),
             width=int(told["width"]),
-            mapped=bool(told["mapped"]),
+            mapped=bool(told.get("mapped", False)),
         )
 
 

@@ -28,7 +28,7 @@ from .events import Note, Observer
 from .placement import Demand, Node
 from .ray_metrics import Measured, ray_counters
 from .ray_stage import Wave, WaveSettings, Worker, worker_target
-from .reaper import Reaper
+from .reaper import Reaper, end_processes
 from .serial import SerialExecutor
 
 __all__ = ["RayExecutor", "SerialExecutor", "make_executor"]
@@ -302,14 +302,13 @@ class RayExecutor:
     def close(self) -> None:
         """End all workers; leave the cluster if it was joined here, end it if it was started here."""
         self._kill(self._pool)
-        ours = raysetup.processes_of(self._directory) if self._directory else []
         if self._joined:
             import ray
 
             with contextlib.suppress(Exception):
                 ray.shutdown()
-        raysetup.end(ours)
         if self._directory:
+            end_processes(self._directory)
             shutil.rmtree(self._directory, ignore_errors=True)
         if self._reaper is not None:
             self._reaper.dismiss()

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import socket
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-
-import psutil
 
 from ..spec.checks import ray_address
 
 OUT_OF_MEMORY = "out of memory"
 """Begins the reason of a worker's death where it is known to be that."""
 _SOCKET_LIMIT = 103  # characters of a unix socket's path; Linux allows 107, macOS 103
-_END_SECONDS = 3.0  # that processes of Ray may take to end
 _SESSION_PART = 68  # "/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store" and a few to spare
 
 
@@ -83,28 +78,6 @@ def session_directory() -> str | None:
     if not (Path(base).is_dir() and os.access(base, os.W_OK)):
         return None
     return tempfile.mkdtemp(prefix="hp-", dir=base)
-
-
-def processes_of(session: str) -> list[psutil.Process]:
-    """Return the processes of the Ray that this process started with a session directory: those that name it, and all below."""
-    found: dict[int, psutil.Process] = {}
-    with contextlib.suppress(psutil.Error):
-        for child in psutil.Process().children():
-            with contextlib.suppress(psutil.Error):  # it has just ended
-                if any(session in word for word in child.cmdline()):
-                    found |= {one.pid: one for one in (child, *child.children(recursive=True))}
-    return list(found.values())
-
-
-def end(processes: Sequence[psutil.Process]) -> None:
-    """See to it that processes which are about to end by themselves have ended.
-
-    A raylet that ends while it starts its agents leaves them behind: they watch a parent that they never saw.
-    """
-    _, alive = psutil.wait_procs(processes, timeout=_END_SECONDS)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
 
 
 def reason(error: BaseException) -> str:

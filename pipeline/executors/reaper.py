@@ -20,6 +20,7 @@ import psutil
 _DONE = b"done"
 _LOOK_SECONDS, _QUIET_SECONDS, _MOST_SECONDS = 0.2, 2.0, 30.0
 """Between two looks, without a process until all have ended, and in all."""
+_END_SECONDS = 3.0
 
 
 class Reaper:
@@ -57,6 +58,14 @@ def wait_and_reap(directory: str) -> None:
                 process.kill()
         time.sleep(_LOOK_SECONDS)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def end_processes(directory: str) -> None:
+    """See to it that the processes of a Ray which was shut down have ended; they have a moment to do so by themselves."""
+    _, alive = psutil.wait_procs(list(processes_of_ray(directory)), timeout=_END_SECONDS)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def processes_of_ray(directory: str) -> Iterator[psutil.Process]:

@@ -12,16 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
-from hydra_pipe.pipeline.executors import raysetup
+from hydra_pipe.pipeline.executors import raysetup, reaper
 from hydra_pipe.pipeline.executors.ray import RayExecutor
 from hydra_pipe.pipeline.executors.reaper import Reaper
-
-PARENT = """
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"])
-print("up", flush=True)
-child.wait()
-"""
 
 
 class Asked(KeyboardInterrupt):
@@ -70,20 +63,18 @@ def test_another_exit_while_ray_starts_passes(handled, monkeypatch, tmp_path):
     assert not session.exists()
 
 
-def test_processes_that_outlive_their_ray_are_ended(monkeypatch):
-    monkeypatch.setattr(raysetup, "_END_SECONDS", 0.2)
-    command = [sys.executable, "-c", PARENT, "--session_dir=/nowhere/hp-one/session"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        assert [parent.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
-        assert raysetup.processes_of("/nowhere/hp-another") == []
-        found = raysetup.processes_of("/nowhere/hp-one")
-        assert len(found) == 2
-        parent.kill()  # its child now has another parent
-        parent.wait()
-        raysetup.end(found)
-    _, alive = psutil.wait_procs(found, timeout=10)
-    assert alive == []
+def test_processes_that_outlive_their_ray_are_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(reaper, "_END_SECONDS", 0.2)
+    for name in ("hp-one", "hp-another"):
+        (tmp_path / name).mkdir()
+    command = [sys.executable, "-c", AGENT, "/ray/agent.py", f"{tmp_path}/hp-one/"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        assert agent.stdout.readline() == "up\n"
+        reaper.end_processes(str(tmp_path / "hp-another"))
+        assert agent.poll() is None
+        reaper.end_processes(str(tmp_path / "hp-one"))
+        assert agent.wait(timeout=10) == -signal.SIGKILL
 
 
 DRIVER = """
@@ -137,6 +128,6 @@ def test_a_killed_driver_leaves_nothing_of_the_ray_that_it_started(dismissed, tm
 
 
 def test_a_reaper_that_is_dismissed_ends(tmp_path):
-    reaper = Reaper(str(tmp_path))
-    reaper.dismiss()
-    assert reaper._process.returncode == 0
+    one = Reaper(str(tmp_path))
+    one.dismiss()
+    assert one._process.returncode == 0
